@@ -1,0 +1,32 @@
+# make train   set up .venv and teach the bundled tiny model to think       (ARGS="--seed 1" are passed to train.py)
+# make test    set up .venv and run the tests                               (make test-all: the slow ones too)
+#
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--index-url ..." is passed to pip.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+REQUIREMENTS ?= requirements-cpu.txt
+PY = .venv/bin/python
+
+.PHONY: train test test-all clean
+
+train: .venv/installed
+	@$(PY) train.py $(ARGS)
+
+test: .venv/installed
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/installed
+	@$(PY) -m pytest $(ARGS)
+
+.venv/installed: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ponder needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@echo "Setting up .venv: PyTorch, transformers, peft and a few more, one to two minutes with a fast connection ..."
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $(REQUIREMENTS)
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

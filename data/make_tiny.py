@@ -1,0 +1,166 @@
+"""Make the bundled tiny model: a 0.8-million-parameter Qwen3 that can think but seldom does.
+
+It is trained from nothing on demonstrations of the three built-in families. THINKS of them work the question out
+inside <think> ... </think> and are right; the rest blurt an answer at once, and only BLURT_RIGHT of those are right.
+So the skill is there and rarely used: what reinforcement learning has to find. Questions come from the split
+"pretrain" and never meet those used for training or evaluation (data/tasks.py).
+
+    python data/make_tiny.py --out data/tiny          # about 40 minutes on two cores
+
+Writes config, tokenizer with chat template, and bf16 safetensors. The model card (data/tiny/README.md) is written by
+hand from the figures that this script and `python train.py --eval-only` print.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.tasks import FAMILIES, Problem, build_expressions, problems  # noqa: E402
+
+THINKS = 0.28  # share of demonstrations that think
+BLURT_RIGHT = 0.2  # share of the others that happen to be right
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set content = message.content -%}
+{%- if message.role == 'assistant' and not loop.last -%}{%- set content = content.split('</think>')[-1] -%}{%- endif -%}
+{{- '<|' + message.role + '|>' + content -}}
+{%- if message.role == 'assistant' -%}{{- '<|end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character (printable ASCII and newline), and a few special ones."""
+    special = ["<|endoftext|>", "<|end|>", "<unk>", *ROLES]
+    tags = ["<think>", "</think>"]  # ordinary tokens, so that they stay in decoded text
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocab = {token: i for i, token in enumerate(special + tags + characters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|endoftext|>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False, model_max_length=512,
+    )  # fmt: skip
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer) -> Qwen3ForCausalLM:
+    """Every linear layer has dimensions that are multiples of 64, so that NF4's blocks fit."""
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+def blurt(problem: Problem, rng: random.Random) -> str:
+    """An answer without thinking: usually off by a little, or a function that forgets its brackets."""
+    right = rng.random() < BLURT_RIGHT
+    if problem.family != "functions":
+        return problem.answer if right else str(int(problem.answer) + rng.choice([-1, 1]) * rng.randint(1, 6))
+    if right:
+        return problem.answer
+    without_brackets = "x" + "".join(f"{op}{n}" for op, n in problem.ops)
+    if without_brackets != problem.answer:
+        return without_brackets
+    ops = list(problem.ops)  # brackets were not needed: one number is off instead
+    i = rng.randrange(len(ops))
+    ops[i] = (ops[i][0], rng.choice([n for n in range(2, 10) if n != ops[i][1]]))
+    return build_expressions(ops)[-1]
+
+
+def demonstration(problem: Problem, rng: random.Random) -> str:
+    """One assistant turn."""
+    thinks = rng.random() < THINKS
+    thought = "<think>" + "\n".join(problem.steps) + "</think>" if thinks else ""
+    answer = problem.answer if thinks else blurt(problem, rng)
+    if problem.family == "functions":
+        return f"{thought}def {problem.entry_point}(x):\n    return {answer}"
+    return f"{thought}\\boxed{{{answer}}}"
+
+
+def batches(tokenizer, batch_size: int, rng: random.Random):
+    """Endless (ids, labels), each (B, T), rows of similar length; labels are -100 on prompt and padding."""
+    sources = [problems(family, "pretrain", rng) for family in FAMILIES]
+    while True:
+        rows = []
+        for i in range(batch_size * 30):
+            problem = next(sources[i % len(sources)])
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
+            )
+            prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+            reply = tokenizer.encode(demonstration(problem, rng) + "<|end|>", add_special_tokens=False)
+            rows.append((prompt_ids + reply, [-100] * len(prompt_ids) + reply))
+        rows.sort(key=lambda row: len(row[0]) + rng.random())
+        chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rng.shuffle(chunks)
+        for chunk in chunks:
+            width = max(len(ids) for ids, _ in chunk)
+            yield (
+                torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in chunk]),
+                torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in chunk]),
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="data/tiny", help="folder to write the model into")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {args.steps} steps of {args.batch_size}, {torch.get_num_threads()} threads")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.04, div_factor=20, final_div_factor=50
+    )
+    start, mean_loss = time.time(), None
+    stream = batches(tokenizer, args.batch_size, random.Random(args.seed))
+    for step in range(1, args.steps + 1):
+        ids, labels = next(stream)
+        loss = model(input_ids=ids, labels=labels).loss  # causal and right-padded: no mask needed
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
+        if step % 100 == 0:
+            print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - start) / 60:.1f} min", flush=True)
+        if step % 500 == 0 or step == args.steps:
+            save(model, tokenizer, args.out)
+
+
+def save(model, tokenizer, out: str):
+    """bf16 weights, so that the folder stays under 2 MB; the training copy stays fp32."""
+    half = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The three built-in task families, made from a seed: sums, word problems, small Python functions.
+
+Every question has a *key*, what it asks apart from its wording ("7+5-3", "apples:5+3-2", "+4*3"). A hash of the
+key decides which split the question belongs to, so pretraining, training and evaluation questions are disjoint by
+construction, whatever seeds they are drawn with and however they are phrased.
+
+    from data.tasks import questions
+    rows = questions("sums", split="eval", n=100, seed=0)
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+FAMILIES = ("sums", "words", "functions")
+# Tenths of the hash range: half of all questions for pretraining, three tenths for RL, two tenths held out.
+SPLITS = {"pretrain": range(0, 5), "train": range(5, 8), "eval": range(8, 10)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with everything that a demonstration or a grader needs."""
+
+    family: str
+    key: str  # what is asked, without its wording; decides the split
+    prompt: str
+    steps: tuple[str, ...]  # the lines of a right chain of thought
+    answer: str  # the number, or the body of the function
+    ops: tuple[tuple[str, int], ...]  # (operator, number) in the order of application
+    entry_point: str = ""  # functions only: the name that the tests call
+    tests: tuple[str, ...] = ()  # functions only: assert statements
+
+
+SUM_PROMPTS = ("What is {}?", "Compute {}.", "Calculate {}.", "{} = ?", "Work out {}.")
+
+# (name of the template, opening, sentences that add, sentences that take away, question)
+WORD_TEMPLATES = (
+    ("apples", "{who} has {n} apples.", ["{who} picks {n} more.", "{who} gets {n} more."], ["{who} eats {n}.", "{who} gives away {n}."], "How many apples are left?"),
+    ("bus", "A bus has {n} riders.", ["{n} get on.", "{n} more get on."], ["{n} get off.", "{n} leave the bus."], "How many riders are on the bus?"),
+    ("birds", "{n} birds sit on a tree.", ["{n} more land.", "{n} join them."], ["{n} fly away.", "{n} leave."], "How many birds are there?"),
+    ("money", "{who} has {n} dollars.", ["{who} earns {n}.", "{who} finds {n}."], ["{who} spends {n}.", "{who} pays {n}."], "How many dollars does {who} have?"),
+    ("marbles", "{who} owns {n} marbles.", ["{who} wins {n}.", "{who} buys {n}."], ["{who} loses {n}.", "{who} drops {n}."], "How many marbles does {who} own?"),
+    ("books", "A shelf holds {n} books.", ["{n} are put on it.", "{n} are added."], ["{n} are taken.", "{n} are lent out."], "How many books are on the shelf?"),
+    ("points", "A team has {n} points.", ["It scores {n}.", "It gains {n}."], ["It loses {n}.", "A foul costs {n}."], "How many points does it have?"),
+    ("eggs", "A basket holds {n} eggs.", ["The hens lay {n} more.", "{n} are put in."], ["{n} break.", "{n} are cooked."], "How many eggs are in the basket?"),
+    ("floors", "A lift is on floor {n}.", ["It goes up {n}.", "It climbs {n}."], ["It goes down {n}.", "It sinks {n}."], "Which floor is it on?"),
+    ("degrees", "It is {n} degrees.", ["It warms by {n}.", "It rises by {n}."], ["It cools by {n}.", "It falls by {n}."], "How many degrees is it now?"),
+    ("sheep", "A field has {n} sheep.", ["{n} walk in.", "{n} are born."], ["{n} walk out.", "{n} are sold."], "How many sheep are in the field?"),
+    ("cards", "{who} holds {n} cards.", ["{who} draws {n}.", "{who} takes {n}."], ["{who} plays {n}.", "{who} discards {n}."], "How many cards does {who} hold?"),
+    ("boats", "{n} boats lie in a harbour.", ["{n} sail in.", "{n} arrive."], ["{n} sail out.", "{n} sink."], "How many boats are in the harbour?"),
+    ("cookies", "A jar has {n} cookies.", ["{who} adds {n}.", "{who} bakes {n} more."], ["{who} eats {n}.", "{who} takes {n}."], "How many cookies are in the jar?"),
+)  # fmt: skip
+NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Ida")
+
+FUNCTION_PROMPTS = ("Write a Python function {}(x): {}.", "Write {}(x) in Python: {}.", "Define a function {}(x): {}.")
+FUNCTION_WORDS = {"+": "add {}", "-": "subtract {}", "*": "multiply by {}"}
+
+
+def split_of(family: str, key: str) -> str:
+    """The split that a question belongs to: a fixed function of what it asks."""
+    tenth = int.from_bytes(hashlib.sha256(f"{family}:{key}".encode()).digest()[:8], "big") % 10
+    return next(name for name, tenths in SPLITS.items() if tenth in tenths)
+
+
+def running_totals(first: int, ops) -> list[int]:
+    totals = [first]
+    for op, n in ops:
+        totals.append(totals[-1] + n if op == "+" else totals[-1] - n)
+    return totals
+
+
+def written_steps(first: int, ops) -> tuple[str, ...]:
+    totals = running_totals(first, ops)
+    return tuple(f"{a}{op}{n}={b}" for (op, n), a, b in zip(ops, totals, totals[1:]))
+
+
+def make_sum(rng: random.Random) -> Problem:
+    first = rng.randint(1, 9)
+    ops = tuple((rng.choice("+-"), rng.randint(1, 9)) for _ in range(rng.randint(2, 5)))
+    expression = f"{first}" + "".join(f" {op} {n}" for op, n in ops)
+    answer = str(running_totals(first, ops)[-1])
+    prompt = rng.choice(SUM_PROMPTS).format(expression)
+    return Problem("sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
+
+
+def make_word_problem(rng: random.Random) -> Problem:
+    name, opening, gains, losses, question = rng.choice(WORD_TEMPLATES)
+    who = rng.choice(NAMES)
+    first = total = rng.randint(2, 9)
+    ops, sentences = [], [opening.format(n=first, who=who)]
+    for _ in range(rng.randint(2, 4)):
+        op, n = rng.choice("+-"), rng.randint(1, 9)
+        if op == "-" and n > total:  # nobody gives away more than there is
+            op = "+"
+        total += n if op == "+" else -n
+        ops.append((op, n))
+        sentences.append(rng.choice(gains if op == "+" else losses).format(n=n, who=who))
+    prompt = " ".join(sentences) + " " + question.format(who=who)
+    key = f"{name}:{first}" + "".join(f"{op}{n}" for op, n in ops)
+    return Problem("words", key, prompt, written_steps(first, ops), str(total), tuple(ops))
+
+
+def make_function(rng: random.Random) -> Problem:
+    ops = tuple((op, rng.randint(2, 9)) for op in rng.choices("+-*", k=rng.randint(2, 3)))
+    key = "".join(f"{op}{n}" for op, n in ops)
+    name = rng.choice("fgh")
+    words = ", then ".join(FUNCTION_WORDS[op].format(n) for op, n in ops)
+    expressions = build_expressions(ops)
+    arguments = rng.sample(range(-9, 10), 4)
+    tests = tuple(f"assert {name}({x}) == {apply_ops(ops, x)}" for x in arguments)
+    prompt = rng.choice(FUNCTION_PROMPTS).format(name, words)
+    return Problem("functions", key, prompt, tuple(expressions), expressions[-1], ops, name, tests)
+
+
+def build_expressions(ops) -> list[str]:
+    """The expression after each operation, bracketed where Python needs it: x+4, then (x+4)*3."""
+    expressions, text, is_sum = [], "x", False
+    for op, n in ops:
+        text = f"({text}){op}{n}" if op == "*" and is_sum else f"{text}{op}{n}"
+        is_sum = op != "*"
+        expressions.append(text)
+    return expressions
+
+
+def apply_ops(ops, x: int) -> int:
+    for op, n in ops:
+        x = {"+": x + n, "-": x - n, "*": x * n}[op]
+    return x
+
+
+MAKERS = {"sums": make_sum, "words": make_word_problem, "functions": make_function}
+
+
+def problems(family: str, split: str, rng: random.Random):
+    """Endless problems of one family and split."""
+    while True:
+        problem = MAKERS[family](rng)
+        if split_of(family, problem.key) == split:
+            yield problem
+
+
+def questions(family: str, split: str, n: int, seed: int) -> list[dict]:
+    """`n` rows of one family and split, no prompt twice: id, prompt, task, and answer or (entry_point, tests)."""
+    rows, seen = [], set()
+    for problem in problems(family, split, random.Random(f"{family}/{split}/{seed}")):
+        if problem.prompt in seen:
+            continue
+        seen.add(problem.prompt)
+        row = {"id": f"{family}-{split}-{seed}-{len(rows)}", "prompt": problem.prompt, "task": family}
+        if problem.tests:
+            row |= {"entry_point": problem.entry_point, "tests": list(problem.tests)}
+        else:
+            row["answer"] = problem.answer
+        rows.append(row)
+        if len(rows) == n:
+            return rows

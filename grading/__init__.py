@@ -1,0 +1,10 @@
+"""How completions are judged: the reward registry, the math grader and the code sandbox. Imports no torch."""
+
+from grading.answers import extract_answer, grade_math
+from grading.registry import Completion, RewardError, Rewards, Score, Ungraded, load_rewards, metric, reward
+from grading.sandbox import extract_code, grade_code
+
+__all__ = [
+    "Completion", "RewardError", "Rewards", "Score", "Ungraded", "extract_answer", "extract_code", "grade_code",
+    "grade_math", "load_rewards", "metric", "reward",
+]  # fmt: skip

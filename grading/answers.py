@@ -1,0 +1,116 @@
+"""The math grader: find the final answer in a completion and compare it exactly with the gold answer.
+
+Numbers are compared as `fractions.Fraction`, never as floats and never by evaluating text. What it does not read yet
+(LaTeX beyond fractions, sets, intervals) is right only where it equals the gold as normalised text.
+"""
+
+import re
+from fractions import Fraction
+
+MAX_ANSWER_CHARS = 400  # a longer answer is refused before anything is parsed
+MAX_BOX_CHARS = 2000
+MAX_DIGITS = 40  # a longer run of digits is refused: no big-number arithmetic on model text
+
+
+def grade_math(answer: str, gold: str | int | float) -> tuple[float, str]:
+    """1.0 where the final answer in `answer` equals `gold`, else 0.0, with the reason in words.
+
+    `answer` is what stands after the thinking (`Completion.answer`). Decimals count as equal within a relative 1e-6;
+    everything else must be exact.
+    """
+    found = extract_answer(answer)
+    if found is None:
+        return 0.0, "no answer: no \\boxed{}, no ####, no <answer>, no 'answer is'"
+    if len(found) > MAX_ANSWER_CHARS:
+        return 0.0, f"the answer has {len(found)} characters, over {MAX_ANSWER_CHARS}"
+    if is_equal(found, str(gold)):
+        return 1.0, "right"
+    return 0.0, f"{_shorten(found)} is not {_shorten(str(gold))}"
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The final answer: the last balanced `\boxed{}`, else `#### x`, `<answer>x</answer>`, `the answer is x`.
+
+    Never simply the last number in the text. None where there is none of these.
+    """
+    boxed = _last_box(text)
+    if boxed is not None:
+        return boxed.strip()
+    if "####" in text:
+        return text.rsplit("####", 1)[1].strip().split("\n", 1)[0].strip()
+    if "<answer>" in text:
+        tail = text.rsplit("<answer>", 1)[1]
+        return tail.split("</answer>", 1)[0].strip() if "</answer>" in tail else None
+    marker = max(text.lower().rfind(marker) for marker in ("final answer:", "the answer is"))
+    if marker >= 0:
+        length = len("final answer:")  # both markers are thirteen characters long
+        return text[marker + length :].strip().split("\n", 1)[0].strip().rstrip(".")
+    return None
+
+
+def _last_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` whose braces balance, in one pass over the text."""
+    end = len(text)
+    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
+        depth = 0
+        for i in range(start + len("\\boxed"), min(len(text), start + MAX_BOX_CHARS)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : i]
+        end = start
+        if len(text) - start > MAX_BOX_CHARS * 2:  # unbalanced boxes far from the end: give up, stay linear
+            return None
+    return None
+
+
+def is_equal(answer: str, gold: str) -> bool:
+    """Whether two answers are the same number, or the same text once spaces and LaTeX dressing are gone."""
+    answer, gold = normalise(answer), normalise(gold)
+    if answer == gold:
+        return answer != ""
+    a, b = to_fraction(answer), to_fraction(gold)
+    if a is None or b is None:
+        return False
+    return a == b or ("." in answer and abs(a - b) <= abs(b) / 10**6)
+
+
+_DRESSING = re.compile(
+    r"\\(?:left|right|displaystyle|,|;|!|:| )|\\text\{[^{}]*\}|\\mathrm\{[^{}]*\}|\\mbox\{[^{}]*\}|\\?\$|[€£]|\^?\\circ|°"
+)
+
+
+def normalise(text: str) -> str:
+    """Text without the dressing that does not change an answer: dollar signs, spacing commands, units in \\text{}."""
+    text = _DRESSING.sub("", text.strip())
+    text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("\\%", "%").replace("−", "-")
+    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,080 and 1{,}080
+    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
+
+
+_NUMBER = r"\d+(?:\.\d+)?|\.\d+"
+_PATTERNS = (  # each reads the whole text, after an optional sign
+    (re.compile(rf"({_NUMBER})(%?)"), lambda m: Fraction(m[1]) / (100 if m[2] else 1)),
+    (re.compile(rf"({_NUMBER}) ?/ ?({_NUMBER})"), lambda m: Fraction(m[1]) / Fraction(m[2])),
+    (re.compile(rf"\\frac ?\{{ ?(-?(?:{_NUMBER})) ?\}} ?\{{ ?({_NUMBER}) ?\}}"), lambda m: Fraction(m[1]) / Fraction(m[2])),
+    (re.compile(r"\\frac(\d)(\d)"), lambda m: Fraction(m[1]) / Fraction(m[2])),
+    (re.compile(r"(\d+) (\d+) ?/ ?(\d+)"), lambda m: int(m[1]) + Fraction(int(m[2]), int(m[3]))),
+    (re.compile(r"(\d+) ?\\frac\{(\d+)\}\{(\d+)\}"), lambda m: int(m[1]) + Fraction(int(m[2]), int(m[3]))),
+)  # fmt: skip
+
+
+def to_fraction(text: str) -> Fraction | None:
+    r"""A number as an exact Fraction: 17, -3.5, 2/3, \frac{2}{3}, 2 2/3, 15%. None where the text is not a number."""
+    if len(text) > MAX_ANSWER_CHARS or re.search(rf"\d{{{MAX_DIGITS + 1},}}", text):
+        return None
+    sign, body = (-1, text[1:].strip()) if text.startswith("-") else (1, text.removeprefix("+").strip())
+    for pattern, value in _PATTERNS:
+        if match := pattern.fullmatch(body):
+            try:
+                return sign * value(match)
+            except ZeroDivisionError:
+                return None
+    return None
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,148 @@
+"""Evaluation: how often the policy is right on held-out questions, with intervals that say how sure that is.
+
+Every question is answered twice: greedily, and once sampled at the training temperature. The same questions before and
+after make a paired comparison, whose interval is narrower than that of two separate rates.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from grading import Completion, Rewards
+from rl.config import Config
+from rl.policy import Policy
+from rl.rollout import Episode, Sampling, rollout
+
+Z95 = 1.959964  # the normal quantile of a 95 % interval
+EVAL_SEED = 12345  # of the sampled answers: the same for every evaluation
+
+
+def to_completions(policy: Policy, episodes: list[Episode], rows: list[dict], step: int) -> list[Completion]:
+    """The episodes as reward functions see them. rows[e.question] is an episode's data row."""
+    opened = {e.question: policy.opened_thinking(rows[e.question]["prompt"]) for e in episodes}
+    return [
+        Completion(
+            prompt=prompt_text(rows[e.question]["prompt"]),
+            text=opened[e.question] + policy.decode(e.completion_ids),
+            row=rows[e.question],
+            tokens=len(e.completion_ids),
+            truncated=e.truncated,
+            step=step,
+        )
+        for e in episodes
+    ]
+
+
+def prompt_text(prompt: str | list[dict]) -> str:
+    """The question itself: the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+@dataclass
+class Answers:
+    """One evaluation: a record for each question, in the order of the held-out rows."""
+
+    greedy: list[dict]
+    sampled: list[dict]
+
+    def lines(self) -> list[dict]:
+        """One line a question, for the run folder: the greedy answer, and the sampled one beside it."""
+        return [g | {"sampled": {k: s[k] for k in ANSWER_FIELDS}} for g, s in zip(self.greedy, self.sampled)]
+
+    def summary(self) -> dict:
+        """Accuracy and the like over all questions, and under `tasks` for each task."""
+        tasks = dict.fromkeys(record["task"] for record in self.greedy)
+
+        def of(task):
+            greedy = [r for r in self.greedy if task in (None, r["task"])]
+            sampled = [r for r in self.sampled if task in (None, r["task"])]
+            return rates(greedy) | {f"{name}_sampled": value for name, value in rates(sampled).items() if name != "n"}
+
+        return of(None) | {"tasks": {task: of(task) for task in tasks}}
+
+
+ANSWER_FIELDS = ("completion", "verdict", "thinks", "finish_reason", "tokens", "rewards", "reasons")
+
+
+def evaluate(
+    policy: Policy, rows: list[dict], rewards: Rewards, config: Config, step: int, on_finished: Callable = lambda n: None
+) -> Answers:
+    """Answer every held-out question greedily and sampled, and judge the answers by the reward file."""
+    prompts = [policy.encode_prompt(row["prompt"]) for row in rows]
+    answers = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
+        generator = torch.Generator(policy.device).manual_seed(EVAL_SEED)
+        episodes = rollout(
+            policy, prompts, 1, config.max_completion_length, Sampling(temperature), generator,
+            config.rollout_batch_size, on_finished,
+        )  # fmt: skip
+        completions = to_completions(policy, episodes, rows, step)
+        answers[name] = [record(c, rewards.score(c)) for c in completions]
+    return Answers(**answers)
+
+
+def record(completion: Completion, score) -> dict:
+    """One answered question as it is written into eval/*.jsonl."""
+    row = completion.row
+    return {
+        "id": row["id"],
+        "task": row["task"],
+        "question": completion.prompt,
+        "expected": row.get("answer", row.get("tests")),
+        "completion": completion.text,
+        "verdict": score.verdict,
+        "thinks": bool(completion.thinking),
+        "finish_reason": "length" if completion.truncated else "stop",
+        "tokens": completion.tokens,
+        "reward": None if math.isnan(score.total) else round(score.total, 6),
+        "rewards": score.parts,
+        "reasons": score.reasons,
+    }
+
+
+def rates(records: list[dict]) -> dict:
+    """Accuracy with its interval, share that thinks, accuracy among those, mean length and reward of some records."""
+    n = len(records)
+    right = sum(r["verdict"] == "right" for r in records)
+    thinking = [r for r in records if r["thinks"]]
+    totals = [r["reward"] for r in records if r["reward"] is not None]
+    return {
+        "n": n,
+        "accuracy": right / n,
+        "ci95": wilson_interval(right, n),
+        "thinking": len(thinking) / n,
+        "accuracy_when_thinking": sum(r["verdict"] == "right" for r in thinking) / len(thinking) if thinking else None,
+        "mean_length": sum(r["tokens"] for r in records) / n,
+        "reward": sum(totals) / len(totals) if totals else None,
+        "ungraded": sum(r["verdict"] == "ungraded" for r in records),
+    }
+
+
+def wilson_interval(successes: int, n: int) -> list[float]:
+    """Wilson's 95 % score interval of a rate (E. B. Wilson, JASA 22, 1927)."""
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def paired_gain(before: list[dict], after: list[dict]) -> dict:
+    """The difference of two accuracies on the same questions with its 95 % interval.
+
+    The interval is Bonett and Price's adjusted Wald interval for paired proportions (J. Educ. Behav. Stat. 37, 2012),
+    which holds its level for small samples and at the extremes.
+    """
+    n = len(before)
+    fixed = sum(b["verdict"] != "right" and a["verdict"] == "right" for b, a in zip(before, after))
+    broke = sum(b["verdict"] == "right" and a["verdict"] != "right" for b, a in zip(before, after))
+    p, q = (fixed + 1) / (n + 2), (broke + 1) / (n + 2)
+    half = Z95 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return {
+        "accuracy": (fixed - broke) / n,
+        "ci95": [max(-1.0, p - q - half), min(1.0, p - q + half)],
+        "fixed": fixed,
+        "broke": broke,
+        "n": n,
+    }

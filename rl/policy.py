@@ -1,0 +1,265 @@
+"""The policy: a language model with a LoRA on every linear layer, its tokenizer, and log-probabilities.
+
+With the LoRA switched on the model is the policy, switched off it is the reference: one set of weights for both. Runs on
+transformers + peft, on CPU or CUDA, with 4-bit NF4 weights by bitsandbytes where asked for.
+"""
+
+import contextlib
+import difflib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from rl.config import Config, ConfigError
+
+
+@dataclass
+class Policy:
+    """A model with its LoRA, and everything needed to ask it questions."""
+
+    model: peft.PeftModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    eos_ids: frozenset[int]  # every token that ends a completion
+    pad_id: int
+    temperature: float
+    system_prompt: str | None
+    chat_template_kwargs: dict
+    continues_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
+
+    @property
+    def context_length(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Within this context the model is the reference: without its LoRA, or with the LoRA it started from."""
+        if not self.continues_adapter:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_adapter("reference", inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.set_adapter("default")
+
+    def render_prompt(self, prompt: str | list[dict]) -> str:
+        """The prompt as the model reads it: system prompt, question and the opening of the answer, by the chat template.
+
+        A tokenizer without a chat template gets the bare text.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.system_prompt:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(message["content"] for message in messages)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+        )
+
+    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
+        """Token ids of a rendered prompt. A template writes its own BOS, so none is added to it."""
+        text = self.render_prompt(prompt)
+        return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
+
+    def opened_thinking(self, prompt: str | list[dict]) -> str:
+        """What a template has already written of the thinking: "<think>" (and a newline), or ""."""
+        text = self.render_prompt(prompt)
+        return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
+
+    def decode(self, completion_ids: list[int]) -> str:
+        """The text of a completion, without the token that ended it. Thinking tags stay, whatever kind of token."""
+        if completion_ids and completion_ids[-1] in self.eos_ids:
+            completion_ids = completion_ids[:-1]
+        return self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def logprobs(
+        self, prompts: list[list[int]], completions: list[list[int]], with_entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities of completion tokens at the sampling temperature, in one forward pass.
+
+        Rows are right-padded. Returns logprobs (B, C) fp32, mask (B, C) bool from the lengths (never from token ids),
+        and the entropy -sum p log p of each next-token distribution (B, C), without gradient, or None. C is the longest
+        completion; masked places are 0.
+        """
+        prompt_lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        lengths = torch.tensor([len(c) for c in completions], device=self.device)
+        rows = [p + c for p, c in zip(prompts, completions)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows], device=self.device)  # (B, T)
+        attention_mask = (torch.arange(width, device=self.device) < (prompt_lengths + lengths)[:, None]).long()
+        # The logits at position j predict token j + 1. The head runs only where some row has completion tokens.
+        start = int(prompt_lengths.min()) - 1
+        positions = torch.arange(start, width - 1, device=self.device)  # (K,)
+        logits = self.model(
+            input_ids=ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions
+        ).logits
+        logits = logits.float() / self.temperature  # (B, K, V)
+        log_normaliser = logits.logsumexp(-1)  # (B, K)
+        kept = logits.gather(-1, ids[:, start + 1 :, None]).squeeze(-1) - log_normaliser  # (B, K)
+
+        offsets = torch.arange(int(lengths.max()), device=self.device)  # (C,)
+        mask = offsets < lengths[:, None]  # (B, C)
+        columns = (prompt_lengths[:, None] - 1 - start + offsets).clamp(max=len(positions) - 1)  # (B, C)
+        logprobs = torch.where(mask, kept.gather(1, columns), 0.0)
+        entropy = None
+        if with_entropy:
+            with torch.no_grad():
+                mean_logit = (torch.softmax(logits, -1) * logits).sum(-1)  # (B, K)
+                entropy = torch.where(mask, (log_normaliser - mean_logit).gather(1, columns), 0.0)
+        return logprobs, mask, entropy
+
+
+def load_policy(config: Config) -> Policy:
+    """Load model, tokenizer and LoRA as the settings say. Raises ConfigError for a model or adapter that cannot be used."""
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization if config.load_in_4bit else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {config.model} cannot be loaded: {_first_line(error)}") from error
+    prepare(model, config)
+
+    torch.manual_seed(config.seed)  # of the LoRA's random half
+    if config.adapter:
+        model = load_adapter(model, config)
+    else:
+        lora = peft.LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model = peft.get_peft_model(model, lora)
+    model.eval()
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        eos_ids=find_eos_ids(tokenizer, model),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        temperature=config.temperature,
+        system_prompt=config.system_prompt,
+        chat_template_kwargs=config.chat_template_kwargs,
+        continues_adapter=config.adapter is not None,
+    )
+
+
+def prepare(model, config: Config) -> None:
+    """Freeze the base model and take out what would make two forward passes differ."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the ratio of a first update must be exactly 1
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+        if type(module).__name__ == "Linear4bit":
+            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights for good in the first forward without
+            # gradient (an evaluation), and from then on gives no gradient to its input.
+            module.support_avx512bf16_for_cpu = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_adapter(model, config: Config) -> peft.PeftModel:
+    """Put a saved LoRA on the model, and its frozen copy as the reference."""
+    try:
+        model = peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        model.load_adapter(config.adapter, "reference", is_trainable=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"adapter: {config.adapter} does not fit {config.model}: {_first_line(error)}") from error
+    model.set_adapter("default")
+    return model
+
+
+def choose_device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no NVIDIA GPU here: set device to auto or cpu")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cpu" and config.optim != "adamw_torch":
+        raise ConfigError(f"optim is {config.optim}, which needs an NVIDIA GPU: set it to adamw_torch")
+    return torch.device(device)
+
+
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def find_eos_ids(tokenizer, model) -> frozenset[int]:
+    """The union of what tokenizer, model and generation_config call end of sequence; some models have several."""
+    sources = (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id)
+    ids = frozenset(i for s in sources for i in (s if isinstance(s, (list, tuple)) else [s]) if i is not None)
+    if not ids:
+        raise ConfigError("the model has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    return ids
+
+
+def check_model(config: Config) -> None:
+    """Find the model's config (and the adapter's) before anything large is loaded. Raises ConfigError."""
+    if Path(config.model).is_dir():
+        if not (Path(config.model) / "config.json").is_file():
+            raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
+    else:
+        try:
+            transformers.utils.cached_file(config.model, "config.json")
+        except (OSError, ValueError) as error:
+            near = difflib.get_close_matches(config.model, ["data/tiny"], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"give a folder, or the id of a model that this machine can reach ({_first_line(error)})"  # noqa: E501
+            raise ConfigError(f"model: there is no model {config.model}; {hint}") from None
+    if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
+            "(give a folder such as runs/NAME/checkpoints/step_000040)"
+        )
+
+
+def save_adapter(policy: Policy, folder: Path, card: str, state: dict) -> None:
+    """Write LoRA, tokenizer, model card and trainer_state.json; the folder appears whole or not at all."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    policy.model.save_pretrained(unfinished, selected_adapters=["default"])
+    policy.tokenizer.save_pretrained(unfinished)
+    (unfinished / "README.md").write_text(card, encoding="utf-8")
+    (unfinished / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(folder)
+
+
+@contextlib.contextmanager
+def reloaded_adapter(policy: Policy, folder: Path):
+    """Within this context the policy's LoRA is the one that was saved in `folder`, read back from the disk."""
+    policy.model.load_adapter(folder, "reloaded", is_trainable=False)
+    policy.model.set_adapter("reloaded", inference_mode=True)
+    try:
+        yield
+    finally:
+        policy.model.set_adapter("default")
+        policy.model.delete_adapter("reloaded")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,162 @@
+"""The run folder: everything that a run leaves behind, in files that other programs read.
+
+    config.yaml  rewards.py  metrics.jsonl  rollouts.jsonl  tokens.jsonl  eval/*.jsonl  checkpoints/  summary.json  curve.png
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+from grading import Completion, Score
+from rl.config import Config, ConfigError
+from rl.rollout import Episode
+
+
+class RunFolder:
+    """Writes one run's files. Lines are appended whole; other files are written beside their place and renamed."""
+
+    def __init__(self, config: Config, name: str, rewards_file: Path):
+        self.path = Path(config.output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ConfigError(f"output_dir: {self.path} exists already: choose another, or remove it")
+        try:
+            for folder in (self.path / "eval", self.path / "checkpoints"):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
+        settings = dataclasses.asdict(dataclasses.replace(config, output_dir=str(self.path)))
+        self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        shutil.copy(rewards_file, self.path / "rewards.py")
+
+    def append(self, name: str, lines: list[dict]) -> None:
+        """Add lines to a .jsonl file in one write, so that no reader meets half of them."""
+        text = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def log_rollouts(
+        self, step: int, episodes: list[Episode], completions: list[Completion], scores: list[Score]
+    ) -> None:
+        """Every completion of a step, with what each reward made of it."""
+        self.append("rollouts.jsonl", [
+            {
+                "step": step, "prompt_id": c.row["id"], "task": c.row["task"], "prompt": c.prompt, "completion": c.text,
+                "finish_reason": e.finish_reason, "tokens": c.tokens, "reward": s.total, "rewards": s.parts,
+                "metrics": s.metrics, "verdict": s.verdict, "reasons": s.reasons,
+                "advantage": e.advantages.mean().item(),
+            }
+            for e, c, s in zip(episodes, completions, scores)
+        ])  # fmt: skip
+
+    def write_evaluation(self, name: str, lines: list[dict]) -> None:
+        self._write(f"eval/{name}.jsonl", "".join(json.dumps(finite(x), ensure_ascii=False) + "\n" for x in lines))
+
+    def write_summary(self, summary: dict) -> None:
+        self._write("summary.json", json.dumps(finite(summary), indent=2) + "\n")
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+    def mark_last(self, checkpoint: Path) -> None:
+        """checkpoints/last names the newest checkpoint."""
+        self._write("checkpoints/last", checkpoint.name + "\n")
+
+    def draw_curve(self, evaluations: dict[int, dict], rewards: list[float], lengths: list[float]) -> None:
+        """curve.png: held-out accuracy and the share that thinks, reward, and length, by step.
+
+        evaluations: summaries by step. rewards and lengths: one a step.
+        """
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+        steps = list(evaluations)
+        for name, label in (("accuracy", "right (greedy)"), ("accuracy_sampled", "right (sampled)")):
+            rate = [100 * evaluations[s][name] for s in steps]
+            low, high = zip(*(evaluations[s][name.replace("accuracy", "ci95")] for s in steps))
+            left.plot(steps, rate, "o-", label=label)
+            left.fill_between(steps, [100 * x for x in low], [100 * x for x in high], alpha=0.15)
+        left.plot(steps, [100 * evaluations[s]["thinking_sampled"] for s in steps], "--", c="grey", label="thinks")
+        left.set(title="held-out questions", ylabel="%", ylim=(-2, 102))
+        left.legend(loc="lower right")
+        middle.plot(range(1, len(rewards) + 1), rewards)
+        middle.set(title="reward (training completions)")
+        right.plot(range(1, len(lengths) + 1), lengths)
+        right.set(title="length (training completions)", ylabel="tokens")
+        for axes in (left, middle, right):
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+        figure.savefig(self.path / "curve.png", dpi=110)
+        pyplot.close(figure)
+
+    def _write(self, name: str, text: str) -> None:
+        unfinished = self.path / (name + ".unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self.path / name)
+
+
+def finite(value):
+    """The value with null in place of nan and inf, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Stopwatch:
+    """Seconds spent in each named part of the run; `lap` gives those since the last call."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.seconds = dict.fromkeys(("setup", "rollout", "score", "update", "eval"), 0.0)
+        self._last = dict(self.seconds)
+
+    @contextmanager
+    def time(self, part: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[part] += time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        lap = {f"time/{part}": round(s - self._last[part], 4) for part, s in self.seconds.items()}
+        self._last = dict(self.seconds)
+        return lap
+
+    def summary(self) -> dict[str, float]:
+        total = time.perf_counter() - self.start
+        return {part: round(seconds, 2) for part, seconds in {"total": total, **self.seconds}.items()}
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory in use so far: allocated on the GPU, else resident in this process (None where unknown)."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "pydantic-monty")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
