@@ -28,7 +28,9 @@ def read_file(source: str, columns: dict[str, str]) -> list[dict]:
         )
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.*")], n=1)
-        raise DataError(f"{source}: there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        raise DataError(
+            f"{source}: there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     try:
         raw_rows = readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:

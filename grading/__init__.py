@@ -2,9 +2,9 @@
 
 from grading.answers import extract_answer, grade_math
 from grading.registry import Completion, RewardError, Rewards, Score, Ungraded, load_rewards, metric, reward
-from grading.sandbox import extract_code, grade_code
+from grading.sandbox import check_tests, extract_code, grade_code
 
 __all__ = [
-    "Completion", "RewardError", "Rewards", "Score", "Ungraded", "extract_answer", "extract_code", "grade_code",
+    "Completion", "RewardError", "Rewards", "Score", "Ungraded", "check_tests", "extract_answer", "extract_code", "grade_code",
     "grade_math", "load_rewards", "metric", "reward",
 ]  # fmt: skip

@@ -16,16 +16,17 @@ def grade_math(answer: str, gold: str | int | float) -> tuple[float, str]:
     """1.0 where the final answer in `answer` equals `gold`, else 0.0, with the reason in words.
 
     `answer` is what stands after the thinking (`Completion.answer`). Decimals count as equal within a relative 1e-6;
-    everything else must be exact.
+    everything else must be exact. A gold in GSM8K's form is what stands after its `####`.
     """
+    gold = str(gold).rpartition("####")[2].strip()
     found = extract_answer(answer)
     if found is None:
         return 0.0, "no answer: no \\boxed{}, no ####, no <answer>, no 'answer is'"
     if len(found) > MAX_ANSWER_CHARS:
         return 0.0, f"the answer has {len(found)} characters, over {MAX_ANSWER_CHARS}"
-    if is_equal(found, str(gold)):
+    if is_equal(found, gold):
         return 1.0, "right"
-    return 0.0, f"{_shorten(found)} is not {_shorten(str(gold))}"
+    return 0.0, f"{_shorten(found)} is not {_shorten(gold)}"
 
 
 def extract_answer(text: str) -> str | None:

@@ -109,7 +109,9 @@ class Config:
                 "num_generations is 1, but the baseline of a completion is its group's mean: set at least 2 (8 is usual)"
             )
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
-            raise ConfigError(f"top_p must be in (0, 1] and min_p in [0, 1), but they are {self.top_p} and {self.min_p}")
+            raise ConfigError(
+                f"top_p must be in (0, 1] and min_p in [0, 1), but they are {self.top_p} and {self.min_p}"
+            )
         if self.repetition_penalty <= 0:
             raise ConfigError(f"repetition_penalty is {self.repetition_penalty}, but must be above 0 (1 is off)")
         if not 0 < self.epsilon < 1:
@@ -142,6 +144,14 @@ class Config:
     def on_policy(self) -> bool:
         """Exactly one update for each roll-out: the old policy is the policy, and its log-probabilities need no pass."""
         return self.num_iterations == 1 and self.num_mini_batches == 1
+
+    def sampling_notes(self) -> list[str]:
+        """A note where settings make the policy that samples another than the one that is trained."""
+        usual = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        changed = [f"{name} {getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value]
+        return (
+            [f"{', '.join(changed)}: the policy that samples is not quite the one that is trained"] if changed else []
+        )
 
 
 # Settings of TRL and Unsloth that do not exist here, each with what to use instead.
@@ -188,15 +198,20 @@ ELSEWHERE = {
 def unknown_setting(name: str, where: str) -> ConfigError:
     """The error for a setting that does not exist, with TRL's equivalent or the nearest name."""
     if name in ELSEWHERE:
-        return ConfigError(f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {ELSEWHERE[name]}")
+        return ConfigError(
+            f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {ELSEWHERE[name]}"
+        )
     names = [f.name for f in dataclasses.fields(Config)]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
     return ConfigError(f"{where}: there is no setting {name}; {hint}")
 
 
-def read_config(arguments: list[str], default_file: str) -> Config:
-    """The settings from `--config FILE` (or the default file) with command-line overrides. Raises ConfigError."""
+def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
+    """The settings from `--config FILE` (or the default file) with command-line overrides, and the file's name.
+
+    Raises ConfigError; leaves with tyro's own message for a value on the command line that cannot be read.
+    """
     import tyro
 
     arguments = list(arguments)
@@ -217,7 +232,7 @@ def read_config(arguments: list[str], default_file: str) -> Config:
     description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
     config = tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
     config.check()
-    return config
+    return config, Path(file).stem
 
 
 def read_yaml(file: str) -> Config:

@@ -67,10 +67,18 @@ ANSWER_FIELDS = ("completion", "verdict", "thinks", "finish_reason", "tokens", "
 
 
 def evaluate(
-    policy: Policy, rows: list[dict], rewards: Rewards, config: Config, step: int, on_finished: Callable = lambda n: None
+    policy: Policy,
+    rows: list[dict],
+    prompts: list[list[int]],
+    rewards: Rewards,
+    config: Config,
+    step: int,
+    on_finished: Callable[[int], None] = lambda n: None,
 ) -> Answers:
-    """Answer every held-out question greedily and sampled, and judge the answers by the reward file."""
-    prompts = [policy.encode_prompt(row["prompt"]) for row in rows]
+    """Answer every held-out question greedily and sampled, and judge the answers by the reward file.
+
+    prompts: the rows' prompts as token ids.
+    """
     answers = {}
     for name, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
         generator = torch.Generator(policy.device).manual_seed(EVAL_SEED)

@@ -7,16 +7,20 @@ transformers + peft, on CPU or CUDA, with 4-bit NF4 weights by bitsandbytes wher
 import contextlib
 import difflib
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+# On some CPUs bitsandbytes reports on import that an optional kernel is not installed. It is not needed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from rl.config import Config, ConfigError
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+
+from rl.config import Config, ConfigError  # noqa: E402
 
 
 @dataclass
@@ -72,6 +76,18 @@ class Policy:
         """Token ids of a rendered prompt. A template writes its own BOS, so none is added to it."""
         text = self.render_prompt(prompt)
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
+
+    def encode_prompts(self, rows: list[dict], max_completion_length: int) -> list[list[int]]:
+        """The prompts of data rows as token ids. Raises ConfigError where one leaves no room for a completion."""
+        prompts = [self.encode_prompt(row["prompt"]) for row in rows]
+        longest = max(range(len(rows)), key=lambda i: len(prompts[i]))
+        needed = len(prompts[longest]) + max_completion_length
+        if self.context_length and needed > self.context_length:
+            raise ConfigError(
+                f"max_completion_length: the prompt of row {rows[longest]['id']} has {len(prompts[longest])} tokens; with "
+                f"{max_completion_length} more that is {needed}, but the model's context is {self.context_length}"
+            )
+        return prompts
 
     def opened_thinking(self, prompt: str | list[dict]) -> str:
         """What a template has already written of the thinking: "<think>" (and a newline), or ""."""
@@ -220,7 +236,8 @@ def find_eos_ids(tokenizer, model) -> frozenset[int]:
 
 
 def check_model(config: Config) -> None:
-    """Find the model's config (and the adapter's) before anything large is loaded. Raises ConfigError."""
+    """Find device, model and adapter before anything large is loaded. Raises ConfigError."""
+    choose_device(config)
     if Path(config.model).is_dir():
         if not (Path(config.model) / "config.json").is_file():
             raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
@@ -229,8 +246,8 @@ def check_model(config: Config) -> None:
             transformers.utils.cached_file(config.model, "config.json")
         except (OSError, ValueError) as error:
             near = difflib.get_close_matches(config.model, ["data/tiny"], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"give a folder, or the id of a model that this machine can reach ({_first_line(error)})"  # noqa: E501
-            raise ConfigError(f"model: there is no model {config.model}; {hint}") from None
+            hint = f"did you mean {near[0]}?" if near else _first_line(error)
+            raise ConfigError(f"model: {config.model} is neither a folder nor a model on the Hub: {hint}") from None
     if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
         raise ConfigError(
             f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "

@@ -1,6 +1,6 @@
 """The run folder: everything that a run leaves behind, in files that other programs read.
 
-    config.yaml  rewards.py  metrics.jsonl  rollouts.jsonl  tokens.jsonl  eval/*.jsonl  checkpoints/  summary.json  curve.png
+config.yaml  rewards.py  metrics.jsonl  rollouts.jsonl  tokens.jsonl  eval/*.jsonl  checkpoints/  summary.json  curve.png
 """
 
 import dataclasses
@@ -22,21 +22,27 @@ from rl.config import Config, ConfigError
 from rl.rollout import Episode
 
 
+def choose_folder(config: Config, name: str) -> Path:
+    """output_dir, else runs/NAME-TIME. Raises ConfigError where it exists already: no run is written over."""
+    path = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"output_dir: {path} exists already: choose another, or remove it")
+    return path
+
+
 class RunFolder:
     """Writes one run's files. Lines are appended whole; other files are written beside their place and renamed."""
 
-    def __init__(self, config: Config, name: str, rewards_file: Path):
-        self.path = Path(config.output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ConfigError(f"output_dir: {self.path} exists already: choose another, or remove it")
+    def __init__(self, path: Path, config: Config, rewards_file: Path):
+        self.path = path
         try:
-            for folder in (self.path / "eval", self.path / "checkpoints"):
+            for folder in (path / "eval", path / "checkpoints"):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
-        settings = dataclasses.asdict(dataclasses.replace(config, output_dir=str(self.path)))
+            raise ConfigError(f"output_dir: {path} cannot be made: {error.strerror}") from None
+        settings = dataclasses.asdict(dataclasses.replace(config, output_dir=str(path)))
         self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        shutil.copy(rewards_file, self.path / "rewards.py")
+        shutil.copy(rewards_file, path / "rewards.py")
 
     def append(self, name: str, lines: list[dict]) -> None:
         """Add lines to a .jsonl file in one write, so that no reader meets half of them."""
@@ -64,17 +70,17 @@ class RunFolder:
     def write_summary(self, summary: dict) -> None:
         self._write("summary.json", json.dumps(finite(summary), indent=2) + "\n")
 
-    def checkpoint_path(self, step: int) -> Path:
+    def checkpoint_folder(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:06d}"
 
     def mark_last(self, checkpoint: Path) -> None:
         """checkpoints/last names the newest checkpoint."""
         self._write("checkpoints/last", checkpoint.name + "\n")
 
-    def draw_curve(self, evaluations: dict[int, dict], rewards: list[float], lengths: list[float]) -> None:
-        """curve.png: held-out accuracy and the share that thinks, reward, and length, by step.
+    def draw_curve(self, evaluations: dict[int, dict], history: list[dict]) -> None:
+        """curve.png: held-out accuracy with its intervals and the share that thinks, reward, and length, by step.
 
-        evaluations: summaries by step. rewards and lengths: one a step.
+        evaluations: summaries by step. history: the metrics of each step.
         """
         import matplotlib
 
@@ -91,9 +97,10 @@ class RunFolder:
         left.plot(steps, [100 * evaluations[s]["thinking_sampled"] for s in steps], "--", c="grey", label="thinks")
         left.set(title="held-out questions", ylabel="%", ylim=(-2, 102))
         left.legend(loc="lower right")
-        middle.plot(range(1, len(rewards) + 1), rewards)
+        steps = [metrics["step"] for metrics in history]
+        middle.plot(steps, [metrics["reward"] for metrics in history])
         middle.set(title="reward (training completions)")
-        right.plot(range(1, len(lengths) + 1), lengths)
+        right.plot(steps, [metrics["completions/mean_length"] for metrics in history])
         right.set(title="length (training completions)", ylabel="tokens")
         for axes in (left, middle, right):
             axes.set_xlabel("step")
@@ -117,12 +124,12 @@ def finite(value):
 
 
 class Stopwatch:
-    """Seconds spent in each named part of the run; `lap` gives those since the last call."""
+    """Seconds spent in each named part of the run; what passed from `started` until now is the setup."""
 
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.seconds = dict.fromkeys(("setup", "rollout", "score", "update", "eval"), 0.0)
-        self._last = dict(self.seconds)
+    def __init__(self, started: float):
+        self.started = self._lap_started = time.perf_counter()
+        self.seconds = dict.fromkeys(("rollout", "score", "update", "eval"), 0.0) | {"setup": self.started - started}
+        self._at_lap = dict(self.seconds)
 
     @contextmanager
     def time(self, part: str):
@@ -135,13 +142,25 @@ class Stopwatch:
             self.seconds[part] += time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
-        lap = {f"time/{part}": round(s - self._last[part], 4) for part, s in self.seconds.items()}
-        self._last = dict(self.seconds)
-        return lap
+        """Seconds since the last lap, in all and by part, as metrics."""
+        now = time.perf_counter()
+        parts = {
+            f"time/{part}": seconds - self._at_lap[part] for part, seconds in self.seconds.items() if part != "setup"
+        }
+        step_time = now - self._lap_started
+        self._lap_started, self._at_lap = now, dict(self.seconds)
+        return {name: round(value, 4) for name, value in {"step_time": step_time, **parts}.items()}
 
     def summary(self) -> dict[str, float]:
-        total = time.perf_counter() - self.start
+        total = time.perf_counter() - self.started + self.seconds["setup"]
         return {part: round(seconds, 2) for part, seconds in {"total": total, **self.seconds}.items()}
+
+
+def describe_machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GB)"
+    return f"{os.cpu_count()} CPU cores"
 
 
 def peak_memory_mb() -> float | None:

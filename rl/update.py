@@ -26,7 +26,9 @@ class Updater:
         updates = config.max_steps * config.num_iterations * config.num_mini_batches
         self.schedule = transformers.get_scheduler(  # fmt: skip
             {"constant": "constant_with_warmup"}.get(config.lr_scheduler_type, config.lr_scheduler_type),
-            self.optimizer, math.ceil(config.warmup_ratio * updates), updates,
+            self.optimizer,
+            math.ceil(config.warmup_ratio * updates),
+            updates,
         )
         # fp16 gradients underflow without scaling; bf16 and fp32 need none.
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
@@ -43,7 +45,9 @@ class Updater:
         if config.beta:
             with self.policy.reference():
                 self.fill_logprobs(episodes, "reference_logprobs")
-        totals = dict.fromkeys(("loss", "entropy", "kl", "low", "high", "tokens", "grad_norm", "updates", "skipped"), 0.0)
+        totals = dict.fromkeys(
+            ("loss", "entropy", "kl", "low", "high", "tokens", "grad_norm", "updates", "skipped"), 0.0
+        )
         for _ in range(config.num_iterations):
             for mini_batch in self.mini_batches(episodes):
                 self.optimizer_step(mini_batch, totals)

@@ -1,0 +1,62 @@
+"""Shared by the tests: the bundled tiny model as a policy, and small settings."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the network
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def config():
+    from rl.config import Config
+
+    return Config(max_completion_length=24, num_generations=4, prompts_per_step=4, learning_rate=1e-3, device="cpu")
+
+
+@pytest.fixture
+def policy(config):
+    """The tiny model in fp32 with a LoRA whose second matrix is small noise, so that policy and reference differ."""
+    from rl.policy import load_policy
+
+    policy = load_policy(config)
+    fill_lora(policy, 0.02)
+    return policy
+
+
+def fill_lora(policy, scale, seed=1):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name and parameter.requires_grad:
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.device)
+
+
+@pytest.fixture
+def episodes(policy):
+    """Sixteen completions of four questions, with advantages that differ; some groups have none."""
+    import torch
+
+    from rl.rollout import Sampling, rollout
+
+    questions = [
+        "What is 3 + 4 + 5?",
+        "Compute 9 - 2 + 1.",
+        "A bus has 3 riders. 4 get on. 2 get off. How many?",
+        "1 + 1 = ?",
+    ]
+    prompts = [policy.encode_prompt(question) for question in questions]
+    generator = torch.Generator().manual_seed(3)
+    episodes = rollout(policy, prompts, 4, 24, Sampling(), generator, rows_at_a_time=16)
+    for i, episode in enumerate(episodes):
+        advantage = 0.0 if i // 4 == 2 else [1.2, -0.4, -0.9, 0.1][i % 4]
+        episode.advantages = torch.full((len(episode.completion_ids),), advantage)
+    return episodes

@@ -1,0 +1,121 @@
+"""Reading a person's own files: every format, every mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from data import DataError, load, load_questions
+
+ROWS = [{"question": f"What is {i} + 1?", "gold": i + 1, "level": "easy"} for i in range(20)]
+
+
+def make_files(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "q.jsonl").write_text("\n\n".join(map(json.dumps, ROWS)) + "\n")
+    (folder / "q.json").write_text(json.dumps(ROWS))
+    lines = ["question,gold,level"] + [f"{r['question']},{r['gold']},{r['level']}" for r in ROWS]
+    (folder / "q.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "q.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_format_gives_the_same_schema(tmp_path, suffix):
+    make_files(tmp_path)
+    rows = load(str(tmp_path / f"q.{suffix}"), columns={"answer": "gold"})
+    assert len(rows) == 20
+    assert rows[3]["prompt"] == rows[3]["question"] == "What is 3 + 1?"
+    assert str(rows[3]["answer"]) == "4" and rows[3]["level"] == "easy" and rows[3]["task"] == "q"
+    assert len({row["id"] for row in rows}) == 20
+    assert len(load(str(tmp_path / f"q.{suffix}"), n=5)) == 5
+
+
+def test_own_ids_tasks_messages_and_tests_are_kept(tmp_path):
+    row = {
+        "id": 7,
+        "task": "code",
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "tests": "assert f(1) == 1\n\nassert f(2) == 2",
+    }
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    (loaded,) = load(str(tmp_path / "q.jsonl"))
+    assert (loaded["id"], loaded["task"]) == ("7", "code")
+    assert loaded["prompt"] == row["prompt"] and loaded["tests"] == ["assert f(1) == 1", "assert f(2) == 2"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("q.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"q.jsonl:2: not valid JSON"),
+        ("q.jsonl", '{"prompt": "a"}\n[1]\n', r"q.jsonl:2: expected an object"),
+        ("q.jsonl", "", r"q.jsonl: the file has no rows"),
+        ("q.jsonl", '{"text": "a"}', r"q.jsonl:1: no column prompt or question, only text"),
+        ("q.jsonl", '{"prompt": ""}', r"q.jsonl:1: the prompt is ''"),
+        ("q.jsonl", '{"prompt": 3}', r"q.jsonl:1: the prompt is 3"),
+        ("q.json", '{"prompt": "a"}', r"q.json: expected a list"),
+        ("q.json", '[{"prompt": "a"},\n oops]', r"q.json:2: not valid JSON"),
+        ("q.csv", "prompt,answer\na,1\nb\n", r"q.csv:3: this row does not have the header's 2 fields"),
+        ("q.csv", "prompt,answer\na,1,2\n", r"q.csv:2: this row does not have the header's 2 fields"),
+        ("q.csv", "", r"q.csv: the file has no rows"),
+        ("q.parquet", "not parquet", r"q.parquet: not a parquet file"),
+        ("q.txt", "a", r"q.txt: not a source"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        load(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_columns_and_encodings(tmp_path):
+    make_files(tmp_path)
+    with pytest.raises(DataError, match=r"p.jsonl: there is no such file; did you mean .*q.jsonl"):
+        load(str(tmp_path / "p.jsonl"))
+    with pytest.raises(DataError, match=r"q.jsonl:1: columns maps answer to 'glod'.*did you mean 'gold'"):
+        load(str(tmp_path / "q.jsonl"), columns={"answer": "glod"})
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8 text at byte 12"):
+        load(str(tmp_path / "latin.jsonl"))
+
+
+def test_a_file_is_split_into_training_and_held_out(tmp_path):
+    rows = ROWS + ROWS[:5]  # duplicates stay on one side
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = str(tmp_path / "q.jsonl")
+    train, held_out, notes = load_questions([source], [], 1000, 400, {}, seed=0)
+    assert len(held_out) == 4 and len({r["prompt"] for r in train}) == 16
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+    assert load_questions([source], [], 1000, 400, {}, seed=9)[1] == held_out  # the same for every seed
+    assert "4 held out" in notes[0]
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(DataError, match="one question is too few"):
+        load_questions([str(tmp_path / "one.jsonl")], [], 1000, 400, {}, seed=0)
+
+
+def test_held_out_questions_are_taken_out_of_training(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
+    train, held_out, notes = load_questions([str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")], 99, 9, {}, 0)
+    assert len(train) == 17 and len(held_out) == 3 and "3 training questions are also held out" in notes[0]
+    with pytest.raises(DataError, match="no question is left"):
+        load_questions([str(tmp_path / "b.jsonl")], [str(tmp_path / "a.jsonl")], 99, 99, {}, 0)
+
+
+def test_built_in_families_have_their_own_held_out_questions():
+    train, held_out, notes = load_questions(["sums", "words", "functions"], [], 50, 30, {}, seed=1)
+    assert len(train) == 150 and len(held_out) == 30 and not notes
+    assert {row["task"] for row in held_out} == {"sums", "words", "functions"}
+    assert load_questions(["sums", "words", "functions"], [], 50, 30, {}, seed=2)[1] == held_out
+
+
+def test_show_prints_rows_and_errors():
+    show = [sys.executable, "-m", "data", "show"]
+    shown = subprocess.run([*show, "words", "-n", "1", "--split", "eval"], capture_output=True, text=True, check=True)
+    row = json.loads(shown.stdout)
+    assert row["task"] == "words" and row["id"].startswith("words-eval")
+    failed = subprocess.run([*show, "wrods"], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: wrods: not a source")
