@@ -190,7 +190,7 @@ def prepare(model, config: Config) -> None:
             module.p = 0.0  # the ratio of a first update must be exactly 1
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-        if type(module).__name__ == "Linear4bit":
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             # On CPUs with AVX512-BF16, bitsandbytes repacks the weights for good in the first forward without
             # gradient (an evaluation), and from then on gives no gradient to its input.
             module.support_avx512bf16_for_cpu = False

@@ -6,6 +6,7 @@ divisor still counts them.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -95,7 +96,9 @@ class Updater:
                 totals["skipped"] += 1
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
+        with warnings.catch_warnings():  # torch takes a skipped update for a mistake
+            warnings.simplefilter("ignore", UserWarning)
+            self.schedule.step()
 
     def backward(self, episodes: list[Episode], totals: dict[str, float]) -> None:
         """Add the gradient of the loss over these episodes, the batch of one optimizer step, micro-batch by micro-batch."""

@@ -1,0 +1,223 @@
+"""The update: gradients do not depend on the split, nothing contributes that should not, and learning goes uphill."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import fill_lora
+
+from rl import algorithms
+from rl.policy import load_policy
+from rl.rollout import Episode
+from rl.update import Updater, micro_batches
+
+
+def gradient(policy, episodes, config):
+    """The gradient of one optimizer step as a flat vector, and the totals."""
+    policy.model.zero_grad()
+    updater = Updater(policy, config)
+    totals = dict.fromkeys(("loss", "entropy", "kl", "low", "high", "tokens"), 0.0)
+    if not config.on_policy:
+        updater.fill_logprobs(episodes, "old_logprobs")
+    if config.beta:
+        with policy.reference():
+            updater.fill_logprobs(episodes, "reference_logprobs")
+    updater.backward(episodes, totals)
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.trainable_parameters()]
+    return torch.cat([g.flatten() for g in grads]), totals
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_gradients_are_equal_for_every_split_into_micro_batches(policy, episodes, config, loss_type, beta):
+    config.loss_type, config.beta, config.max_tokens_per_micro_batch = loss_type, beta, 10**6
+    whole, totals = gradient(policy, episodes, config)
+    assert whole.abs().max() > 1e-4
+    for budget in (1, 150, 400):
+        config.max_tokens_per_micro_batch = budget
+        parts, part_totals = gradient(policy, episodes, config)
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+        assert part_totals["loss"] == pytest.approx(totals["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_the_loss_is_the_papers(policy, episodes, config, loss_type):
+    """Against a slow reference, row by row, from the definitions."""
+    config.loss_type = loss_type
+    vector, _ = gradient(policy, episodes, config)
+    policy.model.zero_grad()
+    tokens = sum(len(e.completion_ids) for e in episodes)
+    loss = 0.0
+    for e in episodes:
+        logprobs, _, _ = policy.logprobs([e.prompt_ids], [e.completion_ids])
+        terms = -(torch.exp(logprobs[0] - logprobs[0].detach()) * e.advantages)
+        loss = (
+            loss
+            + {
+                "dapo": terms.sum() / tokens,
+                "grpo": terms.mean() / len(episodes),
+                "dr_grpo": terms.sum() / (len(episodes) * config.max_completion_length),
+            }[loss_type]
+        )
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    torch.testing.assert_close(vector, expected, atol=1e-6, rtol=0)
+
+
+def test_completions_that_contribute_nothing_are_skipped_but_counted(policy, episodes, config, monkeypatch):
+    """Advantage 0 and no KL: not forwarded; the gradient is the same as with them, since the divisor counts them."""
+    forwarded = []
+    logprobs = policy.logprobs
+
+    def spy(prompts, completions, with_entropy=False):
+        forwarded.extend(completions)
+        return logprobs(prompts, completions, with_entropy)
+
+    monkeypatch.setattr(policy, "logprobs", spy)
+    vector, _ = gradient(policy, episodes, config)
+    assert len(forwarded) == 12  # the third group has advantage 0
+    slightly = copy.deepcopy(episodes)
+    for episode in slightly[8:12]:
+        episode.advantages = torch.full_like(episode.advantages, 1e-12)
+    with_them, _ = gradient(policy, slightly, config)
+    assert len(forwarded) == 12 + 16
+    torch.testing.assert_close(vector, with_them, atol=1e-7, rtol=0)
+    config.beta = 0.1
+    forwarded.clear()
+    gradient(policy, episodes, config)
+    assert len(forwarded) == 32  # with a KL term every completion counts: reference pass and update
+
+
+def test_masked_out_completions_leave_tokens_but_not_sequences(policy, episodes, config):
+    """mask_truncated_completions: dapo divides by the tokens that are left, grpo still by all sequences."""
+    cut = copy.deepcopy(episodes)
+    for episode in cut[4:]:
+        episode.in_loss = False
+    config.loss_type = "dapo"
+    alone, _ = gradient(policy, cut[:4], config)
+    masked, _ = gradient(policy, cut, config)
+    torch.testing.assert_close(masked, alone, atol=1e-6, rtol=0)
+    config.loss_type = "grpo"
+    alone, _ = gradient(policy, cut[:4], config)
+    masked, _ = gradient(policy, cut, config)
+    torch.testing.assert_close(masked, alone / 4, atol=1e-6, rtol=0)
+    for episode in cut:
+        episode.in_loss = False
+    nothing, totals = gradient(policy, cut, config)
+    assert not nothing.any() and totals["loss"] == 0.0
+
+
+def test_kl_is_exactly_zero_at_step_0(episodes, config):
+    policy = load_policy(config)  # the LoRA's second matrix is zero
+    config.beta = 0.1
+    updater = Updater(policy, config)
+    with policy.reference():
+        updater.fill_logprobs(episodes, "reference_logprobs")
+    inspected = updater.inspect(episodes[:4])
+    assert all(kl == 0.0 for row in inspected for kl in row["kl"])
+    _, totals = gradient(policy, episodes, config)
+    assert totals["kl"] == 0.0
+
+
+def test_old_logprobs_are_those_before_the_first_update(policy, episodes, config):
+    """With several epochs the ratio leaves 1 after the first update, and clipping sets in; on-policy it stays 1."""
+    config.num_iterations, config.learning_rate = 4, 0.02
+    metrics = Updater(policy, config).update(episodes)
+    now, _, _ = policy.logprobs([e.prompt_ids for e in episodes], [e.completion_ids for e in episodes])
+    old = torch.cat([e.old_logprobs for e in episodes])
+    sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
+    torch.testing.assert_close(old, sampled, atol=1e-4, rtol=0)
+    assert (torch.cat([row[: len(e.completion_ids)] for row, e in zip(now, episodes)]) - old).abs().max() > 0.05
+    assert metrics["clip_ratio/region_mean"] > 0
+
+
+def test_exactly_on_policy_needs_no_old_logprobs(policy, episodes, config):
+    metrics = Updater(policy, config).update(episodes)
+    assert all(episode.old_logprobs is None for episode in episodes)
+    assert metrics["clip_ratio/region_mean"] == 0 and metrics["grad_norm"] > 0
+
+
+def test_mini_batches_are_whole_groups_and_cover_everything(policy, episodes, config):
+    config.num_mini_batches = 3
+    parts = list(Updater(policy, config).mini_batches(episodes))
+    assert sorted(len(part) for part in parts) == [4, 4, 8]
+    assert sorted(id(e) for part in parts for e in part) == sorted(map(id, episodes))
+    assert all(len({e.question for e in part[i : i + 4]}) == 1 for part in parts for i in range(0, len(part), 4))
+
+
+def test_one_step_makes_the_rewarded_completion_likelier(policy, config):
+    prompt = policy.encode_prompt("What is 3 + 4 + 5?")
+    good, bad = ([*policy.tokenizer.encode(text, add_special_tokens=False)] for text in ("yes", "no!"))
+    episodes = []
+    for ids in (good, bad, bad, good):
+        episodes.append(Episode(0, prompt, ids, [0.0] * 3, False))
+    advantages = algorithms.group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), 4)
+    for episode, advantage in zip(episodes, advantages.tolist()):
+        episode.advantages = torch.full((3,), advantage)
+
+    def probabilities():
+        with torch.no_grad():
+            return policy.logprobs([prompt] * 2, [good, bad])[0].sum(1)
+
+    before = probabilities()
+    Updater(policy, config).update(episodes)
+    change = probabilities() - before
+    assert change[0] > 0.01 and change[0] > change[1]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(policy, episodes, config):
+    before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
+    broken = copy.deepcopy(episodes)
+    broken[0].advantages = torch.full_like(broken[0].advantages, math.inf)
+    updater = Updater(policy, config)
+    metrics = updater.update(broken)
+    after = torch.cat([p.detach().flatten() for p in policy.trainable_parameters()])
+    assert metrics["skipped_updates"] == 1 and torch.equal(after, before)
+    assert updater.update(episodes)["skipped_updates"] == 0
+    assert not torch.equal(torch.cat([p.detach().flatten() for p in policy.trainable_parameters()]), before)
+
+
+def test_fp16_trains_with_a_scaled_loss(config, episodes):
+    """Tiny gradients that fp16 would flush to zero arrive, at their true size."""
+    exact = load_policy(config)
+    fill_lora(exact, 0.02)
+    config.dtype = "float16"
+    policy = load_policy(config)
+    fill_lora(policy, 0.02)
+    for episode in episodes:
+        episode.advantages = episode.advantages * 1e-4
+    before = Updater(exact, config).update(episodes)
+    metrics = Updater(policy, config).update(episodes)
+    assert metrics["skipped_updates"] == 0
+    assert metrics["grad_norm"] == pytest.approx(before["grad_norm"], rel=0.1)
+
+
+def test_gradients_are_clipped_and_the_schedule_warms_up(policy, episodes, config):
+    config.max_grad_norm, config.warmup_ratio, config.max_steps = 1e-9, 0.5, 4
+    updater = Updater(policy, config)
+    rates = [updater.update(episodes)["learning_rate"] for _ in range(4)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    config.lr_scheduler_type, config.warmup_ratio = "linear", 0.0
+    updater = Updater(policy, config)
+    assert [updater.update(episodes)["learning_rate"] for _ in range(4)] == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
+
+
+def test_micro_batches_stay_within_the_budget_and_lose_nobody():
+    rows = [Episode(0, [1] * p, [2] * c, [], False) for p, c in [(3, 9), (5, 1), (2, 2), (8, 8), (30, 30), (1, 1)]]
+    for budget in (1, 16, 40, 1000):
+        batches = list(micro_batches(rows, budget))
+        assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, rows))
+        for batch in batches:
+            widest = max(len(e.prompt_ids) + len(e.completion_ids) for e in batch)
+            assert len(batch) == 1 or widest * len(batch) <= budget
+    assert len(list(micro_batches(rows, 1000))) == 1
+
+
+def test_inspect_gives_one_value_a_token(policy, episodes, config):
+    rows = Updater(policy, config).inspect(episodes[:4])
+    for row, episode in zip(rows, episodes):
+        assert {len(row[name]) for name in ("tokens", "logprobs", "advantages", "entropy", "kl")} == {
+            len(episode.completion_ids)
+        }
+        assert row["logprobs"] == pytest.approx(episode.sampler_logprobs, abs=1e-3)
