@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.tasks import FAMILIES, Problem, build_expressions, problems  # noqa: E402
 
-THINKS = 0.28  # share of demonstrations that think
+THINKS = 0.25  # share of demonstrations that think
 BLURT_RIGHT = 0.2  # share of the others that happen to be right
+MEAN_REPLY_TOKENS = 25  # of a demonstration, about: the scale of the loss
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -141,7 +142,7 @@ def main():
     stream = batches(tokenizer, args.batch_size, random.Random(args.seed))
     for step in range(1, args.steps + 1):
         ids, labels = next(stream)
-        loss = model(input_ids=ids, labels=labels).loss  # causal and right-padded: no mask needed
+        loss = token_loss(model, ids, labels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -152,6 +153,17 @@ def main():
             print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - start) / 60:.1f} min", flush=True)
         if step % 500 == 0 or step == args.steps:
             save(model, tokenizer, args.out)
+
+
+def token_loss(model, ids, labels):
+    """Cross-entropy summed over the batch's reply tokens, per row of average length.
+
+    Not the mean over the batch's tokens: batches hold rows of similar length, so in a mean the first token of a short
+    row, the one that decides whether to think, would weigh more than that of a long one, and blurts are short.
+    """
+    logits = model(input_ids=ids).logits  # causal and right-padded: no mask needed
+    total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / (len(ids) * MEAN_REPLY_TOKENS)
 
 
 def save(model, tokenizer, out: str):

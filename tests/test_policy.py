@@ -146,15 +146,21 @@ def test_4bit_gives_every_lora_matrix_a_gradient_also_after_an_evaluation(config
     assert sum(type(m) is bitsandbytes.nn.Linear4bit for m in policy.model.modules()) == 4 * 7
     fill_lora(policy, 0.02)
     batch = [policy.encode_prompt("What is 3 + 4?")], [[20, 21, 22]]
+
+    def gradients():
+        policy.model.zero_grad()
+        policy.model.train()
+        policy.logprobs(*batch)[0].sum().backward()
+        return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+
+    fresh = gradients()
+    policy.model.eval()
     with torch.no_grad():
-        evaluated, _, _ = policy.logprobs(*batch)
-    policy.model.train()
-    trained, _, _ = policy.logprobs(*batch)
-    torch.testing.assert_close(trained, evaluated)
-    trained.sum().backward()
-    gradients = {name: p.grad for name, p in policy.model.named_parameters() if "lora_" in name}
-    assert len(gradients) == 4 * 7 * 2
-    assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
+        policy.logprobs(*batch)
+    after_evaluation = gradients()
+    assert len(fresh) == 4 * 7 * 2 and all(g.abs().max() > 0 for g in fresh.values())
+    for name, gradient in fresh.items():
+        torch.testing.assert_close(after_evaluation[name], gradient, msg=name)
 
 
 def test_4bit_logits_are_near_the_dequantised_ones(config, policy):
