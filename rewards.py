@@ -37,7 +37,7 @@ def format(completion: Completion):
         return 0.0, "cut at the length limit"
     if completion.row.get("tests"):
         return ("def " in extract_code(completion.answer)), ""
-    return extract_answer(completion.answer) is not None
+    return bool(extract_answer(completion.answer))
 
 
 @metric

@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     }  # fmt: skip
 
     def write_summary():
-        run.write_summary(summary | {"seconds": watch.summary(), "peak_memory_mb": peak_memory_mb()})
+        run.write_summary(summary | {"seconds": watch.summary(), "peak_memory_mb": peak_memory_mb(policy.device)})
 
     # --- Before: the same held-out questions that are asked at the end.
     with policy.model.disable_adapter() if config.eval_only else contextlib.nullcontext():
@@ -120,8 +120,9 @@ def main(arguments: list[str]) -> None:
         """Save the LoRA as a folder that peft and others load."""
         state = {"step": step, "seed": config.seed, "eval": evaluations[max(evaluations)]}
         checkpoint = run.checkpoint_folder(step)
-        save_adapter(policy, checkpoint, report.model_card(config, step, evaluations), state)
-        run.mark_last(checkpoint)
+        if not checkpoint.exists():
+            save_adapter(policy, checkpoint, report.model_card(config, step, evaluations), state)
+            run.mark_last(checkpoint)
         return checkpoint
 
     try:
@@ -164,7 +165,11 @@ def main(arguments: list[str]) -> None:
             metrics["kl"] = report.mean(
                 [kl for tokens in inspected for kl in tokens["kl"]]
             )  # of one group, unless beta
-            metrics |= updated | {"num_tokens": summary["tokens"], **watch.lap(), "peak_memory_mb": peak_memory_mb()}
+            metrics |= updated | {
+                "num_tokens": summary["tokens"],
+                **watch.lap(),
+                "peak_memory_mb": peak_memory_mb(policy.device),
+            }
             run.log_rollouts(step, episodes, completions, scores)
             run.append("tokens.jsonl", [{"step": step, "prompt_id": rows[group]["id"], "completions": inspected}])
 
@@ -184,15 +189,15 @@ def main(arguments: list[str]) -> None:
                 if subject not in hints_given:  # once is enough
                     print(f"  hint: {hint}", flush=True)
                     hints_given.add(subject)
-    except KeyboardInterrupt:
-        if not history:
-            sys.exit("\nStopped before the end of the first step: nothing to save")
-        sys.exit(f"\nStopped after step {len(history)}. Saved the LoRA: {save(len(history))}")
+    except (KeyboardInterrupt, RewardError):  # nothing is lost: the LoRA as it was after the last whole step
+        if history:
+            print(f"\nStopped in step {len(history) + 1}. The LoRA after step {len(history)}: {save(len(history))}")
+        raise
 
-    # --- After: the same questions again, then the LoRA is saved, read back and compared.
-    after = measure(config.max_steps, "after")
-    finish(after, config.max_steps)
+    # --- After: the LoRA is saved, answers the same questions again, and is read back and compared.
     checkpoint = save(config.max_steps)
+    finish(measure(config.max_steps, "after"), config.max_steps)
+    run.write_card(checkpoint, report.model_card(config, config.max_steps, evaluations))
     probes = eval_prompts[:: max(1, len(eval_prompts) // 16)]
 
     def greedy_answers():
@@ -229,7 +234,10 @@ def endless_order(n: int, seed: int):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a model may write what a Windows console cannot show
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, RewardError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

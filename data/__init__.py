@@ -24,7 +24,10 @@ def load(source: str, n: int | None = None, split: str = "train", columns: dict 
     eval or pretrain, for the built-in families. columns: our column names to the file's. Raises DataError.
     """
     if source in FAMILIES:
-        return questions(source, split, n or 100, seed)
+        try:
+            return questions(source, split, n or 100, seed)
+        except ValueError as error:
+            raise DataError(str(error)) from None
     return read_file(source, columns or {})[:n]
 
 
@@ -39,7 +42,10 @@ def load_questions(
     train_rows, eval_rows, notes = [], [], []
     share = -(-eval_n // len(eval_data or train_data))  # rounded up
     for source in train_data:
-        rows = load(source, train_n, "train", columns, seed)
+        rows = load(source, None if source not in FAMILIES else train_n, "train", columns, seed)
+        if len(rows) > train_n:
+            notes.append(f"{source}: the first {train_n} of {len(rows)} questions are used (train_questions)")
+            rows = rows[:train_n]
         if not eval_data and source in FAMILIES:
             eval_rows += load(source, share, "eval", seed=EVAL_SEED)
         elif not eval_data:

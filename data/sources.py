@@ -33,6 +33,8 @@ def read_file(source: str, columns: dict[str, str]) -> list[dict]:
         )
     try:
         raw_rows = readers[path.suffix.lower()](path)
+    except csv.Error as error:
+        raise DataError(f"{source}: not a CSV file that can be read: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 text at byte {error.start}: save it as UTF-8") from None
     if not raw_rows:
@@ -42,7 +44,7 @@ def read_file(source: str, columns: dict[str, str]) -> list[dict]:
 
 def _read_jsonl(path: Path) -> list[tuple[int, dict]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -64,6 +66,7 @@ def _read_json(path: Path) -> list[tuple[int, dict]]:
 
 
 def _read_csv(path: Path) -> list[tuple[int, dict]]:
+    csv.field_size_limit(2**24)  # characters in a cell
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         rows = []
@@ -81,7 +84,7 @@ def _read_parquet(path: Path) -> list[tuple[int, dict]]:
 
     try:
         return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
 
 
@@ -107,11 +110,29 @@ def _to_schema(raw: dict, line: int, path: Path, columns: dict[str, str]) -> dic
                 "columns: {prompt: YOUR_COLUMN}"
             )
         row["prompt"] = row[name]
-    if not row["prompt"] or not isinstance(row["prompt"], (str, list)):
-        raise DataError(f"{path}:{line}: the prompt is {row['prompt']!r}: expected text (or a list of chat messages)")
-    tests = row.get("tests")
-    if isinstance(tests, str):  # as it comes from a CSV file: one assert a line
-        row["tests"] = [test for test in tests.splitlines() if test.strip()]
-    row["id"] = str(row.get("id") or f"{path.stem}:{line}")
+    if not is_prompt(row["prompt"]):
+        shown = str(row["prompt"])[:60]
+        raise DataError(
+            f"{path}:{line}: the prompt is {shown!r}: expected text, or a list of {{role, content}} messages"
+        )
+    for name in ("answer", "tests"):
+        if row.get(name) == "":  # an empty cell
+            row[name] = None
+    if isinstance(row.get("tests"), str):  # as it comes from a CSV file: one assert a line
+        row["tests"] = [test for test in row["tests"].splitlines() if test.strip()]
+    row["id"] = str(row["id"]) if row.get("id") not in (None, "") else f"{path.stem}:{line}"
     row["task"] = str(row.get("task") or path.stem)
     return row
+
+
+def is_prompt(prompt) -> bool:
+    """Whether a prompt is text, or a list of chat messages with a role and text each."""
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        )
+    )

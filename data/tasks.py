@@ -140,10 +140,16 @@ def problems(family: str, split: str, rng: random.Random):
 
 
 def questions(family: str, split: str, n: int, seed: int) -> list[dict]:
-    """`n` rows of one family and split, no prompt twice: id, prompt, task, and answer or (entry_point, tests)."""
-    rows, seen = [], set()
+    """`n` rows of one family and split, no prompt twice: id, prompt, task, and answer or (entry_point, tests).
+
+    Raises ValueError where the family has not so many.
+    """
+    rows, seen, repeats = [], set(), 0
     for problem in problems(family, split, random.Random(f"{family}/{split}/{seed}")):
         if problem.prompt in seen:
+            repeats += 1
+            if repeats > 3 * n + 1000:
+                raise ValueError(f"the family {family} does not have {n} different {split} questions: ask for fewer")
             continue
         seen.add(problem.prompt)
         row = {"id": f"{family}-{split}-{seed}-{len(rows)}", "prompt": problem.prompt, "task": family}

@@ -16,9 +16,11 @@ def grade_math(answer: str, gold: str | int | float) -> tuple[float, str]:
     """1.0 where the final answer in `answer` equals `gold`, else 0.0, with the reason in words.
 
     `answer` is what stands after the thinking (`Completion.answer`). Decimals count as equal within a relative 1e-6;
-    everything else must be exact. A gold in GSM8K's form is what stands after its `####`.
+    everything else must be exact. Of a gold that is a whole solution (`####` or `\\boxed{}`) its final answer counts.
     """
-    gold = str(gold).rpartition("####")[2].strip()
+    gold = str(gold)
+    if "####" in gold or "\\boxed{" in gold:  # a whole solution: its final answer is the gold
+        gold = extract_answer(gold) or gold
     found = extract_answer(answer)
     if found is None:
         return 0.0, "no answer: no \\boxed{}, no ####, no <answer>, no 'answer is'"
@@ -42,11 +44,13 @@ def extract_answer(text: str) -> str | None:
     if "<answer>" in text:
         tail = text.rsplit("<answer>", 1)[1]
         return tail.split("</answer>", 1)[0].strip() if "</answer>" in tail else None
-    marker = max(text.lower().rfind(marker) for marker in ("final answer:", "the answer is"))
-    if marker >= 0:
-        length = len("final answer:")  # both markers are thirteen characters long
-        return text[marker + length :].strip().split("\n", 1)[0].strip().rstrip(".")
+    markers = list(_MARKER.finditer(text))
+    if markers:
+        return text[markers[-1].end() :].split("\n", 1)[0].strip(" *_:").rstrip(".").strip(" *_")
     return None
+
+
+_MARKER = re.compile(r"(?:final answer|the answer is)[ :*_]*", re.IGNORECASE)
 
 
 def _last_box(text: str) -> str | None:
@@ -75,22 +79,27 @@ def is_equal(answer: str, gold: str) -> bool:
     return a == b or ("." in answer and abs(a - b) <= abs(b) / 10**6)
 
 
-_DRESSING = re.compile(
-    r"\\(?:left|right|displaystyle|,|;|!|:| )|\\text\{[^{}]*\}|\\mathrm\{[^{}]*\}|\\mbox\{[^{}]*\}|\\?\$|[€£]|\^?\\circ|°"
-)
+_DRESSING = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:| )|\\?\$|[€£]|\^?\\circ|°")
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}")
 
 
 def normalise(text: str) -> str:
     """Text without the dressing that does not change an answer: dollar signs, spacing commands, units in \\text{}."""
     text = _DRESSING.sub("", text.strip())
     text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("\\%", "%").replace("−", "-")
-    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,080 and 1{,}080
+    unit = _TEXT.search(text)
+    if unit and unit.end() == len(text.rstrip()) and unit.start() > 0:  # a unit behind the answer
+        text = text[: unit.start()]
+    text = _TEXT.sub(r"\1", text)  # words that are the answer
+    if re.fullmatch(r"[+-]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d*)?%?", text.strip()):
+        text = text.replace("{,}", "").replace(",", "")  # 1,080 and 1{,}080, but not the pair (1,200)
     return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
 
 
 _NUMBER = r"\d+(?:\.\d+)?|\.\d+"
 _PATTERNS = (  # each reads the whole text, after an optional sign
     (re.compile(rf"({_NUMBER})(%?)"), lambda m: Fraction(m[1]) / (100 if m[2] else 1)),
+    (re.compile(rf"({_NUMBER})[eE]([+-]?\d{{1,3}})"), lambda m: Fraction(f"{m[1]}e{m[2]}")),
     (re.compile(rf"({_NUMBER}) ?/ ?({_NUMBER})"), lambda m: Fraction(m[1]) / Fraction(m[2])),
     (re.compile(rf"\\frac ?\{{ ?(-?(?:{_NUMBER})) ?\}} ?\{{ ?({_NUMBER}) ?\}}"), lambda m: Fraction(m[1]) / Fraction(m[2])),
     (re.compile(r"\\frac(\d)(\d)"), lambda m: Fraction(m[1]) / Fraction(m[2])),

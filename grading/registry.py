@@ -17,8 +17,10 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping, and cannot judge a row alone
 
 
 class RewardError(Exception):
@@ -101,6 +103,10 @@ class RewardFunction:
         kind = "code" if row.get("tests") else "math" if row.get("answer") is not None else None
         return self.when in (kind, row.get("task"))
 
+    def __call__(self, completion: "Completion"):
+        """What the function returns, None where it does not apply."""
+        return self.function(completion) if self.applies(completion.row) else None
+
 
 def reward(function: Callable | None = None, *, weight: float = 1.0, when: str | Callable | None = None):
     """Mark a function as a reward with its weight. As `@reward` or `@reward(weight=0.2, when="math")`."""
@@ -129,20 +135,12 @@ class Rewards:
     def names(self) -> list[str]:
         return [f.name for f in self.functions if f.weight]
 
-    @property
-    def maximum(self) -> float:
-        """The largest possible total if every function gives at most 1."""
-        return sum(f.weight for f in self.functions if f.weight > 0)
-
     def score(self, completion: Completion) -> Score:
         """Apply every function that applies to the completion's row. Raises RewardError where one of them fails."""
         score = Score(0.0, {}, {}, {}, "wrong")
         judge, ungraded = None, False
         for f in self.functions:
             values = score.parts if f.weight else score.metrics
-            values[f.name] = None
-            if not f.applies(completion.row):
-                continue
             try:
                 value, reason = self._call(f, completion)
             except Ungraded as error:
@@ -162,7 +160,7 @@ class Rewards:
 
     def _call(self, f: RewardFunction, completion: Completion) -> tuple[float | None, str]:
         try:
-            result = f.function(completion)
+            result = f(completion)
         except (Ungraded, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -174,7 +172,7 @@ class Rewards:
         if value is not None and (not isinstance(value, (bool, int, float)) or not math.isfinite(value)):
             expected = "a finite number, a bool, None or (number, 'reason')"
             raise self._fault(f, completion, f"returned {_short(result)}, expected {expected}", _line_of(f))
-        return None if value is None else float(value), str(reason)
+        return None if value is None else float(value), str(reason or "")
 
     def _fault(self, f: RewardFunction, completion: Completion, problem: str, line) -> RewardError:
         row = completion.row.get("id", "?")
@@ -184,19 +182,34 @@ class Rewards:
         )
 
     def check(self, rows: list[dict]) -> None:
-        """Try every function on one row of each task before a model is loaded. Raises RewardError.
+        """Try every function on rows of each task and kind before a model is loaded. Raises RewardError.
 
-        Catches what is wrong with the file itself (a misspelt column, a wrong return value) while nothing is lost.
+        Catches what is wrong with the file or the data (a misspelt column, a row without its gold, a wrong return
+        value) while nothing is lost.
         """
-        for row in {row.get("task"): row for row in reversed(rows)}.values():
-            applying = [f.name for f in self.functions if f.weight and f.applies(row)]
-            if not applying:
+        heaviest = max(f.weight for f in self.functions)
+        tried = set()
+        for row in rows:
+            kind = row.get("task"), row.get("answer") is not None, bool(row.get("tests"))
+            completion = Completion(prompt=prompt_text(row["prompt"]), text="", row=row)
+            if kind not in tried:
+                tried.add(kind)
+                for text in ("", "<think>two</think>2"):
+                    self.score(replace(completion, text=text, tokens=len(text)))
+            applying = [f for f in self.functions if f.weight and f.applies(completion.row)]
+            if max((f.weight for f in applying), default=0.0) <= SHAPING_SHARE * heaviest:
+                weightier = [f.name for f in self.functions if f.weight == heaviest]
                 raise RewardError(
-                    f"no reward function in {self.path.name} applies to the task '{row.get('task')}' (row {row['id']}): "
-                    f"widen a when=, or add one of {', '.join(self.names)} without it"
+                    f"row {row['id']}: of the rewards in {self.path.name} only "
+                    f"{', '.join(f.name for f in applying) or 'none'} applies, but not {' or '.join(weightier)}: the row "
+                    "needs the column answer or tests (columns: {answer: YOUR_COLUMN} maps yours), or the reward another "
+                    f"when= (the row's task is '{row.get('task')}')"
                 )
-            for text in ("", "<think>two</think>2"):
-                self.score(Completion(prompt=str(row["prompt"]), text=text, row=row, tokens=len(text)))
+
+
+def prompt_text(prompt: str | list[dict]) -> str:
+    """The question itself: the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def load_rewards(path: str, reward_funcs: list[str] | None = None, reward_weights: dict[str, float] | None = None):

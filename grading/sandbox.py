@@ -20,6 +20,7 @@ MAX_PROGRAM_CHARS = 64 * 1024
 MAX_STDOUT_BYTES = 256 * 1024
 MEMORY_BYTES = 256 * 1024 * 1024
 RELATIVE_TOLERANCE = 1e-6  # only where a float is involved
+MONTY_LACKS = "The monty syntax parser does not yet support"  # how Monty refuses a construct
 
 
 class Call(NamedTuple):
@@ -45,13 +46,23 @@ def grade_code(answer: str, tests: list[str], timeout: float = 1.0) -> tuple[flo
     return _run_calls(code, calls, timeout)
 
 
-_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-
-
 def extract_code(answer: str) -> str:
-    """The program in an answer: the last fenced block (closed or not), else the whole text."""
-    fenced = _FENCE.findall(answer)
-    return (fenced[-1] if fenced else answer).strip("\n").rstrip()
+    """The program in an answer: the last fenced block that defines something, else the last block, else all of it.
+
+    A fence is a line that starts with three backticks; the last block need not be closed.
+    """
+    blocks, inside = [], None
+    for line in answer.split("\n"):
+        if line.lstrip().startswith("```"):
+            if inside is not None:
+                blocks.append("\n".join(inside))
+            inside = [] if inside is None else None
+        elif inside is not None:
+            inside.append(line)
+    if inside is not None:
+        blocks.append("\n".join(inside))
+    defining = [block for block in blocks if "def " in block or "lambda" in block]
+    return (defining or blocks or [answer])[-1].strip("\n").rstrip()
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -101,11 +112,11 @@ def _run_calls(code: str, calls: tuple[Call, ...], timeout: float) -> tuple[floa
                 if not is_same(result, call.expected):
                     return 0.0, f"test {number} of {len(calls)}: {_call_text(call)} gave {_short_repr(result)}"
     except monty.MontySyntaxError as error:
-        if "not yet support" in str(error):
+        if MONTY_LACKS in str(error):
             raise Ungraded(f"the sandbox cannot run this: {error}") from None
         return 0.0, f"syntax error: {_first_line(error)}"
     except monty.MontyRuntimeError as error:
-        if _is_unsupported(error.exception()):
+        if _is_unsupported(error.exception(), code):
             raise Ungraded(f"the sandbox cannot run this: {_first_line(error)}") from None
         return 0.0, f"raised {_first_line(error)}"
     except monty.MontyCrashedError as error:
@@ -115,11 +126,14 @@ def _run_calls(code: str, calls: tuple[Call, ...], timeout: float) -> tuple[floa
     return 1.0, f"passed {len(calls)} tests"
 
 
-def _is_unsupported(error: BaseException) -> bool:
+def _is_unsupported(error: BaseException, code: str) -> bool:
+    """Whether the sandbox lacks what an honest program uses; raising such an error on purpose does not count."""
     if isinstance(error, NotImplementedError):
-        return "monty" in str(error)
-    if isinstance(error, ImportError):  # a real module that the sandbox lacks, not one that nobody has
-        return any(name in sys.stdlib_module_names for name in re.findall(r"'(\w+)", str(error)))
+        return MONTY_LACKS in str(error) and "NotImplementedError" not in code
+    if isinstance(error, ImportError):  # a real module that Monty lacks, not one that nobody has
+        name = next(iter(re.findall(r"'(\w+)", str(error))), "")
+        imported = rf"^\s*(?:import|from)\s[^\n]*\b{name}\b"
+        return name in sys.stdlib_module_names and re.search(imported, code, re.MULTILINE) is not None
     return False
 
 
@@ -137,10 +151,15 @@ def is_same(result, expected) -> bool:
     if type(expected) in (list, tuple):
         return len(result) == len(expected) and all(map(is_same, result, expected))
     if type(expected) is dict:
-        return result.keys() == expected.keys() and all(is_same(result[key], expected[key]) for key in expected)
-    if type(expected) in (str, bytes, bool, type(None), set, frozenset, complex):
-        return result == expected
-    return False
+        return _typed(result) == _typed(expected) and all(is_same(result[key], expected[key]) for key in expected)
+    if type(expected) in (set, frozenset):
+        return _typed(result) == _typed(expected)
+    return type(expected) in (str, bytes, bool, type(None), complex) and result == expected
+
+
+def _typed(values) -> set:
+    """Elements or keys with their types, so that 1 and True differ."""
+    return {(type(value), value) for value in values}
 
 
 _lock = threading.Lock()
@@ -179,8 +198,8 @@ def _first_line(error) -> str:
 def check_tests(rows: list[dict]) -> None:
     """Raise RewardError naming the first row whose `tests` could not be run."""
     for row in rows:
-        if "tests" in row:
+        if row.get("tests") is not None:
             try:
-                parse_tests(tuple(row["tests"] or ()))
+                parse_tests(tuple(row["tests"]))
             except (ValueError, TypeError) as error:
                 raise RewardError(f"row {row['id']}, column tests: {error}") from None

@@ -23,6 +23,8 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
     grouped = rewards.view(-1, num_generations)  # (P, G)
     graded = ~grouped.isnan()
     count = graded.sum(1, keepdim=True)
+    # From the group's first graded reward, so that equal rewards give exactly 0, not a rounding error over 1e-4.
+    grouped = grouped - grouped.gather(1, graded.int().argmax(1, keepdim=True))
     mean = grouped.nansum(1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(graded, grouped - mean, 0.0)  # (P, G)
     if scale_rewards == "group":

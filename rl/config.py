@@ -39,7 +39,7 @@ class Config:
     eval_questions: int = 402  # how many held-out questions in all
     columns: dict[str, str] = field(default_factory=dict)  # ours to yours: {prompt: question, answer: gold}
     system_prompt: str | None = None  # put before every question as the system message
-    chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
+    chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # {enable_thinking: false}; YAML only
 
     # --- what is good
     rewards_file: str = "rewards.py"  # the file with the reward functions
@@ -89,6 +89,9 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot work."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} is {value}, but must be a finite number")
         positive = (
             "max_steps prompts_per_step num_generations max_completion_length rollout_batch_size num_iterations lora_r "
             "lora_alpha num_mini_batches max_tokens_per_micro_batch train_questions eval_questions logging_steps"
@@ -134,6 +137,11 @@ class Config:
             raise ConfigError(
                 f"num_mini_batches ({self.num_mini_batches}) is more than prompts_per_step ({self.prompts_per_step}): "
                 "each mini-batch needs at least one group"
+            )
+        if self.rollout_batch_size < self.num_generations:
+            raise ConfigError(
+                f"rollout_batch_size ({self.rollout_batch_size}) is less than num_generations ({self.num_generations}): a "
+                "group is generated together"
             )
         if self.max_grad_norm <= 0:
             raise ConfigError(f"max_grad_norm is {self.max_grad_norm}, but must be above 0 (a large number is off)")
@@ -208,22 +216,18 @@ def unknown_setting(name: str, where: str) -> ConfigError:
 
 
 def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
-    """The settings from `--config FILE` (or the default file) with command-line overrides, and the file's name.
+    """The settings with command-line overrides, and a name for the run.
 
+    They come from `--config FILE`, else from the run that `--adapter` was saved by, else from the default file.
     Raises ConfigError; leaves with tyro's own message for a value on the command line that cannot be read.
     """
     import tyro
 
-    arguments = list(arguments)
-    file = default_file
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            if not equals and i + 1 == len(arguments):
-                raise ConfigError("--config needs the path of a YAML file, such as configs/tiny.yaml")
-            file = value if equals else arguments[i + 1]
-            del arguments[i : i + (1 if equals else 2)]
-            break
+    file, arguments = take_config(arguments)
+    adapter = next((b for a, b in zip(arguments, arguments[1:]) if a == "--adapter"), None)
+    if file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
+        file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
+    file = file or default_file
     known = {f.name for f in dataclasses.fields(Config)} | {"help"}
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
@@ -232,7 +236,20 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
     config = tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
     config.check()
-    return config, Path(file).stem
+    return config, Path(file).parent.name if Path(file).name == "config.yaml" else Path(file).stem
+
+
+def take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, and the other arguments."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--config" and equals:
+            return value, [*arguments[:i], *arguments[i + 1 :]]
+        if name == "--config":
+            if i + 1 == len(arguments):
+                raise ConfigError("--config needs the path of a YAML file, such as configs/tiny.yaml")
+            return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
+    return None, list(arguments)
 
 
 def read_yaml(file: str) -> Config:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grading import Completion, Rewards
+from grading import Completion, Rewards, prompt_text
 from rl.config import Config
 from rl.policy import Policy
 from rl.rollout import Episode, Sampling, rollout
@@ -21,7 +21,7 @@ EVAL_SEED = 12345  # of the sampled answers: the same for every evaluation
 
 def to_completions(policy: Policy, episodes: list[Episode], rows: list[dict], step: int) -> list[Completion]:
     """The episodes as reward functions see them. rows[e.question] is an episode's data row."""
-    opened = {e.question: policy.opened_thinking(rows[e.question]["prompt"]) for e in episodes}
+    opened = {i: policy.opened_thinking(rows[i]["prompt"]) for i in {e.question for e in episodes}}
     return [
         Completion(
             prompt=prompt_text(rows[e.question]["prompt"]),
@@ -33,11 +33,6 @@ def to_completions(policy: Policy, episodes: list[Episode], rows: list[dict], st
         )
         for e in episodes
     ]
-
-
-def prompt_text(prompt: str | list[dict]) -> str:
-    """The question itself: the last message of a conversation."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 @dataclass

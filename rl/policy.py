@@ -15,9 +15,13 @@ from pathlib import Path
 # On some CPUs bitsandbytes reports on import that an optional kernel is not installed. It is not needed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+import httpx  # noqa: E402
+import huggingface_hub  # noqa: E402
+import jinja2  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 from rl.config import Config, ConfigError  # noqa: E402
@@ -79,7 +83,16 @@ class Policy:
 
     def encode_prompts(self, rows: list[dict], max_completion_length: int) -> list[list[int]]:
         """The prompts of data rows as token ids. Raises ConfigError where one leaves no room for a completion."""
-        prompts = [self.encode_prompt(row["prompt"]) for row in rows]
+        prompts = []
+        for row in rows:
+            try:
+                prompts.append(self.encode_prompt(row["prompt"]))
+            except (jinja2.TemplateError, ValueError, TypeError) as error:
+                raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {_first_line(error)}") from error
+            if not prompts[-1]:
+                raise ConfigError(
+                    f"row {row['id']}: the prompt has no tokens: is there a tokenizer in {self.tokenizer.name_or_path}?"
+                )
         longest = max(range(len(rows)), key=lambda i: len(prompts[i]))
         needed = len(prompts[longest]) + max_completion_length
         if self.context_length and needed > self.context_length:
@@ -148,15 +161,21 @@ def load_policy(config: Config) -> Policy:
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             config.model,
             dtype=dtype,
             device_map={"": device},
             quantization_config=quantization if config.load_in_4bit else None,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {config.model} cannot be loaded: {_first_line(error)}") from error
-    prepare(model, config)
+    if loading["missing_keys"]:  # they would be random numbers
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ConfigError(f"model: the weights of {config.model} lack {missing}: the files are not whole")
+    model.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     torch.manual_seed(config.seed)  # of the LoRA's random half
     if config.adapter:
@@ -167,6 +186,7 @@ def load_policy(config: Config) -> Policy:
             task_type="CAUSAL_LM",
         )  # fmt: skip
         model = peft.get_peft_model(model, lora)
+    make_deterministic(model)
     model.eval()
     return Policy(
         model=model,
@@ -182,20 +202,18 @@ def load_policy(config: Config) -> Policy:
     )
 
 
-def prepare(model, config: Config) -> None:
-    """Freeze the base model and take out what would make two forward passes differ."""
-    model.requires_grad_(False)
+def make_deterministic(model) -> None:
+    """Take out what would make two forward passes of model and LoRA differ: the ratio of a first update must be 1."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the ratio of a first update must be exactly 1
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # applied as a function
+                setattr(module, name, 0.0)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On CPUs with AVX512-BF16, bitsandbytes repacks the weights for good in the first forward without
             # gradient (an evaluation), and from then on gives no gradient to its input.
             module.support_avx512bf16_for_cpu = False
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_adapter(model, config: Config) -> peft.PeftModel:
@@ -228,7 +246,8 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def find_eos_ids(tokenizer, model) -> frozenset[int]:
     """The union of what tokenizer, model and generation_config call end of sequence; some models have several."""
-    sources = (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id)
+    configs = (tokenizer, model.config, model.config.get_text_config(), model.generation_config)
+    sources = [getattr(c, "eos_token_id", None) for c in configs]
     ids = frozenset(i for s in sources for i in (s if isinstance(s, (list, tuple)) else [s]) if i is not None)
     if not ids:
         raise ConfigError("the model has no end-of-sequence token: set eos_token in its tokenizer_config.json")
@@ -241,18 +260,31 @@ def check_model(config: Config) -> None:
     if Path(config.model).is_dir():
         if not (Path(config.model) / "config.json").is_file():
             raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
-    else:
+    elif not is_cached(config.model):
         try:
-            transformers.utils.cached_file(config.model, "config.json")
-        except (OSError, ValueError) as error:
+            huggingface_hub.HfApi().model_info(config.model, timeout=10)
+        except (httpx.HTTPError, OSError, ValueError) as error:  # not found, no network, not a name
             near = difflib.get_close_matches(config.model, ["data/tiny"], n=1)
-            hint = f"did you mean {near[0]}?" if near else _first_line(error)
-            raise ConfigError(f"model: {config.model} is neither a folder nor a model on the Hub: {hint}") from None
+            hint = (
+                "this machine cannot reach the Hub" if isinstance(error, httpx.TransportError) else _first_line(error)
+            )
+            hint = f"did you mean {near[0]}?" if near else hint
+            raise ConfigError(
+                f"model: {config.model} is neither a folder here nor a model that can be fetched: {hint}"
+            ) from None
     if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
         raise ConfigError(
             f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
             "(give a folder such as runs/NAME/checkpoints/step_000040)"
         )
+
+
+def is_cached(model: str) -> bool:
+    """Whether a model of the Hub has been downloaded before."""
+    try:
+        return isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str)
+    except ValueError:  # not a name the Hub could have
+        return False
 
 
 def save_adapter(policy: Policy, folder: Path, card: str, state: dict) -> None:

@@ -111,7 +111,7 @@ def dialogue(record: dict) -> str:
     expected = record["expected"]
     verdict = record["verdict"]
     if expected is not None:
-        verdict += f" (expected: {'; '.join(expected) if isinstance(expected, list) else expected})"
+        verdict += f" (expected: {'; '.join(map(str, expected)) if isinstance(expected, list) else expected})"
     lines = [f"question: {record['question']}", f"answer:   {record['completion']}", f"verdict:  {verdict}"]
     return "\n".join("  " + line.replace("\n", "\n            ") for line in lines)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from rl.config import ConfigError
 from rl.policy import Policy
 
 DROP_FINISHED_SHARE = 0.2  # rows are dropped from the batch once this share of them has ended
@@ -90,6 +91,11 @@ class _Decoding:
     def run(self, on_finished) -> list[tuple[list[int], list[float], bool]]:
         device, group = self.policy.device, self.num_generations
         logits, cache, attention_mask = self._prefill()
+        if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+            kind = self.policy.model.config.model_type
+            raise ConfigError(
+                f"model: the roll-out cannot share a prompt's cache in models of the type {kind} (recurrent layers)"
+            )
         logits = logits.repeat_interleave(group, 0)  # (B, V)
         cache.batch_repeat_interleave(group)
         attention_mask = attention_mask.repeat_interleave(group, 0)  # (B, P)

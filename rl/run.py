@@ -40,13 +40,13 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir: {path} cannot be made: {error.strerror}") from None
-        settings = dataclasses.asdict(dataclasses.replace(config, output_dir=str(path)))
+        settings = dataclasses.asdict(config) | {"output_dir": None}  # so that it can be used as a config again
         self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         shutil.copy(rewards_file, path / "rewards.py")
 
     def append(self, name: str, lines: list[dict]) -> None:
         """Add lines to a .jsonl file in one write, so that no reader meets half of them."""
-        text = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(to_json(line) + "\n" for line in lines)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
 
@@ -65,13 +65,16 @@ class RunFolder:
         ])  # fmt: skip
 
     def write_evaluation(self, name: str, lines: list[dict]) -> None:
-        self._write(f"eval/{name}.jsonl", "".join(json.dumps(finite(x), ensure_ascii=False) + "\n" for x in lines))
+        self._write(f"eval/{name}.jsonl", "".join(to_json(x) + "\n" for x in lines))
 
     def write_summary(self, summary: dict) -> None:
-        self._write("summary.json", json.dumps(finite(summary), indent=2) + "\n")
+        self._write("summary.json", to_json(summary, indent=2) + "\n")
 
     def checkpoint_folder(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:06d}"
+
+    def write_card(self, checkpoint: Path, card: str) -> None:
+        self._write(checkpoint.relative_to(self.path) / "README.md", card)
 
     def mark_last(self, checkpoint: Path) -> None:
         """checkpoints/last names the newest checkpoint."""
@@ -108,10 +111,15 @@ class RunFolder:
         figure.savefig(self.path / "curve.png", dpi=110)
         pyplot.close(figure)
 
-    def _write(self, name: str, text: str) -> None:
-        unfinished = self.path / (name + ".unfinished")
+    def _write(self, name: str | Path, text: str) -> None:
+        unfinished = self.path / f"{name}.unfinished"
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, self.path / name)
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON with null for nan and inf, and text for what JSON does not know (a date, a decimal)."""
+    return json.dumps(finite(value), ensure_ascii=False, indent=indent, default=str)
 
 
 def finite(value):
@@ -163,9 +171,9 @@ def describe_machine(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores"
 
 
-def peak_memory_mb() -> float | None:
+def peak_memory_mb(device: torch.device) -> float | None:
     """The most memory in use so far: allocated on the GPU, else resident in this process (None where unknown)."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
         import resource

@@ -38,8 +38,10 @@ class Updater:
     def update(self, episodes: list[Episode]) -> dict[str, float]:
         """All optimizer steps of one roll-out. Returns metrics by TRL's names.
 
-        Every episode must have its advantages. Fills old_logprobs and reference_logprobs where they are needed.
+        Every episode must have its advantages. Fills old_logprobs and reference_logprobs where they are needed. Means
+        over tokens are over those of contributing completions, and nan where nothing contributed.
         """
+        learning_rate = self.optimizer.param_groups[0]["lr"]  # of the first optimizer step
         config = self.config
         if not config.on_policy:
             self.fill_logprobs(episodes, "old_logprobs")
@@ -52,7 +54,7 @@ class Updater:
         for _ in range(config.num_iterations):
             for mini_batch in self.mini_batches(episodes):
                 self.optimizer_step(mini_batch, totals)
-        tokens, updates = max(totals["tokens"], 1), max(totals["updates"], 1)
+        tokens, updates = totals["tokens"] or math.nan, totals["updates"] or math.nan  # nan: nothing contributed
         metrics = {
             "loss": totals["loss"] / (config.num_iterations * config.num_mini_batches),
             "entropy": totals["entropy"] / tokens,
@@ -60,7 +62,7 @@ class Updater:
             "clip_ratio/high_mean": totals["high"] / tokens,
             "clip_ratio/region_mean": (totals["low"] + totals["high"]) / tokens,
             "grad_norm": totals["grad_norm"] / updates,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate,
             "skipped_updates": totals["skipped"],
         }
         if config.beta:
@@ -147,22 +149,27 @@ class Updater:
     @torch.no_grad()
     def inspect(self, episodes: list[Episode]) -> list[dict]:
         """What happens at each token of a few episodes, for tokens.jsonl: one dict a completion, one value a token."""
-        batch = [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
-        logprobs, mask, entropy = self.policy.logprobs(*batch, with_entropy=True)
-        with self.policy.reference():
-            reference, _, _ = self.policy.logprobs(*batch)
-        kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
-        rows = []
-        for i, episode in enumerate(episodes):
-            n = len(episode.completion_ids)
-            rows.append({
-                "tokens": [self.policy.tokenizer.decode([token]) for token in episode.completion_ids],
-                "logprobs": _rounded(logprobs[i, :n]),
-                "advantages": _rounded(episode.advantages),
-                "entropy": _rounded(entropy[i, :n]),
-                "kl": _rounded(kl[i, :n]),
-            })  # fmt: skip
-        return rows
+        rows = {}
+        for batch in micro_batches(episodes, self.config.max_tokens_per_micro_batch):
+            ids = [e.prompt_ids for e in batch], [e.completion_ids for e in batch]
+            logprobs, mask, entropy = self.policy.logprobs(*ids, with_entropy=True)
+            with self.policy.reference():
+                reference, _, _ = self.policy.logprobs(*ids)
+            kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
+            for i, episode in enumerate(batch):
+                rows[id(episode)] = self.inspected(episode, logprobs[i], entropy[i], kl[i])
+        return [rows[id(episode)] for episode in episodes]
+
+    def inspected(self, episode: Episode, logprobs, entropy, kl) -> dict:
+        """One completion token by token; logprobs, entropy and kl are (C,) of the padded batch."""
+        n = len(episode.completion_ids)
+        return {
+            "tokens": [self.policy.tokenizer.decode([token]) for token in episode.completion_ids],
+            "logprobs": _rounded(logprobs[:n]),
+            "advantages": _rounded(episode.advantages),
+            "entropy": _rounded(entropy[:n]),
+            "kl": _rounded(kl[:n]),
+        }
 
 
 def micro_batches(episodes: list[Episode], max_tokens: int) -> Iterator[list[Episode]]:

@@ -36,6 +36,13 @@ def test_ungraded_completions_leave_the_baseline():
     close(A.group_advantages(torch.tensor([NAN, NAN, 2.0, NAN]), 4), [0.0, 0.0, 0.0, 0.0])
 
 
+@given(st.floats(-3, 3), st.integers(2, 12), st.sampled_from(["group", "batch", "none"]))
+@settings(max_examples=80, deadline=None)
+def test_equal_rewards_give_exactly_zero(reward, size, scale):
+    """Not a rounding error that the division by 1e-4 would make visible; so that such groups can be skipped."""
+    assert not A.group_advantages(torch.tensor([reward] * size), size, scale).any()
+
+
 @given(st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=4), st.floats(-3, 3, width=32))
 @settings(max_examples=50, deadline=None)
 def test_advantages_sum_to_zero_and_ignore_a_shift(rewards, shift):

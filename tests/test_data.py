@@ -1,12 +1,14 @@
 """Reading a person's own files: every format, every mistake."""
 
 import json
+import random
 import subprocess
 import sys
 
 import pytest
 
 from data import DataError, load, load_questions
+from data.tasks import MAKERS, make_sum
 
 ROWS = [{"question": f"What is {i} + 1?", "gold": i + 1, "level": "easy"} for i in range(20)]
 
@@ -54,7 +56,11 @@ def test_own_ids_tasks_messages_and_tests_are_kept(tmp_path):
         ("q.jsonl", "", r"q.jsonl: the file has no rows"),
         ("q.jsonl", '{"text": "a"}', r"q.jsonl:1: no column prompt or question, only text"),
         ("q.jsonl", '{"prompt": ""}', r"q.jsonl:1: the prompt is ''"),
-        ("q.jsonl", '{"prompt": 3}', r"q.jsonl:1: the prompt is 3"),
+        ("q.jsonl", '{"prompt": 3}', r"q.jsonl:1: the prompt is '3'"),
+        ("q.jsonl", '{"prompt": []}', r"q.jsonl:1: the prompt is"),
+        ("q.jsonl", '{"prompt": ["Hi"]}', r"q.jsonl:1: the prompt is .* list of .role, content"),
+        ("q.jsonl", '{"prompt": [{"role": "user"}]}', r"q.jsonl:1: the prompt is"),
+        ("q.jsonl", '{"prompt": [{"role": "user", "content": [1]}]}', r"q.jsonl:1: the prompt is"),
         ("q.json", '{"prompt": "a"}', r"q.json: expected a list"),
         ("q.json", '[{"prompt": "a"},\n oops]', r"q.json:2: not valid JSON"),
         ("q.csv", "prompt,answer\na,1\nb\n", r"q.csv:3: this row does not have the header's 2 fields"),
@@ -110,6 +116,31 @@ def test_built_in_families_have_their_own_held_out_questions():
     assert len(train) == 150 and len(held_out) == 30 and not notes
     assert {row["task"] for row in held_out} == {"sums", "words", "functions"}
     assert load_questions(["sums", "words", "functions"], [], 50, 30, {}, seed=2)[1] == held_out
+
+
+def test_cells_that_are_empty_and_lines_that_are_odd(tmp_path):
+    (tmp_path / "q.csv").write_text('prompt,answer,tests,id\na,1,,0\nb,,"assert f(1) == 1",\n')
+    first, second = load(str(tmp_path / "q.csv"))
+    assert (first["answer"], first["tests"], first["id"]) == ("1", None, "0")
+    assert (second["answer"], second["tests"], second["id"]) == (None, ["assert f(1) == 1"], "q:3")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}', encoding="utf-8")
+    assert [row["prompt"] for row in load(str(tmp_path / "q.jsonl"))] == ["a\u2028b", "c"]
+    (tmp_path / "long.csv").write_text("prompt\n" + "x" * 200_000)
+    assert len(load(str(tmp_path / "long.csv"))[0]["prompt"]) == 200_000
+
+
+def test_more_questions_than_there_are(monkeypatch):
+    """An error, not an endless search."""
+    few = [make_sum(random.Random(seed)) for seed in range(40)]
+    monkeypatch.setitem(MAKERS, "sums", lambda rng: rng.choice(few))
+    with pytest.raises(DataError, match="sums does not have 100 different eval questions"):
+        load("sums", 100, "eval")
+
+
+def test_a_file_that_is_cut_is_noted(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    train, _, notes = load_questions([str(tmp_path / "a.jsonl")], ["sums"], 7, 9, {}, 0)
+    assert len(train) == 7 and "the first 7 of 20 questions are used" in notes[0]
 
 
 def test_show_prints_rows_and_errors():

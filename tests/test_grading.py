@@ -62,6 +62,9 @@ def test_thinking_and_answer(text, thinking, answer):
         ("<answer>7", None),
         ("The answer is 12.\nBye", "12"),
         ("Final answer: 3", "3"),
+        ("The answer is: **5**.", "5"),
+        ("**Final answer:** 5", "5"),
+        ("İİİİ the answer is 5", "5"),
         ("it is 7", None),  # never simply the last number
         ("", None),
         ("\\boxed{" * 5000, None),
@@ -76,7 +79,8 @@ def test_extract_answer(text, expected):
     [
         ("17", "17"), ("17", 17), ("+17", "17"), ("-3", "-3"), ("17.0", "17"), ("1,080", "1080"), ("$1{,}080$", "1080"),
         (r"\frac{1}{2}", "0.5"), (r"\dfrac12", "1/2"), (r"-\frac{1}{2}", r"\frac{-1}{2}"), ("2 2/3", "8/3"), ("50%", "0.5"),
-        ("0.3333333333", "1/3"), ("x", "x"), (r"12\text{ cm}", "12"), ("72", "48+24=<<48+24=72>>72\n#### 72"),
+        ("0.3333333333", "1/3"), ("x", "x"), (r"12\text{ cm}", "12"), (r"\text{Yes}", r"\text{Yes}"), (r"\text{B}", "B"), ("1e-07", 1e-7), ("4", r"so \boxed{4}."),
+        (r"(1, 200)", "(1, 200)"), ("72", "48+24=<<48+24=72>>72\n#### 72"),
     ],
 )  # fmt: skip
 def test_equal_answers(answer, gold):
@@ -88,7 +92,7 @@ def test_equal_answers(answer, gold):
     [
         ("17", "18"), ("7", "-7"), ("4 = 5", "5"), ("2 2/3", "2"), ("1/0", "1"), ("0.5", "0.50001"), ("", ""), ("12", "1"),
         ("1e3", "1000.0001"), ("9" * 41, "9" * 42), ("9**9**9**9", "1"), ("99999999!", "1"), ("(" * 200 + "1", "1"),
-        ("1" * 100_000, "1"), ("nan", "nan1"), ("inf", "1"), ("٣", "4"),
+        ("1" * 100_000, "1"), ("nan", "nan1"), ("inf", "1"), ("٣", "4"), (r"3\text{ or }4", "34"), ("(1,200)", "(1200)"), ("1e999", "1"),
     ],
 )  # fmt: skip
 def test_different_answers(answer, gold):
@@ -120,6 +124,8 @@ def test_any_text_is_graded(text):
         ("Here:\n```python\na = 1\n```\nbye", "a = 1"),
         ("```\na = 1\n```\nor\n```py\nb = 2\n```", "b = 2"),
         ("```python\na = 1", "a = 1"),  # not closed
+        ("```python3\ndef f(x): return x\n```\nFor example:\n```text\n>>> f(1)\n1\n```\nDone.", "def f(x): return x"),
+        ("```python\ndef f(x): return x\n```\n```\nf(1)\n```", "def f(x): return x"),
         ("", ""),
     ],
 )
@@ -185,12 +191,30 @@ def test_what_the_sandbox_cannot_run_is_ungraded_not_wrong():
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        "NotImplementedError('The monty syntax parser does not yet support yield expressions')",
+        'ImportError("No module named \'heapq\'")',
+    ],
+)
+def test_a_program_cannot_declare_itself_ungraded(error):
+    assert grade_code(f"def f(x):\n    raise {error}", TESTS)[0] == 0.0
+
+
+def test_code_is_extracted_in_linear_time():
+    start = time.perf_counter()
+    for text in ("```" + " " * 300_000, "```\n" * 100_000, "`" * 300_000):
+        extract_code(text)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
     "result, expected, same",
     [
         (1, 1, True), (1, True, False), (1, 1.0, True), (1.0 + 1e-8, 1.0, True), (1.001, 1.0, False), (10**400, 1.0, False),
         (2**60 + 1, 2**60, False), (math.nan, math.nan, False), ("a", "a", True), ([1, 2], (1, 2), False),
         ([1, [2.0]], [1, [2]], True), ([True], [1], False), ({"a": 1}, {"a": 1}, True), ({"a": True}, {"a": 1}, False),
-        ({1, 2}, {2, 1}, True), (None, None, True), (None, 0, False), (object, object, False),
+        ({1, 2}, {2, 1}, True), ({1}, {True}, False), ({1: 1}, {True: 1}, False), (None, None, True), (None, 0, False), (object, object, False),
     ],
 )  # fmt: skip
 def test_same_by_exact_type(result, expected, same):
@@ -211,6 +235,9 @@ def test_tests_that_cannot_be_run_are_errors_not_passes():
             parse_tests(bad)
     with pytest.raises(RewardError, match="row 7, column tests.*assert name"):
         check_tests([{"id": 7, "tests": ["assert f(3)"]}])
+    with pytest.raises(RewardError, match="row 8, column tests.*empty"):
+        check_tests([{"id": 8, "tests": []}])
+    check_tests([{"id": 9, "answer": "1", "tests": None}, {"id": 10}])
 
 
 # --- the registry
@@ -294,10 +321,24 @@ def test_a_misspelt_column_is_found_before_the_model_loads(tmp_path):
         rewards.check([{"id": "r1", "task": "t", "prompt": "q", "answer": "1"}])
 
 
-def test_a_task_without_a_reward_is_found_before_the_model_loads(tmp_path):
-    rewards = load_rewards(write(tmp_path, "@reward(when='code')\ndef right(c): return 1\n"))
-    with pytest.raises(RewardError, match="applies to the task 'essays'"):
-        rewards.check([{"id": "r1", "task": "essays", "prompt": "q"}])
+def test_rows_that_only_shaping_would_judge_are_found_before_the_model_loads(tmp_path):
+    """A row without its gold must not be trained on its format alone, and called right for it."""
+    rewards = load_rewards("rewards.py")
+    good = {"id": "r1", "task": "t", "prompt": "q", "answer": "1"}
+    rewards.check([good, {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 1"]}])
+    for bad in ({"gold": "1"}, {"answer": None}):
+        with pytest.raises(RewardError, match="row r3: .* only format applies, but not correct or passes_tests.*columns"):
+            rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"} | bad])
+    misspelt = load_rewards(write(tmp_path, "@reward(when='maths')\ndef right(c): return 1\n"))
+    with pytest.raises(RewardError, match="only none applies, but not right"):
+        misspelt.check([good])
+    load_rewards(write(tmp_path, "@reward\ndef any(c): return 1\n")).check([{"id": 1, "task": "t", "prompt": "q"}])
+
+
+def test_a_gate_that_raises_names_the_function(tmp_path):
+    rewards = load_rewards(write(tmp_path, "@reward(when=lambda row: row['level'] > 1)\ndef hard(c): return 1\n"))
+    with pytest.raises(RewardError, match="'hard' .*no column 'level'"):
+        rewards.check([{"id": "r1", "task": "t", "prompt": "q"}])
 
 
 @pytest.mark.parametrize(
@@ -326,7 +367,7 @@ def test_the_projects_own_rewards():
     assert total("<think>3+4=7</think>\\boxed{8}", answer="7") == 0.1
     assert total("<think>\\boxed{7}", answer="7") == 0.0  # no end of thinking, no answer
     assert total("a<think>b</think>\\boxed{7}", answer="7") == 1.0
-    assert total("7", answer="7") == 0.0
+    assert total("7", answer="7") == total("\\boxed{}", answer="7") == 0.0
     assert total("\\boxed{7}", truncated=True, answer="7") == 1.0
     code = {"tests": ["assert f(1) == 2"], "entry_point": "f"}
     assert total("<think>x+1</think>def f(x):\n    return x+1", **code) == 1.1

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import bitsandbytes
 import pytest
+import safetensors.torch
 import torch
 from conftest import fill_lora
 
 from rl.config import Config, ConfigError
-from rl.policy import check_model, choose_device, load_policy, reloaded_adapter, save_adapter
+from rl.policy import check_model, choose_device, load_policy, make_deterministic, reloaded_adapter, save_adapter
 from rl.update import Updater
 
 
@@ -82,14 +82,24 @@ def test_the_reference_is_the_base_model(policy):
         assert not torch.allclose(policy.model(input_ids=ids).logits, expected, atol=1e-2)
 
 
-def test_no_dropout_anywhere(tmp_path, config):
-    """Two forward passes in training mode are the same, also for a model that was trained with dropout."""
+def test_no_dropout_anywhere(policy, tmp_path, config):
+    """Two forward passes in training mode are the same, also where model and LoRA were trained with dropout."""
+    save_adapter(policy, tmp_path / "a", "card", {})
+    lora = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(lora | {"lora_dropout": 0.5}))
     config.model = copy_of_tiny(tmp_path / "m", config={"attention_dropout": 0.5})
+    config.adapter = str(tmp_path / "a")
     policy = load_policy(config)
-    fill_lora(policy, 0.02)
     policy.model.train()
     batch = [[4, 30, 31, 32]], [[33, 34, 35]]
     assert torch.equal(policy.logprobs(*batch)[0], policy.logprobs(*batch)[0])
+
+
+def test_dropout_applied_as_a_function_is_off_too(policy):
+    layer = policy.model.base_model.model.model.layers[0]
+    layer.hidden_dropout = 0.3  # as OPT and others keep theirs
+    make_deterministic(policy.model)
+    assert layer.hidden_dropout == 0.0
 
 
 def test_saved_reloaded_and_compared(policy, tmp_path):
@@ -143,7 +153,8 @@ def test_4bit_gives_every_lora_matrix_a_gradient_also_after_an_evaluation(config
     """bitsandbytes on a CPU with AVX512-BF16 repacks weights in a no-grad forward and then gives no input gradient."""
     config.load_in_4bit = True
     policy = load_policy(config)
-    assert sum(type(m) is bitsandbytes.nn.Linear4bit for m in policy.model.modules()) == 4 * 7
+    layers = [m for m in policy.model.modules() if type(m) is bitsandbytes.nn.Linear4bit]
+    assert len(layers) == 4 * 7 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
     fill_lora(policy, 0.02)
     batch = [policy.encode_prompt("What is 3 + 4?")], [[20, 21, 22]]
 
@@ -236,6 +247,30 @@ def test_prompts_that_leave_no_room_are_refused(policy):
         policy.encode_prompts(rows, 24)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "pointer", "missing", "shape"])
+def test_damaged_weights_are_refused(tmp_path, config, damage):
+    """Never trained on with random numbers in their place."""
+    config.model = copy_of_tiny(tmp_path / "m", config={"vocab_size": 256} if damage == "shape" else {})
+    weights = tmp_path / "m/model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif damage == "pointer":
+        weights.write_text("version 1\noid sha256:0\nsize 3\n")
+    elif damage == "missing":
+        tensors = safetensors.torch.load_file(weights)
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+        safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ConfigError, match="model: ") as error:
+        load_policy(config)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_that_cannot_be_encoded_name_their_row(policy):
+    policy.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ConfigError, match="row r7: the prompt cannot be encoded: System role not supported"):
+        policy.encode_prompts([{"id": "r7", "prompt": "Hi"}], 24)
+
+
 # --- what cannot work, before anything is loaded
 
 
@@ -261,4 +296,3 @@ def test_fp16_scales_its_loss(config):
     assert Updater(load_policy(config), config).scaler.is_enabled()
     config.dtype = "float32"
     assert not Updater(load_policy(config), config).scaler.is_enabled()
-    assert Path("data/tiny").is_dir()

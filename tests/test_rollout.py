@@ -99,7 +99,8 @@ def test_the_same_seed_gives_the_same_completions(policy):
 
 
 def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch):
-    """Training mode would switch the cache off; without it every step would read the whole text again."""
+    """Training mode would switch the cache off; each step would then see nothing of the text before it."""
+    expected = roll(load_policy(config), QUESTIONS, sampling=Sampling(0))
     config.gradient_checkpointing = True
     policy = load_policy(config)
     policy.model.train()
@@ -111,8 +112,9 @@ def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(policy.model, "forward", spy)
-    roll(policy, QUESTIONS[:1], n=2, length=6)
+    episodes = roll(policy, QUESTIONS, sampling=Sampling(0))
     assert widths[0] > 1 and set(widths[1:]) == {1}
+    assert [e.completion_ids for e in episodes] == [e.completion_ids for e in expected]
 
 
 # --- drawing one token

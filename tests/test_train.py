@@ -20,7 +20,7 @@ def run(folder, *arguments):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,8 @@ def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
 
 def test_a_saved_adapter_can_be_evaluated(small_run, tmp_path):
     checkpoint = small_run[0] / "checkpoints/step_000003"
-    evaluated = run(tmp_path / "eval", "--eval-only", "--adapter", checkpoint)
+    train.main(["--eval-only", "--adapter", str(checkpoint), "--output-dir", str(tmp_path / "eval")])  # its own settings
+    evaluated = tmp_path / "eval"
     first, second = (json.loads((folder / "summary.json").read_text())["eval"] for folder in (small_run[0], evaluated))
     assert second["before"] == first["before"] and second["after"] == first["after"]
     assert not (evaluated / "metrics.jsonl").exists()
@@ -218,6 +219,7 @@ def test_own_questions_with_own_rewards(tmp_path, capsys):
         (["--train-data", "TMP/empty.jsonl"], "TMP/empty.jsonl: the file has no rows"),
         (["--train-data", "TMP/questions.jsonl", "--columns", "answer", "glod"], "questions.jsonl:1: columns maps answer to 'glod'"),
         (["--train-data", "TMP/nocolumn.jsonl"], "nocolumn.jsonl:1: no column prompt or question"),
+        (["--train-data", "TMP/questions.jsonl"], "row questions:1: of the rewards in rewards.py only format applies"),
         (["--train-data", "TMP/badtest.jsonl"], "row badtest:1, column tests: a test must read"),
         (["--reward-funcs", "corect"], "reward_funcs: rewards.py has no reward function 'corect'; did you mean 'correct'?"),
         (["--rewards-file", "TMP/none.py"], "rewards_file: there is no file"),
@@ -261,9 +263,12 @@ def test_a_reward_that_raises_in_training_names_row_and_line(tmp_path):
     assert failed.returncode == 1 and "'rare' (my_rewards.py:15), row questions:" in failed.stderr
     assert "ZeroDivisionError" in failed.stderr and failed.stderr.count("\n") == 1
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 1  # what was done is kept, whole
+    assert (tmp_path / "run/checkpoints/last").read_text() == "step_000001\n"
 
 
-def test_ctrl_c_saves(tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_ctrl_c_saves(tmp_path, monkeypatch, capsys, save_steps):
+    """In the second step; with save_steps 1 the first step is saved already."""
     from rl.update import Updater
 
     update = Updater.update
@@ -274,8 +279,9 @@ def test_ctrl_c_saves(tmp_path, monkeypatch):
         return update(self, episodes)
 
     monkeypatch.setattr(Updater, "update", interrupted)
-    with pytest.raises(SystemExit, match="Stopped after step 1. Saved the LoRA: .*step_000001"):
-        run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", "--save-steps", save_steps)
+    assert "Stopped in step 2. The LoRA after step 1: " in capsys.readouterr().out
     assert (tmp_path / "run/checkpoints/step_000001/adapter_model.safetensors").exists()
 
 
