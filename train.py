@@ -2,7 +2,7 @@
 
     python train.py                                       the bundled tiny model, configs/tiny.yaml
     python train.py --config FILE --learning-rate 2e-5    another recipe, with settings replaced
-    python train.py --eval-only --adapter runs/NAME/checkpoints/step_000040
+    python train.py --eval-only --adapter runs/NAME/checkpoints/step_000045
     python train.py --help                                every setting
 
 Reads top to bottom: settings, rewards and questions are checked first (nothing large is loaded yet), then the policy is

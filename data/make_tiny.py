@@ -5,7 +5,7 @@ inside <think> ... </think> and are right; the rest blurt an answer at once, and
 So the skill is there and rarely used: what reinforcement learning has to find. Questions come from the split
 "pretrain" and never meet those used for training or evaluation (data/tasks.py).
 
-    python data/make_tiny.py --out data/tiny          # about 40 minutes on two cores
+    python data/make_tiny.py --out data/tiny          # half an hour on two cores
 
 Writes config, tokenizer with chat template, and bf16 safetensors. The model card (data/tiny/README.md) is written by
 hand from the figures that this script and `python train.py --eval-only` print.

@@ -275,7 +275,7 @@ def check_model(config: Config) -> None:
     if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
         raise ConfigError(
             f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
-            "(give a folder such as runs/NAME/checkpoints/step_000040)"
+            "(give a folder such as runs/NAME/checkpoints/step_000045)"
         )
 
 

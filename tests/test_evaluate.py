@@ -36,9 +36,7 @@ def test_the_paired_interval_covers_the_truth():
     rng, covered, n = random.Random(0), 0, 120
     for _ in range(600):
         hardness = [rng.random() for _ in range(n)]
-        gain = paired_gain(
-            verdicts([h < 0.3 for h in hardness]), verdicts([h < 0.8 for h in hardness])
-        )
+        gain = paired_gain(verdicts([h < 0.3 for h in hardness]), verdicts([h < 0.8 for h in hardness]))
         low, high = gain["ci95"]
         covered += low <= 0.5 <= high
     assert 0.92 <= covered / 600 <= 0.99

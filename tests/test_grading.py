@@ -194,7 +194,7 @@ def test_what_the_sandbox_cannot_run_is_ungraded_not_wrong():
     "error",
     [
         "NotImplementedError('The monty syntax parser does not yet support yield expressions')",
-        'ImportError("No module named \'heapq\'")',
+        "ImportError(\"No module named 'heapq'\")",
     ],
 )
 def test_a_program_cannot_declare_itself_ungraded(error):
@@ -327,7 +327,9 @@ def test_rows_that_only_shaping_would_judge_are_found_before_the_model_loads(tmp
     good = {"id": "r1", "task": "t", "prompt": "q", "answer": "1"}
     rewards.check([good, {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 1"]}])
     for bad in ({"gold": "1"}, {"answer": None}):
-        with pytest.raises(RewardError, match="row r3: .* only format applies, but not correct or passes_tests.*columns"):
+        with pytest.raises(
+            RewardError, match="row r3: .* only format applies, but not correct or passes_tests.*columns"
+        ):
             rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"} | bad])
     misspelt = load_rewards(write(tmp_path, "@reward(when='maths')\ndef right(c): return 1\n"))
     with pytest.raises(RewardError, match="only none applies, but not right"):

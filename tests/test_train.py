@@ -144,7 +144,9 @@ def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
 
 def test_a_saved_adapter_can_be_evaluated(small_run, tmp_path):
     checkpoint = small_run[0] / "checkpoints/step_000003"
-    train.main(["--eval-only", "--adapter", str(checkpoint), "--output-dir", str(tmp_path / "eval")])  # its own settings
+    train.main(
+        ["--eval-only", "--adapter", str(checkpoint), "--output-dir", str(tmp_path / "eval")]
+    )  # its own settings
     evaluated = tmp_path / "eval"
     first, second = (json.loads((folder / "summary.json").read_text())["eval"] for folder in (small_run[0], evaluated))
     assert second["before"] == first["before"] and second["after"] == first["after"]
