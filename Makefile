@@ -1,7 +1,7 @@
 # make train   set up .venv and teach the bundled tiny model to think       (ARGS="--seed 1" are passed to train.py)
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
 #
-# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--index-url ..." is passed to pip.
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip.
 
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
 
     from rl import algorithms, report
     from rl.evaluate import evaluate, paired_gain, to_completions
-    from rl.policy import check_model, load_policy, reloaded_adapter, save_adapter
+    from rl.policy import check_model, describe_adapter, load_policy, reloaded_adapter, save_adapter
     from rl.rollout import Sampling, rollout
     from rl.run import RunFolder, Stopwatch, choose_folder, describe_machine, peak_memory_mb, versions
     from rl.update import Updater
@@ -88,8 +88,8 @@ def main(arguments: list[str]) -> None:
     evaluations = {0: before.summary()}  # by step
     summary["eval"]["before"] = evaluations[0]
     write_summary()
-    sample = next((r for r in before.greedy if r["verdict"] != "right"), before.greedy[0])
-    print(f"\nBefore training, one held-out question:\n{report.dialogue(sample)}\n")
+    sample = next((i for i, r in enumerate(before.greedy) if r["verdict"] != "right"), 0)
+    print(f"\nBefore training, one held-out question:\n{report.dialogue(before.greedy[sample])}\n")
 
     def finish(after, step):
         """Print the table before and after, with the paired gain, and complete the summary."""
@@ -97,8 +97,7 @@ def main(arguments: list[str]) -> None:
         gain |= {"accuracy_sampled": sampled["accuracy"], "ci95_sampled": sampled["ci95"]}
         evaluations[step] = after.summary()
         summary["eval"] |= {"after": evaluations[step], "gain": gain}
-        same = next(r for r in after.greedy if r["id"] == sample["id"])
-        print(f"\nAfter training, the same question:\n{report.dialogue(same)}\n")
+        print(f"\nAfter training, the same question:\n{report.dialogue(after.greedy[sample])}\n")
         print(report.evaluation_table(evaluations[0], evaluations[step], gain))
 
     if config.eval_only:
@@ -113,16 +112,21 @@ def main(arguments: list[str]) -> None:
     generator = torch.Generator(policy.device).manual_seed(config.seed)
     order = endless_order(len(train_rows), config.seed)
     group_size = config.num_generations
-    history, hints_given = [], set()  # metrics by step; subjects of hints
+    history, hints_given = [], set()  # metrics of each step; subjects of hints
+    trained_steps = 0
 
     def save(step):
         """Save the LoRA as a folder that peft and others load."""
-        state = {"step": step, "seed": config.seed, "eval": evaluations[max(evaluations)]}
         checkpoint = run.checkpoint_folder(step)
         if not checkpoint.exists():
-            save_adapter(policy, checkpoint, report.model_card(config, step, evaluations), state)
+            save_adapter(policy, checkpoint, *describe(step))
             run.mark_last(checkpoint)
         return checkpoint
+
+    def describe(step):
+        """The card and the state of a checkpoint, from what has been evaluated so far."""
+        state = {"step": step, "seed": config.seed, "eval": evaluations[max(evaluations)]}
+        return report.model_card(config, step, evaluations), state
 
     try:
         for step in range(1, config.max_steps + 1):
@@ -154,6 +158,7 @@ def main(arguments: list[str]) -> None:
                 group = int(advantages.view(-1, group_size).abs().sum(1).argmax())  # the one to look at token by token
                 inspected = updater.inspect(episodes[group * group_size : (group + 1) * group_size])
                 updated = updater.update(episodes)
+            trained_steps = step
 
             # --- Log.
             summary["steps"] = step
@@ -188,15 +193,15 @@ def main(arguments: list[str]) -> None:
                 if subject not in hints_given:  # once is enough
                     print(f"  hint: {hint}", flush=True)
                     hints_given.add(subject)
-    except (KeyboardInterrupt, RewardError):  # nothing is lost: the LoRA as it was after the last whole step
-        if history:
-            print(f"\nStopped in step {len(history) + 1}. The LoRA after step {len(history)}: {save(len(history))}")
+    except (KeyboardInterrupt, RewardError):
+        if trained_steps:
+            print(f"\nStopped. The LoRA as it stands, after {trained_steps} steps: {save(trained_steps)}")
         raise
 
     # --- After: the LoRA is saved, answers the same questions again, and is read back and compared.
     checkpoint = save(config.max_steps)
     finish(measure(config.max_steps, "after"), config.max_steps)
-    run.write_card(checkpoint, report.model_card(config, config.max_steps, evaluations))
+    describe_adapter(checkpoint, *describe(config.max_steps))  # now with the final evaluation
     probes = eval_prompts[:: max(1, len(eval_prompts) // 16)]
 
     def greedy_answers():

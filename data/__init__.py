@@ -54,7 +54,10 @@ def load_questions(
             notes.append(f"{source}: {len(rows)} questions to train on, {len(held_out)} held out")
         train_rows += rows
     for source in eval_data:
-        eval_rows += load(source, share, "eval", columns, EVAL_SEED)
+        rows = load(source, share if source in FAMILIES else None, "eval", columns, EVAL_SEED)
+        if len(rows) > share:
+            notes.append(f"{source}: the first {share} of {len(rows)} questions are held out (eval_questions)")
+        eval_rows += rows[:share]
     held_out_prompts = {str(row["prompt"]) for row in eval_rows}
     kept = [row for row in train_rows if str(row["prompt"]) not in held_out_prompts]
     if len(kept) < len(train_rows):

@@ -17,6 +17,7 @@ def main() -> None:
     show.add_argument("--seed", type=int, default=0, help="of a built-in family")
     show.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     pairs = [pair.split("=", 1) for pair in args.columns]
     if any(len(pair) != 2 for pair in pairs) or args.n < 1:
         parser.error("--columns takes pairs such as prompt=question, -n a number from 1")

@@ -17,7 +17,10 @@ def grade_math(answer: str, gold: str | int | float) -> tuple[float, str]:
 
     `answer` is what stands after the thinking (`Completion.answer`). Decimals count as equal within a relative 1e-6;
     everything else must be exact. Of a gold that is a whole solution (`####` or `\\boxed{}`) its final answer counts.
+    Raises ValueError for an empty gold.
     """
+    if gold is None or str(gold).strip() == "":
+        raise ValueError("the gold answer is empty: nothing could be right")
     gold = str(gold)
     if "####" in gold or "\\boxed{" in gold:  # a whole solution: its final answer is the gold
         gold = extract_answer(gold) or gold
@@ -50,7 +53,7 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
-_MARKER = re.compile(r"(?:final answer|the answer is)[ :*_]*", re.IGNORECASE)
+_MARKER = re.compile(r"(?:final answer *[:*_]+|(?:final|the) answer is)[ :*_]*", re.IGNORECASE)
 
 
 def _last_box(text: str) -> str | None:
@@ -69,7 +72,13 @@ def _last_box(text: str) -> str | None:
 
 
 def is_equal(answer: str, gold: str) -> bool:
-    """Whether two answers are the same number, or the same text once spaces and LaTeX dressing are gone."""
+    """Whether two answers are the same number, or the same text once spaces and LaTeX dressing are gone.
+
+    A unit in \\text{} behind a number is left aside where only one side has it; two units must be the same.
+    """
+    (answer, unit), (gold, gold_unit) = split_unit(answer), split_unit(gold)
+    if unit and gold_unit and unit != gold_unit:
+        return False
     answer, gold = normalise(answer), normalise(gold)
     if answer == gold:
         return answer != ""
@@ -83,16 +92,23 @@ _DRESSING = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:| )|\\?\$|[€£]|\
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}")
 
 
+def split_unit(text: str) -> tuple[str, str]:
+    """An answer and the unit in \\text{} behind it: `12\\text{ cm}` is `12` and `cm`; "" where there is none."""
+    text = text.strip().rstrip("$. ")
+    *_, last = [None, *_TEXT.finditer(text)]
+    if last and last.end() == len(text) and last.start() > 0:
+        return text[: last.start()], last[1].strip()
+    return text, ""
+
+
 def normalise(text: str) -> str:
-    """Text without the dressing that does not change an answer: dollar signs, spacing commands, units in \\text{}."""
+    """Text without the dressing that does not change an answer: dollar signs, spacing commands, \\text{} around words."""
     text = _DRESSING.sub("", text.strip())
     text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("\\%", "%").replace("−", "-")
-    unit = _TEXT.search(text)
-    if unit and unit.end() == len(text.rstrip()) and unit.start() > 0:  # a unit behind the answer
-        text = text[: unit.start()]
     text = _TEXT.sub(r"\1", text)  # words that are the answer
     if re.fullmatch(r"[+-]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d*)?%?", text.strip()):
         text = text.replace("{,}", "").replace(",", "")  # 1,080 and 1{,}080, but not the pair (1,200)
+    text = re.sub(r"(?<=\{)\d{1,3}(?:,\d{3})+(?=\})", lambda m: m[0].replace(",", ""), text)  # \frac{1,080}{7}
     return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
 
 

@@ -6,7 +6,7 @@
 
 A reward function returns a number, a bool, None (does not apply here) or (number, "reason"). A completion's reward is
 the weighted sum over the functions that apply. Its *verdict* comes from the applying function with the largest
-weight: "right" where that gave 1 or more, else "wrong". `Ungraded` may be raised by a grader that could not do its
+weight (shaping, a fifth of the largest weight or less, does not judge): "right" where that gave 1 or more, else "wrong". `Ungraded` may be raised by a grader that could not do its
 work: such a completion takes no part in learning and is counted, instead of scoring a silent 0.
 """
 
@@ -135,6 +135,15 @@ class Rewards:
     def names(self) -> list[str]:
         return [f.name for f in self.functions if f.weight]
 
+    @property
+    def heaviest(self) -> float:
+        """The largest weight; 0 where there are only penalties."""
+        return max([0.0, *(f.weight for f in self.functions)])
+
+    def can_judge(self, f: RewardFunction) -> bool:
+        """Whether a reward weighs enough to be the verdict on a completion; a smaller one is shaping."""
+        return f.weight > SHAPING_SHARE * self.heaviest
+
     def score(self, completion: Completion) -> Score:
         """Apply every function that applies to the completion's row. Raises RewardError where one of them fails."""
         score = Score(0.0, {}, {}, {}, "wrong")
@@ -150,7 +159,7 @@ class Rewards:
                 score.reasons[f.name] = reason
             if f.weight and value is not None:
                 score.total += f.weight * value
-                if judge is None or f.weight > judge.weight:
+                if self.can_judge(f) and (judge is None or f.weight > judge.weight):
                     judge = f
         if ungraded:
             score.verdict, score.total = "ungraded", math.nan
@@ -187,21 +196,21 @@ class Rewards:
         Catches what is wrong with the file or the data (a misspelt column, a row without its gold, a wrong return
         value) while nothing is lost.
         """
-        heaviest = max(f.weight for f in self.functions)
         tried = set()
         for row in rows:
-            kind = row.get("task"), row.get("answer") is not None, bool(row.get("tests"))
+            kind = row.get("task"), frozenset(column for column, value in row.items() if value not in (None, "", []))
             completion = Completion(prompt=prompt_text(row["prompt"]), text="", row=row)
             if kind not in tried:
                 tried.add(kind)
                 for text in ("", "<think>two</think>2"):
                     self.score(replace(completion, text=text, tokens=len(text)))
             applying = [f for f in self.functions if f.weight and f.applies(completion.row)]
-            if max((f.weight for f in applying), default=0.0) <= SHAPING_SHARE * heaviest:
-                weightier = [f.name for f in self.functions if f.weight == heaviest]
+            if self.heaviest and not any(self.can_judge(f) for f in applying):
+                names = ", ".join(f.name for f in applying)
+                judges = " or ".join(f.name for f in self.functions if self.can_judge(f))
                 raise RewardError(
-                    f"row {row['id']}: of the rewards in {self.path.name} only "
-                    f"{', '.join(f.name for f in applying) or 'none'} applies, but not {' or '.join(weightier)}: the row "
+                    f"row {row['id']}: of the rewards in {self.path.name} {f'only {names}' if names else 'none'} applies, but "
+                    f"not {judges}: the row "
                     "needs the column answer or tests (columns: {answer: YOUR_COLUMN} maps yours), or the reward another "
                     f"when= (the row's task is '{row.get('task')}')"
                 )

@@ -175,6 +175,22 @@ ELSEWHERE = {
     "max_seq_length": "use max_completion_length; prompts are never cut",
     "max_length": "use max_completion_length; prompts are never cut",
     "max_new_tokens": "use max_completion_length",
+    "warmup_steps": "use warmup_ratio, a share of the steps",
+    "save_total_limit": "every checkpoint is kept; leave it out",
+    "save_strategy": "use save_steps",
+    "eval_strategy": "use eval_steps",
+    "eval_on_start": "the evaluation before training is always made; leave it out",
+    "disable_dropout": "dropout is always off; leave it out",
+    "num_completions_to_print": "rollouts.jsonl holds every completion; leave it out",
+    "log_completions": "rollouts.jsonl holds every completion; leave it out",
+    "vllm_mode": "the roll-out has its own engine; leave it out",
+    "data_seed": "use seed",
+    "cliprange_value": "there is no critic; leave it out",
+    "vf_coef": "there is no critic; leave it out",
+    "gamma": "there is no critic and no discount; leave it out",
+    "lam": "there is no critic; leave it out",
+    "missing_eos_penalty": "truncated completions earn what rewards.py gives them; see completion.truncated",
+    "whiten_rewards": "use scale_rewards",
     "model_name": "use model",
     "model_name_or_path": "use model",
     "dataset_name": "use train_data and eval_data",
@@ -210,7 +226,7 @@ def unknown_setting(name: str, where: str) -> ConfigError:
             f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {ELSEWHERE[name]}"
         )
     names = [f.name for f in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
     return ConfigError(f"{where}: there is no setting {name}; {hint}")
 
@@ -223,8 +239,8 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     """
     import tyro
 
-    file, arguments = take_config(arguments)
-    adapter = next((b for a, b in zip(arguments, arguments[1:]) if a == "--adapter"), None)
+    file, arguments = take(arguments, "--config")
+    adapter, _ = take(arguments, "--adapter")
     if file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
         file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
     file = file or default_file
@@ -236,18 +252,19 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
     config = tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
     config.check()
-    return config, Path(file).parent.name if Path(file).name == "config.yaml" else Path(file).stem
+    path = Path(file).resolve()
+    return config, path.parent.name if path.name == "config.yaml" else path.stem
 
 
-def take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --config, and the other arguments."""
+def take(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `name VALUE` or `name=VALUE`, None where it is not given, and the other arguments."""
     for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--config" and equals:
+        given, equals, value = argument.partition("=")
+        if given == name and equals:
             return value, [*arguments[:i], *arguments[i + 1 :]]
-        if name == "--config":
+        if given == name:
             if i + 1 == len(arguments):
-                raise ConfigError("--config needs the path of a YAML file, such as configs/tiny.yaml")
+                raise ConfigError(f"{name} needs a path behind it")
             return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
     return None, list(arguments)
 

@@ -93,7 +93,7 @@ def record(completion: Completion, score) -> dict:
         "id": row["id"],
         "task": row["task"],
         "question": completion.prompt,
-        "expected": row.get("answer", row.get("tests")),
+        "expected": row.get("tests") if row.get("answer") is None else row["answer"],
         "completion": completion.text,
         "verdict": score.verdict,
         "thinks": bool(completion.thinking),

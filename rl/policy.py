@@ -293,9 +293,14 @@ def save_adapter(policy: Policy, folder: Path, card: str, state: dict) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     policy.model.save_pretrained(unfinished, selected_adapters=["default"])
     policy.tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(card, encoding="utf-8")
-    (unfinished / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    describe_adapter(unfinished, card, state)
     unfinished.rename(folder)
+
+
+def describe_adapter(folder: Path, card: str, state: dict) -> None:
+    """Write the model card and trainer_state.json of a saved LoRA."""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

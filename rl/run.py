@@ -73,9 +73,6 @@ class RunFolder:
     def checkpoint_folder(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:06d}"
 
-    def write_card(self, checkpoint: Path, card: str) -> None:
-        self._write(checkpoint.relative_to(self.path) / "README.md", card)
-
     def mark_last(self, checkpoint: Path) -> None:
         """checkpoints/last names the newest checkpoint."""
         self._write("checkpoints/last", checkpoint.name + "\n")
@@ -111,7 +108,7 @@ class RunFolder:
         figure.savefig(self.path / "curve.png", dpi=110)
         pyplot.close(figure)
 
-    def _write(self, name: str | Path, text: str) -> None:
+    def _write(self, name: str, text: str) -> None:
         unfinished = self.path / f"{name}.unfinished"
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, self.path / name)

@@ -71,7 +71,7 @@ def test_settings_of_trl_and_unsloth_name_their_equivalent(tmp_path):
 def test_missing_files():
     with pytest.raises(ConfigError, match="no file configs/tny.yaml; there are configs/tiny.yaml"):
         read_config(["--config=configs/tny.yaml"], "unused")
-    with pytest.raises(ConfigError, match="--config needs the path"):
+    with pytest.raises(ConfigError, match="--config needs a path"):
         read_config(["--config"], "unused")
 
 

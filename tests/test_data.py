@@ -141,6 +141,8 @@ def test_a_file_that_is_cut_is_noted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     train, _, notes = load_questions([str(tmp_path / "a.jsonl")], ["sums"], 7, 9, {}, 0)
     assert len(train) == 7 and "the first 7 of 20 questions are used" in notes[0]
+    _, held_out, notes = load_questions(["sums"], [str(tmp_path / "a.jsonl")], 7, 9, {}, 0)
+    assert len(held_out) == 9 and "the first 9 of 20 questions are held out" in notes[0]
 
 
 def test_show_prints_rows_and_errors():

@@ -65,6 +65,9 @@ def test_thinking_and_answer(text, thinking, answer):
         ("The answer is: **5**.", "5"),
         ("**Final answer:** 5", "5"),
         ("İİİİ the answer is 5", "5"),
+        ("The final answer is 5.", "5"),
+        ("The answer is 5\nThat is my final answer.", "5"),
+        ("I cannot give a final answer yet", None),
         ("it is 7", None),  # never simply the last number
         ("", None),
         ("\\boxed{" * 5000, None),
@@ -79,7 +82,7 @@ def test_extract_answer(text, expected):
     [
         ("17", "17"), ("17", 17), ("+17", "17"), ("-3", "-3"), ("17.0", "17"), ("1,080", "1080"), ("$1{,}080$", "1080"),
         (r"\frac{1}{2}", "0.5"), (r"\dfrac12", "1/2"), (r"-\frac{1}{2}", r"\frac{-1}{2}"), ("2 2/3", "8/3"), ("50%", "0.5"),
-        ("0.3333333333", "1/3"), ("x", "x"), (r"12\text{ cm}", "12"), (r"\text{Yes}", r"\text{Yes}"), (r"\text{B}", "B"), ("1e-07", 1e-7), ("4", r"so \boxed{4}."),
+        ("0.3333333333", "1/3"), ("x", "x"), (r"12\text{ cm}", "12"), (r"\text{Yes}", r"\text{Yes}"), (r"\text{B}", "B"), ("1e-07", 1e-7), (r"\frac{1,080}{7}", "1080/7"), (r"12\text{cm}", r"12\text{ cm}."), ("4", r"so \boxed{4}."),
         (r"(1, 200)", "(1, 200)"), ("72", "48+24=<<48+24=72>>72\n#### 72"),
     ],
 )  # fmt: skip
@@ -90,15 +93,21 @@ def test_equal_answers(answer, gold):
 @pytest.mark.parametrize(
     "answer, gold",
     [
-        ("17", "18"), ("7", "-7"), ("4 = 5", "5"), ("2 2/3", "2"), ("1/0", "1"), ("0.5", "0.50001"), ("", ""), ("12", "1"),
+        ("17", "18"), ("7", "-7"), ("4 = 5", "5"), ("2 2/3", "2"), ("1/0", "1"), ("0.5", "0.50001"), ("12", "1"),
         ("1e3", "1000.0001"), ("9" * 41, "9" * 42), ("9**9**9**9", "1"), ("99999999!", "1"), ("(" * 200 + "1", "1"),
-        ("1" * 100_000, "1"), ("nan", "nan1"), ("inf", "1"), ("٣", "4"), (r"3\text{ or }4", "34"), ("(1,200)", "(1200)"), ("1e999", "1"),
+        ("1" * 100_000, "1"), ("nan", "nan1"), ("inf", "1"), ("٣", "4"), (r"3\text{ or }4", "34"), (r"12\text{ pm}", r"12\text{ am}"), (r"3\text{A}", r"3\text{B}"), ("(1,200)", "(1200)"), ("1e999", "1"),
     ],
 )  # fmt: skip
 def test_different_answers(answer, gold):
     start = time.perf_counter()
     assert grade_math(f"\\boxed{{{answer}}}", gold)[0] == 0.0
     assert time.perf_counter() - start < 1
+
+
+def test_an_empty_gold_is_an_error_not_a_match():
+    for gold in (None, "", "  "):
+        with pytest.raises(ValueError, match="gold answer is empty"):
+            grade_math("\\boxed{None}", gold)
 
 
 @given(st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=10**4), st.integers(-5, 5))
@@ -332,9 +341,31 @@ def test_rows_that_only_shaping_would_judge_are_found_before_the_model_loads(tmp
         ):
             rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"} | bad])
     misspelt = load_rewards(write(tmp_path, "@reward(when='maths')\ndef right(c): return 1\n"))
-    with pytest.raises(RewardError, match="only none applies, but not right"):
+    with pytest.raises(RewardError, match="rewards.py none applies, but not right"):
         misspelt.check([good])
     load_rewards(write(tmp_path, "@reward\ndef any(c): return 1\n")).check([{"id": 1, "task": "t", "prompt": "q"}])
+
+
+def test_a_row_whose_gold_is_empty_is_found_before_the_model_loads(tmp_path):
+    """Also where the gold stands in a column of the person's own, and the first rows are whole."""
+    rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return grade_math(c.answer, c.row['gold'])\n"))
+    good = {"id": "r1", "task": "t", "prompt": "q", "gold": "1"}
+    rewards.check([good, good])
+    with pytest.raises(RewardError, match="row r2: ValueError: the gold answer is empty"):
+        rewards.check([good, {"id": "r2", "task": "t", "prompt": "q", "gold": None}])
+    with pytest.raises(RewardError, match="row r3: KeyError: .*no column 'gold'"):
+        rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"}])
+
+
+def test_shaping_and_penalties_do_not_judge(tmp_path):
+    row = {"id": "r1", "task": "t", "prompt": "q"}
+    shaped = load_rewards(
+        write(tmp_path, "@reward\ndef right(c): return None\n@reward(weight=0.1)\ndef form(c): return 1\n")
+    )
+    assert shaped.score(completion("x")).verdict == "wrong"
+    penalty = load_rewards(write(tmp_path, "@reward(weight=-1)\ndef long(c): return 1\n@metric\ndef n(c): return 1\n"))
+    penalty.check([row])
+    assert penalty.score(completion("x")).total == -1
 
 
 def test_a_gate_that_raises_names_the_function(tmp_path):

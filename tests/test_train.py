@@ -109,6 +109,12 @@ def test_evaluations_have_one_line_a_question(small_run):
     assert [r["question"] for r in before] == [r["question"] for r in after] and len(before) == 12
     assert set(before[0]) >= {"question", "expected", "completion", "verdict", "sampled"}
     summary = json.loads((small_run[0] / "summary.json").read_text())["eval"]
+    state = json.loads((small_run[0] / "checkpoints/step_000003/trainer_state.json").read_text())
+    assert state["step"] == 3 and state["eval"] == summary["after"]
+    assert (
+        f"{summary['after']['accuracy']:.1%} at step"
+        in (small_run[0] / "checkpoints/step_000003/README.md").read_text()
+    )
     assert sum(r["verdict"] == "right" for r in after) / 12 == summary["after"]["accuracy"]
     assert sum(r["sampled"]["verdict"] == "right" for r in before) / 12 == summary["before"]["accuracy_sampled"]
 
@@ -283,8 +289,24 @@ def test_ctrl_c_saves(tmp_path, monkeypatch, capsys, save_steps):
     monkeypatch.setattr(Updater, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", "--save-steps", save_steps)
-    assert "Stopped in step 2. The LoRA after step 1: " in capsys.readouterr().out
+    assert "The LoRA as it stands, after 1 steps: " in capsys.readouterr().out
     assert (tmp_path / "run/checkpoints/step_000001/adapter_model.safetensors").exists()
+
+
+def test_a_stop_during_an_evaluation_saves_what_was_trained(tmp_path, monkeypatch):
+    import rl.evaluate
+
+    evaluate = rl.evaluate.evaluate
+
+    def interrupted(policy, rows, prompts, rewards, config, step, *args):
+        if step == 2:
+            raise KeyboardInterrupt
+        return evaluate(policy, rows, prompts, rewards, config, step, *args)
+
+    monkeypatch.setattr(rl.evaluate, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", "--save-steps", 0)
+    assert (tmp_path / "run/checkpoints/last").read_text() == "step_000002\n"
 
 
 def test_an_adapter_that_reads_back_differently_is_an_error(tmp_path, monkeypatch):
