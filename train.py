@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
         evaluations[step] = after.summary()
         summary["eval"] |= {"after": evaluations[step], "gain": gain}
         print(f"\nAfter training, the same question:\n{report.dialogue(after.greedy[sample])}\n")
-        print(report.evaluation_table(evaluations[0], evaluations[step], gain))
+        print(report.evaluation_table(summary["eval"]["before"], summary["eval"]["after"], gain))
 
     if config.eval_only:
         if config.adapter:
@@ -166,14 +166,10 @@ def main(arguments: list[str]) -> None:
             summary["tokens"] += sum(len(episode.completion_ids) for episode in episodes)
             metrics = {"step": step, **report.describe_step(completions, scores, rewards)}
             metrics["frac_reward_zero_std"] = algorithms.groups_without_variance(totals, group_size)
-            metrics["kl"] = report.mean(
-                [kl for tokens in inspected for kl in tokens["kl"]]
-            )  # of one group, unless beta
-            metrics |= updated | {
-                "num_tokens": summary["tokens"],
-                **watch.lap(),
-                "peak_memory_mb": peak_memory_mb(policy.device),
-            }
+            # The KL divergence of one group, from the inspection, unless beta makes the update compute it for all.
+            metrics["kl"] = report.mean([kl for tokens in inspected for kl in tokens["kl"]])
+            metrics |= updated | watch.lap()
+            metrics |= {"num_tokens": summary["tokens"], "peak_memory_mb": peak_memory_mb(policy.device)}
             run.log_rollouts(step, episodes, completions, scores)
             run.append("tokens.jsonl", [{"step": step, "prompt_id": rows[group]["id"], "completions": inspected}])
 

@@ -148,12 +148,14 @@ def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
     assert (small_run[0] / weights).read_bytes() == (again / weights).read_bytes()
 
 
-def test_a_saved_adapter_can_be_evaluated(small_run, tmp_path):
+def test_a_saved_adapter_can_be_evaluated(small_run, tmp_path, capsys):
     checkpoint = small_run[0] / "checkpoints/step_000003"
     train.main(
         ["--eval-only", "--adapter", str(checkpoint), "--output-dir", str(tmp_path / "eval")]
     )  # its own settings
     evaluated = tmp_path / "eval"
+    table = small_run[1][small_run[1].index("held-out questions   ") :].partition("\n\n")[0]
+    assert table in capsys.readouterr().out  # the same table as at the end of the run
     first, second = (json.loads((folder / "summary.json").read_text())["eval"] for folder in (small_run[0], evaluated))
     assert second["before"] == first["before"] and second["after"] == first["after"]
     assert not (evaluated / "metrics.jsonl").exists()
