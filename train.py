@@ -166,9 +166,7 @@ def main(arguments: list[str]) -> None:
             summary["tokens"] += sum(len(episode.completion_ids) for episode in episodes)
             metrics = {"step": step, **report.describe_step(completions, scores, rewards)}
             metrics["frac_reward_zero_std"] = algorithms.groups_without_variance(totals, group_size)
-            # The KL divergence of one group, from the inspection, unless beta makes the update compute it for all.
-            metrics["kl"] = report.mean([kl for tokens in inspected for kl in tokens["kl"]])
-            metrics |= updated | watch.lap()
+            metrics |= report.describe_tokens(inspected) | updated | watch.lap()
             metrics |= {"num_tokens": summary["tokens"], "peak_memory_mb": peak_memory_mb(policy.device)}
             run.log_rollouts(step, episodes, completions, scores)
             run.append("tokens.jsonl", [{"step": step, "prompt_id": rows[group]["id"], "completions": inspected}])

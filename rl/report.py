@@ -33,6 +33,20 @@ def describe_step(completions, scores, rewards) -> dict[str, float]:
     }
 
 
+def describe_tokens(inspected: list[dict]) -> dict[str, float]:
+    """Metrics from the one group that was looked at token by token, before its update.
+
+    kl: the mean of k3 against the reference (the update replaces it by that of all completions where beta is set).
+    sampling_logp_difference: between the sampler's log-probabilities and the trainer's, which should agree.
+    """
+    differences = [abs(a - b) for t in inspected for a, b in zip(t["logprobs"], t["sampler_logprobs"])]
+    return {
+        "kl": mean([kl for t in inspected for kl in t["kl"]]),
+        "sampling/sampling_logp_difference/mean": mean(differences),
+        "sampling/sampling_logp_difference/max": max(differences),
+    }
+
+
 def hints(metrics: dict, scores, completions, config: Config) -> dict[str, str]:
     """Plain lines about a step that cannot teach, by subject: what is wrong and what to try."""
     found = {}

@@ -166,6 +166,7 @@ class Updater:
         return {
             "tokens": [self.policy.tokenizer.decode([token]) for token in episode.completion_ids],
             "logprobs": _rounded(logprobs[:n]),
+            "sampler_logprobs": [round(value, 5) for value in episode.sampler_logprobs],
             "advantages": _rounded(episode.advantages),
             "entropy": _rounded(entropy[:n]),
             "kl": _rounded(kl[:n]),

@@ -76,6 +76,7 @@ def test_metrics_have_trls_names_and_agree_with_the_rollouts(small_run):
     )
     assert set(names.split()) <= set(metrics[0])
     assert metrics[0]["kl"] == 0.0 < metrics[2]["kl"]  # the LoRA starts as nothing
+    assert all(m["sampling/sampling_logp_difference/max"] < 1e-3 for m in metrics)
     assert "eval/accuracy" in metrics[1] and "eval/accuracy" not in metrics[0]
     for m in metrics:
         of_step = [r for r in rollouts if r["step"] == m["step"]]

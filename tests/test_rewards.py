@@ -1,0 +1,178 @@
+"""The reward registry: weights, gates, verdicts, the checks before a run, and errors that say where."""
+
+import math
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from grading import Completion, RewardError, load_rewards
+
+
+def completion(text, **row):
+    return Completion(prompt="q", text=text, row={"id": "r1", "task": "t"} | row)
+
+
+def write(tmp_path, source):
+    path = tmp_path / "rewards.py"
+    path.write_text("from grading import *\n" + textwrap.dedent(source))
+    return str(path)
+
+
+def test_weights_gates_metrics_and_verdict(tmp_path):
+    rewards = load_rewards(
+        write(
+            tmp_path,
+            """
+            @reward(weight=2.0, when="math")
+            def right(c): return c.answer == c.row["answer"], "because"
+            @reward(weight=0.5, when=lambda row: row["task"] == "t")
+            def short(c): return len(c.text) < 5
+            @reward
+            def never(c): return None
+            @metric
+            def length(c): return len(c.text)
+            """,
+        )
+    )
+    score = rewards.score(completion("7", answer="7"))
+    assert (score.total, score.verdict) == (2.5, "right")
+    assert score.parts == {"right": 1.0, "short": 1.0, "never": None}
+    assert score.metrics == {"length": 1.0} and score.reasons == {"right": "because"}
+    score = rewards.score(completion("8", answer="7"))
+    assert (score.total, score.verdict) == (0.5, "wrong")
+    code_row = rewards.score(Completion("q", "8", {"id": 1, "task": "other", "tests": ["assert f(1) == 1"]}))
+    assert code_row.parts["right"] is None and code_row.total == 0.0
+
+
+def test_reward_funcs_and_weights_by_name(tmp_path):
+    path = write(tmp_path, "@reward\ndef one(c): return 1\n@reward(weight=3)\ndef two(c): return 1\n")
+    assert load_rewards(path).names == ["one", "two"]
+    assert load_rewards(path, ["two"], {"two": 0.25}).score(completion("")).total == 0.25
+    with pytest.raises(RewardError, match="reward_funcs: .* no reward function 'tow'; did you mean 'two'"):
+        load_rewards(path, ["tow"])
+    with pytest.raises(RewardError, match="reward_weights: .* no reward function 'oen'; did you mean 'one'"):
+        load_rewards(path, None, {"oen": 1.0})
+
+
+def test_ungraded_is_not_zero(tmp_path):
+    rewards = load_rewards(
+        write(
+            tmp_path,
+            """
+            @reward
+            def grader(c): raise Ungraded("the sandbox is gone")
+            @reward(weight=0.1)
+            def shape(c): return 1
+            """,
+        )
+    )
+    score = rewards.score(completion("x"))
+    assert score.verdict == "ungraded" and math.isnan(score.total)
+    assert score.reasons == {"grader": "the sandbox is gone"}
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "'1'", "[1.0]", "(1, 2, 3)", "{}"])
+def test_wrong_return_values_name_function_row_and_value(tmp_path, value):
+    rewards = load_rewards(write(tmp_path, f"@reward\ndef odd(c): return {value}\n"))
+    with pytest.raises(RewardError, match=r"'odd' \(rewards.py:\d+\), row r1: returned .*expected a finite number"):
+        rewards.score(completion("x"))
+
+
+def test_an_exception_names_function_line_row_and_completion(tmp_path):
+    rewards = load_rewards(write(tmp_path, "@reward\ndef broken(c):\n    return 1 / 0\n"))
+    with pytest.raises(RewardError, match=r"'broken' \(rewards.py:4\), row r1: ZeroDivisionError.*'the end'"):
+        rewards.score(completion("the end"))
+
+
+def test_a_misspelt_column_is_found_before_the_model_loads(tmp_path):
+    rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return c.answer == c.row['anwser']\n"))
+    with pytest.raises(RewardError, match="no column 'anwser'.*Did you mean 'answer'"):
+        rewards.check([{"id": "r1", "task": "t", "prompt": "q", "answer": "1"}])
+
+
+def test_rows_that_only_shaping_would_judge_are_found_before_the_model_loads(tmp_path):
+    """A row without its gold must not be trained on its format alone, and called right for it."""
+    rewards = load_rewards("rewards.py")
+    good = {"id": "r1", "task": "t", "prompt": "q", "answer": "1"}
+    rewards.check([good, {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 1"]}])
+    for bad in ({"gold": "1"}, {"answer": None}):
+        with pytest.raises(
+            RewardError, match="row r3: .* only format applies, but not correct or passes_tests.*columns"
+        ):
+            rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"} | bad])
+    misspelt = load_rewards(write(tmp_path, "@reward(when='maths')\ndef right(c): return 1\n"))
+    with pytest.raises(RewardError, match="rewards.py none applies, but not right"):
+        misspelt.check([good])
+    load_rewards(write(tmp_path, "@reward\ndef any(c): return 1\n")).check([{"id": 1, "task": "t", "prompt": "q"}])
+
+
+def test_a_row_whose_gold_is_empty_is_found_before_the_model_loads(tmp_path):
+    """Also where the gold stands in a column of the person's own, and the first rows are whole."""
+    rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return grade_math(c.answer, c.row['gold'])\n"))
+    good = {"id": "r1", "task": "t", "prompt": "q", "gold": "1"}
+    rewards.check([good, good])
+    with pytest.raises(RewardError, match="row r2: ValueError: the gold answer is empty"):
+        rewards.check([good, {"id": "r2", "task": "t", "prompt": "q", "gold": None}])
+    with pytest.raises(RewardError, match="row r3: KeyError: .*no column 'gold'"):
+        rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"}])
+
+
+def test_shaping_and_penalties_do_not_judge(tmp_path):
+    row = {"id": "r1", "task": "t", "prompt": "q"}
+    shaped = load_rewards(
+        write(tmp_path, "@reward\ndef right(c): return None\n@reward(weight=0.1)\ndef form(c): return 1\n")
+    )
+    assert shaped.score(completion("x")).verdict == "wrong"
+    penalty = load_rewards(write(tmp_path, "@reward(weight=-1)\ndef long(c): return 1\n@metric\ndef n(c): return 1\n"))
+    penalty.check([row])
+    assert penalty.score(completion("x")).total == -1
+
+
+def test_a_gate_that_raises_names_the_function(tmp_path):
+    rewards = load_rewards(write(tmp_path, "@reward(when=lambda row: row['level'] > 1)\ndef hard(c): return 1\n"))
+    with pytest.raises(RewardError, match="'hard' .*no column 'level'"):
+        rewards.check([{"id": "r1", "task": "t", "prompt": "q"}])
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("def f(:\n", r"rewards.py:2: SyntaxError"),
+        ("x = 1\ny = undefined\n", r"rewards.py:3: NameError"),
+        ("def plain(c): return 1\n", "no reward with a weight"),
+        ("@metric\ndef only(c): return 1\n", "no reward with a weight"),
+    ],
+)
+def test_reward_files_that_cannot_be_used(tmp_path, source, message):
+    with pytest.raises(RewardError, match=message):
+        load_rewards(write(tmp_path, source))
+
+
+def test_the_projects_own_rewards():
+    rewards = load_rewards("rewards.py")
+
+    def total(text, truncated=False, **row):
+        c = completion(text, **row)
+        c.truncated = truncated
+        return round(rewards.score(c).total, 6)
+
+    assert total("<think>3+4=7</think>\\boxed{7}", answer="7") == total("\\boxed{7}", answer="7") == 1.1
+    assert total("<think>3+4=7</think>\\boxed{8}", answer="7") == 0.1
+    assert total("<think>\\boxed{7}", answer="7") == 0.0  # no end of thinking, no answer
+    assert total("a<think>b</think>\\boxed{7}", answer="7") == 1.0
+    assert total("7", answer="7") == total("\\boxed{}", answer="7") == 0.0
+    assert total("\\boxed{7}", truncated=True, answer="7") == 1.0
+    code = {"tests": ["assert f(1) == 2"], "entry_point": "f"}
+    assert total("<think>x+1</think>def f(x):\n    return x+1", **code) == 1.1
+    assert total("def f(x):\n    return x", **code) == 0.1
+    assert total("hello", **code) == 0.0
+
+
+def test_rewards_import_no_torch_and_start_quickly():
+    code = "import sys, rewards; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert time.perf_counter() - start < 5
