@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 
 from data import DataError, load
@@ -18,6 +19,8 @@ def main() -> None:
     show.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # a console may not know every character
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe
     pairs = [pair.split("=", 1) for pair in args.columns]
     if any(len(pair) != 2 for pair in pairs) or args.n < 1:
         parser.error("--columns takes pairs such as prompt=question, -n a number from 1")
