@@ -40,12 +40,16 @@ def load_questions(
     built-in family its evaluation split, a file at most a fifth of its questions.
     """
     train_rows, eval_rows, notes = [], [], []
+
+    def load_at_most(source, n, split, seed, use):
+        rows = load(source, n if source in FAMILIES else None, split, columns, seed)
+        if len(rows) > n:
+            notes.append(f"{source}: the first {n} of {len(rows)} questions are {use}")
+        return rows[:n]
+
     share = -(-eval_n // len(eval_data or train_data))  # rounded up
     for source in train_data:
-        rows = load(source, None if source not in FAMILIES else train_n, "train", columns, seed)
-        if len(rows) > train_n:
-            notes.append(f"{source}: the first {train_n} of {len(rows)} questions are used (train_questions)")
-            rows = rows[:train_n]
+        rows = load_at_most(source, train_n, "train", seed, "used (train_questions)")
         if not eval_data and source in FAMILIES:
             eval_rows += load(source, share, "eval", seed=EVAL_SEED)
         elif not eval_data:
@@ -54,10 +58,7 @@ def load_questions(
             notes.append(f"{source}: {len(rows)} questions to train on, {len(held_out)} held out")
         train_rows += rows
     for source in eval_data:
-        rows = load(source, share if source in FAMILIES else None, "eval", columns, EVAL_SEED)
-        if len(rows) > share:
-            notes.append(f"{source}: the first {share} of {len(rows)} questions are held out (eval_questions)")
-        eval_rows += rows[:share]
+        eval_rows += load_at_most(source, share, "eval", EVAL_SEED, "held out (eval_questions)")
     held_out_prompts = {str(row["prompt"]) for row in eval_rows}
     kept = [row for row in train_rows if str(row["prompt"]) not in held_out_prompts]
     if len(kept) < len(train_rows):

@@ -7,6 +7,8 @@ Numbers are compared as `fractions.Fraction`, never as floats and never by evalu
 import re
 from fractions import Fraction
 
+from grading.registry import shorten
+
 MAX_ANSWER_CHARS = 400  # a longer answer is refused before anything is parsed
 MAX_BOX_CHARS = 2000
 MAX_DIGITS = 40  # a longer run of digits is refused: no big-number arithmetic on model text
@@ -31,7 +33,7 @@ def grade_math(answer: str, gold: str | int | float) -> tuple[float, str]:
         return 0.0, f"the answer has {len(found)} characters, over {MAX_ANSWER_CHARS}"
     if is_equal(found, gold):
         return 1.0, "right"
-    return 0.0, f"{_shorten(found)} is not {_shorten(gold)}"
+    return 0.0, f"{shorten(found)} is not {shorten(gold)}"
 
 
 def extract_answer(text: str) -> str | None:
@@ -136,7 +138,3 @@ def to_fraction(text: str) -> Fraction | None:
             except ZeroDivisionError:
                 return None
     return None
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."

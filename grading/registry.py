@@ -170,7 +170,7 @@ class Rewards:
     def _call(self, f: RewardFunction, completion: Completion) -> tuple[float | None, str]:
         try:
             result = f(completion)
-        except (Ungraded, KeyboardInterrupt):
+        except Ungraded:
             raise
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
@@ -178,9 +178,9 @@ class Rewards:
             message = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise self._fault(f, completion, f"{type(error).__name__}: {message}", line) from error
         value, reason = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
-        if value is not None and (not isinstance(value, (bool, int, float)) or not math.isfinite(value)):
+        if value is not None and not is_finite_number(value):
             expected = "a finite number, a bool, None or (number, 'reason')"
-            raise self._fault(f, completion, f"returned {_short(result)}, expected {expected}", _line_of(f))
+            raise self._fault(f, completion, f"returned {short_repr(result)}, expected {expected}", _line_of(f))
         return None if value is None else float(value), str(reason or "")
 
     def _fault(self, f: RewardFunction, completion: Completion, problem: str, line) -> RewardError:
@@ -210,8 +210,7 @@ class Rewards:
                 judges = " or ".join(f.name for f in self.functions if self.can_judge(f))
                 raise RewardError(
                     f"row {row['id']}: of the rewards in {self.path.name} {f'only {names}' if names else 'none'} applies, but "
-                    f"not {judges}: the row "
-                    "needs the column answer or tests (columns: {answer: YOUR_COLUMN} maps yours), or the reward another "
+                    f"not {judges}: the row needs the column answer or tests (columns: {{answer: YOUR_COLUMN}} maps yours), or the reward another "
                     f"when= (the row's task is '{row.get('task')}')"
                 )
 
@@ -274,6 +273,21 @@ def _line_of(f: RewardFunction):
     return code.co_firstlineno if code else "?"
 
 
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def is_finite_number(value) -> bool:
+    try:
+        return isinstance(value, (bool, int, float)) and math.isfinite(value)
+    except OverflowError:  # an int too large for a float
+        return False
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Text of at most `limit` characters, for a message."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def short_repr(value) -> str:
+    """A value for a message, also where it is too large or too deep to be written out."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):
+        return f"a very large {type(value).__name__}"

@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import NamedTuple
 
-from grading.registry import RewardError, Ungraded
+from grading.registry import RewardError, Ungraded, short_repr
 
 MAX_PROGRAM_CHARS = 64 * 1024
 MAX_STDOUT_BYTES = 256 * 1024
@@ -110,7 +110,7 @@ def _run_calls(code: str, calls: tuple[Call, ...], timeout: float) -> tuple[floa
             for number, call in enumerate(calls, 1):
                 result = feed(f"{call.name}(*arguments_)", arguments_=list(call.args))
                 if not is_same(result, call.expected):
-                    return 0.0, f"test {number} of {len(calls)}: {_call_text(call)} gave {_short_repr(result)}"
+                    return 0.0, f"test {number} of {len(calls)}: {_call_text(call)} gave {short_repr(result)}"
     except monty.MontySyntaxError as error:
         if MONTY_LACKS in str(error):
             raise Ungraded(f"the sandbox cannot run this: {error}") from None
@@ -180,15 +180,7 @@ def _start_pool():
 
 
 def _call_text(call: Call) -> str:
-    return f"{call.name}({', '.join(map(_short_repr, call.args))})"
-
-
-def _short_repr(value) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an int with thousands of digits
-        text = "a very large number"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{call.name}({', '.join(map(short_repr, call.args))})"
 
 
 def _first_line(error) -> str:

@@ -25,7 +25,7 @@ class Updater:
         self.policy, self.config = policy, config
         self.optimizer = make_optimizer(policy.trainable_parameters(), config)
         updates = config.max_steps * config.num_iterations * config.num_mini_batches
-        self.schedule = transformers.get_scheduler(  # fmt: skip
+        self.schedule = transformers.get_scheduler(
             {"constant": "constant_with_warmup"}.get(config.lr_scheduler_type, config.lr_scheduler_type),
             self.optimizer,
             math.ceil(config.warmup_ratio * updates),
@@ -166,7 +166,7 @@ class Updater:
         return {
             "tokens": [self.policy.tokenizer.decode([token]) for token in episode.completion_ids],
             "logprobs": _rounded(logprobs[:n]),
-            "sampler_logprobs": [round(value, 5) for value in episode.sampler_logprobs],
+            "sampler_logprobs": _rounded(torch.tensor(episode.sampler_logprobs)),
             "advantages": _rounded(episode.advantages),
             "entropy": _rounded(entropy[:n]),
             "kl": _rounded(kl[:n]),

@@ -74,7 +74,7 @@ def test_ungraded_is_not_zero(tmp_path):
     assert score.reasons == {"grader": "the sandbox is gone"}
 
 
-@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "'1'", "[1.0]", "(1, 2, 3)", "{}"])
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "'1'", "[1.0]", "(1, 2, 3)", "{}", "10**5000"])
 def test_wrong_return_values_name_function_row_and_value(tmp_path, value):
     rewards = load_rewards(write(tmp_path, f"@reward\ndef odd(c): return {value}\n"))
     with pytest.raises(RewardError, match=r"'odd' \(rewards.py:\d+\), row r1: returned .*expected a finite number"):
