@@ -12,6 +12,7 @@ A completion has: .prompt .text .thinking .answer (what stands after </think>) .
     python rewards.py             # shows what these functions give to good and bad completions; --help tells more
 """
 
+import operator
 import re
 
 from grading import (
@@ -74,6 +75,29 @@ def format(completion: Completion):
     if row_kind(completion.row) == "code":
         return "def " in extract_code(completion.answer)
     return bool(extract_answer(completion.answer))
+
+
+def right_steps(completion: Completion):
+    """A process reward: -1 where the first wrong line of the thinking ends, else 0 where the last one ends.
+
+    A line is a + b = c, with +, - or *, in whole numbers. It counts where a recipe names it: `reward_funcs: [correct,
+    passes_tests, format, right_steps]`, `reward_weights: {right_steps: 0.2}`. One value a completion, not one a line: GRPO
+    centres the values of a group, so that even 0 a line would pay for more lines; and what is built on an error is not
+    judged. None without such lines: whether to think is left to the other rewards.
+    """
+    step = re.compile(r"(-?[0-9]{1,30}) *([-+*]) *(-?[0-9]{1,30}) *= *(-?[0-9]{1,30})")
+    value = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    start = (completion.text.rpartition("</think>")[0] or completion.text).rindex(completion.thinking)
+    last = None
+    for line in completion.thinking.split("\n"):
+        end = start + len(line)
+        if found := step.fullmatch(line.strip()):
+            a, sign, b, c = found.groups()
+            if value[sign](int(a), int(b)) != int(c):
+                return [(end, -1.0)]
+            last = end
+        start = end + 1
+    return None if last is None else [(last, 0.0)]
 
 
 @metric

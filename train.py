@@ -1,4 +1,4 @@
-"""Teach a language model to think: GRPO on questions whose answers a program can check.
+"""Teach a language model to think: GRPO or PPO on questions whose answers a program can check.
 
     python train.py                                       the bundled tiny model, configs/tiny.yaml
     python train.py --config FILE --learning-rate 2e-5    another recipe, with settings replaced
@@ -12,13 +12,15 @@ policy is evaluated again and its saved LoRA is read back and compared. Everythi
 
 import contextlib
 import itertools
+import math
 import random
 import sys
 import time
 
-from data import DataError, load_questions
+from data import DataError, levels, load_questions
 from grading import RewardError, check_tests, load_rewards, sandbox
-from rl.config import ConfigError, read_config
+from rl.config import ConfigError
+from rl.read_config import read_config
 
 
 def main(arguments: list[str]) -> None:
@@ -33,6 +35,7 @@ def main(arguments: list[str]) -> None:
     train_rows, eval_rows, notes = load_questions(
         config.train_data, config.eval_data, config.train_questions, config.eval_questions, config.columns, config.seed
     )
+    level_of = levels(train_rows) if config.curriculum_steps else [0] * len(train_rows)
     notes += check_tests(train_rows + eval_rows) + rewards.check(train_rows + eval_rows)
     warnings = []  # in every line of the console
     if "unprotected" in sandbox.available():
@@ -43,7 +46,10 @@ def main(arguments: list[str]) -> None:
     import torch  # late: --help and the checks above answer at once
     from tqdm import tqdm
 
-    from rl import alarms, algorithms, report
+    from rl import alarms, report
+    from rl.advantages import Advantages, learned_rewards, teaching_groups
+    from rl.algorithms import varied_groups
+    from rl.critic import Critic
     from rl.evaluate import Marking, evaluate
     from rl.policy import check_model, describe_adapter, load_policy, reloaded_adapter, save_adapter
     from rl.rollout import Sampling, rollout
@@ -55,6 +61,7 @@ def main(arguments: list[str]) -> None:
 
     # --- The policy: a model with its LoRA. Its prompts, as token ids.
     policy = load_policy(config)
+    critic = Critic(policy, config) if config.has_critic and not config.eval_only else None
     train_prompts = policy.encode_prompts(train_rows, config.max_completion_length)
     eval_prompts = policy.encode_prompts(eval_rows, config.max_completion_length)
     run = RunFolder(folder, config, rewards.path)
@@ -62,6 +69,9 @@ def main(arguments: list[str]) -> None:
     trainable, parameters = policy.model.get_nb_trainable_parameters()
     print(f"Ponder on {describe_machine(policy.device)}; everything goes into {run.path}")
     print(f"  model    {config.model}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)")
+    if critic:
+        kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"
+        print(f"  critic   {kind}, {sum(p.numel() for p in critic.parameters):,} parameters, on the same base model")
     print(f"  rewards  {', '.join(f'{f.name} {f.weight:g}' for f in rewards.functions if f.weight)}")
     print(f"  asks     {len(train_rows):,} training questions, {len(eval_rows):,} held out")
     if not config.eval_only:
@@ -115,12 +125,25 @@ def main(arguments: list[str]) -> None:
             print(report.evaluation_table(evaluations[0], None, None))
         return write_summary()
 
-    updater = Updater(policy, config)
+    teacher, updater = Advantages(policy, config, rewards), Updater(policy, config, critic)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
     generator = torch.Generator(policy.device).manual_seed(config.seed)
     order = endless_order(len(train_rows), config.seed)
     group_size = config.num_generations
     history, trained_steps = [], 0  # metrics of each step
+
+    def ask(n, step):
+        """Answer n questions num_generations times each, scoring while the roll-out goes on: episodes, completions, scores."""
+        hardest = highest_level(level_of, step, config.curriculum_steps)
+        asked = list(itertools.islice((i for i in order if level_of[i] <= hardest), n))
+        with watch.time("rollout"), progress(n * group_size, f"step {step}") as bar:
+            marking = Marking(policy, [train_rows[i] for i in asked], rewards, step, bar.update)
+            episodes = rollout(
+                policy, [train_prompts[i] for i in asked], group_size, config.max_completion_length, sampling, generator,
+                config.rollout_batch_size, marking.add,
+            )  # fmt: skip
+        with watch.time("score"), run.keeping_failed(rewards):
+            return episodes, *marking.results()
 
     told = set()
 
@@ -154,34 +177,39 @@ def main(arguments: list[str]) -> None:
         for step in range(1, config.max_steps + 1):
             watch.lap()  # an evaluation is not part of the step after it
 
-            # --- Roll out: each question is answered num_generations times.
-            asked = list(itertools.islice(order, config.prompts_per_step))
-            rows, prompts = [train_rows[i] for i in asked], [train_prompts[i] for i in asked]
-            with watch.time("rollout"), progress(len(asked) * group_size, f"step {step}") as bar:
-                marking = Marking(policy, rows, rewards, step, bar.update)
-                episodes = rollout(
-                    policy, prompts, group_size, config.max_completion_length, sampling, generator,
-                    config.rollout_batch_size, marking.add,
-                )  # fmt: skip
-
-            # --- Score: a program says how good each completion is. It began with the first one that ended.
-            with watch.time("score"), run.keeping_failed(rewards):
-                completions, scores = marking.results()
-
-            # --- Advantages: how much better than its group's mean each completion is.
+            # --- Roll out and score. With dynamic_sampling, new questions make up for groups that cannot teach.
+            episodes, completions, scores = ask(config.prompts_per_step, step)
+            refills = 0
+            while refills < config.dynamic_sampling:
+                missing = config.prompts_per_step - sum(teaching_groups(scores, group_size))
+                if not missing:
+                    break
+                more = ask(missing, step)
+                episodes, completions, scores = (a + b for a, b in zip((episodes, completions, scores), more))
+                refills += 1
             totals = torch.tensor([score.total for score in scores])  # (N,), nan where ungraded
             if config.control == "random-reward":
                 totals = torch.where(totals.isnan(), totals, torch.tensor(coin_flips(len(totals), config.seed, step)))
-            advantages = algorithms.group_advantages(totals, group_size, config.scale_rewards)  # (N,)
-            for episode, advantage in zip(episodes, advantages.tolist(), strict=True):
-                episode.advantages = torch.full((len(episode.completion_ids),), advantage)  # (C,)
-                episode.in_loss = not (episode.truncated and config.mask_truncated_completions)
 
-            # --- Update: make the better completions likelier.
+            # --- Advantages: how much better than expected each token is. A critic is asked first what it expects.
+            taking_part = range(len(episodes))
+            if config.dynamic_sampling:
+                teaches = teaching_groups(scores, group_size)
+                taking_part = [i for i in taking_part if teaches[i // group_size]]
+            learning = [episodes[i] for i in taking_part]
             with watch.time("update"):
-                group = int(advantages.view(-1, group_size).abs().sum(1).argmax())  # the one to look at token by token
-                inspected = updater.inspect(episodes[group * group_size : (group + 1) * group_size])
-                updated = updater.update(episodes)
+                updater.look(learning)
+                expected = teacher.fill(
+                    learning,
+                    learned_rewards(totals[list(taking_part)], learning, config),
+                    [completions[i] for i in taking_part],
+                    [scores[i] for i in taking_part],
+                )
+
+            # --- Update: make the better tokens likelier.
+            with watch.time("update"):
+                group, inspected = updater.inspect(episodes)  # the one where most is learned, token by token
+                updated = updater.update(learning)
             trained_steps = step
 
             # --- Log.
@@ -189,12 +217,18 @@ def main(arguments: list[str]) -> None:
             summary["completions"] += len(episodes)
             summary["tokens"] += sum(len(episode.completion_ids) for episode in episodes)
             metrics = {"step": step, **report.describe_step(completions, scores, rewards, group_size)}
-            metrics["frac_reward_zero_std"] = algorithms.groups_without_variance(totals, group_size)
-            metrics |= report.describe_tokens(inspected) | updated | watch.lap()
+            metrics["frac_reward_zero_std"] = 1 - varied_groups(totals, group_size).float().mean().item()
+            if config.dynamic_sampling:
+                left_out = (len(episodes) - len(learning)) // group_size
+                metrics |= {"dynamic_sampling/refills": refills, "dynamic_sampling/groups_left_out": left_out}
+            metrics |= report.describe_tokens(inspected) | expected | updated | watch.lap()
             metrics |= {"num_tokens": summary["tokens"], "peak_memory_mb": peak_memory_mb(policy.device)}
             control = totals.tolist() if config.control != "none" else None
             run.log_rollouts(episodes, completions, scores, control)
-            run.append("tokens.jsonl", [{"step": step, "prompt_id": rows[group]["id"], "completions": inspected}])
+            run.append(
+                "tokens.jsonl",
+                [{"step": step, "prompt_id": completions[group * group_size].row["id"], "completions": inspected}],
+            )
 
             # --- Evaluate, look for alarms, and save.
             if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
@@ -260,6 +294,13 @@ def endless_order(n: int, seed: int):
     rng = random.Random(seed)
     while True:
         yield from rng.sample(range(n), n)
+
+
+def highest_level(levels: list[float], step: int, curriculum_steps: int) -> float:
+    """The hardest level that is asked in a step: they join one by one over the first `curriculum_steps`, all at 0."""
+    known = sorted(set(levels))
+    joined = math.ceil(len(known) * min(step / curriculum_steps, 1)) if curriculum_steps else len(known)
+    return known[joined - 1]
 
 
 def coin_flips(n: int, seed: int, step: int) -> list[float]:

@@ -4,7 +4,7 @@ A row is a dict with `id`, `prompt` (text, or a list of chat messages), `task`, 
 `tests` (with `entry_point`, `setup`, `starter`), or what the grader named in `grader` takes. A `solution` is worked out in
 full. Every other column of the source is there too. Rows without a gold are for reward functions that need none.
 
-    sums, words, functions, countdown           made from a seed (data/tasks.py)
+    sums, words, functions, long_sums, ...      made from a seed (data/tasks.py)
     reasoning_gym:NAME                          made from a seed by that package (data/gym.py)
     questions.jsonl, .json, .csv, .parquet      your own, or another set's, told by its columns (data/formats.py)
     openai/gsm8k, OWNER/NAME:CONFIG[SPLIT]      the Hugging Face Hub (data/hub.py)
@@ -14,6 +14,7 @@ full. Every other column of the source is there too. Rows without a gold are for
 """
 
 import random
+import re
 from pathlib import Path
 
 from data.formats import FORMATS
@@ -22,7 +23,7 @@ from data.hub import held_out_split, is_hub_source, read_hub
 from data.sources import FILE_TYPES, DataError, read_file
 from data.tasks import MAKERS, questions
 
-__all__ = ["DataError", "load", "load_questions"]
+__all__ = ["DataError", "levels", "load", "load_questions"]
 
 EVAL_SEED = 0  # the built-in held-out questions are the same for every run, so that runs can be compared
 MAX_HELD_OUT = 0.2  # of a source that serves for training and evaluation
@@ -102,6 +103,20 @@ def load_questions(
     if not kept:
         raise DataError("train_data: no question is left to train on: all of them are in eval_data too")
     return kept, eval_rows, notes
+
+
+def levels(rows: list[dict]) -> list[float]:
+    """How hard each row is, by its column `level`: a number, or text with one ("Level 3"). Raises DataError."""
+    found = []
+    for row in rows:
+        number = re.search(r"-?\d+(\.\d+)?", str(row.get("level", "")))
+        if not number:
+            raise DataError(
+                f"curriculum_steps: row {row['id']} has no number in a column level, by which questions are put in order "
+                "(columns: {level: YOUR_COLUMN} maps yours), or set curriculum_steps to 0"
+            )
+        found.append(float(number[0]))
+    return found
 
 
 def _held_out_source(source: str) -> str | None:

@@ -1,11 +1,13 @@
 """Make the bundled tiny model: a 0.8-million-parameter Qwen3 that can think but seldom does.
 
-It is trained from nothing on demonstrations of the three built-in families. THINKS of them work the question out
-inside <think> ... </think> and are right; the rest blurt an answer at once, and only BLURT_RIGHT of those are right.
-So the skill is there and rarely used: what reinforcement learning has to find. Questions come from the split
-"pretrain" and never meet those used for training or evaluation (data/tasks.py).
+It is trained from nothing on demonstrations of the built-in families. In the first stage, a quarter of them work the
+question out inside <think> ... </think> and are right; the rest blurt an answer at once, and only a fifth of those are right. So the skill is there and rarely used: what reinforcement learning has to find. In the short second stage sums of
+two-digit numbers join, most of them thought out; the model learns how they are written, but not to do them reliably: what
+reinforcement learning has to improve. Questions come from the split "pretrain" and never meet those used for training or
+evaluation (data/tasks.py).
 
-    python data/make_tiny.py --out data/tiny          # half an hour on two cores
+    python data/make_tiny.py --out data/tiny          # three quarters of an hour on two cores
+    python data/make_tiny.py --out FOLDER --start data/old   # the second stage alone, from the first one's model
 
 Writes config, tokenizer with chat template, and bf16 safetensors. The model card (data/tiny/README.md) is written by
 hand from the figures that this script and `python train.py --eval-only` print.
@@ -22,9 +24,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.tasks import FAMILIES, Problem, build_expressions, problems  # noqa: E402
+from data.tasks import Problem, build_expressions, problems  # noqa: E402
 
-THINKS = 0.25  # share of demonstrations that think
+SHORT = ("sums", "words", "functions")
+STAGES = (  # families in equal parts, optimizer steps, peak learning rate
+    (SHORT, 6000, 2e-3),
+    ((*SHORT, "long_sums", "long_sums"), 1800, 1.5e-3),
+)
+THINKS = {"long_sums": 0.75}  # share of demonstrations that think, by family
+THINKS_SHORT = 0.25  # the same of the others
 BLURT_RIGHT = 0.2  # share of the others that happen to be right
 MEAN_REPLY_TOKENS = 25  # of a demonstration, about: the scale of the loss
 
@@ -87,7 +95,7 @@ def blurt(problem: Problem, rng: random.Random) -> str:
 
 def demonstration(problem: Problem, rng: random.Random) -> str:
     """One assistant turn."""
-    thinks = rng.random() < THINKS
+    thinks = rng.random() < THINKS.get(problem.family, THINKS_SHORT)
     thought = "<think>" + "\n".join(problem.steps) + "</think>" if thinks else ""
     answer = problem.answer if thinks else blurt(problem, rng)
     if problem.family == "functions":
@@ -95,9 +103,9 @@ def demonstration(problem: Problem, rng: random.Random) -> str:
     return f"{thought}\\boxed{{{answer}}}"
 
 
-def batches(tokenizer, batch_size: int, rng: random.Random):
+def batches(tokenizer, families, batch_size: int, rng: random.Random):
     """Endless (ids, labels), each (B, T), rows of similar length; labels are -100 on prompt and padding."""
-    sources = [problems(family, "pretrain", rng) for family in FAMILIES]
+    sources = [problems(family, "pretrain", rng) for family in families]
     while True:
         rows = []
         for i in range(batch_size * 30):
@@ -122,25 +130,33 @@ def batches(tokenizer, batch_size: int, rng: random.Random):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="data/tiny", help="folder to write the model into")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--start", help="go on from this folder, the first stage's model, with the second stage")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {args.steps} steps of {args.batch_size}, {torch.get_num_threads()} threads")
+    for stage in (2,) if args.start else (1, 2):
+        if stage == 1:
+            model = make_model(tokenizer)
+        else:  # goes on from what the first has saved, rounded to bf16
+            model = Qwen3ForCausalLM.from_pretrained(args.start or args.out, dtype=torch.float32)
+        rng = random.Random(args.seed + stage - 1)
+        train(model, tokenizer, *STAGES[stage - 1], args.batch_size, rng, args.out)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+
+def train(model, tokenizer, families, steps: int, learning_rate: float, batch_size: int, rng: random.Random, out: str):
+    """One stage; the model is saved every 500 steps and at its end."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {steps} steps of {batch_size}, {torch.get_num_threads()} threads")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.04, div_factor=20, final_div_factor=50
+        optimizer, learning_rate, total_steps=steps, pct_start=0.04, div_factor=20, final_div_factor=50
     )
-    start, mean_loss = time.time(), None
-    stream = batches(tokenizer, args.batch_size, random.Random(args.seed))
-    for step in range(1, args.steps + 1):
+    began, mean_loss = time.time(), None
+    stream = batches(tokenizer, families, batch_size, rng)
+    for step in range(1, steps + 1):
         ids, labels = next(stream)
         loss = token_loss(model, ids, labels)
         optimizer.zero_grad()
@@ -150,9 +166,9 @@ def main():
         schedule.step()
         mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
         if step % 100 == 0:
-            print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - start) / 60:.1f} min", flush=True)
-        if step % 500 == 0 or step == args.steps:
-            save(model, tokenizer, args.out)
+            print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - began) / 60:.1f} min", flush=True)
+        if step % 500 == 0 or step == steps:
+            save(model, tokenizer, out)
 
 
 def token_loss(model, ids, labels):

@@ -1,4 +1,4 @@
-"""The built-in task families, made from a seed: sums, word problems, small Python functions, and Countdown.
+"""The built-in task families, made from a seed: sums, word problems, small Python functions, longer sums, and Countdown.
 
 Every question has a *key*, what it asks apart from its wording ("7+5-3", "apples:5+3-2", "+4*3"). A hash of the
 key decides which split the question belongs to, so pretraining, training and evaluation questions are disjoint by
@@ -10,9 +10,9 @@ construction, whatever seeds they are drawn with and however they are phrased.
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-FAMILIES = ("sums", "words", "functions")  # what the bundled model has met
+FAMILIES = ("sums", "words", "functions", "long_sums")  # what the bundled model has met
 # Tenths of the hash range: half of all questions for pretraining, three tenths for RL, two tenths held out.
 SPLITS = {"pretrain": range(0, 5), "train": range(5, 8), "eval": range(8, 10)}
 
@@ -99,6 +99,21 @@ def make_sum(rng: random.Random) -> Problem:
     return Problem("sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
 
 
+def make_long_sum(rng: random.Random, terms=(2, 3, 4)) -> Problem:
+    """A sum of numbers with two digits: the bundled model thinks about it, and mostly gets lost on the way."""
+    first = rng.randint(10, 99)
+    ops = tuple((rng.choice("+-"), rng.randint(10, 99)) for _ in range(rng.choice(terms) - 1))
+    expression = f"{first}" + "".join(f" {op} {n}" for op, n in ops)
+    answer = str(running_totals(first, ops)[-1])
+    prompt = rng.choice(SUM_PROMPTS).format(expression)
+    return Problem("long_sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
+
+
+def make_longer_sum(rng: random.Random) -> Problem:
+    """Longer than any of `long_sums`: for evaluation, to see whether what was learned carries over."""
+    return replace(make_long_sum(rng, terms=(5, 6)), family="longer_sums")
+
+
 def make_word_problem(rng: random.Random) -> Problem:
     name, opening, gains, losses, question = rng.choice(WORD_TEMPLATES)
     who = rng.choice(NAMES)
@@ -165,7 +180,10 @@ def make_countdown(rng: random.Random) -> Problem:
             return Problem("countdown", key, prompt, (), expression[1:-1], target=target, nums=tuple(nums))
 
 
-MAKERS = {"sums": make_sum, "words": make_word_problem, "functions": make_function, "countdown": make_countdown}
+MAKERS = {
+    "sums": make_sum, "words": make_word_problem, "functions": make_function,
+    "long_sums": make_long_sum, "longer_sums": make_longer_sum, "countdown": make_countdown,
+}  # fmt: skip
 
 
 def problems(family: str, split: str, rng: random.Random):
@@ -190,6 +208,7 @@ def questions(family: str, split: str, n: int, seed: int) -> list[dict]:
             continue
         seen.add(problem.prompt)
         row = {"id": f"{family}-{split}-{seed}-{len(rows)}", "prompt": problem.prompt, "task": family}
+        row["level"] = len(problem.ops or problem.nums)
         rows.append(row | problem.columns())
         if len(rows) == n:
             return rows

@@ -16,13 +16,14 @@ from grading.registry import (
     row_kind,
 )
 from grading.reward_file import Rewards, load_rewards
+from grading.reward_model import reward_model
 from grading.sandbox import check_tests, extract_code, grade_code
 from grading.scoring import Scoring
 
 __all__ = [
     "Completion", "RewardError", "Rewards", "Score", "Scoring", "Ungraded", "check_tests", "extract_answer", "extract_code",
     "grade_code", "grade_countdown", "grade_gym", "grade_math", "grade_row", "load_rewards", "metric", "outcome_of",
-    "outcome_shares", "prompt_text", "reward", "row_kind",
+    "outcome_shares", "prompt_text", "reward", "reward_model", "row_kind",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from grading.registry import (
     row_kind,
     shorten,
 )
+from grading.reward_model import ModelReward
 from grading.scoring import Scoring, describe_fault
 
 SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping, and cannot judge a row alone
@@ -45,18 +47,18 @@ class Rewards:
 
     @property
     def heaviest(self) -> float:
-        """The largest weight; 0 where there are only penalties."""
-        return max([0.0, *(f.weight for f in self.functions)])
+        """The largest weight of a reward that is no reward model; 0 where there are only penalties."""
+        return max([0.0, *(f.weight for f in self.functions if not isinstance(f, ModelReward))])
 
     def can_judge(self, f: RewardFunction) -> bool:
-        """Whether a reward weighs enough to be the verdict on a completion; a smaller one is shaping."""
-        return f.weight > SHAPING_SHARE * self.heaviest
+        """Whether a reward can be the verdict on a completion: no reward model, and not so small that it is shaping."""
+        return not isinstance(f, ModelReward) and f.weight > SHAPING_SHARE * self.heaviest
 
     def judge(self, reasons: dict[str, str]) -> RewardFunction | None:
         """Of the rewards that apply to a completion, the one whose value, 1 or more, means that it is right.
 
         reasons: of those rewards, by name. First comes one whose reason is a grader's outcome; then one that sees the
-        row; then the largest weight; then the first in the file. Shaping and penalties do not judge.
+        row; then the largest weight; then the first in the file. Shaping, penalties and reward models do not judge.
         """
         graders = {name for name, reason in reasons.items() if outcome_of(reason)}
         able = [f for f in self.functions if f.name in reasons and f.weight > 0]
@@ -94,7 +96,8 @@ class Rewards:
         groups = {}  # by kind and the rewards that apply: the rows
         for row in rows:
             applying = self._applying(row)
-            if self.heaviest and not any(map(self.can_judge, applying)):
+            is_meant = any(isinstance(f, ModelReward) and f.when for f in applying)  # for these rows, without a verdict
+            if self.heaviest and not any(map(self.can_judge, applying)) and not is_meant:
                 raise RewardError(self._no_judge(row, applying))
             groups.setdefault((row_kind(row) or row.get("task"), tuple(f.name for f in applying)), []).append(row)
         return self.notes + _notes_on_golds(rows) + self._notes_on_weights(trial, groups)
@@ -142,6 +145,7 @@ class Rewards:
         by_name = {f.name: f for f in self.functions}
         for (kind, names), rows in groups.items():
             functions = [by_name[name] for name in names if by_name[name].weight > 0]
+            warnings += self._notes_on_models(kind, [by_name[name] for name in names])
             largest, telling, judges = trial._try_golds(rows, functions)
             worth = {f.name: f.weight * largest[f.name] for f in functions}
             parts = " + ".join(f"{name} {value:g}" for name, value in worth.items())
@@ -163,6 +167,20 @@ class Rewards:
         shown = [*totals[:MAX_SHOWN], *(["..."] if len(totals) > MAX_SHOWN else [])]
         return [f"largest reward: {', '.join(shown)}", *warnings[:MAX_SHOWN]] if totals else []
 
+    def _notes_on_models(self, kind: str, functions: list[RewardFunction]) -> list[str]:
+        """What the person must know of the reward models among the rewards of a group of rows."""
+        models = [f for f in functions if isinstance(f, ModelReward)]
+        notes = [
+            f"warning: on {kind} rows {f.name} is a reward model's raw score, which has no bound and can outweigh every "
+            "other reward: sigmoid=True keeps it between 0 and 1" for f in models if f.function.is_unbounded
+        ]  # fmt: skip
+        if models and not any(map(self.can_judge, functions)):
+            notes.append(
+                f"warning: on {kind} rows nothing says what is right: a reward model ({models[0].name}) has an opinion, no "
+                "verdict. All completions count as wrong there: look at the reward, not at the accuracy"
+            )
+        return notes
+
     def _try_golds(self, rows: list[dict], functions: list[RewardFunction]) -> tuple[dict[str, float], list, set[str]]:
         """The largest value by function (at least 1 for a decorated one), the functions that tell gold from wrong, judges."""
         largest = dict.fromkeys((f.name for f in functions), 0.0)
@@ -180,11 +198,14 @@ class Rewards:
             for f in functions:
                 values = [score.parts[f.name] or 0.0 for score in scores]
                 largest[f.name] = max(values)
-                if any(right > wrong for right, wrong in zip(values[::2], values[1::2])):
+                is_better = any(right > wrong for right, wrong in zip(values[::2], values[1::2]))
+                if is_better and not isinstance(f, ModelReward):  # of which it may be chance
                     telling.append(f)
         for f in functions:
             if hasattr(f.function, "reward") or largest[f.name] <= 0:
                 largest[f.name] = max(1.0, largest[f.name])
+            if isinstance(f, ModelReward) and f.function.is_unbounded:
+                largest[f.name] = math.inf
         return largest, telling, judges
 
 
@@ -267,10 +288,8 @@ def load_rewards(
 
 def _find_functions(module, file: Path) -> dict[str, RewardFunction]:
     """The reward functions that a module has, by name."""
-    found = {}
-    for value in vars(module).values():
-        if isinstance(getattr(value, "reward", None), RewardFunction) and value.__module__ == module.__name__:
-            found[value.reward.name] = value.reward
+    decorated = [value for value in vars(module).values() if isinstance(getattr(value, "reward", None), RewardFunction)]
+    functions = [value.reward for value in decorated if value.__module__ == module.__name__]
     listed = getattr(module, "reward_funcs", [])
     if not isinstance(listed, (list, tuple)):
         raise RewardError(f"{file.name}: reward_funcs is {shorten(repr(listed))}, expected a list of functions")
@@ -281,9 +300,13 @@ def _find_functions(module, file: Path) -> dict[str, RewardFunction]:
             hint = did_you_mean(entry, vars(module)) if isinstance(entry, str) else " Write it as a function with def."
             raise RewardError(f"{file.name}: reward_funcs names {shorten(repr(entry))}, which is no function.{hint}")
         f = getattr(function, "reward", None)
-        f = f if isinstance(f, RewardFunction) else RewardFunction(name, function)
+        functions.append(f if isinstance(f, RewardFunction) else RewardFunction(name, function))
+    found = {}
+    for f in functions:
         if f.name in found and found[f.name].function is not f.function:
-            raise RewardError(f"{file.name}: two reward functions are called {f.name}: rename one")
+            raise RewardError(
+                f"{file.name}: two reward functions are called {f.name}: rename one (of a reward model: name=)"
+            )
         found[f.name] = f
     return found
 

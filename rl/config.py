@@ -1,19 +1,12 @@
-"""Every setting of a run: one dataclass, read from a YAML file and the command line.
+"""Every setting of a run: one dataclass with its checks. Names and meanings are TRL's where TRL has them.
 
-Names and meanings are TRL's where TRL has them. `read_config` is the way in: it turns what is unknown, of the wrong
-type or out of range into a one-line ConfigError that names the setting and what to write instead. Imports no torch.
+They are read from a YAML file and the command line by rl/read_config.py. Imports no torch.
 """
 
-import dataclasses
-import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-import yaml
 
 
 class ConfigError(Exception):
@@ -62,17 +55,51 @@ class Config:
     repetition_penalty: float = 1.0  # 1 is off
     rollout_batch_size: int = 512  # rows generated at a time, in training and evaluation; lower it if memory is short
 
+    dynamic_sampling: int = (
+        0  # DAPO: so many times a step, ask again in place of groups that are all right or all wrong
+    )
+    curriculum_steps: int = 0  # over so many first steps questions join by their column `level`, easiest first; 0: off
+
+    # --- the advantage (docs/terms.md explains every algorithm)
+    algorithm: Literal["grpo", "rloo", "reinforce", "reinforce_plus_plus", "ppo", "a2c", "dpo"] = "grpo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # what grpo divides by: a standard deviation
+    baseline: Literal["group", "running", "none"] = "group"  # of reinforce: a mean that is taken off the return
+    gamma: float = 1.0  # of ppo and reinforce: what a reward one token later is worth
+    lam: float = 1.0  # of ppo: lambda of GAE; 1 is the whole return less the value, 0 the TD error
+    whiten_rewards: bool = False  # of ppo: divide the rewards by their standard deviation first
+    bootstrap_truncated: bool = False  # of ppo: a truncated completion would have earned its last value; else nothing
+    missing_eos_penalty: float = 0.0  # taken off the reward of truncated completions
+    soft_punish_cache: int = 0  # DAPO: up to 1 is taken off over so many tokens before max_completion_length; 0: off
+
+    # --- the critic of ppo and a2c
+    critic: Literal["adapter", "head"] = (
+        "adapter"  # a LoRA of its own | only a linear head on the policy's hidden states
+    )
+    critic_learning_rate: float | None = None  # empty: as learning_rate
+    critic_warmup_steps: int = 0  # first steps in which only the critic learns
+    cliprange_value: float | None = 0.2  # how far an update may move a value before its loss is clipped; empty: any
+
     # --- the update
-    algorithm: Literal["grpo"] = "grpo"  # critic-free: the advantage comes from the group
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens | over sequences | over a fixed length
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # what the advantage is divided by: a standard deviation
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo", "sapo"] = (
+        "dapo"  # of a token, and over what the mean is taken
+    )
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # of the probability ratio; sequence: GSPO
+    sapo_temperature_pos: float = 1.0  # of SAPO's soft clip where the advantage is positive
+    sapo_temperature_neg: float = 1.05  # the same where it is negative
     num_iterations: int = 1  # epochs over one roll-out
     num_mini_batches: int = 1  # optimizer steps in an epoch
     epsilon: float = 0.2  # PPO's clip range of the probability ratio, downwards
     epsilon_high: float | None = None  # the same upwards; empty: as epsilon (DAPO: 0.28)
     delta: float | None = None  # upper bound on the ratio where the advantage is negative; empty: none
-    beta: float = 0.0  # weight of the KL divergence from the reference (the model without its LoRA)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of that divergence
+    target_kl: float | None = None  # the epochs over a roll-out end when the policy has moved so far, nats a token
+    entropy_coef: float = 0.0  # weight of an entropy bonus in the loss
+    beta: float = (
+        0.0  # weight of the KL from the reference (the model without its LoRA); in dpo its inverse temperature
+    )
+    beta_target_kl: float | None = (
+        None  # of ppo: beta follows so that this KL is reached, nats a completion; empty: fixed
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL in the loss; in the reward (ppo) it is k1
     use_bias_correction_kl: bool = True  # multiply the estimate by the probability ratio: an unbiased gradient
     mask_truncated_completions: bool = False  # leave truncated completions out of the loss
     learning_rate: float = 1e-5  # LoRA wants about ten times that of full fine-tuning
@@ -104,7 +131,11 @@ class Config:
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in "eval_steps save_steps log_completions_steps top_k beta weight_decay learning_rate".split():
+        not_negative = (
+            "eval_steps save_steps log_completions_steps top_k beta weight_decay learning_rate dynamic_sampling "
+            "curriculum_steps missing_eos_penalty soft_punish_cache critic_warmup_steps entropy_coef"
+        )
+        for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
         if not self.temperature > 0:
@@ -112,10 +143,7 @@ class Config:
                 f"temperature is {self.temperature:g}, but must be above 0: at 0 every completion of a group is the same "
                 "and there is nothing to learn from (evaluation is greedy anyway)"
             )
-        if self.num_generations == 1:
-            raise ConfigError(
-                "num_generations is 1, but the baseline of a completion is its group's mean: set at least 2 (8 is usual)"
-            )
+        self._check_algorithm()
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
             raise ConfigError(
                 f"top_p must be in (0, 1] and min_p in [0, 1), but they are {self.top_p} and {self.min_p}"
@@ -133,7 +161,7 @@ class Config:
                 f"delta is {self.delta}, but bounds the ratio from above: it must exceed 1 + epsilon_high = "
                 f"{1 + (self.epsilon_high or self.epsilon):g}"
             )
-        if self.beta and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
+        if self.kl_in_loss and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
             raise ConfigError(
                 "kl_estimator k1 in the loss has a gradient of zero on average: set use_bias_correction_kl to true, or "
                 "kl_estimator to k2 or k3"
@@ -155,6 +183,61 @@ class Config:
         if not self.train_data:
             raise ConfigError("train_data is empty: name built-in families (sums, words, functions) or files")
 
+    def _check_algorithm(self) -> None:
+        """What the algorithms and losses ask of the other settings."""
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1 (1 is usual here)")
+        for name in ("cliprange_value", "critic_learning_rate", "target_kl", "beta_target_kl"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0, or empty")
+        uses_group = not self.has_critic and not (self.algorithm == "reinforce" and self.baseline != "group")
+        if self.num_generations == 1 and (uses_group or self.dynamic_sampling):
+            raise ConfigError(
+                f"num_generations is 1, but {'dynamic_sampling' if self.dynamic_sampling else self.algorithm} compares the "
+                "completions of a group: set at least 2 (8 is usual)"
+            )
+        if self.algorithm in ("reinforce", "a2c") and not self.on_policy:
+            raise ConfigError(
+                f"algorithm {self.algorithm} learns once from each roll-out: set num_iterations and num_mini_batches to 1, "
+                f"or algorithm to {'ppo' if self.has_critic else 'rloo or grpo'}"
+            )
+        if self.dynamic_sampling and self.control != "none":
+            raise ConfigError(
+                "dynamic_sampling chooses groups by what is right, which the control must not know: set it to 0"
+            )
+        if self.algorithm == "dpo" and not self.beta:
+            raise ConfigError("beta is 0, but dpo needs it: how far a preference may move the policy (0.1 is usual)")
+        if self.beta_target_kl and not (self.has_critic and self.beta):
+            raise ConfigError(
+                "beta_target_kl adapts the beta of ppo: set algorithm to ppo and beta above 0 to begin with"
+            )
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
+            raise ConfigError(
+                f"epsilon_high is {self.epsilon_high}, but with loss_type cispo it is the ceiling of the ratio itself: set it "
+                "to 1 or more (5 is usual)"
+            )
+        if self.importance_sampling_level == "sequence" and self.loss_type not in ("grpo", "dapo", "dr_grpo"):
+            raise ConfigError(
+                f"importance_sampling_level sequence does not go with loss_type {self.loss_type}: use grpo"
+            )
+        if min(self.sapo_temperature_pos, self.sapo_temperature_neg) <= 0:
+            raise ConfigError("sapo_temperature_pos and sapo_temperature_neg must be above 0 (1 and 1.05 are usual)")
+        if self.soft_punish_cache >= self.max_completion_length:
+            raise ConfigError(
+                f"soft_punish_cache ({self.soft_punish_cache}) must be less than max_completion_length "
+                f"({self.max_completion_length}): it is its last part"
+            )
+
+    @property
+    def has_critic(self) -> bool:
+        return self.algorithm in ("ppo", "a2c")
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """The KL divergence is a term of the loss; a critic's algorithm has it in the reward, dpo in its margin."""
+        return self.beta > 0 and not self.has_critic and self.algorithm != "dpo"
+
     @property
     def on_policy(self) -> bool:
         """Exactly one update for each roll-out: the old policy is the policy, and its log-probabilities need no pass."""
@@ -167,181 +250,3 @@ class Config:
         return (
             [f"{', '.join(changed)}: the policy that samples is not quite the one that is trained"] if changed else []
         )
-
-
-# Settings of TRL and Unsloth that do not exist here, each with what to use instead.
-ELSEWHERE = {
-    "per_device_train_batch_size": "use prompts_per_step and num_generations (their product is the completions of a step); "
-    "memory is bounded by max_tokens_per_micro_batch",
-    "gradient_accumulation_steps": "micro-batches are made from max_tokens_per_micro_batch and give the same gradient; "
-    "use prompts_per_step for more questions in a step",
-    "generation_batch_size": "use prompts_per_step x num_generations; rollout_batch_size bounds the rows at a time",
-    "steps_per_generation": "use num_mini_batches",
-    "per_device_eval_batch_size": "use rollout_batch_size",
-    "max_prompt_length": "prompts are never cut; leave it out",
-    "max_seq_length": "use max_completion_length; prompts are never cut",
-    "max_length": "use max_completion_length; prompts are never cut",
-    "max_new_tokens": "use max_completion_length",
-    "warmup_steps": "use warmup_ratio, a share of the steps",
-    "save_total_limit": "every checkpoint is kept; leave it out",
-    "save_strategy": "use save_steps",
-    "eval_strategy": "use eval_steps",
-    "eval_on_start": "the evaluation before training is always made; leave it out",
-    "disable_dropout": "dropout is always off; leave it out",
-    "num_completions_to_print": "two are printed, use log_completions_steps; rollouts.jsonl holds every completion",
-    "log_completions": "use log_completions_steps; rollouts.jsonl holds every completion",
-    "vllm_mode": "the roll-out has its own engine; leave it out",
-    "data_seed": "use seed",
-    "cliprange_value": "there is no critic; leave it out",
-    "vf_coef": "there is no critic; leave it out",
-    "gamma": "there is no critic and no discount; leave it out",
-    "lam": "there is no critic; leave it out",
-    "missing_eos_penalty": "truncated completions earn what rewards.py gives them; see completion.truncated",
-    "whiten_rewards": "use scale_rewards",
-    "model_name": "use model",
-    "model_name_or_path": "use model",
-    "dataset_name": "use train_data and eval_data",
-    "num_train_epochs": "use max_steps",
-    "r": "use lora_r",
-    "target_modules": "the LoRA is on every linear layer; leave it out",
-    "lora_target_modules": "the LoRA is on every linear layer; leave it out",
-    "lora_dropout": "it is always 0, or the probability ratio would not start at 1; leave it out",
-    "cliprange": "use epsilon",
-    "kl_coef": "use beta",
-    "num_ppo_epochs": "use num_iterations",
-    "bf16": "use dtype: bfloat16",
-    "fp16": "use dtype: float16",
-    "torch_dtype": "use dtype",
-    "reward_func": "use reward_funcs",
-    "use_vllm": "the roll-out has its own engine; leave it out",
-    "fast_inference": "the roll-out has its own engine; leave it out",
-    "gpu_memory_utilization": "lower rollout_batch_size and max_tokens_per_micro_batch where memory is short",
-    "importance_sampling_level": "only token-level ratios exist; leave it out",
-    "resume_from_checkpoint": "use adapter to go on from saved weights",
-    "run_name": "use output_dir",
-    "report_to": "metrics.jsonl in the run folder holds every metric; leave it out",
-    "bnb_4bit_quant_type": "load_in_4bit is NF4; leave it out",
-    "use_gradient_checkpointing": "use gradient_checkpointing",
-    "random_state": "use seed",
-}  # fmt: skip
-
-
-def unknown_setting(name: str, where: str) -> ConfigError:
-    """The error for a setting that does not exist, with TRL's equivalent or the nearest name."""
-    if name in ELSEWHERE:
-        return ConfigError(
-            f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {ELSEWHERE[name]}"
-        )
-    names = [f.name for f in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
-    return ConfigError(f"{where}: there is no setting {name}; {hint}")
-
-
-def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
-    """The settings with command-line overrides, and a name for the run.
-
-    They come from `--config FILE`, else from the run that `--adapter` was saved by, else from the default file.
-    Raises ConfigError; leaves with tyro's own message for a value on the command line that cannot be read.
-    """
-    import tyro
-
-    file, arguments = take(split_pairs(arguments, "--columns"), "--config")
-    adapter, _ = take(arguments, "--adapter")
-    if file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
-        file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
-    file = file or default_file
-    known = {f.name for f in dataclasses.fields(Config)} | {"help"}
-    for argument in arguments:
-        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in known and name.removeprefix("no_") not in known:
-            raise unknown_setting(name, "command line")
-    description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
-    config = tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
-    config.check()
-    path = Path(file).resolve()
-    return config, path.parent.name if path.name == "config.yaml" else path.stem
-
-
-def take(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of `name VALUE` or `name=VALUE`, None where it is not given, and the other arguments."""
-    for i, argument in enumerate(arguments):
-        given, equals, value = argument.partition("=")
-        if given == name and equals:
-            return value, [*arguments[:i], *arguments[i + 1 :]]
-        if given == name:
-            if i + 1 == len(arguments):
-                raise ConfigError(f"{name} needs a path behind it")
-            return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
-    return None, list(arguments)
-
-
-def read_yaml(file: str) -> Config:
-    """The settings in a YAML file, each brought to its field's type. Raises ConfigError naming file and key."""
-    path = Path(file)
-    if not path.is_file():
-        others = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        raise ConfigError(f"--config: there is no file {file}; there are {', '.join(others) or 'none in configs/'}")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{file}: expected lines of the form 'setting: value'")
-    hints = typing.get_type_hints(Config)
-    values = {}
-    for name, value in settings.items():
-        if name not in hints:
-            raise unknown_setting(str(name), file)
-        try:
-            values[name] = coerce(value, hints[name])
-        except ValueError as error:
-            raise ConfigError(f"{file}: {name} must be {error}, but is {value!r}") from None
-    return Config(**values)
-
-
-def split_pairs(arguments: list[str], name: str) -> list[str]:
-    """`--columns answer=gold` in the form that tyro reads, `--columns answer gold`."""
-    split, inside = [], False
-    for argument in arguments:
-        inside = argument == name or (inside and not argument.startswith("--"))
-        split += argument.split("=", 1) if inside else [argument]
-    return split
-
-
-def coerce(value, kind):
-    """Bring a YAML value to a field's type: YAML reads 1e-5 as text. Raises ValueError saying what is expected."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is typing.Any:
-        return value
-    if origin in (types.UnionType, typing.Union):  # X | None
-        inner = next(a for a in args if a is not type(None))
-        return None if value is None else coerce(value, inner)
-    if origin is Literal:
-        if value in args and not isinstance(value, bool):
-            return value
-        near = difflib.get_close_matches(str(value), args, n=1)
-        raise ValueError(f"one of {', '.join(args)}" + (f" (did you mean {near[0]}?)" if near else ""))
-    if origin is list:
-        items = value if isinstance(value, list) else [value]
-        return [coerce(item, args[0]) for item in items]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError("a mapping such as {name: value}")
-        return {coerce(k, args[0]): coerce(v, args[1]) for k, v in value.items()}
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise ValueError("true or false")
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if math.isfinite(number) and (kind is float or number == int(number)):
-            return kind(number)
-    if kind is str and isinstance(value, str):
-        return value
-    raise ValueError({int: "a whole number", float: "a number", str: "text (in quotes)"}.get(kind, "a number"))

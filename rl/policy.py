@@ -41,6 +41,7 @@ class Policy:
     system_prompt: str | None
     chat_template_kwargs: dict
     continues_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
+    entropy_gradient: bool = False  # the entropy is part of the loss
 
     @property
     def context_length(self) -> int | None:
@@ -113,41 +114,73 @@ class Policy:
             completion_ids = completion_ids[:-1]
         return self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def logprobs(
-        self, prompts: list[list[int]], completions: list[list[int]], with_entropy: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of completion tokens at the sampling temperature, in one forward pass.
-
-        Rows are right-padded. Returns logprobs (B, C) fp32, mask (B, C) bool from the lengths (never from token ids),
-        and the entropy -sum p log p of each next-token distribution (B, C), without gradient, or None. C is the longest
-        completion; masked places are 0.
-        """
+    def pad(self, prompts: list[list[int]], completions: list[list[int]]) -> "PaddedRows":
+        """Prompts with their completions as right-padded rows on the device."""
         prompt_lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         lengths = torch.tensor([len(c) for c in completions], device=self.device)
         rows = [p + c for p, c in zip(prompts, completions)]
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows], device=self.device)  # (B, T)
         attention_mask = (torch.arange(width, device=self.device) < (prompt_lengths + lengths)[:, None]).long()
+        mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C), never from token ids
+        return PaddedRows(ids, attention_mask, prompt_lengths, mask)
+
+    def logprobs(
+        self, prompts: list[list[int]], completions: list[list[int]], with_entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities of completion tokens at the sampling temperature, in one forward pass.
+
+        Returns logprobs (B, C) fp32, mask (B, C) bool, and the entropy -sum p log p of each next-token distribution (B, C),
+        or None. C is the longest completion; masked places are 0. The entropy has a gradient where `entropy_gradient` is set.
+        """
+        rows = self.pad(prompts, completions)
         # The logits at position j predict token j + 1. The head runs only where some row has completion tokens.
-        start = int(prompt_lengths.min()) - 1
-        positions = torch.arange(start, width - 1, device=self.device)  # (K,)
+        start = int(rows.prompt_lengths.min()) - 1
+        positions = torch.arange(start, rows.ids.shape[1] - 1, device=self.device)  # (K,)
         logits = self.model(
-            input_ids=ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions
+            input_ids=rows.ids, attention_mask=rows.attention_mask, use_cache=False, logits_to_keep=positions
         ).logits
         logits = logits.float() / self.temperature  # (B, K, V)
         log_normaliser = logits.logsumexp(-1)  # (B, K)
-        kept = logits.gather(-1, ids[:, start + 1 :, None]).squeeze(-1) - log_normaliser  # (B, K)
+        kept = logits.gather(-1, rows.ids[:, start + 1 :, None]).squeeze(-1) - log_normaliser  # (B, K)
 
-        offsets = torch.arange(int(lengths.max()), device=self.device)  # (C,)
-        mask = offsets < lengths[:, None]  # (B, C)
-        columns = (prompt_lengths[:, None] - 1 - start + offsets).clamp(max=len(positions) - 1)  # (B, C)
+        mask = rows.mask
+        columns = (rows.state_columns() - start)[:, :-1].clamp(max=len(positions) - 1)  # (B, C)
         logprobs = torch.where(mask, kept.gather(1, columns), 0.0)
         entropy = None
         if with_entropy:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
                 mean_logit = (torch.softmax(logits, -1) * logits).sum(-1)  # (B, K)
                 entropy = torch.where(mask, (log_normaliser - mean_logit).gather(1, columns), 0.0)
         return logprobs, mask, entropy
+
+    def states(self, prompts: list[list[int]], completions: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last hidden state before each completion token, and after the last one.
+
+        Returns states (B, C + 1, H): place t of row i is hidden[i, P_i - 1 + t], from which token t is predicted; and the mask
+        (B, C) of the tokens. Places past the end of a row hold its last state.
+        """
+        rows = self.pad(prompts, completions)
+        decoder = self.model.get_base_model().get_decoder()
+        hidden = decoder(input_ids=rows.ids, attention_mask=rows.attention_mask, use_cache=False).last_hidden_state
+        ends = (rows.prompt_lengths + rows.mask.sum(1) - 1)[:, None]  # (B, 1)
+        columns = torch.minimum(rows.state_columns(), ends)  # (B, C + 1)
+        return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])), rows.mask
+
+
+@dataclass
+class PaddedRows:
+    """Right-padded rows of a prompt and its completion."""
+
+    ids: torch.Tensor  # (B, T)
+    attention_mask: torch.Tensor  # (B, T)
+    prompt_lengths: torch.Tensor  # (B,)
+    mask: torch.Tensor  # (B, C) True on completion tokens
+
+    def state_columns(self) -> torch.Tensor:
+        """The position, in a row, of the token before each completion token and of the last one, (B, C + 1)."""
+        offsets = torch.arange(self.mask.shape[1] + 1, device=self.mask.device)
+        return self.prompt_lengths[:, None] - 1 + offsets
 
 
 def load_policy(config: Config) -> Policy:
@@ -181,11 +214,7 @@ def load_policy(config: Config) -> Policy:
     if config.adapter:
         model = load_adapter(model, config)
     else:
-        lora = peft.LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )  # fmt: skip
-        model = peft.get_peft_model(model, lora)
+        model = peft.get_peft_model(model, lora_settings(config))
     make_deterministic(model)
     model.eval()
     return Policy(
@@ -199,7 +228,15 @@ def load_policy(config: Config) -> Policy:
         system_prompt=config.system_prompt,
         chat_template_kwargs=config.chat_template_kwargs,
         continues_adapter=config.adapter is not None,
+        entropy_gradient=config.entropy_coef > 0,
     )
+
+
+def lora_settings(config: Config) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
 
 
 def make_deterministic(model) -> None:

@@ -30,6 +30,8 @@ class Episode:
     in_loss: bool = True  # False: masked out of the loss (truncated, by setting)
     old_logprobs: torch.Tensor | None = None  # (C,) under the policy before the first update
     reference_logprobs: torch.Tensor | None = None  # (C,)
+    values: torch.Tensor | None = None  # (C + 1,) by the critic: before each token and after the last one
+    returns: torch.Tensor | None = None  # (C,) what the critic learns
 
     @property
     def finish_reason(self) -> str:

@@ -59,7 +59,7 @@ class RunFolder:
         lines = [
             describe_completion(c) | {
                 "reward": s.total, "rewards": s.parts, "metrics": s.metrics, "verdict": s.verdict, "reasons": s.reasons,
-                "advantage": e.advantages.mean().item(),
+                "advantage": None if e.advantages is None else e.advantages.mean().item(),  # None: took no part
             } | ({"extra": s.extra} if s.extra else {})
             for e, c, s in zip(episodes, completions, scores)
         ]  # fmt: skip

@@ -1,12 +1,14 @@
-"""The update: from scored episodes to optimizer steps, in micro-batches under a token budget.
+"""The update: from scored episodes to optimizer steps of policy and critic, in micro-batches under a token budget.
 
 Micro-batches bound the memory and do not change the gradient: the weights of the loss are those of the whole optimizer
-step. Completions that contribute nothing (all advantages 0, no KL term) are neither forwarded nor backwarded; the
-divisor still counts them.
+step. Completions that contribute nothing (all advantages 0, no further term) are neither forwarded nor backwarded; the
+divisor still counts them. Policy and critic are updated one after the other, each with an optimizer of its own, so that
+no gradient of the one reaches the other.
 """
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -14,46 +16,115 @@ import transformers
 
 from rl import algorithms
 from rl.config import Config
+from rl.critic import Critic
 from rl.policy import Policy
 from rl.rollout import Episode
 
 
-class Updater:
-    """Optimizer, schedule and loss scaling of a run, and the update made with them."""
+class Optimizer:
+    """AdamW with its schedule, gradient clipping and, in fp16, loss scaling, over one set of parameters."""
 
-    def __init__(self, policy: Policy, config: Config):
-        self.policy, self.config = policy, config
-        self.optimizer = make_optimizer(policy.trainable_parameters(), config)
+    def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float, policy: Policy, config: Config):
+        self.parameters, self.max_grad_norm = parameters, config.max_grad_norm
+        self.adamw = make_adamw(parameters, learning_rate, config)
         updates = config.max_steps * config.num_iterations * config.num_mini_batches
         self.schedule = transformers.get_scheduler(
             {"constant": "constant_with_warmup"}.get(config.lr_scheduler_type, config.lr_scheduler_type),
-            self.optimizer,
+            self.adamw,
             math.ceil(config.warmup_ratio * updates),
             updates,
         )
         # fp16 gradients underflow without scaling; bf16 and fp32 need none.
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.adamw.param_groups[0]["lr"]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> float | None:
+        """Apply the gradients and clear them: their norm before clipping, nan where it is not finite and the step is left
+        out, None where there are none."""
+        norm = None
+        if any(p.grad is not None for p in self.parameters):
+            self.scaler.unscale_(self.adamw)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+            if math.isfinite(norm):
+                self.scaler.step(self.adamw)
+            self.scaler.update()
+        self.discard()
+        return norm if norm is None or math.isfinite(norm) else math.nan
+
+    def discard(self) -> None:
+        """Clear the gradients, and let the schedule go on."""
+        self.adamw.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():  # torch takes a step that is left out for a mistake
+            warnings.simplefilter("ignore", UserWarning)
+            self.schedule.step()
+
+
+class Updater:
+    """What happens to the policy (and the critic, where there is one) after a roll-out."""
+
+    def __init__(self, policy: Policy, config: Config, critic: Critic | None = None):
+        self.policy, self.critic, self.config = policy, critic, config
+        self.optimizer = Optimizer(policy.trainable_parameters(), config.learning_rate, policy, config)
+        if critic:
+            learning_rate = config.critic_learning_rate or config.learning_rate
+            self.critic_optimizer = Optimizer(critic.parameters, learning_rate, policy, config)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order of mini-batches
+        self.rollouts = 0
+
+    def look(self, episodes: list[Episode]) -> None:
+        """Before the advantages: what a critic's algorithm must know of each token, under the models as they are.
+
+        Fills `values`, and with a KL in the reward `old_logprobs` and `reference_logprobs`. Nothing without a critic.
+        """
+        if not self.critic:
+            return
+        with torch.no_grad(), self.critic.active():
+            for batch in micro_batches(episodes, self.config.max_tokens_per_micro_batch):
+                values, _ = self.critic.values(*ids_of(batch))
+                for episode, row in zip(batch, values):
+                    episode.values = row[: len(episode.completion_ids) + 1].clone()
+        if self.config.beta:
+            self.fill_logprobs(episodes, "old_logprobs")
+            with self.policy.reference():
+                self.fill_logprobs(episodes, "reference_logprobs")
 
     def update(self, episodes: list[Episode]) -> dict[str, float]:
         """All optimizer steps of one roll-out. Returns metrics by TRL's names.
 
-        Every episode must have its advantages. Fills old_logprobs and reference_logprobs where they are needed. Means
-        over tokens are over those of contributing completions, and nan where nothing contributed.
+        Every episode must have its advantages (and with a critic its values and returns). Fills old_logprobs and
+        reference_logprobs where they are needed and not there yet. Means over tokens are over those of contributing
+        completions, and nan where nothing contributed.
         """
-        learning_rate = self.optimizer.param_groups[0]["lr"]  # of the first optimizer step
         config = self.config
-        if not config.on_policy:
-            self.fill_logprobs(episodes, "old_logprobs")
-        if config.beta:
+        learning_rate = self.optimizer.learning_rate  # of the first optimizer step
+        self.rollouts += 1
+        contributing = [e for e in episodes if self.contributes(e)]
+        if not config.on_policy and config.algorithm != "dpo":
+            self.fill_logprobs([e for e in contributing if e.old_logprobs is None], "old_logprobs")
+        if config.kl_in_loss or config.algorithm == "dpo":
             with self.policy.reference():
-                self.fill_logprobs(episodes, "reference_logprobs")
-        totals = dict.fromkeys(
-            ("loss", "entropy", "kl", "low", "high", "tokens", "grad_norm", "updates", "skipped"), 0.0
-        )
+                self.fill_logprobs(contributing, "reference_logprobs")
+        totals = Counter()
+        frozen = self.rollouts <= config.critic_warmup_steps
         for _ in range(config.num_iterations):
             for mini_batch in self.mini_batches(episodes):
-                self.optimizer_step(mini_batch, totals)
+                if frozen:
+                    self.optimizer.discard()
+                else:
+                    frozen = self.policy_step(mini_batch, totals)
+                if self.critic:
+                    self.critic_step(mini_batch, totals)
+        return self.describe(totals, learning_rate)
+
+    def describe(self, totals: dict[str, float], learning_rate: float) -> dict[str, float]:
+        """The sums of one roll-out's optimizer steps as metrics."""
+        config = self.config
         tokens, updates = totals["tokens"] or math.nan, totals["updates"] or math.nan  # nan: nothing contributed
         metrics = {
             "loss": totals["loss"] / (config.num_iterations * config.num_mini_batches),
@@ -61,12 +132,20 @@ class Updater:
             "clip_ratio/low_mean": totals["low"] / tokens,
             "clip_ratio/high_mean": totals["high"] / tokens,
             "clip_ratio/region_mean": (totals["low"] + totals["high"]) / tokens,
+            "policy/approxkl_avg": totals["moved"] / tokens,
             "grad_norm": totals["grad_norm"] / updates,
             "learning_rate": learning_rate,
+            "updates": totals["updates"],
             "skipped_updates": totals["skipped"],
         }
-        if config.beta:
+        if config.kl_in_loss:
             metrics["kl"] = totals["kl"] / tokens
+        if config.algorithm == "dpo":
+            metrics["rewards/margins"] = totals["margin"] / (totals["pairs"] or math.nan)
+        if self.critic:
+            updates = totals["critic_updates"] or math.nan
+            metrics["loss/value_avg"] = totals["value_loss"] / updates
+            metrics["critic_grad_norm"] = totals["critic_grad_norm"] / updates
         return metrics
 
     def mini_batches(self, episodes: list[Episode]) -> Iterator[list[Episode]]:
@@ -80,44 +159,42 @@ class Updater:
         for part in range(config.num_mini_batches):
             yield [episode for i in order[part :: config.num_mini_batches] for episode in groups[i]]
 
-    def optimizer_step(self, episodes: list[Episode], totals: dict[str, float]) -> None:
-        """One gradient step on these episodes; a gradient that is not finite is skipped and counted."""
-        self.policy.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.backward(episodes, totals)
-        self.policy.model.eval()
-        parameters = [p for p in self.policy.trainable_parameters() if p.grad is not None]
-        if parameters:
-            self.scaler.unscale_(self.optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
-            if math.isfinite(grad_norm):
-                totals["grad_norm"] += grad_norm
-                totals["updates"] += 1
-                self.scaler.step(self.optimizer)
-            else:
-                totals["skipped"] += 1
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        with warnings.catch_warnings():  # torch takes a skipped update for a mistake
-            warnings.simplefilter("ignore", UserWarning)
-            self.schedule.step()
+    def contributes(self, episode: Episode) -> bool:
+        """Whether it moves the policy: some advantage is not 0, or a term of the loss goes beyond the advantages."""
+        further_terms = self.config.kl_in_loss or self.config.entropy_coef
+        return episode.in_loss and bool(further_terms or episode.advantages.any())
 
-    def backward(self, episodes: list[Episode], totals: dict[str, float]) -> None:
+    def policy_step(self, episodes: list[Episode], totals: Counter) -> bool:
+        """One gradient step on these episodes; a gradient that is not finite is left out and counted.
+
+        Returns whether the policy has moved so far since the roll-out that it has to stay as it is: `target_kl`.
+        """
+        own = Counter()
+        self.policy.model.train()
+        (self.backward_pairs if self.config.algorithm == "dpo" else self.backward)(episodes, own)
+        self.policy.model.eval()
+        totals.update(own)
+        if self.config.target_kl and own["moved"] > self.config.target_kl * own["tokens"]:
+            self.optimizer.discard()
+            return True
+        norm = self.optimizer.step()
+        if norm is not None:
+            finite = math.isfinite(norm)
+            totals.update({"grad_norm": norm, "updates": 1} if finite else {"skipped": 1})
+        return False
+
+    def backward(self, episodes: list[Episode], totals: Counter) -> None:
         """Add the gradient of the loss over these episodes, the batch of one optimizer step, micro-batch by micro-batch."""
         config = self.config
         num_tokens = sum(len(e.completion_ids) for e in episodes if e.in_loss)
-        contributing = [e for e in episodes if e.in_loss and (config.beta or e.advantages.any())]
+        contributing = [e for e in episodes if self.contributes(e)]
         for batch in micro_batches(contributing, config.max_tokens_per_micro_batch):
-            logprobs, mask, entropy = self.policy.logprobs(
-                [e.prompt_ids for e in batch], [e.completion_ids for e in batch], with_entropy=True
-            )  # (B, C)
+            logprobs, mask, entropy = self.policy.logprobs(*ids_of(batch), with_entropy=True)  # (B, C)
             advantages = self.pad([e.advantages for e in batch])
             old = logprobs.detach() if config.on_policy else self.pad([e.old_logprobs for e in batch])
-            ratio = algorithms.token_ratio(logprobs, old, mask)
-            loss = algorithms.clipped_policy_loss(
-                ratio, advantages, config.epsilon, config.epsilon_high, config.delta
-            )  # (B, C)
-            if config.beta:
+            loss, ratio = algorithms.policy_loss(logprobs, old, advantages, mask, config)  # (B, C)
+            loss = loss - config.entropy_coef * entropy
+            if config.kl_in_loss:
                 reference = self.pad([e.reference_logprobs for e in batch])
                 kl = algorithms.kl_divergence(logprobs, reference, mask, config.kl_estimator)
                 loss = loss + config.beta * (kl * ratio if config.use_bias_correction_kl else kl)
@@ -126,20 +203,59 @@ class Updater:
                 mask, config.loss_type, num_tokens, len(episodes), config.max_completion_length
             )
             loss = (torch.where(mask, loss, 0.0) * weights).sum()
-            self.scaler.scale(loss).backward()
+            self.optimizer.backward(loss)
 
             low, high = algorithms.clip_shares(ratio, advantages, mask, config.epsilon, config.epsilon_high)
-            totals["loss"] += loss.item()
-            totals["entropy"] += entropy.sum().item()
-            totals["low"] += low.item()
-            totals["high"] += high.item()
+            moved = algorithms.kl_divergence(logprobs.detach(), old, mask, "k3")
+            for name, value in (("loss", loss), ("entropy", entropy), ("low", low), ("high", high), ("moved", moved)):
+                totals[name] += value.detach().sum().item()
             totals["tokens"] += mask.sum().item()
+
+    def backward_pairs(self, episodes: list[Episode], totals: Counter) -> None:
+        """The same for DPO: each group's best completion (its advantage is 1) against its worst (-1)."""
+        config = self.config
+        groups = [episodes[i : i + config.num_generations] for i in range(0, len(episodes), config.num_generations)]
+        pairs = [[e for sign in (1, -1) for e in group if e.in_loss and e.advantages[0] == sign] for group in groups]
+        pairs = [pair for pair in pairs if len(pair) == 2]
+        for batch in micro_batches(pairs, config.max_tokens_per_micro_batch):
+            both = [pair[0] for pair in batch] + [pair[1] for pair in batch]
+            logprobs, mask, entropy = self.policy.logprobs(*ids_of(both), with_entropy=True)
+            reference = self.pad([e.reference_logprobs for e in both])
+            margin = config.beta * (logprobs - reference).sum(1)  # (2 pairs,)
+            margin = margin[: len(batch)] - margin[len(batch) :]
+            chosen, rejected = logprobs.sum(1).split(len(batch))
+            loss = algorithms.dpo_loss(chosen, rejected, *reference.sum(1).split(len(batch)), config.beta)
+            loss = loss.sum() / len(pairs)
+            self.optimizer.backward(loss)
+            for name, value in (("loss", loss), ("entropy", entropy), ("margin", margin)):
+                totals[name] += value.detach().sum().item()
+            totals.update({"tokens": mask.sum().item(), "pairs": len(batch)})
+
+    def critic_step(self, episodes: list[Episode], totals: Counter) -> None:
+        """One gradient step of the critic on these episodes: the mean value loss over their tokens."""
+        learning = [e for e in episodes if e.in_loss]
+        num_tokens = sum(len(e.completion_ids) for e in learning)
+        with self.critic.active():
+            self.policy.model.train()
+            for batch in micro_batches(learning, self.config.max_tokens_per_micro_batch):
+                values, mask = self.critic.values(*ids_of(batch))
+                old = self.pad([e.values[:-1] for e in batch])
+                returns = self.pad([e.returns for e in batch])
+                loss = algorithms.clipped_value_loss(values[:, :-1], old, returns, self.config.cliprange_value)
+                loss = torch.where(mask, loss, 0.0).sum() / num_tokens
+                self.critic_optimizer.backward(loss)
+                totals["value_loss"] += loss.item()
+            self.policy.model.eval()
+        norm = self.critic_optimizer.step()
+        if norm is not None:
+            finite = math.isfinite(norm)
+            totals.update({"critic_grad_norm": norm, "critic_updates": 1} if finite else {"skipped": 1})
 
     @torch.no_grad()
     def fill_logprobs(self, episodes: list[Episode], name: str) -> None:
         """Store each episode's log-probabilities under the model as it is now, by the path that scores in the update."""
         for batch in micro_batches(episodes, self.config.max_tokens_per_micro_batch):
-            logprobs, _, _ = self.policy.logprobs([e.prompt_ids for e in batch], [e.completion_ids for e in batch])
+            logprobs, _, _ = self.policy.logprobs(*ids_of(batch))
             for episode, row in zip(batch, logprobs):
                 setattr(episode, name, row[: len(episode.completion_ids)].clone())
 
@@ -147,18 +263,30 @@ class Updater:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.policy.device)
 
     @torch.no_grad()
-    def inspect(self, episodes: list[Episode]) -> list[dict]:
-        """What happens at each token of a few episodes, for tokens.jsonl: one dict a completion, one value a token."""
-        rows = {}
-        for batch in micro_batches(episodes, self.config.max_tokens_per_micro_batch):
-            ids = [e.prompt_ids for e in batch], [e.completion_ids for e in batch]
-            logprobs, mask, entropy = self.policy.logprobs(*ids, with_entropy=True)
+    def inspect(self, episodes: list[Episode]) -> tuple[int, list[dict]]:
+        """What happens at each token of the group with the largest advantages, for tokens.jsonl.
+
+        Returns the number of the group, and one dict for each of its completions with one value a token.
+        """
+        size = self.config.num_generations
+
+        def learned(group):
+            return sum(
+                e.advantages.abs().mean().item()
+                for e in episodes[group * size : (group + 1) * size]
+                if e.advantages is not None
+            )
+
+        group = max(range(len(episodes) // size), key=learned)
+        rows, chosen = {}, episodes[group * size : (group + 1) * size]
+        for batch in micro_batches(chosen, self.config.max_tokens_per_micro_batch):
+            logprobs, mask, entropy = self.policy.logprobs(*ids_of(batch), with_entropy=True)
             with self.policy.reference():
-                reference, _, _ = self.policy.logprobs(*ids)
+                reference, _, _ = self.policy.logprobs(*ids_of(batch))
             kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
             for i, episode in enumerate(batch):
                 rows[id(episode)] = self.inspected(episode, logprobs[i], entropy[i], kl[i])
-        return [rows[id(episode)] for episode in episodes]
+        return group, [rows[id(episode)] for episode in chosen]
 
     def inspected(self, episode: Episode, logprobs, entropy, kl) -> dict:
         """One completion token by token; logprobs, entropy and kl are (C,) of the padded batch."""
@@ -167,27 +295,41 @@ class Updater:
             "tokens": [self.policy.tokenizer.decode([token]) for token in episode.completion_ids],
             "logprobs": _rounded(logprobs[:n]),
             "sampler_logprobs": _rounded(torch.tensor(episode.sampler_logprobs)),
-            "advantages": _rounded(episode.advantages),
+            "advantages": _rounded(torch.zeros(n) if episode.advantages is None else episode.advantages),
             "entropy": _rounded(entropy[:n]),
             "kl": _rounded(kl[:n]),
-        }
+        } | ({} if episode.values is None else {"values": _rounded(episode.values[:n])})
 
 
-def micro_batches(episodes: list[Episode], max_tokens: int) -> Iterator[list[Episode]]:
-    """Batches of similar length whose padded size (rows x longest row) stays within max_tokens; one row at the least."""
-    batch: list[Episode] = []
-    for episode in sorted(episodes, key=lambda e: len(e.prompt_ids) + len(e.completion_ids)):
-        width = len(episode.prompt_ids) + len(episode.completion_ids)  # the longest so far: they are sorted
-        if batch and (len(batch) + 1) * width > max_tokens:
+def ids_of(episodes: list[Episode]) -> tuple[list[list[int]], list[list[int]]]:
+    """Their prompts and their completions as token ids."""
+    return [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
+
+
+def micro_batches(items: list, max_tokens: int) -> Iterator[list]:
+    """Batches of similar length whose padded size (rows x longest row) stays within max_tokens; one item at the least.
+
+    items: episodes, or lists of episodes that have to stay together.
+    """
+
+    def width(item):
+        rows = item if isinstance(item, list) else [item]
+        return max(len(e.prompt_ids) + len(e.completion_ids) for e in rows)
+
+    batch, rows = [], 0
+    for item in sorted(items, key=width):
+        more = len(item) if isinstance(item, list) else 1
+        if batch and (rows + more) * width(item) > max_tokens:  # the longest so far: they are sorted
             yield batch
-            batch = []
-        batch.append(episode)
+            batch, rows = [], 0
+        batch.append(item)
+        rows += more
     if batch:
         yield batch
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+def make_adamw(parameters: list[torch.nn.Parameter], learning_rate: float, config: Config) -> torch.optim.Optimizer:
+    settings = {"lr": learning_rate, "weight_decay": config.weight_decay}
     if config.optim == "adamw_torch":
         return torch.optim.AdamW(parameters, **settings)
     import bitsandbytes

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rl.config import ELSEWHERE, Config, ConfigError, read_config, read_yaml
+from rl.config import Config, ConfigError
+from rl.read_config import ELSEWHERE, read_config, read_yaml
 
 
 def from_yaml(tmp_path, text, *arguments):

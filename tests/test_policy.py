@@ -293,6 +293,6 @@ def test_what_needs_a_gpu_says_so():
 
 def test_fp16_scales_its_loss(config):
     config.dtype = "float16"
-    assert Updater(load_policy(config), config).scaler.is_enabled()
+    assert Updater(load_policy(config), config).optimizer.scaler.is_enabled()
     config.dtype = "float32"
-    assert not Updater(load_policy(config), config).scaler.is_enabled()
+    assert not Updater(load_policy(config), config).optimizer.scaler.is_enabled()

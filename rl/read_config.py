@@ -1,0 +1,188 @@
+"""Reads the settings of a run from a YAML file and the command line.
+
+What is unknown, of the wrong type or out of range becomes a one-line ConfigError that names the setting and what to write
+instead. Imports no torch.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from rl.config import Config, ConfigError
+
+# Settings of TRL and Unsloth that do not exist here, each with what to use instead.
+ELSEWHERE = {
+    "per_device_train_batch_size": "use prompts_per_step and num_generations (their product is the completions of a step); "
+    "memory is bounded by max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "micro-batches are made from max_tokens_per_micro_batch and give the same gradient; "
+    "use prompts_per_step for more questions in a step",
+    "generation_batch_size": "use prompts_per_step x num_generations; rollout_batch_size bounds the rows at a time",
+    "steps_per_generation": "use num_mini_batches",
+    "per_device_eval_batch_size": "use rollout_batch_size",
+    "max_prompt_length": "prompts are never cut; leave it out",
+    "max_seq_length": "use max_completion_length; prompts are never cut",
+    "max_length": "use max_completion_length; prompts are never cut",
+    "max_new_tokens": "use max_completion_length",
+    "warmup_steps": "use warmup_ratio, a share of the steps",
+    "save_total_limit": "every checkpoint is kept; leave it out",
+    "save_strategy": "use save_steps",
+    "eval_strategy": "use eval_steps",
+    "eval_on_start": "the evaluation before training is always made; leave it out",
+    "disable_dropout": "dropout is always off; leave it out",
+    "num_completions_to_print": "two are printed, use log_completions_steps; rollouts.jsonl holds every completion",
+    "log_completions": "use log_completions_steps; rollouts.jsonl holds every completion",
+    "vllm_mode": "the roll-out has its own engine; leave it out",
+    "data_seed": "use seed",
+    "vf_coef": "the critic has weights and an optimizer of its own: use critic_learning_rate",
+    "model_name": "use model",
+    "model_name_or_path": "use model",
+    "dataset_name": "use train_data and eval_data",
+    "num_train_epochs": "use max_steps",
+    "r": "use lora_r",
+    "target_modules": "the LoRA is on every linear layer; leave it out",
+    "lora_target_modules": "the LoRA is on every linear layer; leave it out",
+    "lora_dropout": "it is always 0, or the probability ratio would not start at 1; leave it out",
+    "cliprange": "use epsilon",
+    "kl_coef": "use beta",
+    "num_ppo_epochs": "use num_iterations",
+    "bf16": "use dtype: bfloat16",
+    "fp16": "use dtype: float16",
+    "torch_dtype": "use dtype",
+    "reward_func": "use reward_funcs",
+    "use_vllm": "the roll-out has its own engine; leave it out",
+    "fast_inference": "the roll-out has its own engine; leave it out",
+    "gpu_memory_utilization": "lower rollout_batch_size and max_tokens_per_micro_batch where memory is short",
+    "resume_from_checkpoint": "use adapter to go on from saved weights",
+    "run_name": "use output_dir",
+    "report_to": "metrics.jsonl in the run folder holds every metric; leave it out",
+    "bnb_4bit_quant_type": "load_in_4bit is NF4; leave it out",
+    "use_gradient_checkpointing": "use gradient_checkpointing",
+    "random_state": "use seed",
+}  # fmt: skip
+
+
+def unknown_setting(name: str, where: str) -> ConfigError:
+    """The error for a setting that does not exist, with TRL's equivalent or the nearest name."""
+    if name in ELSEWHERE:
+        return ConfigError(
+            f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {ELSEWHERE[name]}"
+        )
+    names = [f.name for f in dataclasses.fields(Config)]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
+    return ConfigError(f"{where}: there is no setting {name}; {hint}")
+
+
+def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
+    """The settings with command-line overrides, and a name for the run.
+
+    They come from `--config FILE`, else from the run that `--adapter` was saved by, else from the default file.
+    Raises ConfigError; leaves with tyro's own message for a value on the command line that cannot be read.
+    """
+    import tyro
+
+    file, arguments = take(split_pairs(arguments, "--columns"), "--config")
+    adapter, _ = take(arguments, "--adapter")
+    if file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
+        file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
+    file = file or default_file
+    known = {f.name for f in dataclasses.fields(Config)} | {"help"}
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in known and name.removeprefix("no_") not in known:
+            raise unknown_setting(name, "command line")
+    description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
+    config = tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
+    config.check()
+    path = Path(file).resolve()
+    return config, path.parent.name if path.name == "config.yaml" else path.stem
+
+
+def take(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `name VALUE` or `name=VALUE`, None where it is not given, and the other arguments."""
+    for i, argument in enumerate(arguments):
+        given, equals, value = argument.partition("=")
+        if given == name and equals:
+            return value, [*arguments[:i], *arguments[i + 1 :]]
+        if given == name:
+            if i + 1 == len(arguments):
+                raise ConfigError(f"{name} needs a path behind it")
+            return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
+    return None, list(arguments)
+
+
+def read_yaml(file: str) -> Config:
+    """The settings in a YAML file, each brought to its field's type. Raises ConfigError naming file and key."""
+    path = Path(file)
+    if not path.is_file():
+        others = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        raise ConfigError(f"--config: there is no file {file}; there are {', '.join(others) or 'none in configs/'}")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: expected lines of the form 'setting: value'")
+    hints = typing.get_type_hints(Config)
+    values = {}
+    for name, value in settings.items():
+        if name not in hints:
+            raise unknown_setting(str(name), file)
+        try:
+            values[name] = coerce(value, hints[name])
+        except ValueError as error:
+            raise ConfigError(f"{file}: {name} must be {error}, but is {value!r}") from None
+    return Config(**values)
+
+
+def split_pairs(arguments: list[str], name: str) -> list[str]:
+    """`--columns answer=gold` in the form that tyro reads, `--columns answer gold`."""
+    split, inside = [], False
+    for argument in arguments:
+        inside = argument == name or (inside and not argument.startswith("--"))
+        split += argument.split("=", 1) if inside else [argument]
+    return split
+
+
+def coerce(value, kind):
+    """Bring a YAML value to a field's type: YAML reads 1e-5 as text. Raises ValueError saying what is expected."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is typing.Any:
+        return value
+    if origin in (types.UnionType, typing.Union):  # X | None
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None else coerce(value, inner)
+    if origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        near = difflib.get_close_matches(str(value), args, n=1)
+        raise ValueError(f"one of {', '.join(args)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [coerce(item, args[0]) for item in items]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError("a mapping such as {name: value}")
+        return {coerce(k, args[0]): coerce(v, args[1]) for k, v in value.items()}
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError("true or false")
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number) and (kind is float or number == int(number)):
+            return kind(number)
+    if kind is str and isinstance(value, str):
+        return value
+    raise ValueError({int: "a whole number", float: "a number", str: "text (in quotes)"}.get(kind, "a number"))
