@@ -39,6 +39,10 @@ class Advantages:
             return metrics
         for episode in episodes:
             episode.in_loss = not (episode.truncated and config.mask_truncated_completions)
+        if config.algorithm == "dpo":
+            for episode, sign in zip(episodes, algorithms.preference_signs(rewards, config.num_generations).tolist()):
+                episode.advantages = torch.full((len(episode.completion_ids),), sign)
+            return metrics
         steps = self.steps(episodes, completions, scores)  # by reward function
         paid = [
             sum(value for of_function in steps.values() for _, value in of_function[i]) for i in range(len(episodes))
@@ -67,9 +71,7 @@ class Advantages:
             return algorithms.leave_one_out_advantages(rewards, group)
         if self.config.algorithm == "reinforce_plus_plus":
             centred = algorithms.group_advantages(rewards, group, "none")
-            return algorithms.whiten_by_token(centred, torch.tensor(lengths))
-        if self.config.algorithm == "dpo":
-            return algorithms.preference_signs(rewards, group)
+            return algorithms.whiten_by_token(centred, torch.tensor(lengths), ~rewards.isnan())
         return algorithms.group_advantages(rewards, group, self.config.scale_rewards)
 
     def reinforce(

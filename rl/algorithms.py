@@ -74,12 +74,15 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
-def whiten_by_token(advantages: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """REINFORCE++ with baseline: the advantages of completions (N,) whitened over all tokens of the batch, (N,)."""
-    by_token = advantages.repeat_interleave(lengths)  # (tokens,)
+def whiten_by_token(advantages: torch.Tensor, lengths: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """REINFORCE++ with baseline: the advantages of completions (N,) whitened over all tokens of the batch, (N,).
+
+    counted: (N,) bool; the others (ungraded) stay out of it and keep 0.
+    """
+    by_token = advantages[counted].repeat_interleave(lengths[counted])  # (tokens,)
     if not by_token.any():
         return advantages
-    return (advantages - by_token.mean()) / (by_token.std() + 1e-8)
+    return torch.where(counted, (advantages - by_token.mean()) / (by_token.std() + 1e-8), 0.0)
 
 
 def generalised_advantages(
@@ -321,9 +324,17 @@ def token_weights(
     raise ValueError(f"loss_type is {loss_type!r}: expected dapo, cispo, grpo, sapo or dr_grpo")
 
 
-def clip_shares(
-    ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, epsilon: float, epsilon_high: float | None
+def clipped_tokens(
+    ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of tokens whose gradient the clipping took: (below 1 - epsilon with A < 0, above with A > 0)."""
-    high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    return ((ratio < 1 - epsilon) & (advantages < 0) & mask).sum(), ((ratio > high) & (advantages > 0) & mask).sum()
+    """Numbers of tokens whose gradient the clipping took: (below 1 - epsilon with A < 0, above with A > 0).
+
+    Of cispo, which takes none: (0, tokens whose weight it holds at the ceiling). sapo clips nothing.
+    """
+    if config.loss_type == "sapo":
+        return mask.new_zeros(()), mask.new_zeros(())
+    if config.loss_type == "cispo":
+        return mask.new_zeros(()), ((ratio > config.epsilon_high) & (advantages != 0) & mask).sum()
+    high = 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+    low = 1 - config.epsilon
+    return ((ratio < low) & (advantages < 0) & mask).sum(), ((ratio > high) & (advantages > 0) & mask).sum()

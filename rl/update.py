@@ -205,8 +205,8 @@ class Updater:
             loss = (torch.where(mask, loss, 0.0) * weights).sum()
             self.optimizer.backward(loss)
 
-            low, high = algorithms.clip_shares(ratio, advantages, mask, config.epsilon, config.epsilon_high)
-            moved = algorithms.kl_divergence(logprobs.detach(), old, mask, "k3")
+            low, high = algorithms.clipped_tokens(ratio, advantages, mask, config)
+            moved = algorithms.kl_divergence(old, logprobs.detach(), mask, "k3")  # the tokens are the old policy's
             for name, value in (("loss", loss), ("entropy", entropy), ("low", low), ("high", high), ("moved", moved)):
                 totals[name] += value.detach().sum().item()
             totals["tokens"] += mask.sum().item()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl import algorithms as A
+from rl.config import Config
 
 NAN = math.nan
 
@@ -73,8 +74,12 @@ def test_clip_shares_count_only_tokens_that_lose_their_gradient():
     ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.5]])
     advantage = torch.tensor([[1.0, -1.0, -1.0, 1.0, 1.0]])
     mask = torch.tensor([[True, True, True, True, False]])
-    low, high = A.clip_shares(ratio, advantage, mask, 0.2, None)
+    low, high = A.clipped_tokens(ratio, advantage, mask, Config())
     assert (low.item(), high.item()) == (1, 1)
+    low, high = A.clipped_tokens(ratio, advantage, mask, Config(loss_type="cispo", epsilon_high=1.4))
+    assert (low.item(), high.item()) == (0, 2)  # the ceiling is of the ratio itself, whatever the advantage's sign
+    low, high = A.clipped_tokens(ratio, advantage, mask, Config(loss_type="sapo"))
+    assert (low.item(), high.item()) == (0, 0)
 
 
 def test_kl_estimators_by_hand():

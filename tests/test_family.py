@@ -64,6 +64,13 @@ def test_whitening_by_hand():
     close(alg.whiten(values, torch.tensor([[True, False, False]])), [[1.0, 0.0, 0.0]])
 
 
+def test_whitening_by_token_by_hand():
+    """Tokens 1, 1, 1, -1: mean 0.5, deviation 1; the completion that is not counted keeps 0."""
+    advantages, lengths = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([3, 1, 2])
+    close(alg.whiten_by_token(advantages, lengths, torch.tensor([True, True, False])), [0.5, -1.5, 0.0])
+    close(alg.whiten_by_token(torch.zeros(3), lengths, torch.tensor([True, True, True])), [0.0, 0.0, 0.0])
+
+
 def test_gae_by_hand():
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.25, 0.5]])
     mask = torch.ones(1, 3, dtype=torch.bool)

@@ -185,6 +185,19 @@ def test_target_kl_ends_the_epochs(policy, episodes, ppo):
     assert updater.update(episodes)["updates"] == 6
 
 
+def test_the_distance_from_the_old_policy_is_that_of_its_own_tokens(policy, episodes, ppo):
+    """KL(old || new) estimated on tokens of the old policy: r - 1 - log r, which a token that became unlikely hardly moves."""
+    ppo.num_iterations = 2
+    updater = Updater(policy, ppo, Critic(policy, ppo))
+    for e in episodes:
+        e.advantages = torch.ones(len(e.completion_ids))
+    updater.fill_logprobs(episodes, "old_logprobs")
+    episodes[0].old_logprobs[0] += 10.0
+    totals = Counter()
+    updater.policy_step(episodes, totals)
+    assert totals["moved"] == pytest.approx(math.exp(-10) - 1 + 10, abs=1e-3)
+
+
 # --- advantages of episodes
 
 
@@ -314,6 +327,16 @@ def test_dpo_moves_best_and_worst_apart(policy, episodes, config):
     teacher.fill(episodes, *rewards)
     assert updater.update(episodes)["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference agree
     assert sum(e.reference_logprobs is not None for e in episodes) == 6
+
+
+def test_dpo_prefers_by_the_whole_reward(policy, config):
+    """Process rewards are part of what is compared, and do not change the signs that mark a pair."""
+    config.algorithm, config.num_generations = "dpo", 3
+    episodes = episodes_of(2, 2, 2)
+    Advantages(policy, config, Rewards).fill(
+        episodes, *marked(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []])
+    )
+    assert [e.advantages.tolist() for e in episodes] == [[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("budget", [1, 100, 10**6])
