@@ -1,13 +1,13 @@
 """Make the bundled tiny model: a 0.8-million-parameter Qwen3 that can think but seldom does.
 
 It is trained from nothing on demonstrations of the built-in families. In the first stage, a quarter of them work the
-question out inside <think> ... </think> and are right; the rest blurt an answer at once, and only a fifth of those are right. So the skill is there and rarely used: what reinforcement learning has to find. In the short second stage sums of
-two-digit numbers join, most of them thought out; the model learns how they are written, but not to do them reliably: what
+question out inside <think> ... </think> and are right; the rest blurt an answer at once, and a fifth of those is right. So
+the skill is there and rarely used: what reinforcement learning has to find. Then sums of two to four numbers with two
+digits join, most of them thought out. Longer ones (long_sums) are never shown, and it gets lost in them: what
 reinforcement learning has to improve. Questions come from the split "pretrain" and never meet those used for training or
 evaluation (data/tasks.py).
 
-    python data/make_tiny.py --out data/tiny          # three quarters of an hour on two cores
-    python data/make_tiny.py --out FOLDER --start data/old   # the second stage alone, from the first one's model
+    python data/make_tiny.py --out data/tiny          # about an hour on two cores
 
 Writes config, tokenizer with chat template, and bf16 safetensors. The model card (data/tiny/README.md) is written by
 hand from the figures that this script and `python train.py --eval-only` print.
@@ -29,10 +29,10 @@ from data.tasks import Problem, build_expressions, problems  # noqa: E402
 SHORT = ("sums", "words", "functions")
 STAGES = (  # families in equal parts, optimizer steps, peak learning rate
     (SHORT, 6000, 2e-3),
-    ((*SHORT, "long_sums", "long_sums"), 1800, 1.5e-3),
+    ((*SHORT, "big_sums", "big_sums"), 1800, 1.5e-3),
+    ((*SHORT, "big_sums", "big_sums"), 2000, 1.5e-3),
 )
-THINKS = {"long_sums": 0.75}  # share of demonstrations that think, by family
-THINKS_SHORT = 0.25  # the same of the others
+THINKS = dict.fromkeys(SHORT, 0.25) | {"big_sums": 0.75}  # share of demonstrations that think
 BLURT_RIGHT = 0.2  # share of the others that happen to be right
 MEAN_REPLY_TOKENS = 25  # of a demonstration, about: the scale of the loss
 
@@ -95,7 +95,7 @@ def blurt(problem: Problem, rng: random.Random) -> str:
 
 def demonstration(problem: Problem, rng: random.Random) -> str:
     """One assistant turn."""
-    thinks = rng.random() < THINKS.get(problem.family, THINKS_SHORT)
+    thinks = rng.random() < THINKS[problem.family]
     thought = "<think>" + "\n".join(problem.steps) + "</think>" if thinks else ""
     answer = problem.answer if thinks else blurt(problem, rng)
     if problem.family == "functions":
@@ -130,18 +130,18 @@ def batches(tokenizer, families, batch_size: int, rng: random.Random):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="data/tiny", help="folder to write the model into")
-    parser.add_argument("--start", help="go on from this folder, the first stage's model, with the second stage")
+    parser.add_argument("--first-stage", type=int, default=1, help="go on from the model in --out with this stage")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    for stage in (2,) if args.start else (1, 2):
+    for stage in range(args.first_stage, len(STAGES) + 1):
         if stage == 1:
             model = make_model(tokenizer)
-        else:  # goes on from what the first has saved, rounded to bf16
-            model = Qwen3ForCausalLM.from_pretrained(args.start or args.out, dtype=torch.float32)
+        else:  # goes on from what the stage before has saved, rounded to bf16
+            model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32)
         rng = random.Random(args.seed + stage - 1)
         train(model, tokenizer, *STAGES[stage - 1], args.batch_size, rng, args.out)
 

@@ -12,7 +12,7 @@ import hashlib
 import random
 from dataclasses import dataclass, replace
 
-FAMILIES = ("sums", "words", "functions", "long_sums")  # what the bundled model has met
+FAMILIES = ("sums", "words", "functions", "big_sums")  # what the bundled model has met
 # Tenths of the hash range: half of all questions for pretraining, three tenths for RL, two tenths held out.
 SPLITS = {"pretrain": range(0, 5), "train": range(5, 8), "eval": range(8, 10)}
 
@@ -99,19 +99,24 @@ def make_sum(rng: random.Random) -> Problem:
     return Problem("sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
 
 
-def make_long_sum(rng: random.Random, terms=(2, 3, 4)) -> Problem:
-    """A sum of numbers with two digits: the bundled model thinks about it, and mostly gets lost on the way."""
+def make_big_sum(rng: random.Random, terms=(2, 3, 4)) -> Problem:
+    """A sum of numbers with two digits."""
     first = rng.randint(10, 99)
     ops = tuple((rng.choice("+-"), rng.randint(10, 99)) for _ in range(rng.choice(terms) - 1))
     expression = f"{first}" + "".join(f" {op} {n}" for op, n in ops)
     answer = str(running_totals(first, ops)[-1])
     prompt = rng.choice(SUM_PROMPTS).format(expression)
-    return Problem("long_sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
+    return Problem("big_sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
+
+
+def make_long_sum(rng: random.Random) -> Problem:
+    """Longer than any that the bundled model has met: it thinks, and gets lost on the way."""
+    return replace(make_big_sum(rng, terms=(5, 6)), family="long_sums")
 
 
 def make_longer_sum(rng: random.Random) -> Problem:
-    """Longer than any of `long_sums`: for evaluation, to see whether what was learned carries over."""
-    return replace(make_long_sum(rng, terms=(5, 6)), family="longer_sums")
+    """Longer still: for evaluation, to see whether what was learned carries over."""
+    return replace(make_big_sum(rng, terms=(7, 8)), family="longer_sums")
 
 
 def make_word_problem(rng: random.Random) -> Problem:
@@ -181,7 +186,7 @@ def make_countdown(rng: random.Random) -> Problem:
 
 
 MAKERS = {
-    "sums": make_sum, "words": make_word_problem, "functions": make_function,
+    "sums": make_sum, "words": make_word_problem, "functions": make_function, "big_sums": make_big_sum,
     "long_sums": make_long_sum, "longer_sums": make_longer_sum, "countdown": make_countdown,
 }  # fmt: skip
 

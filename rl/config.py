@@ -55,13 +55,11 @@ class Config:
     repetition_penalty: float = 1.0  # 1 is off
     rollout_batch_size: int = 512  # rows generated at a time, in training and evaluation; lower it if memory is short
 
-    dynamic_sampling: int = (
-        0  # DAPO: so many times a step, ask again in place of groups that are all right or all wrong
-    )
+    dynamic_sampling: int = 0  # DAPO: times a step that questions replace groups which are all right or all wrong
     curriculum_steps: int = 0  # over so many first steps questions join by their column `level`, easiest first; 0: off
 
     # --- the advantage (docs/terms.md explains every algorithm)
-    algorithm: Literal["grpo", "rloo", "reinforce", "reinforce_plus_plus", "ppo", "a2c", "dpo"] = "grpo"
+    algorithm: Literal["grpo", "rloo", "reinforce", "reinforce_plus_plus", "ppo", "a2c", "dpo"] = "grpo"  # the method
     scale_rewards: Literal["group", "batch", "none"] = "group"  # what grpo divides by: a standard deviation
     baseline: Literal["group", "running", "none"] = "group"  # of reinforce: a mean that is taken off the return
     gamma: float = 1.0  # of ppo and reinforce: what a reward one token later is worth
@@ -72,17 +70,13 @@ class Config:
     soft_punish_cache: int = 0  # DAPO: up to 1 is taken off over so many tokens before max_completion_length; 0: off
 
     # --- the critic of ppo and a2c
-    critic: Literal["adapter", "head"] = (
-        "adapter"  # a LoRA of its own | only a linear head on the policy's hidden states
-    )
+    critic: Literal["adapter", "head"] = "adapter"  # a LoRA of its own | a linear head on the policy's hidden states
     critic_learning_rate: float | None = None  # empty: as learning_rate
     critic_warmup_steps: int = 0  # first steps in which only the critic learns
     cliprange_value: float | None = 0.2  # how far an update may move a value before its loss is clipped; empty: any
 
     # --- the update
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo", "sapo"] = (
-        "dapo"  # of a token, and over what the mean is taken
-    )
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo", "sapo"] = "dapo"  # of a token, and how the mean is taken
     importance_sampling_level: Literal["token", "sequence"] = "token"  # of the probability ratio; sequence: GSPO
     sapo_temperature_pos: float = 1.0  # of SAPO's soft clip where the advantage is positive
     sapo_temperature_neg: float = 1.05  # the same where it is negative
@@ -93,12 +87,8 @@ class Config:
     delta: float | None = None  # upper bound on the ratio where the advantage is negative; empty: none
     target_kl: float | None = None  # the epochs over a roll-out end when the policy has moved so far, nats a token
     entropy_coef: float = 0.0  # weight of an entropy bonus in the loss
-    beta: float = (
-        0.0  # weight of the KL from the reference (the model without its LoRA); in dpo its inverse temperature
-    )
-    beta_target_kl: float | None = (
-        None  # of ppo: beta follows so that this KL is reached, nats a completion; empty: fixed
-    )
+    beta: float = 0.0  # weight of the KL from the reference (the model without its LoRA); in dpo the scale of margins
+    beta_target_kl: float | None = None  # of ppo: the KL, nats a completion, that beta follows; empty: beta is fixed
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL in the loss; in the reward (ppo) it is k1
     use_bias_correction_kl: bool = True  # multiply the estimate by the probability ratio: an unbiased gradient
     mask_truncated_completions: bool = False  # leave truncated completions out of the loss

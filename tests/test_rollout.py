@@ -91,7 +91,7 @@ def test_several_end_tokens(tmp_path, config):
     config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [1, one]})
     policy = load_policy(config)
     assert policy.tokenizer.decode([one]) == "1"
-    episodes = roll(policy, ["What is 5 + 5 + 5?"], n=64)
+    episodes = roll(policy, ["What is 5 + 5 + 5?", "What is 2 + 3 + 2?"], n=64)
     last = {episode.completion_ids[-1] for episode in episodes if not episode.truncated}
     assert last == {1, one} and all(one not in e.completion_ids[:-1] for e in episodes)
 

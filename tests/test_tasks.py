@@ -100,7 +100,7 @@ def test_thinking_demonstrations_are_right_and_blurts_mostly_wrong():
             else:
                 blurts += 1
                 right_blurts += score
-        assert thinks / 600 == pytest.approx(THINKS, abs=0.06)
+        assert thinks / 600 == pytest.approx(THINKS[family], abs=0.06)
         assert right_blurts / blurts == pytest.approx(BLURT_RIGHT, abs=0.06)
 
 
