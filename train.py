@@ -188,8 +188,9 @@ def main(arguments: list[str]) -> None:
                 episodes, completions, scores = (a + b for a, b in zip((episodes, completions, scores), more))
                 refills += 1
             totals = torch.tensor([score.total for score in scores])  # (N,), nan where ungraded
+            learned = learned_rewards(totals, episodes, config)  # (N,) less what is taken off for length
             if config.control == "random-reward":
-                totals = torch.where(totals.isnan(), totals, torch.tensor(coin_flips(len(totals), config.seed, step)))
+                learned = torch.where(totals.isnan(), totals, torch.tensor(coin_flips(len(totals), config.seed, step)))
 
             # --- Advantages: how much better than expected each token is. A critic is asked first what it expects.
             taking_part = range(len(episodes))
@@ -201,7 +202,7 @@ def main(arguments: list[str]) -> None:
                 updater.look(learning)
                 expected = teacher.fill(
                     learning,
-                    learned_rewards(totals[list(taking_part)], learning, config),
+                    learned[list(taking_part)],
                     [completions[i] for i in taking_part],
                     [scores[i] for i in taking_part],
                 )
@@ -217,14 +218,14 @@ def main(arguments: list[str]) -> None:
             summary["completions"] += len(episodes)
             summary["tokens"] += sum(len(episode.completion_ids) for episode in episodes)
             metrics = {"step": step, **report.describe_step(completions, scores, rewards, group_size)}
-            metrics["frac_reward_zero_std"] = 1 - varied_groups(totals, group_size).float().mean().item()
+            same = 1 - varied_groups(learned, group_size).float().mean().item() if group_size > 1 else math.nan
+            metrics["frac_reward_zero_std"] = same
             if config.dynamic_sampling:
                 left_out = (len(episodes) - len(learning)) // group_size
                 metrics |= {"dynamic_sampling/refills": refills, "dynamic_sampling/groups_left_out": left_out}
             metrics |= report.describe_tokens(inspected) | expected | updated | watch.lap()
             metrics |= {"num_tokens": summary["tokens"], "peak_memory_mb": peak_memory_mb(policy.device)}
-            control = totals.tolist() if config.control != "none" else None
-            run.log_rollouts(episodes, completions, scores, control)
+            run.log_rollouts(episodes, completions, scores, None if learned is totals else learned.tolist())
             run.append(
                 "tokens.jsonl",
                 [{"step": step, "prompt_id": completions[group * group_size].row["id"], "completions": inspected}],

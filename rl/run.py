@@ -53,9 +53,10 @@ class RunFolder:
             file.write(text)
 
     def log_rollouts(
-        self, episodes: list[Episode], completions: list[Completion], scores: list[Score], control: list[float] | None
+        self, episodes: list[Episode], completions: list[Completion], scores: list[Score], learned: list[float] | None
     ) -> None:
-        """Every completion of a step, with what each reward made of it. control: the rewards that were learned from."""
+        """Every completion of a step, with what each reward made of it. learned: the rewards that were learned from,
+        where they are others: the control's, or less for their length."""
         lines = [
             describe_completion(c) | {
                 "reward": s.total, "rewards": s.parts, "metrics": s.metrics, "verdict": s.verdict, "reasons": s.reasons,
@@ -63,8 +64,8 @@ class RunFolder:
             } | ({"extra": s.extra} if s.extra else {})
             for e, c, s in zip(episodes, completions, scores)
         ]  # fmt: skip
-        for line, reward in zip(lines, control or []):
-            line["control_reward"] = reward
+        for line, reward in zip(lines, learned or []):
+            line["learned_reward"] = reward
         self.append("rollouts.jsonl", lines)
 
     @contextmanager

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from data import DataError, load, load_questions
+from data import DataError, levels, load, load_questions
 from data.tasks import MAKERS, make_sum
 
 ROWS = [{"question": f"What is {i} + 1?", "gold": i + 1, "level": "easy"} for i in range(20)]
@@ -100,6 +100,16 @@ def test_a_file_is_split_into_training_and_held_out(tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
     with pytest.raises(DataError, match="one question is too few"):
         load_questions([str(tmp_path / "one.jsonl")], [], 1000, 400, {}, seed=0)
+
+
+def test_levels_are_numbers_also_in_text():
+    rows = [{"id": "a", "level": 3}, {"id": "b", "level": "Level 5"}, {"id": "c", "level": 2.5}]
+    assert levels(rows) == [3.0, 5.0, 2.5]
+    for level in (None, "hard", ""):
+        with pytest.raises(DataError, match="row d has no number in a column level"):
+            levels([*rows, {"id": "d", "level": level}])
+    with pytest.raises(DataError, match="curriculum_steps: row e"):
+        levels([{"id": "e"}])
 
 
 def test_held_out_questions_are_taken_out_of_training(tmp_path):

@@ -470,6 +470,8 @@ def test_every_algorithm_runs(tmp_path, arguments):
     train.main([*SMALL.split(), "--max-steps", "2", *arguments.split(), "--output-dir", str(tmp_path / "run")])
     metrics = lines(tmp_path / "run/metrics.jsonl")
     assert len(metrics) == 2 and all(m["skipped_updates"] == 0 for m in metrics) and metrics[1]["grad_norm"] > 0
+    rollouts = lines(tmp_path / "run/rollouts.jsonl")
+    assert ("learned_reward" in rollouts[0]) == ("penalty" in arguments or "punish" in arguments)
     tokens = lines(tmp_path / "run/tokens.jsonl")[1]["completions"][0]
     assert ("values" in tokens) == ("ppo" in arguments or "a2c" in arguments)
     assert len(tokens.get("values", tokens["advantages"])) == len(tokens["tokens"])

@@ -14,7 +14,10 @@ from grading import grade_code, grade_math
 TINY = Path("data/tiny")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SUMS = {"sums": range(3, 7), "big_sums": range(2, 5), "long_sums": range(5, 6), "longer_sums": range(6, 8)}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "long_sums", "longer_sums"])
 def test_splits_are_disjoint_by_construction(family):
     """A question's split is a function of what it asks, and splits share no hash value: so seeds cannot mix them."""
     tenths = [tenth for tenths in SPLITS.values() for tenth in tenths]
@@ -47,10 +50,15 @@ def test_questions_are_seeded_and_unique(family):
     assert all(row["task"] == family for row in rows)
 
 
-def test_sums_are_right():
-    for row in questions("sums", "train", 300, seed=0):
+@pytest.mark.parametrize("family", SUMS)
+def test_sums_are_right(family):
+    """Their answers, how many numbers they have (their level is the number of operations), and of how many digits."""
+    for row in questions(family, "train", 300, seed=0):
         expression = re.search(r"\d[\d +-]*\d", row["prompt"])[0]
+        numbers = re.findall(r"\d+", expression)
         assert eval(expression, {"__builtins__": {}}) == int(row["answer"])
+        assert len(numbers) in SUMS[family] and row["level"] == len(numbers) - 1
+        assert {len(number) for number in numbers} == {1 if family == "sums" else 2}
 
 
 def test_word_problems_are_right():

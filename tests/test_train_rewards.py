@@ -114,7 +114,7 @@ def test_the_control_learns_from_coin_flips_alone(tmp_path, capsys):
     for step in (1, 2):
         of_step = [r for r in rollouts if r["step"] == step]
         flips = train.coin_flips(24, 0, step)
-        assert [r["control_reward"] for r in of_step] == flips and set(flips) == {0.0, 1.0}
+        assert [r["learned_reward"] for r in of_step] == flips and set(flips) == {0.0, 1.0}
         advantages = group_advantages(torch.tensor(flips), 4).tolist()
         assert [r["advantage"] for r in of_step] == pytest.approx(advantages)
         assert [r["reward"] for r in of_step] != flips  # the file's own reward is kept beside
