@@ -88,8 +88,10 @@ def right_steps(completion: Completion):
     step = re.compile(r"(-?[0-9]{1,30}) *([-+*]) *(-?[0-9]{1,30}) *= *(-?[0-9]{1,30})")
     value = {"+": operator.add, "-": operator.sub, "*": operator.mul}
     start = (completion.text.rpartition("</think>")[0] or completion.text).rindex(completion.thinking)
-    last = None
-    for line in completion.thinking.split("\n"):
+    last, lines = None, completion.thinking.split("\n")
+    if completion.truncated and "</think>" not in completion.text:
+        lines.pop()  # cut before its end
+    for line in lines:
         end = start + len(line)
         if found := step.fullmatch(line.strip()):
             a, sign, b, c = found.groups()

@@ -5,7 +5,7 @@
     python train.py --eval-only --adapter runs/NAME/checkpoints/step_000045
     python train.py --help                                every setting
 
-Reads top to bottom: settings, rewards and questions are checked first (nothing large is loaded yet), then the policy is
+Reads top to bottom: settings, rewards and questions are checked first (the policy is not loaded yet), then the policy is
 loaded and evaluated, then the loop rolls out, scores, computes advantages, updates, logs, evaluates and saves, then the
 policy is evaluated again and its saved LoRA is read back and compared. Everything lands in a run folder (rl/run.py).
 """
@@ -61,12 +61,12 @@ def main(arguments: list[str]) -> None:
 
     # --- The policy: a model with its LoRA. Its prompts, as token ids.
     policy = load_policy(config)
+    trainable, parameters = policy.model.get_nb_trainable_parameters()
     critic = Critic(policy, config) if config.has_critic and not config.eval_only else None
     train_prompts = policy.encode_prompts(train_rows, config.max_completion_length)
     eval_prompts = policy.encode_prompts(eval_rows, config.max_completion_length)
     run = RunFolder(folder, config, rewards.path)
     watch = Stopwatch(started)
-    trainable, parameters = policy.model.get_nb_trainable_parameters()
     print(f"Ponder on {describe_machine(policy.device)}; everything goes into {run.path}")
     print(f"  model    {config.model}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)")
     if critic:
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
         print(
             f"  plan     {config.max_steps} steps of {config.prompts_per_step} x {config.num_generations} completions"
         )
-    for note in [*notes, *config.sampling_notes()]:
+    for note in [*notes, *config.notes()]:
         print(f"  note     {note}")
     for warning in warnings:
         print(f"  WARNING  {warning}")
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> None:
                 refills += 1
             totals = torch.tensor([score.total for score in scores])  # (N,), nan where ungraded
             learned = learned_rewards(totals, episodes, config)  # (N,) less what is taken off for length
-            if config.control == "random-reward":
+            if config.control == "random-reward":  # and nothing else
                 learned = torch.where(totals.isnan(), totals, torch.tensor(coin_flips(len(totals), config.seed, step)))
 
             # --- Advantages: how much better than expected each token is. A critic is asked first what it expects.
@@ -246,7 +246,7 @@ def main(arguments: list[str]) -> None:
                 left = report.seconds_left(step, config, watch.seconds)
                 print(report.console_line(metrics, config, left, warnings), flush=True)
             tell("alarm", found)
-            tell("note", alarms.notes(history))
+            tell("note", alarms.notes(history, config))
             if config.log_completions_steps and step % config.log_completions_steps == 0:
                 print(report.highest_rewards(step, completions, scores), flush=True)
     except (KeyboardInterrupt, RewardError):

@@ -64,7 +64,11 @@ def main():
 
     def one(job):
         name, seed = job
-        summary = train(name, seed, args.steps, args.questions)
+        try:
+            summary = train(name, seed, args.steps, args.questions)
+        except RuntimeError as error:
+            print(error, flush=True)
+            return name, None
         before, after = summary["eval"]["before"], summary["eval"]["after"]
         gain = 100 * (after["accuracy_sampled"] - before["accuracy_sampled"])
         print(f"{name:<26} seed {seed}  sampled {gain:+.1f} points, {summary['seconds']['total']:.0f} s", flush=True)
@@ -75,7 +79,10 @@ def main():
 
     print("\n| algorithm | sampled before | after | greedy after | thinks after | seconds |\n" + "|---" * 6 + "|")
     for name in args.only:
-        summaries = [summary for of, summary in runs if of == name]
+        summaries = [summary for of, summary in runs if of == name and summary]
+        if not summaries:
+            print(f"| {name} | failed |" + " |" * 4)
+            continue
         cells = []
         for when, rate in (
             ("before", "accuracy_sampled"),

@@ -16,7 +16,7 @@ from grading.registry import (
     row_kind,
 )
 from grading.reward_file import Rewards, load_rewards
-from grading.reward_model import reward_model
+from grading.reward_models import reward_model
 from grading.sandbox import check_tests, extract_code, grade_code
 from grading.scoring import Scoring
 

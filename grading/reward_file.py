@@ -21,7 +21,7 @@ from grading.registry import (
     row_kind,
     shorten,
 )
-from grading.reward_model import ModelReward
+from grading.reward_models import ModelReward
 from grading.scoring import Scoring, describe_fault
 
 SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping, and cannot judge a row alone

@@ -5,6 +5,7 @@ rewards) more to the tokens before a step's end. With a critic, and in REINFORCE
 """
 
 import bisect
+import functools
 import math
 
 import torch
@@ -39,8 +40,10 @@ class Advantages:
             return metrics
         for episode in episodes:
             episode.in_loss = not (episode.truncated and config.mask_truncated_completions)
+        in_loss = torch.tensor([episode.in_loss for episode in episodes])
         if config.algorithm == "dpo":
-            for episode, sign in zip(episodes, algorithms.preference_signs(rewards, config.num_generations).tolist()):
+            eligible = torch.where(in_loss, rewards, torch.nan)
+            for episode, sign in zip(episodes, algorithms.preference_signs(eligible, config.num_generations).tolist()):
                 episode.advantages = torch.full((len(episode.completion_ids),), sign)
             return metrics
         steps = self.steps(episodes, completions, scores)  # by reward function
@@ -54,7 +57,7 @@ class Advantages:
             advantages = of_tokens(episodes, outcome, merged, metrics)
         else:
             lengths = [len(episode.completion_ids) for episode in episodes]
-            by_completion = self.of_completions(outcome, lengths).tolist()
+            by_completion = self.of_completions(outcome, lengths, in_loss).tolist()
             advantages = [torch.full((n,), a) for n, a in zip(lengths, by_completion)]
             for name, of_function in steps.items():
                 unweighted = [[(position, value / self.weights[name]) for position, value in s] for s in of_function]
@@ -64,14 +67,15 @@ class Advantages:
             episode.advantages = of_episode
         return metrics
 
-    def of_completions(self, rewards: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def of_completions(self, rewards: torch.Tensor, lengths: list[int], in_loss: torch.Tensor) -> torch.Tensor:
         """One advantage for each completion, (N,), from those of its group. rewards: (N,), nan where ungraded."""
         group = self.config.num_generations
         if self.config.algorithm == "rloo":
             return algorithms.leave_one_out_advantages(rewards, group)
         if self.config.algorithm == "reinforce_plus_plus":
             centred = algorithms.group_advantages(rewards, group, "none")
-            return algorithms.whiten_by_token(centred, torch.tensor(lengths), ~rewards.isnan())
+            counted = ~rewards.isnan() & in_loss
+            return algorithms.whiten_by_token(centred, torch.tensor(lengths), counted)
         return algorithms.group_advantages(rewards, group, self.config.scale_rewards)
 
     def reinforce(
@@ -143,12 +147,14 @@ class Advantages:
         """Process rewards at character positions of the text, as (index of the token in which the step ends, value)."""
         ids, decode = episode.completion_ids, self.policy.decode
         opened = len(completion.text) - len(decode(ids))  # what the template had written of the thinking
-        ends = range(1, len(ids))  # numbers of tokens; the last one takes what lies beyond
 
-        def token_of(position):
-            return bisect.bisect_left(ends, position, key=lambda n: opened + len(decode(ids[:n])))
+        @functools.cache
+        def end(n):
+            """The position in the text after n tokens."""
+            return opened + len(decode(ids[:n]))
 
-        return [(token_of(position), value) for position, value in sorted(steps)]
+        counts = range(1, len(ids))  # of tokens; the last one takes what lies beyond
+        return [(bisect.bisect_left(counts, position, key=end), value) for position, value in sorted(steps)]
 
 
 def learned_rewards(rewards: torch.Tensor, episodes: list[Episode], config: Config) -> torch.Tensor:
@@ -162,14 +168,16 @@ def learned_rewards(rewards: torch.Tensor, episodes: list[Episode], config: Conf
 
 
 def teaching_groups(scores: list[Score], num_generations: int) -> list[bool]:
-    """Which groups have something to learn from: what says right or wrong differs among their completions, and the reward."""
-    graded = [score.verdict != "ungraded" for score in scores]
-    judged = [(s.parts[s.judge] if s.judge else s.total) if ok else math.nan for s, ok in zip(scores, graded)]
-    varied = [
-        algorithms.varied_groups(torch.tensor(values, dtype=torch.float64), num_generations)
-        for values in (judged, [score.total for score in scores])
-    ]
-    return (varied[0] & varied[1]).tolist()
+    """Which groups have something to learn from: some of their completions are right and some wrong, and rewards differ.
+
+    Where nothing says what is right, it is enough that rewards differ. Ungraded completions do not count.
+    """
+    totals = torch.tensor([score.total for score in scores])
+    varied = algorithms.varied_groups(totals, num_generations)
+    if any(score.judge for score in scores):
+        right = torch.tensor([float(score.is_right) for score in scores])
+        varied &= algorithms.varied_groups(torch.where(totals.isnan(), torch.nan, right), num_generations)
+    return varied.tolist()
 
 
 def mask_of(episodes: list[Episode]) -> torch.Tensor:

@@ -82,14 +82,14 @@ def _commonest_reason(scores: list[Score], verdict: str) -> str:
     return shorten(" ".join(reasons[outcomes.index(commonest)].split()), 200)
 
 
-def notes(history: list[dict]) -> dict[str, str]:
+def notes(history: list[dict], config: Config) -> dict[str, str]:
     """What is worth knowing and no alarm, as `find` gives it."""
     easy, same = (
         mean([m[name] for m in history[-WINDOW:]]) for name in ("frac_groups_all_right", "frac_reward_zero_std")
     )
     if easy > 0.7:
         return {"easy": f"in {easy:.0%} of the groups everything is right: the questions have become easy"}
-    if same > 0.9:
+    if same > 0.9 and config.uses_group:
         return {"same": f"in {same:.0%} of the groups all rewards are the same, so there is little to learn"}
     return {}
 

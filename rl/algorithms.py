@@ -14,6 +14,7 @@ import math
 import torch
 
 ADVANTAGE_EPSILON = 1e-4  # keeps the division by a standard deviation finite; TRL's value
+VARIANCE_FLOOR = 1e-8  # the same under a variance
 MAX_LOG_RATIO = 20.0  # beyond it exp() would leave the range of fp32 sums
 
 
@@ -65,24 +66,27 @@ def running_mean(mean: float | None, values: torch.Tensor, decay: float = 0.9) -
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """(x - mean) / (standard deviation + 1e-8) over the mask, 0 elsewhere; without shift_mean the mean stays. Any shape."""
+    """(x - mean) / sqrt(variance + 1e-8) over the mask, 0 elsewhere; without shift_mean the mean stays. Any shape.
+
+    The floor under the variance keeps rounding noise among equal values what it is.
+    """
     chosen = values[mask]
     if len(chosen) < 2:
         return torch.where(mask, values, 0.0)
-    mean, deviation = chosen.mean(), chosen.std()
-    whitened = (values - mean) / (deviation + 1e-8)
+    mean = chosen.mean()
+    whitened = (values - mean) / (chosen.var() + VARIANCE_FLOOR).sqrt()
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
 def whiten_by_token(advantages: torch.Tensor, lengths: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """REINFORCE++ with baseline: the advantages of completions (N,) whitened over all tokens of the batch, (N,).
 
-    counted: (N,) bool; the others (ungraded) stay out of it and keep 0.
+    counted: (N,) bool; the others (ungraded, or masked out of the loss) stay out of it and get 0.
     """
     by_token = advantages[counted].repeat_interleave(lengths[counted])  # (tokens,)
     if not by_token.any():
-        return advantages
-    return torch.where(counted, (advantages - by_token.mean()) / (by_token.std() + 1e-8), 0.0)
+        return torch.zeros_like(advantages)
+    return torch.where(counted, (advantages - by_token.mean()) / (by_token.var() + VARIANCE_FLOOR).sqrt(), 0.0)
 
 
 def generalised_advantages(
@@ -147,8 +151,8 @@ def process_advantages(
 ) -> list[torch.Tensor]:
     """Process supervision in GRPO: the advantage of a token is the sum of the normalised rewards of the steps at or after it.
 
-    steps: for each completion (token index, value). The values are normalised over all of a group's: (value - mean) /
-    (standard deviation + 1e-4). lengths: tokens of each completion. Returns one (C,) tensor for each.
+    steps: for each completion (token index, value). Whatever scale_rewards says, the values are normalised over all of a
+    group's: (value - mean) / (standard deviation + 1e-4). lengths: tokens of each completion. Returns one (C,) tensor for each.
     """
     advantages = [torch.zeros(n) for n in lengths]
     for first in range(0, len(steps), num_generations):
@@ -267,8 +271,9 @@ def clipped_value_loss(
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant."""
     values, returns = values[mask], returns[mask]
-    variance = returns.var()
-    return (1 - (returns - values).var() / variance).item() if len(returns) > 1 and variance > 0 else math.nan
+    if len(returns) < 2 or returns.var() < VARIANCE_FLOOR:
+        return math.nan
+    return (1 - (returns - values).var() / returns.var()).item()
 
 
 def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> float:

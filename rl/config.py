@@ -72,7 +72,7 @@ class Config:
     # --- the critic of ppo and a2c
     critic: Literal["adapter", "head"] = "adapter"  # a LoRA of its own | a linear head on the policy's hidden states
     critic_learning_rate: float | None = None  # empty: as learning_rate
-    critic_warmup_steps: int = 0  # first steps in which only the critic learns
+    critic_warmup_steps: int = 0  # first steps in which only the critic learns (the schedule of learning_rate runs on)
     cliprange_value: float | None = 0.2  # how far an update may move a value before its loss is clipped; empty: any
 
     # --- the update
@@ -181,8 +181,7 @@ class Config:
         for name in ("cliprange_value", "critic_learning_rate", "target_kl", "beta_target_kl"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0, or empty")
-        uses_group = not self.has_critic and not (self.algorithm == "reinforce" and self.baseline != "group")
-        if self.num_generations == 1 and (uses_group or self.dynamic_sampling):
+        if self.num_generations == 1 and (self.uses_group or self.dynamic_sampling):
             raise ConfigError(
                 f"num_generations is 1, but {'dynamic_sampling' if self.dynamic_sampling else self.algorithm} compares the "
                 "completions of a group: set at least 2 (8 is usual)"
@@ -195,6 +194,19 @@ class Config:
         if self.dynamic_sampling and self.control != "none":
             raise ConfigError(
                 "dynamic_sampling chooses groups by what is right, which the control must not know: set it to 0"
+            )
+        if self.has_critic and self.critic_warmup_steps >= self.max_steps:
+            raise ConfigError(
+                f"critic_warmup_steps ({self.critic_warmup_steps}) must be less than max_steps ({self.max_steps}), or the "
+                "policy never learns"
+            )
+        for name in ("target_kl", "entropy_coef"):
+            if self.algorithm == "dpo" and getattr(self, name):
+                raise ConfigError(f"{name} has no part in dpo: leave it out")
+        if self.target_kl and self.on_policy:
+            raise ConfigError(
+                "target_kl ends the epochs early, but there is one update for each roll-out: leave it out, or raise "
+                "num_iterations or num_mini_batches"
             )
         if self.algorithm == "dpo" and not self.beta:
             raise ConfigError("beta is 0, but dpo needs it: how far a preference may move the policy (0.1 is usual)")
@@ -224,6 +236,11 @@ class Config:
         return self.algorithm in ("ppo", "a2c")
 
     @property
+    def uses_group(self) -> bool:
+        """The advantage of a completion comes from a comparison with its group."""
+        return not self.has_critic and not (self.algorithm == "reinforce" and self.baseline != "group")
+
+    @property
     def kl_in_loss(self) -> bool:
         """The KL divergence is a term of the loss; a critic's algorithm has it in the reward, dpo in its margin."""
         return self.beta > 0 and not self.has_critic and self.algorithm != "dpo"
@@ -233,10 +250,17 @@ class Config:
         """Exactly one update for each roll-out: the old policy is the policy, and its log-probabilities need no pass."""
         return self.num_iterations == 1 and self.num_mini_batches == 1
 
-    def sampling_notes(self) -> list[str]:
-        """A note where settings make the policy that samples another than the one that is trained."""
+    def notes(self) -> list[str]:
+        """Notes on settings that are valid together and perhaps not what was meant."""
         usual = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
         changed = [f"{name} {getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value]
-        return (
-            [f"{', '.join(changed)}: the policy that samples is not quite the one that is trained"] if changed else []
-        )
+        notes = []
+        if changed:
+            notes.append(f"{', '.join(changed)}: the policy that samples is not quite the one that is trained")
+        if self.importance_sampling_level == "sequence" and (self.loss_type != "grpo" or self.epsilon > 0.01):
+            notes.append(
+                "GSPO is meant for loss_type grpo, epsilon 3e-4 and epsilon_high 4e-4: a sequence's ratio stays near 1"
+            )
+        if self.has_critic and self.adapter:
+            notes.append("the critic begins anew: with critic_warmup_steps it learns before the policy moves on")
+        return notes

@@ -37,8 +37,8 @@ def describe_step(
     groups = [{s.verdict for s in scores[i : i + group_size]} - {"ungraded"} for i in range(0, len(scores), group_size)]
     lengths = [c.tokens for c in completions]
     return metrics | {
-        "frac_groups_all_wrong": mean([verdicts == {"wrong"} for verdicts in groups]),
-        "frac_groups_all_right": mean([verdicts == {"right"} for verdicts in groups]),
+        "frac_groups_all_wrong": mean([verdicts == {"wrong"} for verdicts in groups]) if group_size > 1 else math.nan,
+        "frac_groups_all_right": mean([verdicts == {"right"} for verdicts in groups]) if group_size > 1 else math.nan,
         "completions/mean_length": mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -173,7 +173,7 @@ tags: [lora, {config.algorithm}, ponder]
 
 # A LoRA for {config.model}, trained by Ponder
 
-{config.algorithm.upper()} ({config.loss_type}), step {step}, seed {config.seed}, on {", ".join(config.train_data)}.
+{config.algorithm.upper()}{"" if config.algorithm == "dpo" else f" (loss_type {config.loss_type})"}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}.
 
 Held-out accuracy, greedy, {first["n"]} questions: {first["accuracy"]:.1%} before training, {last["accuracy"]:.1%} at step
 {max(evaluations)}.

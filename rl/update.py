@@ -104,20 +104,21 @@ class Updater:
         config = self.config
         learning_rate = self.optimizer.learning_rate  # of the first optimizer step
         self.rollouts += 1
-        contributing = [e for e in episodes if self.contributes(e)]
+        frozen = self.critic is not None and self.rollouts <= config.critic_warmup_steps
+        contributing = [] if frozen else [e for e in episodes if self.contributes(e)]
         if not config.on_policy and config.algorithm != "dpo":
             self.fill_logprobs([e for e in contributing if e.old_logprobs is None], "old_logprobs")
         if config.kl_in_loss or config.algorithm == "dpo":
             with self.policy.reference():
                 self.fill_logprobs(contributing, "reference_logprobs")
         totals = Counter()
-        frozen = self.rollouts <= config.critic_warmup_steps
         for _ in range(config.num_iterations):
             for mini_batch in self.mini_batches(episodes):
                 if frozen:
                     self.optimizer.discard()
                 else:
                     frozen = self.policy_step(mini_batch, totals)
+                    totals["mini_batches"] += 1
                 if self.critic:
                     self.critic_step(mini_batch, totals)
         return self.describe(totals, learning_rate)
@@ -127,7 +128,7 @@ class Updater:
         config = self.config
         tokens, updates = totals["tokens"] or math.nan, totals["updates"] or math.nan  # nan: nothing contributed
         metrics = {
-            "loss": totals["loss"] / (config.num_iterations * config.num_mini_batches),
+            "loss": totals["loss"] / (totals["mini_batches"] or math.nan),
             "entropy": totals["entropy"] / tokens,
             "clip_ratio/low_mean": totals["low"] / tokens,
             "clip_ratio/high_mean": totals["high"] / tokens,

@@ -80,7 +80,7 @@ def test_a_healthy_run_is_silent(rewards):
     for n in range(1, 31):
         seen = {step: evaluation for step, evaluation in RISING.items() if step <= n}
         assert find(history[:n], seen, rewards) == {}
-    assert alarms.notes(history) == {}
+    assert alarms.notes(history, Config()) == {}
 
 
 def test_the_reward_rises_and_the_held_out_accuracy_does_not(rewards):
@@ -156,10 +156,10 @@ def test_what_goes_away_is_no_alarm_any_more_and_easy_questions_are_a_note(rewar
     history = steps(10, completions__clipped_ratio=(0.5, 0), frac_groups_all_right=(0, 1))
     assert set(find(history[:2], {0: answers(0.3)}, rewards)) == {"cut"}
     assert find(history, {0: answers(0.3)}, rewards) == {}
-    assert alarms.notes(history[:2]) == {} and "have become easy" in alarms.notes(history)["easy"]
+    assert alarms.notes(history[:2], Config()) == {} and "have become easy" in alarms.notes(history, Config())["easy"]
     assert (
         "in 95% of the groups all rewards are the same"
-        in alarms.notes(steps(3, frac_reward_zero_std=(0.95, 0.95)))["same"]
+        in alarms.notes(steps(3, frac_reward_zero_std=(0.95, 0.95)), Config())["same"]
     )
 
 

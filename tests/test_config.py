@@ -83,8 +83,8 @@ def test_a_wrong_type_on_the_command_line_names_the_flag(capfd):
 
 
 def test_samplers_that_change_the_policy_are_noted():
-    assert not Config().sampling_notes()
-    assert "top_k 20" in Config(top_k=20).sampling_notes()[0]
+    assert not Config().notes()
+    assert "top_k 20" in Config(top_k=20).notes()[0]
 
 
 def test_every_setting_has_a_line_of_help_and_help_loads_no_torch():

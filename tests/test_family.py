@@ -64,6 +64,14 @@ def test_whitening_by_hand():
     close(alg.whiten(values, torch.tensor([[True, False, False]])), [[1.0, 0.0, 0.0]])
 
 
+def test_whitening_leaves_rounding_noise_alone():
+    """Equal advantages stay about 0, though their sum in fp32 is not exact: else all-right answers would be punished."""
+    constant, mask = torch.full((1, 5000), 1.1), torch.ones(1, 5000, dtype=torch.bool)
+    assert alg.whiten(constant, mask).abs().max() < 0.01
+    lengths = torch.full((100,), 50)
+    assert alg.whiten_by_token(torch.full((100,), 1.1), lengths, torch.ones(100, dtype=torch.bool)).abs().max() < 0.01
+
+
 def test_whitening_by_token_by_hand():
     """Tokens 1, 1, 1, -1: mean 0.5, deviation 1; the completion that is not counted keeps 0."""
     advantages, lengths = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([3, 1, 2])
@@ -194,6 +202,9 @@ def test_explained_variance():
     returns, mask = torch.tensor([0.0, 1.0, 2.0, 50.0]), torch.tensor([True, True, True, False])
     assert alg.explained_variance(returns, returns, mask) == 1.0
     assert alg.explained_variance(torch.full((4,), 0.3), returns, mask) == pytest.approx(0, abs=1e-6)
+    noise = 1.1 + 1e-7 * torch.tensor([1.0, -1.0, 1.0, 0.0])
+    assert math.isnan(alg.explained_variance(torch.rand(4), noise, mask))  # nothing to explain
+    assert math.isnan(alg.explained_variance(returns, returns, torch.tensor([True, False, False, False])))
     assert math.isnan(alg.explained_variance(returns, torch.ones(4), mask))
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from grading import RewardError, load_rewards, reward_model
-from grading.reward_model import RewardModel, _load
+from grading.reward_models import RewardModel, _load
 
 PROMPTS = ["2+5=?", "What is 3 + 4 + 5?", "1", "Compute 9 - 2 + 1.", "A bus has 3 riders."]
 TEXTS = ["7", "<think>3+4=7\n7+5=12</think>\\boxed{12}", "", "8" * 40, "\\boxed{3}"]

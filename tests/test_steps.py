@@ -15,6 +15,13 @@ def steps(text):
     return right_steps(completion(text))
 
 
+def test_a_line_that_the_length_limit_cut_is_not_judged():
+    cut = completion("<think>2+5=7\n7+6=1")
+    assert right_steps(cut) == [(18, -1.0)]
+    cut.truncated = True
+    assert right_steps(cut) == [(12, 0.0)]
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
