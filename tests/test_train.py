@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -336,6 +337,30 @@ def test_the_main_job_learns_to_think(tmp_path, seed):
     assert after["accuracy"] >= 0.92 and after["accuracy_sampled"] >= 0.87
     assert all(min(task["accuracy"], task["accuracy_sampled"]) >= 0.88 for task in after["tasks"].values())
     assert all(after["tasks"][task]["thinking_sampled"] >= 0.95 for task in ("sums", "words"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_learns_to_think_and_its_critic_knows_something(tmp_path, seed):
+    """Explained variance is that before each update, over the steps in which there is most to explain."""
+    train.main(["--config", "configs/tiny_ppo.yaml", "--output-dir", str(tmp_path / "run"), "--seed", str(seed)])
+    after = json.loads((tmp_path / "run/summary.json").read_text())["eval"]["after"]
+    metrics = lines(tmp_path / "run/metrics.jsonl")
+    explained = [m["explained_variance"] for m in metrics if 0.2 <= m["accuracy"] <= 0.8]
+    assert after["accuracy"] >= 0.9 and len(explained) >= 5 and statistics.median(explained) > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_long_sums_are_learnt_and_not_only_a_habit(tmp_path, seed):
+    """Among completions that think, which most do from the start: sums of a length that pretraining had none of."""
+    train.main(["--config", "configs/long_sums.yaml", "--output-dir", str(tmp_path / "run"), "--seed", str(seed)])
+    result = json.loads((tmp_path / "run/summary.json").read_text())["eval"]
+    before, after = (result[when]["tasks"]["long_sums"] for when in ("before", "after"))
+    assert before["thinking_sampled"] > 0.5
+    for name in ("accuracy_when_thinking", "accuracy_when_thinking_sampled"):
+        assert before[name] < 0.2 and after[name] >= before[name] + 0.2
+    assert "longer_sums" in result["after"]["tasks"]
 
 
 @pytest.mark.slow
