@@ -317,7 +317,8 @@ def _import_file(file: Path):
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and the like look their module up by name
     try:
-        spec.loader.exec_module(module)
+        # not by the loader, whose cache of bytecode takes a file of the same second and size for the same
+        exec(compile(file.read_bytes(), file, "exec"), vars(module))
     except Exception as error:
         if isinstance(error, SyntaxError):
             line = error.lineno

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 import time
@@ -205,6 +206,16 @@ def test_a_process_reward_counts_as_its_sum(steps):
 
 
 # --- notes before a run
+
+
+def test_a_file_that_was_just_changed_is_read_again(tmp_path, monkeypatch):
+    """Also within the same second and in the same size, where Python's cache of bytecode would give the old one."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for weight in (0.4, 0.5, 0.6):
+        path = write(tmp_path, f"@reward(weight={weight})\ndef right(c): return 1")
+        os.utime(path, (1e9, 1e9))
+        assert load_rewards(path).functions[0].weight == weight
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_notes_on_the_largest_reward_and_on_shaping(tmp_path):
