@@ -1,12 +1,14 @@
 """Shared by the tests: the bundled tiny model as a policy, and small settings."""
 
+import math
 import os
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from grading import Completion
+from grading import Completion, Score
+from grading.registry import RewardFunction
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the network
@@ -75,3 +77,41 @@ def episodes(policy):
         advantage = 0.0 if i // 4 == 2 else [1.2, -0.4, -0.9, 0.1][i % 4]
         episode.advantages = torch.full((len(episode.completion_ids),), advantage)
     return episodes
+
+
+@pytest.fixture
+def ppo(config):
+    config.algorithm, config.cliprange_value = "ppo", None
+    return config
+
+
+class Rewards:
+    """As much of a reward file as Advantages looks at."""
+
+    functions = [RewardFunction("correct", None, 1.0), RewardFunction("right_steps", None, 0.5)]
+
+
+def marked(episodes, rewards, process=None):
+    """Completions and scores of episodes with these rewards."""
+    texts = [completion("x" * len(e.completion_ids)) for e in episodes]
+    verdicts = ["ungraded" if math.isnan(r) else "right" if r >= 1 else "wrong" for r in rewards]
+    parts = [{"correct": None if math.isnan(r) else r} for r in rewards]
+    scores = [Score(r, p, {}, {}, v, judge="correct") for r, p, v in zip(rewards, parts, verdicts)]
+    for score, steps in zip(scores, process or []):
+        score.process = {"right_steps": steps}
+        score.total += 0.5 * sum(value for _, value in steps)
+    import torch
+
+    return torch.tensor([s.total for s in scores]), texts, scores
+
+
+def vectors(parameters):
+    import torch
+
+    return torch.cat([p.detach().flatten().clone() for p in parameters])
+
+
+def episodes_of(*lengths, truncated=()):
+    from rl.rollout import Episode
+
+    return [Episode(0, [1], [2] * n, [0.0] * n, i in truncated) for i, n in enumerate(lengths)]
