@@ -1,5 +1,6 @@
 # make train   set up .venv and teach the bundled tiny model to think       (ARGS="--seed 1" are passed to train.py)
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
+# make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: two hours)
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip.
 
@@ -10,7 +11,7 @@ REQUIREMENTS ?= requirements-cpu.txt
 GYM = reasoning-gym==0.1.25
 PY = .venv/bin/python
 
-.PHONY: train test test-all clean
+.PHONY: train test test-all compare clean
 
 train: .venv/installed
 	@$(PY) train.py $(ARGS)
@@ -20,6 +21,9 @@ test: .venv/installed
 
 test-all: .venv/installed
 	@$(PY) -m pytest $(ARGS)
+
+compare: .venv/installed
+	@$(PY) bench/compare.py $(ARGS)
 
 .venv/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ponder needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'

@@ -50,10 +50,13 @@ def main(arguments: list[str]) -> None:
     from rl.advantages import Advantages, learned_rewards, teaching_groups
     from rl.algorithms import varied_groups
     from rl.critic import Critic
+    from rl.decoder import unsupported
     from rl.evaluate import Marking, evaluate
     from rl.policy import check_model, describe_adapter, load_policy, reloaded_adapter, save_adapter
-    from rl.rollout import Sampling, rollout
+    from rl.rollout import rollout
     from rl.run import RunFolder, Stopwatch, choose_folder, describe_machine, peak_memory_mb, versions
+    from rl.sampler_check import check_sampler
+    from rl.sampling import Sampling
     from rl.update import Updater
 
     check_model(config)
@@ -65,6 +68,10 @@ def main(arguments: list[str]) -> None:
     critic = Critic(policy, config) if config.has_critic and not config.eval_only else None
     train_prompts = policy.encode_prompts(train_rows, config.max_completion_length)
     eval_prompts = policy.encode_prompts(eval_rows, config.max_completion_length)
+    agreement = check_sampler(policy, train_prompts)
+    if not policy.decoder:
+        why = unsupported(policy.model) or "its forward pass is not the one that is known for its architecture"
+        notes.append(f"the roll-out goes through the model's own forward, which is slower: {why}")
     run = RunFolder(folder, config, rewards.path)
     watch = Stopwatch(started)
     print(f"Ponder on {describe_machine(policy.device)}; everything goes into {run.path}")
@@ -72,6 +79,10 @@ def main(arguments: list[str]) -> None:
     if critic:
         kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"
         print(f"  critic   {kind}, {sum(p.numel() for p in critic.parameters):,} parameters, on the same base model")
+    print(
+        f"  sampler  differs from the trainer by {agreement.sampler:.1g} nats a token (where a LoRA of noise moves "
+        f"{agreement.shift:.1f})"
+    )
     print(f"  rewards  {', '.join(f'{f.name} {f.weight:g}' for f in rewards.functions if f.weight)}")
     print(f"  asks     {len(train_rows):,} training questions, {len(eval_rows):,} held out")
     if not config.eval_only:

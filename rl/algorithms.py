@@ -311,6 +311,15 @@ def kl_divergence(
     raise ValueError(f"kl_estimator is {estimator!r}: expected k1, k2 or k3")
 
 
+def truncated_importance_weights(old: torch.Tensor, sampled: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(pi_old / pi_sampler, cap) for each token, (B, C): what the sampler drew too often counts less.
+
+    old: log-probabilities by the trainer before the first update, sampled: those of the sampler, whose kernels or rounded
+    weights differ. Truncated importance sampling, as for off-policy actors in IMPALA (arXiv 1802.01561).
+    """
+    return (old - sampled).clamp(-20, 20).exp().clamp(max=cap)
+
+
 def token_weights(
     mask: torch.Tensor, loss_type: str, num_tokens: int, num_sequences: int, max_completion_length: int
 ) -> torch.Tensor:

@@ -89,6 +89,9 @@ class Config:
     entropy_coef: float = 0.0  # weight of an entropy bonus in the loss
     beta: float = 0.0  # weight of the KL from the reference (the model without its LoRA); in dpo the scale of margins
     beta_target_kl: float | None = None  # of ppo: the KL, nats a completion, that beta follows; empty: beta is fixed
+    importance_sampling_cap: float = (
+        2.0  # bound on pi / sampler, where the sampler's kernels differ (bf16, fp16); 0: off
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL in the loss; in the reward (ppo) it is k1
     use_bias_correction_kl: bool = True  # multiply the estimate by the probability ratio: an unbiased gradient
     mask_truncated_completions: bool = False  # leave truncated completions out of the loss
@@ -123,7 +126,7 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
         not_negative = (
             "eval_steps save_steps log_completions_steps top_k beta weight_decay learning_rate dynamic_sampling "
-            "curriculum_steps missing_eos_penalty soft_punish_cache critic_warmup_steps entropy_coef"
+            "curriculum_steps missing_eos_penalty soft_punish_cache critic_warmup_steps entropy_coef importance_sampling_cap"
         )
         for name in not_negative.split():
             if getattr(self, name) < 0:

@@ -10,6 +10,7 @@ import contextlib
 import torch
 
 from rl.config import Config
+from rl.logprobs import completion_states
 from rl.policy import Policy, lora_settings
 
 
@@ -48,5 +49,5 @@ class Critic:
         V_t is read from the hidden state from which token t is predicted. To be called within `active`.
         """
         with torch.set_grad_enabled(self.has_adapter and torch.is_grad_enabled()):
-            states, mask = self.policy.states(prompts, completions)
+            states, mask = completion_states(self.policy, prompts, completions)
         return self.head(states.float()).squeeze(-1), mask

@@ -13,7 +13,8 @@ import torch
 from grading import Completion, Rewards, Score, Scoring, prompt_text
 from rl.config import Config
 from rl.policy import Policy
-from rl.rollout import Episode, Sampling, rollout
+from rl.rollout import Episode, rollout
+from rl.sampling import Sampling
 
 Z95 = 1.959964  # the normal quantile of a 95 % interval
 EVAL_SEED = 12345  # of the sampled answers: the same for every evaluation

@@ -25,6 +25,7 @@ from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 from rl.config import Config, ConfigError  # noqa: E402
+from rl.decoder import Decoder, unsupported  # noqa: E402
 
 
 @dataclass
@@ -41,7 +42,20 @@ class Policy:
     system_prompt: str | None
     chat_template_kwargs: dict
     continues_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
+    decoder: (
+        Decoder | None
+    )  # the forward pass written out; None: the architecture is not known, the model's own is used
+    plain_head: bool = True  # logits are the head's product with the last hidden state, and nothing more
     entropy_gradient: bool = False  # the entropy is part of the loss
+
+    @property
+    def head(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits."""
+        return self.head.out_features
 
     @property
     def context_length(self) -> int | None:
@@ -114,74 +128,6 @@ class Policy:
             completion_ids = completion_ids[:-1]
         return self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def pad(self, prompts: list[list[int]], completions: list[list[int]]) -> "PaddedRows":
-        """Prompts with their completions as right-padded rows on the device."""
-        prompt_lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        lengths = torch.tensor([len(c) for c in completions], device=self.device)
-        rows = [p + c for p, c in zip(prompts, completions)]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows], device=self.device)  # (B, T)
-        attention_mask = (torch.arange(width, device=self.device) < (prompt_lengths + lengths)[:, None]).long()
-        mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C), never from token ids
-        return PaddedRows(ids, attention_mask, prompt_lengths, mask)
-
-    def logprobs(
-        self, prompts: list[list[int]], completions: list[list[int]], with_entropy: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of completion tokens at the sampling temperature, in one forward pass.
-
-        Returns logprobs (B, C) fp32, mask (B, C) bool, and the entropy -sum p log p of each next-token distribution (B, C),
-        or None. C is the longest completion; masked places are 0. The entropy has a gradient where `entropy_gradient` is set.
-        """
-        rows = self.pad(prompts, completions)
-        # The logits at position j predict token j + 1. The head runs only where some row has completion tokens.
-        start = int(rows.prompt_lengths.min()) - 1
-        positions = torch.arange(start, rows.ids.shape[1] - 1, device=self.device)  # (K,)
-        logits = self.model(
-            input_ids=rows.ids, attention_mask=rows.attention_mask, use_cache=False, logits_to_keep=positions
-        ).logits
-        logits = logits.float() / self.temperature  # (B, K, V)
-        log_normaliser = logits.logsumexp(-1)  # (B, K)
-        kept = logits.gather(-1, rows.ids[:, start + 1 :, None]).squeeze(-1) - log_normaliser  # (B, K)
-
-        mask = rows.mask
-        columns = (rows.state_columns() - start)[:, :-1].clamp(max=len(positions) - 1)  # (B, C)
-        logprobs = torch.where(mask, kept.gather(1, columns), 0.0)
-        entropy = None
-        if with_entropy:
-            with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
-                mean_logit = (torch.softmax(logits, -1) * logits).sum(-1)  # (B, K)
-                entropy = torch.where(mask, (log_normaliser - mean_logit).gather(1, columns), 0.0)
-        return logprobs, mask, entropy
-
-    def states(self, prompts: list[list[int]], completions: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last hidden state before each completion token, and after the last one.
-
-        Returns states (B, C + 1, H): place t of row i is hidden[i, P_i - 1 + t], from which token t is predicted; and the mask
-        (B, C) of the tokens. Places past the end of a row hold its last state.
-        """
-        rows = self.pad(prompts, completions)
-        decoder = self.model.get_base_model().get_decoder()
-        hidden = decoder(input_ids=rows.ids, attention_mask=rows.attention_mask, use_cache=False).last_hidden_state
-        ends = (rows.prompt_lengths + rows.mask.sum(1) - 1)[:, None]  # (B, 1)
-        columns = torch.minimum(rows.state_columns(), ends)  # (B, C + 1)
-        return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])), rows.mask
-
-
-@dataclass
-class PaddedRows:
-    """Right-padded rows of a prompt and its completion."""
-
-    ids: torch.Tensor  # (B, T)
-    attention_mask: torch.Tensor  # (B, T)
-    prompt_lengths: torch.Tensor  # (B,)
-    mask: torch.Tensor  # (B, C) True on completion tokens
-
-    def state_columns(self) -> torch.Tensor:
-        """The position, in a row, of the token before each completion token and of the last one, (B, C + 1)."""
-        offsets = torch.arange(self.mask.shape[1] + 1, device=self.mask.device)
-        return self.prompt_lengths[:, None] - 1 + offsets
-
 
 def load_policy(config: Config) -> Policy:
     """Load model, tokenizer and LoRA as the settings say. Raises ConfigError for a model or adapter that cannot be used."""
@@ -228,6 +174,8 @@ def load_policy(config: Config) -> Policy:
         system_prompt=config.system_prompt,
         chat_template_kwargs=config.chat_template_kwargs,
         continues_adapter=config.adapter is not None,
+        decoder=None if unsupported(model) else Decoder(model),
+        plain_head=not unsupported(model) or has_plain_head(model),
         entropy_gradient=config.entropy_coef > 0,
     )
 
@@ -279,6 +227,16 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@torch.no_grad()
+def has_plain_head(model) -> bool:
+    """Whether the logits are the head's product with the last hidden state; some models cap or scale them."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.allclose(
+        model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits, rtol=1e-3
+    )
 
 
 def find_eos_ids(tokenizer, model) -> frozenset[int]:

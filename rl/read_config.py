@@ -37,6 +37,8 @@ ELSEWHERE = {
     "disable_dropout": "dropout is always off; leave it out",
     "num_completions_to_print": "two are printed, use log_completions_steps; rollouts.jsonl holds every completion",
     "log_completions": "use log_completions_steps; rollouts.jsonl holds every completion",
+    "vllm_importance_sampling_correction": "use importance_sampling_cap, 0 is off",
+    "vllm_importance_sampling_cap": "use importance_sampling_cap",
     "vllm_mode": "the roll-out has its own engine; leave it out",
     "data_seed": "use seed",
     "vf_coef": "the critic has weights and an optimizer of its own: use critic_learning_rate",

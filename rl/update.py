@@ -17,6 +17,7 @@ import transformers
 from rl import algorithms
 from rl.config import Config
 from rl.critic import Critic
+from rl.logprobs import completion_logprobs
 from rl.policy import Policy
 from rl.rollout import Episode
 
@@ -77,6 +78,11 @@ class Updater:
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order of mini-batches
         self.rollouts = 0
 
+    @property
+    def corrects_sampler(self) -> bool:
+        """In bf16 and fp16 the sampler is another policy than the trainer; fp32 kernels differ by rounding alone."""
+        return self.config.importance_sampling_cap > 0 and self.policy.dtype != torch.float32
+
     def look(self, episodes: list[Episode]) -> None:
         """Before the advantages: what a critic's algorithm must know of each token, under the models as they are.
 
@@ -85,7 +91,7 @@ class Updater:
         if not self.critic:
             return
         with torch.no_grad(), self.critic.active():
-            for batch in micro_batches(episodes, self.config.max_tokens_per_micro_batch):
+            for batch in self.micro_batches(episodes):
                 values, _ = self.critic.values(*ids_of(batch))
                 for episode, row in zip(batch, values):
                     episode.values = row[: len(episode.completion_ids) + 1].clone()
@@ -97,23 +103,25 @@ class Updater:
     def update(self, episodes: list[Episode]) -> dict[str, float]:
         """All optimizer steps of one roll-out. Returns metrics by TRL's names.
 
-        Every episode must have its advantages (and with a critic its values and returns). Fills old_logprobs and
-        reference_logprobs where they are needed and not there yet. Means over tokens are over those of contributing
-        completions, and nan where nothing contributed.
+        Every episode must have its advantages (and with a critic its values and returns). Fills old_logprobs, and
+        reference_logprobs where they are needed. Means over tokens are over those of contributing completions, and nan
+        where nothing contributed.
         """
         config = self.config
         learning_rate = self.optimizer.learning_rate  # of the first optimizer step
         self.rollouts += 1
         frozen = self.critic is not None and self.rollouts <= config.critic_warmup_steps
         contributing = [] if frozen else [e for e in episodes if self.contributes(e)]
-        if not config.on_policy and config.algorithm != "dpo":
-            self.fill_logprobs([e for e in contributing if e.old_logprobs is None], "old_logprobs")
+        parts = [list(self.mini_batches(episodes)) for _ in range(config.num_iterations)]
+        if config.algorithm != "dpo":  # the first mini-batch is exactly on-policy: its own pass gives them
+            later = set() if frozen else {id(e) for mini_batch in parts[0][1:] for e in mini_batch}
+            self.fill_logprobs([e for e in contributing if e.old_logprobs is None and id(e) in later], "old_logprobs")
         if config.kl_in_loss or config.algorithm == "dpo":
             with self.policy.reference():
                 self.fill_logprobs(contributing, "reference_logprobs")
         totals = Counter()
-        for _ in range(config.num_iterations):
-            for mini_batch in self.mini_batches(episodes):
+        for epoch in parts:
+            for mini_batch in epoch:
                 if frozen:
                     self.optimizer.discard()
                 else:
@@ -141,6 +149,10 @@ class Updater:
         }
         if config.kl_in_loss:
             metrics["kl"] = totals["kl"] / tokens
+        if self.corrects_sampler and config.algorithm != "dpo":
+            metrics["sampling/importance_sampling_ratio/mean"] = totals["trust"] / tokens
+            metrics["sampling/sampling_logp_difference/mean"] = totals["mismatch"] / tokens
+            metrics["sampling/sampling_logp_difference/max"] = totals["most_mismatch"]
         if config.algorithm == "dpo":
             metrics["rewards/margins"] = totals["margin"] / (totals["pairs"] or math.nan)
         if self.critic:
@@ -189,11 +201,22 @@ class Updater:
         config = self.config
         num_tokens = sum(len(e.completion_ids) for e in episodes if e.in_loss)
         contributing = [e for e in episodes if self.contributes(e)]
-        for batch in micro_batches(contributing, config.max_tokens_per_micro_batch):
-            logprobs, mask, entropy = self.policy.logprobs(*ids_of(batch), with_entropy=True)  # (B, C)
+        for batch in self.micro_batches(contributing):
+            logprobs, mask, entropy = completion_logprobs(self.policy, *ids_of(batch), with_entropy=True)  # (B, C)
             advantages = self.pad([e.advantages for e in batch])
-            old = logprobs.detach() if config.on_policy else self.pad([e.old_logprobs for e in batch])
+            for episode, row in zip(batch, logprobs.detach()):
+                if episode.old_logprobs is None:  # nothing has been updated since the roll-out
+                    episode.old_logprobs = row[: len(episode.completion_ids)].clone()
+            old = self.pad([e.old_logprobs for e in batch])
             loss, ratio = algorithms.policy_loss(logprobs, old, advantages, mask, config)  # (B, C)
+            if self.corrects_sampler:
+                sampled = self.pad([torch.tensor(e.sampler_logprobs) for e in batch])
+                trust = algorithms.truncated_importance_weights(old, sampled, config.importance_sampling_cap)
+                loss = loss * trust
+                totals["trust"] += (trust * mask).sum().item()
+                mismatch = torch.where(mask, (old - sampled).abs(), 0.0)
+                totals["mismatch"] += mismatch.sum().item()
+                totals["most_mismatch"] = max(totals["most_mismatch"], mismatch.max().item())
             loss = loss - config.entropy_coef * entropy
             if config.kl_in_loss:
                 reference = self.pad([e.reference_logprobs for e in batch])
@@ -218,9 +241,9 @@ class Updater:
         groups = [episodes[i : i + config.num_generations] for i in range(0, len(episodes), config.num_generations)]
         pairs = [[e for sign in (1, -1) for e in group if e.in_loss and e.advantages[0] == sign] for group in groups]
         pairs = [pair for pair in pairs if len(pair) == 2]
-        for batch in micro_batches(pairs, config.max_tokens_per_micro_batch):
+        for batch in self.micro_batches(pairs):
             both = [pair[0] for pair in batch] + [pair[1] for pair in batch]
-            logprobs, mask, entropy = self.policy.logprobs(*ids_of(both), with_entropy=True)
+            logprobs, mask, entropy = completion_logprobs(self.policy, *ids_of(both), with_entropy=True)
             reference = self.pad([e.reference_logprobs for e in both])
             margin = config.beta * (logprobs - reference).sum(1)  # (2 pairs,)
             margin = margin[: len(batch)] - margin[len(batch) :]
@@ -238,7 +261,7 @@ class Updater:
         num_tokens = sum(len(e.completion_ids) for e in learning)
         with self.critic.active():
             self.policy.model.train()
-            for batch in micro_batches(learning, self.config.max_tokens_per_micro_batch):
+            for batch in self.micro_batches(learning):
                 values, mask = self.critic.values(*ids_of(batch))
                 old = self.pad([e.values[:-1] for e in batch])
                 returns = self.pad([e.returns for e in batch])
@@ -255,10 +278,13 @@ class Updater:
     @torch.no_grad()
     def fill_logprobs(self, episodes: list[Episode], name: str) -> None:
         """Store each episode's log-probabilities under the model as it is now, by the path that scores in the update."""
-        for batch in micro_batches(episodes, self.config.max_tokens_per_micro_batch):
-            logprobs, _, _ = self.policy.logprobs(*ids_of(batch))
+        for batch in self.micro_batches(episodes):
+            logprobs, _, _ = completion_logprobs(self.policy, *ids_of(batch))
             for episode, row in zip(batch, logprobs):
                 setattr(episode, name, row[: len(episode.completion_ids)].clone())
+
+    def micro_batches(self, items: list) -> Iterator[list]:
+        return micro_batches(items, self.config.max_tokens_per_micro_batch, self.policy.decoder is not None)
 
     def pad(self, rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.policy.device)
@@ -280,10 +306,10 @@ class Updater:
 
         group = max(range(len(episodes) // size), key=learned)
         rows, chosen = {}, episodes[group * size : (group + 1) * size]
-        for batch in micro_batches(chosen, self.config.max_tokens_per_micro_batch):
-            logprobs, mask, entropy = self.policy.logprobs(*ids_of(batch), with_entropy=True)
+        for batch in self.micro_batches(chosen):
+            logprobs, mask, entropy = completion_logprobs(self.policy, *ids_of(batch), with_entropy=True)
             with self.policy.reference():
-                reference, _, _ = self.policy.logprobs(*ids_of(batch))
+                reference, _, _ = completion_logprobs(self.policy, *ids_of(batch))
             kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
             for i, episode in enumerate(batch):
                 rows[id(episode)] = self.inspected(episode, logprobs[i], entropy[i], kl[i])
@@ -307,24 +333,39 @@ def ids_of(episodes: list[Episode]) -> tuple[list[list[int]], list[list[int]]]:
     return [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
 
 
-def micro_batches(items: list, max_tokens: int) -> Iterator[list]:
-    """Batches of similar length whose padded size (rows x longest row) stays within max_tokens; one item at the least.
+def micro_batches(items: list, max_tokens: int, shares_prompts: bool) -> Iterator[list]:
+    """Batches of similar length whose padded size stays within max_tokens; one item at the least.
 
-    items: episodes, or lists of episodes that have to stay together.
+    items: episodes, or lists of episodes that have to stay together. shares_prompts: a prompt counts once in a batch, and
+    the completions of one prompt stay side by side as far as the budget goes; else each stands behind a prompt of its own.
     """
 
-    def width(item):
-        rows = item if isinstance(item, list) else [item]
-        return max(len(e.prompt_ids) + len(e.completion_ids) for e in rows)
+    def rows(item):
+        return item if isinstance(item, list) else [item]
 
-    batch, rows = [], 0
-    for item in sorted(items, key=width):
-        more = len(item) if isinstance(item, list) else 1
-        if batch and (rows + more) * width(item) > max_tokens:  # the longest so far: they are sorted
+    longest = {}  # completion of each prompt
+    for item in items:
+        for e in rows(item):
+            prompt = tuple(e.prompt_ids)
+            longest[prompt] = max(longest.get(prompt, 0), len(e.completion_ids))
+
+    def length(item):
+        prompt = tuple(rows(item)[0].prompt_ids)
+        own = max(len(e.completion_ids) for e in rows(item))
+        return (longest[prompt], prompt, own) if shares_prompts else (len(prompt) + own,)
+
+    batch, size, prompts, prompt_width, width = [], 0, set(), 0, 0
+    for item in sorted(items, key=length):
+        more, prompt = len(rows(item)), tuple(rows(item)[0].prompt_ids)
+        new_prompts, new_prompt_width = prompts | {prompt}, max(prompt_width, len(prompt))
+        new_width = max(width, *(len(e.completion_ids) for e in rows(item)))
+        copies = len(new_prompts) if shares_prompts else size + more
+        if batch and (size + more) * new_width + copies * new_prompt_width > max_tokens:
             yield batch
-            batch, rows = [], 0
+            batch, size, new_prompts, new_prompt_width = [], 0, {prompt}, len(prompt)
+            new_width = max(len(e.completion_ids) for e in rows(item))
         batch.append(item)
-        rows += more
+        size, prompts, prompt_width, width = size + more, new_prompts, new_prompt_width, new_width
     if batch:
         yield batch
 

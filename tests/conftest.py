@@ -62,7 +62,8 @@ def episodes(policy):
     """Sixteen completions of four questions, with advantages that differ; some groups have none."""
     import torch
 
-    from rl.rollout import Sampling, rollout
+    from rl.rollout import rollout
+    from rl.sampling import Sampling
 
     questions = [
         "What is 3 + 4 + 5?",

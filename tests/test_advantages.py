@@ -9,6 +9,7 @@ from conftest import Rewards, completion, episodes_of, fill_lora, marked
 
 from rl import algorithms
 from rl.advantages import Advantages, learned_rewards, teaching_groups
+from rl.logprobs import completion_logprobs
 from rl.policy import load_policy
 from rl.rollout import Episode
 from rl.update import Updater
@@ -173,7 +174,8 @@ def test_dpo_gradient_does_not_depend_on_the_split(policy, episodes, config, bud
     loss = 0.0
     for i in range(0, 16, 4):  # the definition, pair by pair
         best, worst = (
-            policy.logprobs([e.prompt_ids], [e.completion_ids])[0].sum() for e in (episodes[i + 1], episodes[i])
+            completion_logprobs(policy, [e.prompt_ids], [e.completion_ids])[0].sum()
+            for e in (episodes[i + 1], episodes[i])
         )
         margin = best - worst - episodes[i + 1].reference_logprobs.sum() + episodes[i].reference_logprobs.sum()
         loss = loss + torch.log1p(torch.exp(-0.1 * margin)) / 4

@@ -10,6 +10,7 @@ from conftest import Rewards, fill_lora, marked, vectors
 from rl.advantages import Advantages
 from rl.config import Config, ConfigError
 from rl.critic import Critic
+from rl.logprobs import completion_logprobs
 from rl.policy import load_policy, save_adapter
 from rl.update import Updater, ids_of
 
@@ -63,7 +64,7 @@ def test_the_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
     fill_lora(policy, 0.0)  # as at step 0
     ids = ids_of(episodes)
     with torch.no_grad():
-        plain = policy.logprobs(*ids)[0]
+        plain = completion_logprobs(policy, *ids)[0]
     critic = Critic(policy, ppo)
     with critic.active():
         fill_lora(policy, 0.5)
@@ -73,7 +74,7 @@ def test_the_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
     updater = Updater(policy, ppo, critic)
     updater.look(episodes)
     with torch.no_grad():
-        assert torch.equal(policy.logprobs(*ids)[0], plain)
+        assert torch.equal(completion_logprobs(policy, *ids)[0], plain)
     metrics = Advantages(policy, ppo, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     assert metrics["kl"] == 0.0
     assert all(torch.equal(e.old_logprobs, e.reference_logprobs) for e in episodes)

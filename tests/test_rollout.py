@@ -7,7 +7,16 @@ import torch
 from test_policy import copy_of_tiny
 
 from rl.policy import load_policy
-from rl.rollout import Sampling, rollout, sample
+from rl.rollout import rollout
+from rl.sampling import Sampling, sample
+
+
+@pytest.fixture(params=["written out", "own forward"])
+def policy(policy, request):
+    """The tiny model on the engine, and as if its architecture were not known."""
+    if request.param == "own forward":
+        policy.decoder = None
+    return policy
 
 
 def roll(policy, questions, n=1, length=24, sampling=None, seed=0, rows=64, **kwargs):
@@ -114,6 +123,7 @@ def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch)
     expected = roll(load_policy(config), QUESTIONS, sampling=Sampling(0))
     config.gradient_checkpointing = True
     policy = load_policy(config)
+    policy.decoder = None  # through the model's own forward
     policy.model.train()
     widths = []
     forward = policy.model.forward
@@ -136,7 +146,7 @@ LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
 
 def frequencies(sampling, n=4000, seen=None):
     generator = torch.Generator().manual_seed(0)
-    tokens, logprobs = sample(LOGITS.repeat(n, 1), sampling, generator, seen and seen * n)
+    tokens, logprobs = sample(LOGITS.repeat(n, 1), sampling, generator, seen)
     raw = (LOGITS[0] / (sampling.temperature or 1)).log_softmax(-1)
     torch.testing.assert_close(logprobs, raw[tokens])  # the recorded one is that of the whole distribution
     return (torch.bincount(tokens, minlength=4) / n).tolist()
@@ -160,6 +170,6 @@ def test_drawing_follows_the_settings(sampling, expected):
 
 def test_repetition_penalty_makes_seen_tokens_rarer():
     # log 0.5 = -0.693 becomes -1.386, so 0.5 becomes 0.25: (0.25, 0.25, 0.15, 0.1) / 0.75
-    assert frequencies(Sampling(repetition_penalty=2.0), seen=[[0]]) == pytest.approx(
-        [1 / 3, 1 / 3, 0.2, 0.4 / 3], abs=0.025
-    )
+    assert frequencies(
+        Sampling(repetition_penalty=2.0), seen=torch.tensor([[True, False, False, False]])
+    ) == pytest.approx([1 / 3, 1 / 3, 0.2, 0.4 / 3], abs=0.025)

@@ -131,14 +131,14 @@ def test_every_algorithm_and_loss_is_in_the_table():
 @pytest.mark.parametrize(
     "check, old, new, message",
     [
-        (check_structure, "* Code: `rl/rollout.py:sample`\n", "", "State and action names no code"),
+        (check_structure, "* Code: `rl/sampling.py:sample`\n", "", "State and action names no code"),
         (check_structure, "What an episode earns", "* Formula: `1`\nWhat an episode earns", "Return has no sentences"),
-        (check_code, "`rl/rollout.py:sample`", "`rl/rollout.py:draw`", "rl/rollout.py does not define draw"),
-        (check_code, "`rl/rollout.py:sample`", "`rl/rollouts.py:sample`", "no such file"),
+        (check_code, "`rl/sampling.py:sample`", "`rl/sampling.py:drew`", "rl/sampling.py does not define drew"),
+        (check_code, "`rl/sampling.py:sample`", "`rl/samplings.py:sample`", "no such file"),
         (check_code, "`rl/critic.py:Critic.values`", "`rl/critic.py:values`", "rl/critic.py does not define values"),
         (check_code, "`rl/critic.py:Critic.values`", "`rl/critic.py:Critic.value`", "does not define Critic.value"),
         (check_code, "`rl/critic.py:Critic.values`", "`rl/critic.py`", "rl/critic.py does not define"),
-        (check_code, "* Code: `rl/rollout.py:sample`", "* Code: sample", "names nothing"),
+        (check_code, "* Code: `rl/sampling.py:sample`", "* Code: sample", "names nothing"),
         (check_all_settings, "`algorithm: rloo` |", "`algorithm: rlo` |", "one of grpo, rloo"),
         (check_all_settings, "`loss_type: sapo` |", "`losstype: sapo` |", "no setting losstype"),
         (check_all_settings, "`algorithm: dpo`, `beta: 0.1` |", "`algorithm: dpo` |", "dpo needs it"),

@@ -14,12 +14,14 @@ as the loss).
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from rl import algorithms as alg
 from rl.config import Config
+from rl.logprobs import completion_logprobs
 from rl.rollout import Episode
 from rl.update import Updater
 
@@ -156,7 +158,7 @@ def of_ours(numbers: Numbers, config: Config):
         for i, (n, cut) in enumerate(zip(numbers.mask.sum(1).tolist(), numbers.truncated.tolist()))
     ]
 
-    def logprobs(prompts, completions, with_entropy=False):
+    def logprobs(policy, prompts, completions, with_entropy=False):
         rows = torch.tensor([prompt[0] for prompt in prompts])
         mask = numbers.mask[rows, : max(map(len, completions))]
         values = [torch.where(mask, x[rows, : mask.shape[1]], 0.0) for x in (leaf, entropies)]
@@ -164,10 +166,11 @@ def of_ours(numbers: Numbers, config: Config):
 
     updater = object.__new__(Updater)
     updater.config = config
-    updater.policy = SimpleNamespace(logprobs=logprobs, device=torch.device("cpu"))
+    updater.policy = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, decoder=None)
     updater.optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
     totals = Counter()
-    (updater.backward_pairs if config.algorithm == "dpo" else updater.backward)(episodes, totals)
+    with mock.patch("rl.update.completion_logprobs", logprobs):
+        (updater.backward_pairs if config.algorithm == "dpo" else updater.backward)(episodes, totals)
     return totals["loss"], leaf.grad, entropies.grad, totals
 
 
@@ -384,7 +387,7 @@ def test_logprobs_and_entropies(policy):
     policy.model.double()  # so that a row's numbers do not depend on the batch it is in; logprobs() itself works in fp32
     prompts, completions = [[5, 6, 7, 8, 9], [10], [11, 12]], [[20, 21], [22, 23, 24, 25, 26, 27], [28]]
     with torch.no_grad():
-        logprobs, mask, entropies = policy.logprobs(prompts, completions, with_entropy=True)
+        logprobs, mask, entropies = completion_logprobs(policy, prompts, completions, with_entropy=True)
         for i, (prompt, completion) in enumerate(zip(prompts, completions)):
             logits = policy.model(torch.tensor([prompt + completion])).logits[:, len(prompt) - 1 : -1]
             expected = selective_log_softmax(logits, torch.tensor([completion]), temperature=0.7)

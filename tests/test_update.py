@@ -9,6 +9,7 @@ import torch
 from conftest import fill_lora
 
 from rl import algorithms
+from rl.logprobs import completion_logprobs
 from rl.policy import load_policy
 from rl.rollout import Episode
 from rl.update import Updater, micro_batches
@@ -51,7 +52,7 @@ def test_the_loss_is_the_papers(policy, episodes, config, loss_type):
     tokens = sum(len(e.completion_ids) for e in episodes)
     loss = 0.0
     for e in episodes:
-        logprobs, _, _ = policy.logprobs([e.prompt_ids], [e.completion_ids])
+        logprobs, _, _ = completion_logprobs(policy, [e.prompt_ids], [e.completion_ids])
         terms = -(torch.exp(logprobs[0] - logprobs[0].detach()) * e.advantages)
         loss = (
             loss
@@ -69,13 +70,12 @@ def test_the_loss_is_the_papers(policy, episodes, config, loss_type):
 def test_completions_that_contribute_nothing_are_skipped_but_counted(policy, episodes, config, monkeypatch):
     """Advantage 0 and no KL: not forwarded; the gradient is the same as with them, since the divisor counts them."""
     forwarded = []
-    logprobs = policy.logprobs
 
-    def spy(prompts, completions, with_entropy=False):
+    def spy(policy, prompts, completions, with_entropy=False):
         forwarded.extend(completions)
-        return logprobs(prompts, completions, with_entropy)
+        return completion_logprobs(policy, prompts, completions, with_entropy)
 
-    monkeypatch.setattr(policy, "logprobs", spy)
+    monkeypatch.setattr("rl.update.completion_logprobs", spy)
     vector, _ = gradient(policy, episodes, config)
     assert len(forwarded) == 12  # the third group has advantage 0
     slightly = copy.deepcopy(episodes)
@@ -129,7 +129,7 @@ def test_old_logprobs_are_those_before_the_first_update(policy, episodes, config
         False
     ]  # nothing to learn there
     episodes = episodes[:8] + episodes[12:]
-    now, _, _ = policy.logprobs([e.prompt_ids for e in episodes], [e.completion_ids for e in episodes])
+    now, _, _ = completion_logprobs(policy, [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes])
     old = torch.cat([e.old_logprobs for e in episodes])
     sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
     torch.testing.assert_close(old, sampled, atol=1e-4, rtol=0)
@@ -137,10 +137,35 @@ def test_old_logprobs_are_those_before_the_first_update(policy, episodes, config
     assert metrics["clip_ratio/region_mean"] > 0
 
 
-def test_exactly_on_policy_needs_no_old_logprobs(policy, episodes, config):
-    metrics = Updater(policy, config).update(episodes)
-    assert all(episode.old_logprobs is None for episode in episodes)
-    assert metrics["clip_ratio/region_mean"] == 0 and metrics["grad_norm"] > 0
+@pytest.mark.parametrize("num_mini_batches", [1, 2])
+def test_what_is_exactly_on_policy_needs_no_pass_for_old_logprobs(
+    policy, episodes, config, num_mini_batches, monkeypatch
+):
+    """The first mini-batch of a roll-out gets them from its own forward pass; only later ones are forwarded twice."""
+    forwarded = []
+
+    def spy(policy, prompts, completions, with_entropy=False):
+        forwarded.extend(completions)
+        return completion_logprobs(policy, prompts, completions, with_entropy)
+
+    monkeypatch.setattr("rl.update.completion_logprobs", spy)
+    config.num_mini_batches = num_mini_batches
+    updater = Updater(policy, config)
+    metrics = updater.update(episodes)
+    later = [] if num_mini_batches == 1 else list(mini_batches_of(episodes, config))[1]
+    learning = [e for e in episodes if e.advantages.any()]
+    assert len(forwarded) == len(learning) + sum(any(e is other for other in later) for e in learning)
+    assert all(e.old_logprobs is not None for e in learning)
+    if num_mini_batches == 1:
+        assert metrics["clip_ratio/region_mean"] == 0
+    assert metrics["grad_norm"] > 0
+
+
+def mini_batches_of(episodes, config):
+    """As the first roll-out's epoch has them."""
+    updater = object.__new__(Updater)
+    updater.config, updater.generator = config, torch.Generator().manual_seed(config.seed)
+    return updater.mini_batches(episodes)
 
 
 def test_mini_batches_are_whole_groups_and_cover_everything(policy, episodes, config):
@@ -163,7 +188,7 @@ def test_one_step_makes_the_rewarded_completion_likelier(policy, config):
 
     def probabilities():
         with torch.no_grad():
-            return policy.logprobs([prompt] * 2, [good, bad])[0].sum(1)
+            return completion_logprobs(policy, [prompt] * 2, [good, bad])[0].sum(1)
 
     before = probabilities()
     Updater(policy, config).update(episodes)
@@ -211,12 +236,22 @@ def test_gradients_are_clipped_and_the_schedule_warms_up(policy, episodes, confi
 def test_micro_batches_stay_within_the_budget_and_lose_nobody():
     rows = [Episode(0, [1] * p, [2] * c, [], False) for p, c in [(3, 9), (5, 1), (2, 2), (8, 8), (30, 30), (1, 1)]]
     for budget in (1, 16, 40, 1000):
-        batches = list(micro_batches(rows, budget))
+        batches = list(micro_batches(rows, budget, shares_prompts=False))
         assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, rows))
         for batch in batches:
-            widest = max(len(e.prompt_ids) + len(e.completion_ids) for e in batch)
+            widest = max(len(e.prompt_ids) for e in batch) + max(len(e.completion_ids) for e in batch)
             assert len(batch) == 1 or widest * len(batch) <= budget
-    assert len(list(micro_batches(rows, 1000))) == 1
+    assert len(list(micro_batches(rows, 1000, shares_prompts=False))) == 1
+
+
+def test_micro_batches_count_a_shared_prompt_once_and_keep_groups_together():
+    groups = [[Episode(g, [g] * 20, [2] * n, [], False) for n in lengths] for g, lengths in enumerate([(3, 9), (4, 4)])]
+    rows = [e for pair in zip(*groups) for e in pair]  # not side by side
+    (batch,) = micro_batches(rows, 4 * 9 + 2 * 20, shares_prompts=True)  # four completions and two prompts
+    assert [e.question for e in batch] == [1, 1, 0, 0]
+    assert [len(b) for b in micro_batches(rows, 4 * 9 + 2 * 20 - 1, shares_prompts=True)] == [3, 1]
+    assert [len(b) for b in micro_batches(rows, 2 * 9 + 20, shares_prompts=True)] == [2, 2]
+    assert len(list(micro_batches(rows, 2 * 9 + 20, shares_prompts=False))) == 4
 
 
 def test_inspect_gives_one_value_a_token(policy, episodes, config):

@@ -1,0 +1,336 @@
+"""The forward pass of Llama, Qwen2 and Qwen3, written out for what their modules cannot do.
+
+Tokens come packed, (N, H), without padding, and the attention is passed in as a function, so that the same layers serve
+prefill and decoding over a slot cache (rl/engine.py) and the update, where a prompt is computed once for its group
+(`SharedPrompts`). For the roll-out `folded` gives a copy with the LoRA folded into scratch weights, and with the matrices
+that read the same input fused. Attention is over query heads grouped by their key-value head, which needs no copies.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+FAMILIES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+FEW_QUERIES = 16
+CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the batch
+
+# (layer, q (N, heads, d), k (N, kv heads, d), v the same) -> (N, heads * d)
+Attention = Callable[["Layer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Layer:
+    """One decoder layer: its norms, and its linear maps from (N, in) to (N, out)."""
+
+    index: int
+    input_norm: torch.nn.Module
+    query_key_value: Callable  # (N, H) -> q (N, heads d), k (N, kv heads d), v the same
+    query_norm: torch.nn.Module | None  # over d, as in Qwen3
+    key_norm: torch.nn.Module | None
+    output: Callable
+    scaling: float  # of q . k
+    window: int | None  # a token sees so many last ones, itself included; None: all
+    post_norm: torch.nn.Module
+    gate_up: Callable  # (N, H) -> gate and up, each (N, F)
+    activation: Callable
+    down: Callable
+
+
+def unsupported(model) -> str | None:
+    """Why this (PEFT) model cannot be run by a Decoder, or None where it can."""
+    model = base_of(model)
+    if type(model) not in FAMILIES:
+        return f"{type(model).__name__} is not of the Llama, Qwen2 and Qwen3 families"
+    rope = model.config.rope_parameters.get("rope_type", "default")
+    if rope in CHANGING_ROPE:
+        return f"its rotary embedding is of the type {rope}"
+    return None
+
+
+def base_of(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Decoder:
+    """The layers of a model of these families. Reads its weights, and which adapters are on, at every call."""
+
+    def __init__(self, model):
+        model = base_of(model)
+        config = model.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.embedding, self.norm, self.rotary = model.model.embed_tokens, model.model.norm, model.model.rotary_emb
+        self.head = Linears(model.lm_head)
+        self.layers = [self._layer(index, layer) for index, layer in enumerate(model.model.layers)]
+        self.checkpointing = model.model  # says whether gradient checkpointing is on
+        self._cos_sin = None
+
+    def _layer(self, index: int, layer) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return Layer(
+            index=index,
+            input_norm=layer.input_layernorm,
+            query_key_value=Linears(attention.q_proj, attention.k_proj, attention.v_proj),
+            query_norm=getattr(attention, "q_norm", None),
+            key_norm=getattr(attention, "k_norm", None),
+            output=Linears(attention.o_proj),
+            scaling=attention.scaling,
+            window=getattr(attention, "sliding_window", None),
+            post_norm=layer.post_attention_layernorm,
+            gate_up=Linears(mlp.gate_proj, mlp.up_proj),
+            activation=mlp.act_fn,
+            down=Linears(mlp.down_proj),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def folded(self) -> "Decoder":
+        """A copy whose linear maps are scratch weights, of the computing dtype, with the adapters that are on folded in."""
+        scratch = copy.copy(self)
+        scratch.layers = []
+        for layer in self.layers:
+            layer = copy.copy(layer)
+            for name in ("query_key_value", "output", "gate_up", "down"):
+                setattr(layer, name, getattr(layer, name).folded(self.dtype))
+            scratch.layers.append(layer)
+        scratch.head = self.head.folded(self.dtype)
+        return scratch
+
+    def scratch_bytes(self) -> int:
+        """What `folded` takes: the linear layers in the computing dtype."""
+        maps = [m for layer in self.layers for m in (layer.query_key_value, layer.output, layer.gate_up, layer.down)]
+        parameters = sum(module.in_features * module.out_features for m in maps for module in m.modules)
+        return parameters * self.dtype.itemsize
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
+        """The last hidden states, (N, H), of packed tokens (N,) at these positions of their rows."""
+        cos, sin = self.rope(positions)  # (N, 1, d)
+        x = self.embedding(ids)  # (N, H)
+        recompute = getattr(self.checkpointing, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        for layer in self.layers:
+            if recompute:
+                x = checkpoint(self.run_layer, layer, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = self.run_layer(layer, x, cos, sin, attend)
+        return norm(self.norm, x)
+
+    def run_layer(self, layer: Layer, x, cos, sin, attend: Attention) -> torch.Tensor:
+        projected = layer.query_key_value(norm(layer.input_norm, x))
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (N, heads, d)
+        if layer.query_norm is not None:
+            query, key = norm(layer.query_norm, query), norm(layer.key_norm, key)
+        attended = attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
+        x = x + layer.output(attended)[0]
+        gate, up = layer.gate_up(norm(layer.post_norm, x))
+        return x + layer.down(layer.activation(gate) * up)[0]
+
+    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary embedding at positions (N,), each (N, 1, d), from a table."""
+        cos, sin = self._cos_sin
+        return cos[positions][:, None], sin[positions][:, None]
+
+    def prepare(self, length: int) -> None:
+        """Make the rotary embedding's table for positions below `length`, unless there is one."""
+        if self._cos_sin is None or len(self._cos_sin[0]) < length:
+            positions = torch.arange(length, device=self.embedding.weight.device)[None]
+            cos, sin = (table[0] for table in self.rotary(self.norm.weight, positions))  # (length, d)
+            sin[:, : self.head_dim // 2] *= -1  # see `rotate`
+            self._cos_sin = cos, sin
+
+
+class Linears:
+    """Linear modules, with or without a LoRA, that read the same input."""
+
+    def __init__(self, *modules: torch.nn.Module):
+        self.modules = modules
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [linear(module, x) for module in self.modules]
+
+    def folded(self, dtype: torch.dtype) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """The same by one matrix, the LoRA folded in: in fp32, and then rounded. Never written back into the model."""
+        weights = [folded_weight(module, dtype) for module in self.modules]
+        sizes = [len(weight) for weight in weights]
+        biases = [plain(module).bias for module in self.modules]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = None if biases[0] is None else torch.cat(biases)
+        return lambda x: F.linear(x, weight, bias).split(sizes, -1)
+
+
+def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the module gives; a LoRA is added by one kernel, x W^T + (x A^T) (s B)^T, and in the dtype of x."""
+    if not is_plain_lora(module):
+        return module(x)
+    y = module.base_layer(x)
+    for a, b, scaling in active_loras(module):
+        y = torch.addmm(y, x @ a.to(x.dtype).T, (scaling * b).to(x.dtype).T)
+    return y
+
+
+def is_plain_lora(module: torch.nn.Module) -> bool:
+    """Whether it is a linear layer under LoRAs that are nothing but A and B (no DoRA, no bias)."""
+    if not hasattr(module, "lora_A") or getattr(module, "fan_in_fan_out", False) or module.merged_adapters:
+        return False
+    return not module.lora_variant and not any(module.lora_bias.values())
+
+
+def active_loras(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """A (r, in), B (out, r) and the scaling of every LoRA that is switched on."""
+    if not module.disable_adapters:
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                yield module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+
+
+def plain(module: torch.nn.Module) -> torch.nn.Module:
+    """The linear layer itself, without the LoRA around it."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def folded_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (out, in) with the LoRAs that are on folded in. 4-bit weights are dequantised first."""
+    weight = plain(module).weight
+    if hasattr(weight, "quant_state"):
+        import bitsandbytes
+
+        weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    if hasattr(module, "lora_A"):
+        if not is_plain_lora(module):
+            raise ValueError("a LoRA variant cannot be folded in")
+        for a, b, scaling in active_loras(module):
+            weight = torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
+    return weight.detach().to(dtype)
+
+
+def norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension, in fp32."""
+    return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding of x (N, heads, d): pairs (x[i], x[i + d/2]) turned by their position's angle.
+
+    The first half of sin is negative: it belongs to -x[i + d/2].
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attention(query, key, value, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Softmax attention, (B, kv heads, g T, d): the g query heads of a key-value head stand in line as queries.
+
+    query (B, kv heads, g T, d), key and value (B, kv heads, S, d), mask as `grouped` gives it.
+    """
+    mask = mask.expand(len(query), query.shape[1], -1, -1)
+    if not query.is_cuda and query.shape[2] <= FEW_QUERIES and not torch.is_grad_enabled():
+        # The CPU's fused kernel is made for long queries; for those of a decode step two products take half the time.
+        scores = torch.baddbmm(mask.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)
+        return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(query.shape)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def grouped(visible: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """An additive mask (B, 1, group T, S), -inf where nothing is seen, from visible (B, T, S)."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return mask[:, None].expand(-1, group, -1, -1).reshape(len(mask), 1, -1, mask.shape[-1])
+
+
+class SharedPrompts:
+    """Completions behind their prompts, packed, each prompt once however many completions follow it: for the update.
+
+    prompts, completions: token ids, row by row; rows with equal prompts share one. `ids` holds first the prompts' tokens
+    (N_p), then the completions' (N_c); `decoder.forward(packed.ids, packed.positions, packed.attend)` runs them. A
+    completion's token sees its prompt and the completion up to itself.
+    """
+
+    def __init__(self, decoder: Decoder, prompts: list[list[int]], completions: list[list[int]]):
+        self.group, self.kv_heads = decoder.heads // decoder.kv_heads, decoder.kv_heads
+        device, dtype = decoder.embedding.weight.device, decoder.dtype
+        numbers: dict[tuple, int] = {}
+        prompt_of = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+        unique = list(numbers)
+        self.num_prompt_tokens = sum(map(len, unique))
+        tokens = [token for row in (*unique, *completions) for token in row]
+        self.ids = torch.tensor(tokens, device=device)  # (N,)
+
+        def cells(lengths):  # where packed tokens stand in padded rows: their column, and row * width + column
+            width = max(1, int(lengths.max()))
+            inside = torch.arange(width, device=device) < lengths[:, None]  # (rows, width)
+            return inside.nonzero()[:, 1], inside.flatten().nonzero()[:, 0], (len(lengths), width)
+
+        lengths = torch.tensor([len(row) for row in unique], device=device)  # (U,)
+        columns, self.prompt_cells, self.prompt_shape = cells(lengths)
+        self.prompt_of = torch.tensor(prompt_of, device=device)  # (B,)
+        behind = lengths[self.prompt_of]  # (B,) the first position of each completion
+        sizes = torch.tensor([len(row) for row in completions], device=device)
+        completion_columns, self.completion_cells, self.completion_shape = cells(sizes)
+        rows = self.completion_cells // self.completion_shape[1]
+        self.positions = torch.cat([columns, behind[rows] + completion_columns])  # (N,)
+        decoder.prepare(int(self.positions.max()) + 1)
+        self.sizes, self.last_of_prompt = sizes, (lengths.cumsum(0) - 1)[self.prompt_of]  # (B,), packed places
+
+        # What is seen. Padding sees something, too, or its softmax would be nan, and with it the gradient of all.
+        p, c = (torch.arange(shape[1], device=device) for shape in (self.prompt_shape, self.completion_shape))
+        key_positions = torch.cat([p.expand(len(behind), -1), behind[:, None] + c], 1)  # (B, P + C)
+        query_positions = behind[:, None] + c  # (B, C)
+        is_prompt = (p < behind[:, None])[:, None].expand(-1, len(c), -1)  # (B, C, P)
+        visible = torch.cat([is_prompt, (c <= c[:, None]).expand(len(behind), -1, -1)], 2)  # (B, C, P + C)
+        distance = query_positions[:, :, None] - key_positions[:, None]
+        self.masks = {}  # by window: of the prompts and of the completions
+        for window in {layer.window for layer in decoder.layers}:
+            near = (p[:, None] - p < window, distance < window) if window else (True, True)
+            self.masks[window] = tuple(
+                grouped(seen & close, self.group, dtype)
+                for seen, close in zip(((p <= p[:, None])[None], visible), near)
+            )
+
+    def before(self) -> torch.Tensor:
+        """Packed places of the token before each completion's tokens, and of its last one: (sum of the lengths + B,)."""
+        counts = self.sizes + 1
+        row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        step = torch.arange(len(row), device=counts.device) - (counts.cumsum(0) - counts)[row]  # 0 is before the first
+        first = self.num_prompt_tokens + self.sizes.cumsum(0) - self.sizes  # (B,)
+        return torch.where(step == 0, self.last_of_prompt[row], first[row] + step - 1)
+
+    def attend(self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        of_prompts, of_completions = self.masks[layer.window]
+        n = self.num_prompt_tokens
+        prompt_keys, prompt_values = (self.pad(x[:n], self.prompt_cells, self.prompt_shape) for x in (key, value))
+        query_heads = query.view(len(query), self.kv_heads, self.group, -1)
+        prompts = attention(
+            self.pad(query_heads[:n], self.prompt_cells, self.prompt_shape), prompt_keys, prompt_values, of_prompts,
+            layer.scaling,
+        )  # fmt: skip
+        keys, values = (
+            torch.cat([shared[self.prompt_of], self.pad(x[n:], self.completion_cells, self.completion_shape)], 2)
+            for shared, x in ((prompt_keys, key), (prompt_values, value))
+        )  # (B, kv heads, P + C, d)
+        completions = attention(
+            self.pad(query_heads[n:], self.completion_cells, self.completion_shape), keys, values, of_completions,
+            layer.scaling,
+        )  # fmt: skip
+        return torch.cat(
+            [
+                self.pack(prompts, self.prompt_cells, self.prompt_shape),
+                self.pack(completions, self.completion_cells, self.completion_shape),
+            ]
+        )
+
+    def pad(self, x: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Packed (n, kv heads, d) or (n, kv heads, g, d) as (rows, kv heads, width, d) or (rows, kv heads, g width, d)."""
+        rows, width = shape
+        padded = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, cells, x).view(rows, width, *x.shape[1:])
+        padded = padded.movedim(1, -2)  # (rows, kv heads, [g,] width, d)
+        return padded.reshape(rows, self.kv_heads, -1, x.shape[-1])
+
+    def pack(self, x: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Attended (rows, kv heads, g width, d) as packed (n, heads d)."""
+        rows, width = shape
+        x = x.view(rows, self.kv_heads, self.group, width, -1).movedim(3, 1)  # (rows, width, kv heads, g, d)
+        return x.reshape(rows * width, -1)[cells]

@@ -1,0 +1,301 @@
+"""The roll-out engine for the families of rl/decoder.py: a decode step over slots that rows enter and leave.
+
+A prompt is prefilled once for its group, and its keys and values are copied into the slots of the group's completions.
+The rows that are alive always fill the first slots: a row that ends gives its place to the last one, and groups that
+wait enter behind. So a step costs what its living rows cost. Where memory allows, the LoRA is folded into scratch
+weights for the time of the roll-out. On CUDA a step, sampling included, is one CUDA graph for each size of the batch.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from rl.decoder import Layer, attention, grouped
+from rl.policy import Policy
+from rl.sampling import Sampling, sample
+
+REFILL_SHARE = 1 / 8  # groups that wait enter together, once this share of the slots is free
+PREFILL_TOKENS = 16384  # prompt tokens prefilled at a time
+STEPS_A_LOOK = 8  # on CUDA: decode steps between two looks at what has ended, since each look waits for the GPU
+GROWTH = 64  # places by which the cache grows at the least
+SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # of the CUDA graphs; sizes double from there
+
+Ended = dict[int, tuple[list[int], list[float], bool]]  # by place: token ids, log-probabilities, whether it was cut
+
+
+@dataclass
+class Row:
+    """A completion that is being generated."""
+
+    place: int  # in the roll-out's result
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """Slots for the rows of one roll-out. To be used once: `run`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        num_generations: int,
+        max_completion_length: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        rows_at_a_time: int,
+    ):
+        self.device, self.eos_ids = policy.device, policy.eos_ids
+        self.prompts, self.group, self.max_completion_length = prompts, num_generations, max_completion_length
+        self.sampling, self.generator = sampling, generator
+        self.slots = max(min(rows_at_a_time, len(prompts) * num_generations), num_generations)
+        self.length = max(map(len, prompts)) + max_completion_length  # of the longest row
+        self.on_cuda = policy.device.type == "cuda"
+        self.decoder = policy.decoder
+        if fits(self.decoder.scratch_bytes() + self.cache_bytes(), policy.device):
+            self.decoder = self.decoder.folded()
+        self.decoder.prepare(self.length)
+
+        decoder, dtype = self.decoder, self.decoder.dtype
+        # (layers, keys and values, slots, kv heads, length, d). CUDA graphs need it to stay where it is; else it grows.
+        shape = (
+            len(decoder.layers),
+            2,
+            self.slots,
+            decoder.kv_heads,
+            self.length if self.on_cuda else 0,
+            decoder.head_dim,
+        )
+        self.cache = torch.zeros(shape, device=self.device, dtype=dtype)
+        self.token = torch.zeros(self.slots, dtype=torch.long, device=self.device)  # the last one of each row
+        self.position = torch.zeros_like(self.token)  # of that token in its row
+        self.seen = None
+        if sampling.repetition_penalty != 1:
+            vocabulary = decoder.embedding.num_embeddings
+            self.seen = torch.zeros(self.slots, vocabulary, dtype=torch.bool, device=self.device)
+        self.rows: list[Row] = []  # rows[i] lives in slot i
+        self.graphs = {}
+
+    def cache_bytes(self) -> int:
+        decoder = self.decoder
+        per_token = 2 * len(decoder.layers) * decoder.kv_heads * decoder.head_dim * decoder.dtype.itemsize
+        return self.slots * self.length * per_token
+
+    def run(self) -> Iterator[Ended]:
+        """Yield the completions that have just ended, by their place: prompt i's are i * num_generations and on."""
+        waiting = deque(enumerate(self.prompts))
+        while waiting or self.rows:
+            free = self.slots - len(self.rows)
+            if waiting and (not self.rows or free >= max(self.group, REFILL_SHARE * self.slots)):
+                entering = [waiting.popleft() for _ in range(min(len(waiting), free // self.group))]
+                first = len(self.rows)
+                self.enter(entering)
+                tokens, logprobs = self.draw(first, len(self.rows))
+            else:
+                first = 0
+                tokens, logprobs = self.step()
+            if ended := self.leave(first, tokens, logprobs):
+                yield ended
+
+    # --- rows come and go
+
+    def enter(self, groups: list[tuple[int, list[int]]]) -> None:
+        """Prefill these prompts, once each, and put their groups into the slots behind those that are taken."""
+        budget = max(1, PREFILL_TOKENS // max(len(prompt) for _, prompt in groups))
+        self.logits = []
+        for start in range(0, len(groups), budget):
+            part = groups[start : start + budget]
+            self.prefill([prompt for _, prompt in part], slice(len(self.rows), len(self.rows) + len(part) * self.group))
+            for number, _ in part:
+                self.rows += [Row(number * self.group + i) for i in range(self.group)]
+        self.logits = torch.cat(self.logits)
+
+    def prefill(self, prompts: list[list[int]], into: slice) -> None:
+        """Run these prompts and copy their keys and values, group by group, into the slots."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        width = int(lengths.max())
+        inside = torch.arange(width, device=self.device) < lengths[:, None]  # (P, width)
+        cells = inside.flatten().nonzero()[:, 0]
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)  # (N,)
+        positions = inside.nonzero()[:, 1]
+        columns = torch.arange(width, device=self.device)
+        distance = columns[:, None] - columns
+        masks = self.masks_of((distance >= 0)[None], distance[None])
+        self.reserve(min(width + GROWTH, self.length))
+
+        def attend(layer: Layer, query, key, value):
+            def pad(x):  # (N, kv heads, ..., d) -> (P, kv heads, ... width, d)
+                padded = x.new_zeros(inside.numel(), *x.shape[1:]).index_copy_(0, cells, x)
+                padded = padded.view(*inside.shape, *x.shape[1:]).movedim(1, -2)
+                return padded.reshape(len(prompts), self.decoder.kv_heads, -1, x.shape[-1])
+
+            keys, values = pad(key), pad(value)
+            for kind, x in enumerate((keys, values)):
+                self.cache[layer.index, kind, into, :, :width] = x.repeat_interleave(self.group, 0)
+            query = pad(query.view(len(query), self.decoder.kv_heads, -1, query.shape[-1]))
+            out = attention(query, keys, values, masks[layer.window], layer.scaling)
+            out = out.view(*out.shape[:2], -1, width, out.shape[-1]).movedim(3, 1)  # (P, width, kv heads, g, d)
+            return out.reshape(inside.numel(), -1)[cells]
+
+        states = self.decoder.forward(ids, positions, attend)
+        last = states[lengths.cumsum(0) - 1]
+        self.logits.append(self.decoder.head(last)[0].repeat_interleave(self.group, 0))
+        self.position[into] = (lengths - 1).repeat_interleave(self.group)
+        if self.seen is not None:
+            of_prompts = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool, device=self.device)
+            of_prompts[inside.nonzero()[:, 0], ids] = True
+            self.seen[into] = of_prompts.repeat_interleave(self.group, 0)
+
+    def leave(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Ended:
+        """Give the rows from slot `first` on what was drawn for them, (steps, rows), and take out those that have ended.
+
+        A row that ended gets nothing more; a row behind it takes its slot.
+        """
+        ended, holes = {}, []
+        for slot, (ids, values) in enumerate(zip(tokens.T.tolist(), logprobs.T.tolist()), first):
+            row = self.rows[slot]
+            for token, logprob in zip(ids, values):
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                stopped = token in self.eos_ids
+                if stopped or len(row.ids) == self.max_completion_length:
+                    ended[row.place] = row.ids, row.logprobs, not stopped
+                    holes.append(slot)
+                    break
+        self.close(holes)
+        return ended
+
+    def close(self, holes: list[int]) -> None:
+        """Move the last rows into the slots that have become free, so that the first slots are the taken ones."""
+        kept = len(self.rows) - len(holes)
+        free = [hole for hole in holes if hole < kept]
+        gone = set(holes)
+        moved = [slot for slot in range(kept, len(self.rows)) if slot not in gone]
+        for hole, slot in zip(free, moved):
+            self.rows[hole] = self.rows[slot]
+        del self.rows[kept:]
+        if moved:
+            used = self.used_length()
+            to, origin = (torch.tensor(slots, device=self.device) for slots in (free, moved))
+            self.cache[:, :, to, :, :used] = self.cache[:, :, origin, :, :used]
+            for state in (self.token, self.position, self.seen):
+                if state is not None:
+                    state[to] = state[origin]
+
+    def used_length(self) -> int:
+        """The length of the longest row that is alive."""
+        return max(len(self.prompts[row.place // self.group]) + len(row.ids) for row in self.rows)
+
+    def reserve(self, length: int) -> None:
+        """Make the cache long enough for rows of this length."""
+        missing = length - self.cache.shape[4]
+        if missing > 0:
+            longer = min(self.cache.shape[4] + max(missing, GROWTH), self.length)
+            cache = self.cache.new_zeros(*self.cache.shape[:4], longer, self.cache.shape[5])
+            cache[:, :, : len(self.rows), :, : self.cache.shape[4]] = self.cache[:, :, : len(self.rows)]
+            self.cache = cache
+
+    # --- tokens are drawn
+
+    def draw(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the first tokens of rows that have entered, from the logits of their prompts: each (1, rows)."""
+        seen = None if self.seen is None else self.seen[first:last]
+        token, logprob = sample(self.logits, self.sampling, self.generator, seen)
+        self.accept(slice(first, last), token)
+        return token[None], logprob[None]
+
+    def accept(self, slots: slice, token: torch.Tensor) -> None:
+        self.token[slots] = token
+        self.position[slots] = (self.position[slots] + 1).clamp(max=self.length - 1)
+        if self.seen is not None:
+            self.seen[slots] = self.seen[slots].scatter(1, token[:, None], True)
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One decode step of all rows, or on CUDA a few: tokens and log-probabilities, each (steps, rows)."""
+        rows, length = len(self.rows), self.used_length()
+        if not self.on_cuda:
+            self.reserve(length)
+            token, logprob = self.decode(rows, length)
+            return token[None], logprob[None]
+        left = max(self.max_completion_length - len(row.ids) for row in self.rows)
+        steps = min(STEPS_A_LOOK, left)
+        replay = self.graph(
+            bucket(rows, SMALLEST_BATCH, self.slots), bucket(length + steps, SMALLEST_LENGTH, self.length)
+        )
+        drawn = [[x[:rows].clone() for x in replay()] for _ in range(steps)]
+        return tuple(torch.stack(x) for x in zip(*drawn))
+
+    def decode(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the last token of the first `rows` slots over the first `length` places of the cache, and draw the next."""
+        position = self.position[:rows]
+        columns = torch.arange(length, device=self.device)
+        distance = position[:, None, None] - columns  # (rows, 1, length)
+        masks = self.masks_of(distance >= 0, distance)
+        slots = torch.arange(rows, device=self.device)
+
+        def attend(layer: Layer, query, key, value):
+            keys, values = self.cache[layer.index, :, :rows]
+            keys[slots, :, position], values[slots, :, position] = key, value
+            query = query.view(rows, self.decoder.kv_heads, -1, query.shape[-1])  # (rows, kv heads, g, d)
+            mask = masks[layer.window]
+            return attention(query, keys[:, :, :length], values[:, :, :length], mask, layer.scaling).reshape(rows, -1)
+
+        states = self.decoder.forward(self.token[:rows], position, attend)
+        seen = None if self.seen is None else self.seen[:rows]
+        token, logprob = sample(self.decoder.head(states)[0], self.sampling, self.generator, seen)
+        self.accept(slice(rows), token)
+        return token, logprob
+
+    def masks_of(self, visible: torch.Tensor, distance: torch.Tensor) -> dict[int | None, torch.Tensor]:
+        """The additive masks by window; visible and distance (query's position - key's) are (rows, T, S)."""
+        decoder = self.decoder
+        group = decoder.heads // decoder.kv_heads
+        return {
+            window: grouped(visible if window is None else visible & (distance < window), group, decoder.dtype)
+            for window in {layer.window for layer in decoder.layers}
+        }
+
+    def graph(self, rows: int, length: int):
+        """A function that replays `decode(rows, length)` as a CUDA graph and returns its outputs; captured when first used.
+
+        The slots between the living rows and `rows` decode what nobody reads. All graphs share one pool of memory.
+        """
+        if (rows, length) not in self.graphs:
+            state = [x.clone() for x in (self.token, self.position, self.seen) if x is not None]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.decode(rows, length)  # kernels are chosen and loaded before the capture
+            torch.cuda.current_stream().wait_stream(side)
+            for x, before in zip((x for x in (self.token, self.position, self.seen) if x is not None), state):
+                x.copy_(before)
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                outputs = self.decode(rows, length)
+            self.graphs[rows, length] = graph, outputs
+        graph, outputs = self.graphs[rows, length]
+
+        def replay():
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+def bucket(size: int, smallest: int, largest: int) -> int:
+    """The size doubled up from the smallest that holds `size`, at most the largest."""
+    for candidate in itertools.accumulate(itertools.repeat(2), lambda x, y: x * y, initial=smallest):
+        if candidate >= size or candidate >= largest:
+            return min(candidate, largest)
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether so many bytes leave at least a fifth of the free memory unused."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return needed < 0.8 * free

@@ -1,0 +1,123 @@
+"""Log-probabilities of completion tokens under the model as it is, in one differentiable pass.
+
+The hidden states before each completion token are computed by rl/decoder.py, each prompt once, or by the model's own
+forward where it does not know the architecture. The head runs on these alone, in chunks, whose logits are computed again
+in the backward: memory does not grow with completion x vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rl.decoder import SharedPrompts
+from rl.policy import Policy
+
+LOGITS_AT_A_TIME = 2**24  # elements of a chunk's logits: 64 MB in fp32; a few tensors of this size live at a time
+
+
+@dataclass
+class Places:
+    """Where the tokens of completions stand in padded rows (B, C)."""
+
+    lengths: torch.Tensor  # (B,)
+    mask: torch.Tensor  # (B, C) True on completion tokens; from lengths, never from token ids
+
+    @property
+    def cells(self) -> torch.Tensor:
+        """The index of each token in the flattened rows, (N,)."""
+        return self.mask.flatten().nonzero()[:, 0]
+
+    def pad(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, ...) in rows (B, C, ...), zeros behind each."""
+        rows = values.new_zeros(self.mask.numel(), *values.shape[1:]).index_copy(0, self.cells, values)
+        return rows.view(*self.mask.shape, *values.shape[1:])
+
+
+def places(lengths: list[int], device: torch.device) -> Places:
+    counts = torch.tensor(lengths, device=device)
+    return Places(counts, torch.arange(max(lengths), device=device) < counts[:, None])
+
+
+def completion_logprobs(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of completion tokens at the sampling temperature.
+
+    prompts, completions: token ids. Returns logprobs (B, C) fp32, mask (B, C) bool, and the entropy -sum p log p of each
+    next-token distribution (B, C), or None. C is the longest completion; masked places are 0. The entropy has a gradient
+    where the policy's `entropy_gradient` is set.
+    """
+    at = places([len(completion) for completion in completions], policy.device)
+    ids = torch.tensor([token for completion in completions for token in completion], device=policy.device)  # (N,)
+    if policy.plain_head:
+        before, head = states_before(policy, prompts, completions), policy.head
+    else:
+        before, head = own_logits(policy, prompts, completions), torch.nn.Identity()
+
+    def of_chunk(states, ids):  # (n, H), (n,) -> (n,), (n,)
+        logits = head(states).float() / policy.temperature  # (n, V)
+        log_normaliser = logits.logsumexp(-1)
+        chosen = logits.gather(1, ids[:, None]).squeeze(1) - log_normaliser
+        entropy = None
+        if with_entropy:
+            with torch.set_grad_enabled(policy.entropy_gradient and torch.is_grad_enabled()):
+                entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
+        return chosen, entropy
+
+    size = max(1, LOGITS_AT_A_TIME // policy.vocabulary)
+    chunks = list(zip(before.split(size), ids.split(size)))
+    if torch.is_grad_enabled() and len(chunks) > 1:
+        parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        parts = [of_chunk(*chunk) for chunk in chunks]
+    chosen, entropy = zip(*parts)
+    return at.pad(torch.cat(chosen)), at.mask, at.pad(torch.cat(entropy)) if with_entropy else None
+
+
+def completion_states(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last hidden state before each completion token, and after the last one.
+
+    Returns states (B, C + 1, H): place t of row i is hidden[i, P_i - 1 + t], from which token t is predicted; and the mask
+    (B, C) of the tokens. Places past the end of a row are 0.
+    """
+    at = places([len(completion) + 1 for completion in completions], policy.device)
+    return at.pad(states_before(policy, prompts, completions, after_last=True)), at.mask[:, 1:]
+
+
+def states_before(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], after_last: bool = False
+) -> torch.Tensor:
+    """The last hidden states from which the completions' tokens are predicted, packed, (N, H).
+
+    after_last: of each row also the state after its last token; else that token is not computed at all.
+    """
+    if not policy.decoder:
+        decoder = policy.model.get_base_model().get_decoder()
+        return _by_own_forward(policy, decoder, prompts, completions, after_last)
+    known = completions if after_last else [completion[:-1] for completion in completions]
+    packed = SharedPrompts(policy.decoder, prompts, known)
+    hidden = policy.decoder.forward(packed.ids, packed.positions, packed.attend)
+    return hidden[packed.before()]
+
+
+def own_logits(policy: Policy, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+    """The logits (N, V) from which the completions' tokens are drawn, by the model's own forward: for heads that do more
+    than multiply (a soft cap, a scale)."""
+    return _by_own_forward(policy, policy.model, prompts, completions, after_last=False)
+
+
+def _by_own_forward(policy: Policy, module, prompts, completions, after_last: bool) -> torch.Tensor:
+    """What the module gives for right-padded rows, at the places before the completions' tokens."""
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [policy.pad_id] * (width - len(row)) for row in rows], device=policy.device)  # (B, T)
+    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
+    attention_mask = (torch.arange(width, device=policy.device) < lengths[:, None]).long()
+    output = module(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+    values = output.logits if "logits" in output else output.last_hidden_state
+    of_row = [len(completion) + after_last for completion in completions]
+    taken = [i * width + len(prompt) - 1 + t for i, (prompt, n) in enumerate(zip(prompts, of_row)) for t in range(n)]
+    return values.flatten(0, 1)[torch.tensor(taken, device=policy.device)]

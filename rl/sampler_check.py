@@ -1,0 +1,103 @@
+"""Before a run: does the roll-out sample from the policy that is trained?
+
+A LoRA that is left out of the roll-out shows nowhere at the start, where it is zero, and one update moves less than the
+rounding of bf16. So its second matrices are filled with noise for a moment, until it moves the log-probabilities by a nat,
+and then three paths have to agree: the sampler, the trainer, and the model's own forward.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from rl.config import ConfigError
+from rl.logprobs import completion_logprobs
+from rl.policy import Policy
+from rl.rollout import rollout
+from rl.sampling import Sampling
+
+PROMPTS, COMPLETIONS, TOKENS = 4, 2, 16  # of the trial roll-out: so many of each, of at most so many tokens
+SHIFT = 1.0  # nats a token by which the noise has to move the policy
+ALLOWED = 0.05  # of that shift may lie between two paths
+
+
+@dataclass
+class Agreement:
+    """Mean absolute differences of log-probabilities, nats a token, with noise in the LoRA."""
+
+    shift: float  # between LoRA on and off
+    sampler: float  # between sampler and trainer
+    own_forward: float  # between trainer and the model's own forward
+
+
+def check_sampler(policy: Policy, prompts: list[list[int]]) -> Agreement:
+    """Compare the three paths, and leave the policy as it was. Where the written-out forward pass is not the model's, it
+    is given up (`policy.decoder` becomes None). Raises ConfigError where the roll-out samples from another policy."""
+    found = compare(policy, prompts)
+    if policy.decoder and max(found.own_forward, found.sampler) > ALLOWED * found.shift:
+        policy.decoder = None
+        found = compare(policy, prompts)
+    if found.sampler > ALLOWED * found.shift:
+        raise ConfigError(
+            f"model: the roll-out does not sample from the policy that is trained: log-probabilities differ by "
+            f"{found.sampler:.2g} nats a token where the LoRA moves them by {found.shift:.2g}; try dtype: float32"
+        )
+    return found
+
+
+@torch.no_grad()
+def compare(policy: Policy, prompts: list[list[int]]) -> Agreement:
+    prompts = prompts[:PROMPTS]
+    generator = torch.Generator(policy.device).manual_seed(0)
+
+    def ask():
+        sampling = Sampling(policy.temperature)
+        return rollout(policy, prompts, COMPLETIONS, TOKENS, sampling, generator, PROMPTS * COMPLETIONS)
+
+    def score(episodes):  # packed log-probabilities
+        ids = [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
+        logprobs, mask, _ = completion_logprobs(policy, *ids)
+        return logprobs[mask]
+
+    def shift(episodes):
+        on = score(episodes)
+        with policy.model.disable_adapter():
+            return (on - score(episodes)).abs().mean().item()
+
+    with noise_in_lora(policy) as refill:
+        episodes = ask()
+        for scale in (0.01 * 2 ** (n / 2) for n in range(48)):
+            refill(scale)
+            if shift(episodes) >= SHIFT:
+                break
+        episodes = ask()
+        trainer = score(episodes)
+        sampler = torch.tensor([p for e in episodes for p in e.sampler_logprobs], device=policy.device)
+        decoder, policy.decoder = policy.decoder, None
+        try:
+            own = score(episodes)
+        finally:
+            policy.decoder = decoder
+        return Agreement(
+            shift=shift(episodes),
+            sampler=(sampler - trainer).abs().mean().item(),
+            own_forward=(own - trainer).abs().mean().item(),
+        )
+
+
+@contextlib.contextmanager
+def noise_in_lora(policy: Policy):
+    """Gives a function that fills the LoRA's second matrices with seeded noise of a scale; at the end they are as before."""
+    second = [p for name, p in policy.model.named_parameters() if "lora_B.default" in name]
+    before = [p.detach().clone() for p in second]
+
+    def refill(scale: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for p in second:
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+    try:
+        yield refill
+    finally:
+        for p, values in zip(second, before):
+            p.copy_(values)
