@@ -308,7 +308,10 @@ class SharedPrompts:
             layer.scaling,
         )  # fmt: skip
         keys, values = (
-            torch.cat([shared[self.prompt_of], self.pad(x[n:], self.completion_cells, self.completion_shape)], 2)
+            torch.cat(
+                [shared.index_select(0, self.prompt_of), self.pad(x[n:], self.completion_cells, self.completion_shape)],
+                2,
+            )
             for shared, x in ((prompt_keys, key), (prompt_values, value))
         )  # (B, kv heads, P + C, d)
         completions = attention(
@@ -333,4 +336,4 @@ class SharedPrompts:
         """Attended (rows, kv heads, g width, d) as packed (n, heads d)."""
         rows, width = shape
         x = x.view(rows, self.kv_heads, self.group, width, -1).movedim(3, 1)  # (rows, width, kv heads, g, d)
-        return x.reshape(rows * width, -1)[cells]
+        return x.reshape(rows * width, -1).index_select(0, cells)

@@ -52,6 +52,7 @@ class Engine:
         self.device, self.eos_ids = policy.device, policy.eos_ids
         self.prompts, self.group, self.max_completion_length = prompts, num_generations, max_completion_length
         self.sampling, self.generator = sampling, generator
+        self.rows: list[Row] = []  # rows[i] lives in slot i
         self.slots = max(min(rows_at_a_time, len(prompts) * num_generations), num_generations)
         self.length = max(map(len, prompts)) + max_completion_length  # of the longest row
         self.on_cuda = policy.device.type == "cuda"
@@ -60,24 +61,19 @@ class Engine:
             self.decoder = self.decoder.folded()
         self.decoder.prepare(self.length)
 
-        decoder, dtype = self.decoder, self.decoder.dtype
-        # (layers, keys and values, slots, kv heads, length, d). CUDA graphs need it to stay where it is; else it grows.
-        shape = (
-            len(decoder.layers),
-            2,
-            self.slots,
-            decoder.kv_heads,
-            self.length if self.on_cuda else 0,
-            decoder.head_dim,
-        )
-        self.cache = torch.zeros(shape, device=self.device, dtype=dtype)
+        decoder = self.decoder
+        # Keys and values of each layer: (2, slots, kv heads, length, d). One tensor a layer, since the allocator of a CPU
+        # gives larger ones back to the system at once, and getting them again costs more than what they are used for.
+        shape = 2, self.slots, decoder.kv_heads, 0, decoder.head_dim
+        self.cache = [torch.zeros(shape, device=self.device, dtype=decoder.dtype) for _ in decoder.layers]
+        if self.on_cuda:
+            self.reserve(self.length)  # CUDA graphs need it to stay where it is; else it grows
         self.token = torch.zeros(self.slots, dtype=torch.long, device=self.device)  # the last one of each row
         self.position = torch.zeros_like(self.token)  # of that token in its row
         self.seen = None
         if sampling.repetition_penalty != 1:
             vocabulary = decoder.embedding.num_embeddings
             self.seen = torch.zeros(self.slots, vocabulary, dtype=torch.bool, device=self.device)
-        self.rows: list[Row] = []  # rows[i] lives in slot i
         self.graphs = {}
 
     def cache_bytes(self) -> int:
@@ -135,7 +131,7 @@ class Engine:
 
             keys, values = pad(key), pad(value)
             for kind, x in enumerate((keys, values)):
-                self.cache[layer.index, kind, into, :, :width] = x.repeat_interleave(self.group, 0)
+                self.cache[layer.index][kind, into, :, :width] = x.repeat_interleave(self.group, 0)
             query = pad(query.view(len(query), self.decoder.kv_heads, -1, query.shape[-1]))
             out = attention(query, keys, values, masks[layer.window], layer.scaling)
             out = out.view(*out.shape[:2], -1, width, out.shape[-1]).movedim(3, 1)  # (P, width, kv heads, g, d)
@@ -181,7 +177,8 @@ class Engine:
         if moved:
             used = self.used_length()
             to, origin = (torch.tensor(slots, device=self.device) for slots in (free, moved))
-            self.cache[:, :, to, :, :used] = self.cache[:, :, origin, :, :used]
+            for cache in self.cache:
+                cache[:, to, :, :used] = cache[:, origin, :, :used]
             for state in (self.token, self.position, self.seen):
                 if state is not None:
                     state[to] = state[origin]
@@ -192,12 +189,12 @@ class Engine:
 
     def reserve(self, length: int) -> None:
         """Make the cache long enough for rows of this length."""
-        missing = length - self.cache.shape[4]
-        if missing > 0:
-            longer = min(self.cache.shape[4] + max(missing, GROWTH), self.length)
-            cache = self.cache.new_zeros(*self.cache.shape[:4], longer, self.cache.shape[5])
-            cache[:, :, : len(self.rows), :, : self.cache.shape[4]] = self.cache[:, :, : len(self.rows)]
-            self.cache = cache
+        present, rows = self.cache[0].shape[3], len(self.rows)
+        if length > present:
+            longer = min(max(length, present + GROWTH), self.length)
+            for i, cache in enumerate(self.cache):
+                self.cache[i] = cache.new_zeros(*cache.shape[:3], longer, cache.shape[4])
+                self.cache[i][:, :rows, :, :present] = cache[:, :rows]
 
     # --- tokens are drawn
 
@@ -238,7 +235,7 @@ class Engine:
         slots = torch.arange(rows, device=self.device)
 
         def attend(layer: Layer, query, key, value):
-            keys, values = self.cache[layer.index, :, :rows]
+            keys, values = self.cache[layer.index][:, :rows]
             keys[slots, :, position], values[slots, :, position] = key, value
             query = query.view(rows, self.decoder.kv_heads, -1, query.shape[-1])  # (rows, kv heads, g, d)
             mask = masks[layer.window]

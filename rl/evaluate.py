@@ -5,7 +5,7 @@ after make a paired comparison, whose interval is narrower than that of two sepa
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,22 +18,6 @@ from rl.sampling import Sampling
 
 Z95 = 1.959964  # the normal quantile of a 95 % interval
 EVAL_SEED = 12345  # of the sampled answers: the same for every evaluation
-
-
-def to_completions(policy: Policy, episodes: Iterable[Episode], rows: list[dict], step: int) -> list[Completion]:
-    """The episodes as reward functions see them. rows[e.question] is an episode's data row."""
-    return [
-        Completion(
-            prompt=prompt_text(rows[e.question]["prompt"]),
-            text=policy.opened_thinking(rows[e.question]["prompt"]) + policy.decode(e.completion_ids),
-            row=rows[e.question],
-            tokens=len(e.completion_ids),
-            token_ids=e.completion_ids,
-            truncated=e.truncated,
-            step=step,
-        )
-        for e in episodes
-    ]
 
 
 class Marking:
@@ -51,15 +35,29 @@ class Marking:
         on_finished: Callable[[int], None] = lambda n: None,
     ):
         self.policy, self.rows, self.step, self.on_finished = policy, rows, step, on_finished
+        self.openings = [policy.opened_thinking(row["prompt"]) for row in rows]
         self.completions: dict[int, Completion] = {}  # by place in the roll-out's result
         self._scoring = Scoring(rewards)
 
     def add(self, ended: dict[int, Episode]) -> None:
         """Episodes that have just ended, by their place in the roll-out's result."""
-        for place, completion in zip(ended, to_completions(self.policy, ended.values(), self.rows, self.step)):
-            self.completions[place] = completion
-            self._scoring.add(completion, place)
+        for place, episode in ended.items():
+            self.completions[place] = self.to_completion(episode)
+            self._scoring.add(self.completions[place], place)
         self.on_finished(len(ended))
+
+    def to_completion(self, episode: Episode) -> Completion:
+        """The episode as reward functions see it, with what a template had already written of the thinking."""
+        row = self.rows[episode.question]
+        return Completion(
+            prompt=prompt_text(row["prompt"]),
+            text=self.openings[episode.question] + self.policy.decode(episode.completion_ids),
+            row=row,
+            tokens=len(episode.completion_ids),
+            token_ids=episode.completion_ids,
+            truncated=episode.truncated,
+            step=self.step,
+        )
 
     def results(self) -> tuple[list[Completion], list[Score]]:
         """All completions in the roll-out's order, and their scores. Raises RewardError where a reward function fails."""

@@ -100,7 +100,7 @@ def states_before(
     known = completions if after_last else [completion[:-1] for completion in completions]
     packed = SharedPrompts(policy.decoder, prompts, known)
     hidden = policy.decoder.forward(packed.ids, packed.positions, packed.attend)
-    return hidden[packed.before()]
+    return hidden.index_select(0, packed.before())
 
 
 def own_logits(policy: Policy, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:

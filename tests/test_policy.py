@@ -203,7 +203,8 @@ def test_prompts_follow_the_chat_template(policy):
 
 
 def test_a_template_that_opens_the_thinking(policy):
-    from rl.evaluate import to_completions
+    from grading import Rewards
+    from rl.evaluate import Marking
     from rl.rollout import Episode
 
     policy.tokenizer.chat_template += "{{- '<think>\\n' if enable_thinking else '' -}}"
@@ -211,7 +212,9 @@ def test_a_template_that_opens_the_thinking(policy):
     assert policy.opened_thinking("Hi") == "<think>\n"
     ids = policy.tokenizer.encode("1+1=2</think>\\boxed{2}<|end|>", add_special_tokens=False)
     row = {"id": 1, "task": "t", "prompt": "Hi"}
-    (completion,) = to_completions(policy, [Episode(0, [4], ids, [], False)], [row], 1)
+    marking = Marking(policy, [row], Rewards("rewards.py", []), 1)
+    marking.add({0: Episode(0, [4], ids, [], False)})
+    (completion,) = marking.completions.values()
     assert completion.text == "<think>\n1+1=2</think>\\boxed{2}"
     assert (completion.thinking, completion.answer) == ("1+1=2", "\\boxed{2}")
     policy.chat_template_kwargs = {"enable_thinking": False}

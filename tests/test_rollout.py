@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_policy import copy_of_tiny
 
+from rl import engine, own_forward
 from rl.policy import load_policy
 from rl.rollout import rollout
-from rl.sampling import Sampling, sample
+from rl.sampling import Sampling, draw_by_inversion, draw_by_race, sample
 
 
 @pytest.fixture(params=["written out", "own forward"])
@@ -138,6 +139,17 @@ def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch)
     assert [e.completion_ids for e in episodes] == [e.completion_ids for e in expected]
 
 
+def test_a_repetition_penalty_sees_prompt_and_completion(policy, monkeypatch):
+    """So strong that no token comes twice, nor one of the prompt, wherever the row lives and however often rows move."""
+    for module in (engine, own_forward):  # all logits negative, so that the penalty takes a token's whole probability
+        monkeypatch.setattr(module, "sample", lambda logits, *how: sample(logits - 1000, *how))
+    episodes = roll(policy, QUESTIONS, n=4, length=30, rows=6, sampling=Sampling(repetition_penalty=1e6))
+    for episode in episodes:
+        ids = episode.prompt_ids + episode.completion_ids[:-1]  # the end may stand in the prompt's template
+        new = ids[len(episode.prompt_ids) :]
+        assert len(set(new)) == len(new) and not set(new) & set(episode.prompt_ids)
+
+
 # --- drawing one token
 
 
@@ -166,6 +178,21 @@ def frequencies(sampling, n=4000, seen=None):
 )
 def test_drawing_follows_the_settings(sampling, expected):
     assert frequencies(sampling) == pytest.approx(expected, abs=0.025)
+
+
+@pytest.mark.parametrize("draw", [draw_by_inversion, draw_by_race])
+def test_tokens_are_drawn_as_often_as_they_are_likely(draw):
+    """Chi-square, for a peaked and a flat distribution; what has no probability is never drawn, first and last included."""
+    generator = torch.Generator().manual_seed(0)
+    for peak in (4.0, 0.3):
+        probabilities = (peak * torch.randn(300, generator=generator)).softmax(-1)
+        probabilities[[0, 1, 40, 298, 299]] = 0.0
+        n = 20_000
+        tokens = draw(probabilities.repeat(n, 1), generator).tolist()
+        assert not {0, 1, 40, 298, 299} & set(tokens)
+        expected = (probabilities / probabilities.sum()).tolist()
+        statistic, freedom = chi_square(collections.Counter(tokens), expected, n)
+        assert freedom > 20 and statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
 def test_repetition_penalty_makes_seen_tokens_rarer():

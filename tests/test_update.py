@@ -223,6 +223,24 @@ def test_fp16_trains_with_a_scaled_loss(config, episodes):
     assert metrics["grad_norm"] == pytest.approx(before["grad_norm"], rel=0.1)
 
 
+def test_what_the_sampler_drew_too_often_counts_less(policy, episodes, config):
+    """Truncated importance weights: min(pi_old / pi_sampler, cap) for each token. In fp32 they stay out."""
+    plain, _ = gradient(policy, episodes, config)
+    for episode in episodes:
+        logprobs, _, _ = completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])
+        episode.sampler_logprobs = (logprobs[0].detach() - math.log(1.5)).tolist()  # pi_old is 1.5 times the sampler's
+    torch.testing.assert_close(gradient(policy, episodes, config)[0], plain)
+    policy.dtype = torch.bfloat16  # as if: the weights stay, and so the figures are exact
+    for cap, factor in ((2.0, 1.5), (1.2, 1.2), (0.0, 1.0)):
+        config.importance_sampling_cap = cap
+        corrected, totals = gradient(policy, episodes, config)
+        torch.testing.assert_close(corrected, factor * plain, atol=1e-6, rtol=1e-4)
+        if cap:
+            metrics = Updater(policy, config).describe(totals, 0.0)
+            assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(factor, rel=1e-4)
+            assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(1.5), abs=1e-4)
+
+
 def test_gradients_are_clipped_and_the_schedule_warms_up(policy, episodes, config):
     config.max_grad_norm, config.warmup_ratio, config.max_steps = 1e-9, 0.5, 4
     updater = Updater(policy, config)
