@@ -2,8 +2,8 @@
 
 Tokens come packed, (N, H), without padding, and the attention is passed in as a function, so that the same layers serve
 prefill and decoding over a slot cache (rl/engine.py) and the update, where a prompt is computed once for its group
-(`SharedPrompts`). For the roll-out `folded` gives a copy with the LoRA folded into scratch weights, and with the matrices
-that read the same input fused. Attention is over query heads grouped by their key-value head, which needs no copies.
+(rl/attention.py). For the roll-out `folded` gives a copy with the LoRA folded into scratch weights, and with the matrices
+that read the same input fused.
 """
 
 import copy
@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 FAMILIES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-FEW_QUERIES = 16
 CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the batch
 
 # (layer, q (N, heads, d), k (N, kv heads, d), v the same) -> (N, heads * d)
@@ -90,6 +89,11 @@ class Decoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
+
+    def can_fold(self) -> bool:
+        """Whether every LoRA is nothing but A and B."""
+        maps = [m for layer in self.layers for m in (layer.query_key_value, layer.output, layer.gate_up, layer.down)]
+        return all(is_plain(module) for m in (*maps, self.head) for module in m.modules)
 
     def folded(self) -> "Decoder":
         """A copy whose linear maps are scratch weights, of the computing dtype, with the adapters that are on folded in."""
@@ -166,7 +170,7 @@ class Linears:
 
 def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the module gives; a LoRA is added by one kernel, x W^T + (x A^T) (s B)^T, and in the dtype of x."""
-    if not is_plain_lora(module):
+    if not hasattr(module, "lora_A") or not is_plain(module):
         return module(x)
     y = module.base_layer(x)
     for a, b, scaling in active_loras(module):
@@ -174,11 +178,17 @@ def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def is_plain_lora(module: torch.nn.Module) -> bool:
-    """Whether it is a linear layer under LoRAs that are nothing but A and B (no DoRA, no bias)."""
-    if not hasattr(module, "lora_A") or getattr(module, "fan_in_fan_out", False) or module.merged_adapters:
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether it is a linear layer (of numbers, or 4-bit), alone or under LoRAs of nothing but A and B (no DoRA, no bias)."""
+    base = plain(module)
+    if not isinstance(base, torch.nn.Linear):
         return False
-    return not module.lora_variant and not any(module.lora_bias.values())
+    if not (base.weight.is_floating_point() or hasattr(base.weight, "quant_state")):
+        return False
+    if not hasattr(module, "lora_A"):
+        return True
+    simple = not (module.fan_in_fan_out or module.merged_adapters or module.lora_variant)
+    return simple and not any(module.lora_bias.values())
 
 
 def active_loras(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -202,8 +212,6 @@ def folded_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
         weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     if hasattr(module, "lora_A"):
-        if not is_plain_lora(module):
-            raise ValueError("a LoRA variant cannot be folded in")
         for a, b, scaling in active_loras(module):
             weight = torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
     return weight.detach().to(dtype)
@@ -220,120 +228,3 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     The first half of sin is negative: it belongs to -x[i + d/2].
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def attention(query, key, value, mask: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Softmax attention, (B, kv heads, g T, d): the g query heads of a key-value head stand in line as queries.
-
-    query (B, kv heads, g T, d), key and value (B, kv heads, S, d), mask as `grouped` gives it.
-    """
-    mask = mask.expand(len(query), query.shape[1], -1, -1)
-    if not query.is_cuda and query.shape[2] <= FEW_QUERIES and not torch.is_grad_enabled():
-        # The CPU's fused kernel is made for long queries; for those of a decode step two products take half the time.
-        scores = torch.baddbmm(mask.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)
-        return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(query.shape)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-
-
-def grouped(visible: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """An additive mask (B, 1, group T, S), -inf where nothing is seen, from visible (B, T, S)."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-    return mask[:, None].expand(-1, group, -1, -1).reshape(len(mask), 1, -1, mask.shape[-1])
-
-
-class SharedPrompts:
-    """Completions behind their prompts, packed, each prompt once however many completions follow it: for the update.
-
-    prompts, completions: token ids, row by row; rows with equal prompts share one. `ids` holds first the prompts' tokens
-    (N_p), then the completions' (N_c); `decoder.forward(packed.ids, packed.positions, packed.attend)` runs them. A
-    completion's token sees its prompt and the completion up to itself.
-    """
-
-    def __init__(self, decoder: Decoder, prompts: list[list[int]], completions: list[list[int]]):
-        self.group, self.kv_heads = decoder.heads // decoder.kv_heads, decoder.kv_heads
-        device, dtype = decoder.embedding.weight.device, decoder.dtype
-        numbers: dict[tuple, int] = {}
-        prompt_of = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-        unique = list(numbers)
-        self.num_prompt_tokens = sum(map(len, unique))
-        tokens = [token for row in (*unique, *completions) for token in row]
-        self.ids = torch.tensor(tokens, device=device)  # (N,)
-
-        def cells(lengths):  # where packed tokens stand in padded rows: their column, and row * width + column
-            width = max(1, int(lengths.max()))
-            inside = torch.arange(width, device=device) < lengths[:, None]  # (rows, width)
-            return inside.nonzero()[:, 1], inside.flatten().nonzero()[:, 0], (len(lengths), width)
-
-        lengths = torch.tensor([len(row) for row in unique], device=device)  # (U,)
-        columns, self.prompt_cells, self.prompt_shape = cells(lengths)
-        self.prompt_of = torch.tensor(prompt_of, device=device)  # (B,)
-        behind = lengths[self.prompt_of]  # (B,) the first position of each completion
-        sizes = torch.tensor([len(row) for row in completions], device=device)
-        completion_columns, self.completion_cells, self.completion_shape = cells(sizes)
-        rows = self.completion_cells // self.completion_shape[1]
-        self.positions = torch.cat([columns, behind[rows] + completion_columns])  # (N,)
-        decoder.prepare(int(self.positions.max()) + 1)
-        self.sizes, self.last_of_prompt = sizes, (lengths.cumsum(0) - 1)[self.prompt_of]  # (B,), packed places
-
-        # What is seen. Padding sees something, too, or its softmax would be nan, and with it the gradient of all.
-        p, c = (torch.arange(shape[1], device=device) for shape in (self.prompt_shape, self.completion_shape))
-        key_positions = torch.cat([p.expand(len(behind), -1), behind[:, None] + c], 1)  # (B, P + C)
-        query_positions = behind[:, None] + c  # (B, C)
-        is_prompt = (p < behind[:, None])[:, None].expand(-1, len(c), -1)  # (B, C, P)
-        visible = torch.cat([is_prompt, (c <= c[:, None]).expand(len(behind), -1, -1)], 2)  # (B, C, P + C)
-        distance = query_positions[:, :, None] - key_positions[:, None]
-        self.masks = {}  # by window: of the prompts and of the completions
-        for window in {layer.window for layer in decoder.layers}:
-            near = (p[:, None] - p < window, distance < window) if window else (True, True)
-            self.masks[window] = tuple(
-                grouped(seen & close, self.group, dtype)
-                for seen, close in zip(((p <= p[:, None])[None], visible), near)
-            )
-
-    def before(self) -> torch.Tensor:
-        """Packed places of the token before each completion's tokens, and of its last one: (sum of the lengths + B,)."""
-        counts = self.sizes + 1
-        row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        step = torch.arange(len(row), device=counts.device) - (counts.cumsum(0) - counts)[row]  # 0 is before the first
-        first = self.num_prompt_tokens + self.sizes.cumsum(0) - self.sizes  # (B,)
-        return torch.where(step == 0, self.last_of_prompt[row], first[row] + step - 1)
-
-    def attend(self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        of_prompts, of_completions = self.masks[layer.window]
-        n = self.num_prompt_tokens
-        prompt_keys, prompt_values = (self.pad(x[:n], self.prompt_cells, self.prompt_shape) for x in (key, value))
-        query_heads = query.view(len(query), self.kv_heads, self.group, -1)
-        prompts = attention(
-            self.pad(query_heads[:n], self.prompt_cells, self.prompt_shape), prompt_keys, prompt_values, of_prompts,
-            layer.scaling,
-        )  # fmt: skip
-        keys, values = (
-            torch.cat(
-                [shared.index_select(0, self.prompt_of), self.pad(x[n:], self.completion_cells, self.completion_shape)],
-                2,
-            )
-            for shared, x in ((prompt_keys, key), (prompt_values, value))
-        )  # (B, kv heads, P + C, d)
-        completions = attention(
-            self.pad(query_heads[n:], self.completion_cells, self.completion_shape), keys, values, of_completions,
-            layer.scaling,
-        )  # fmt: skip
-        return torch.cat(
-            [
-                self.pack(prompts, self.prompt_cells, self.prompt_shape),
-                self.pack(completions, self.completion_cells, self.completion_shape),
-            ]
-        )
-
-    def pad(self, x: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """Packed (n, kv heads, d) or (n, kv heads, g, d) as (rows, kv heads, width, d) or (rows, kv heads, g width, d)."""
-        rows, width = shape
-        padded = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, cells, x).view(rows, width, *x.shape[1:])
-        padded = padded.movedim(1, -2)  # (rows, kv heads, [g,] width, d)
-        return padded.reshape(rows, self.kv_heads, -1, x.shape[-1])
-
-    def pack(self, x: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """Attended (rows, kv heads, g width, d) as packed (n, heads d)."""
-        rows, width = shape
-        x = x.view(rows, self.kv_heads, self.group, width, -1).movedim(3, 1)  # (rows, width, kv heads, g, d)
-        return x.reshape(rows * width, -1).index_select(0, cells)

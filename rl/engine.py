@@ -6,7 +6,6 @@ wait enter behind. So a step costs what its living rows cost. Where memory allow
 weights for the time of the roll-out. On CUDA a step, sampling included, is one CUDA graph for each size of the batch.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from rl.decoder import Layer, attention, grouped
+from rl.attention import Rows, attention, causal, masks_by_window, round_up
+from rl.decoder import Layer
 from rl.policy import Policy
 from rl.sampling import Sampling, sample
 
@@ -54,10 +54,10 @@ class Engine:
         self.sampling, self.generator = sampling, generator
         self.rows: list[Row] = []  # rows[i] lives in slot i
         self.slots = max(min(rows_at_a_time, len(prompts) * num_generations), num_generations)
-        self.length = max(map(len, prompts)) + max_completion_length  # of the longest row
-        self.on_cuda = policy.device.type == "cuda"
+        self.length = round_up(max(map(len, prompts)) + max_completion_length, self.device)  # of the longest row
+        self.by_graphs = uses_graphs(self.device)
         self.decoder = policy.decoder
-        if fits(self.decoder.scratch_bytes() + self.cache_bytes(), policy.device):
+        if self.decoder.can_fold() and fits(self.decoder.scratch_bytes() + self.cache_bytes(), policy.device):
             self.decoder = self.decoder.folded()
         self.decoder.prepare(self.length)
 
@@ -66,7 +66,7 @@ class Engine:
         # gives larger ones back to the system at once, and getting them again costs more than what they are used for.
         shape = 2, self.slots, decoder.kv_heads, 0, decoder.head_dim
         self.cache = [torch.zeros(shape, device=self.device, dtype=decoder.dtype) for _ in decoder.layers]
-        if self.on_cuda:
+        if self.by_graphs:
             self.reserve(self.length)  # CUDA graphs need it to stay where it is; else it grows
         self.token = torch.zeros(self.slots, dtype=torch.long, device=self.device)  # the last one of each row
         self.position = torch.zeros_like(self.token)  # of that token in its row
@@ -112,38 +112,24 @@ class Engine:
 
     def prefill(self, prompts: list[list[int]], into: slice) -> None:
         """Run these prompts and copy their keys and values, group by group, into the slots."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        width = int(lengths.max())
-        inside = torch.arange(width, device=self.device) < lengths[:, None]  # (P, width)
-        cells = inside.flatten().nonzero()[:, 0]
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)  # (N,)
-        positions = inside.nonzero()[:, 1]
-        columns = torch.arange(width, device=self.device)
-        distance = columns[:, None] - columns
-        masks = self.masks_of((distance >= 0)[None], distance[None])
-        self.reserve(min(width + GROWTH, self.length))
+        rows, group = Rows([len(prompt) for prompt in prompts], self.device), self.group
+        masks = masks_by_window(self.decoder, *causal(rows.width, self.device))
+        self.reserve(min(rows.width + GROWTH, self.length))
 
         def attend(layer: Layer, query, key, value):
-            def pad(x):  # (N, kv heads, ..., d) -> (P, kv heads, ... width, d)
-                padded = x.new_zeros(inside.numel(), *x.shape[1:]).index_copy_(0, cells, x)
-                padded = padded.view(*inside.shape, *x.shape[1:]).movedim(1, -2)
-                return padded.reshape(len(prompts), self.decoder.kv_heads, -1, x.shape[-1])
-
-            keys, values = pad(key), pad(value)
+            query, keys, values = (rows.pad_heads(x, self.decoder.kv_heads) for x in (query, key, value))
             for kind, x in enumerate((keys, values)):
-                self.cache[layer.index][kind, into, :, :width] = x.repeat_interleave(self.group, 0)
-            query = pad(query.view(len(query), self.decoder.kv_heads, -1, query.shape[-1]))
-            out = attention(query, keys, values, masks[layer.window], layer.scaling)
-            out = out.view(*out.shape[:2], -1, width, out.shape[-1]).movedim(3, 1)  # (P, width, kv heads, g, d)
-            return out.reshape(inside.numel(), -1)[cells]
+                self.cache[layer.index][kind, into, :, : rows.width] = x.repeat_interleave(group, 0)
+            return rows.pack_heads(attention(query, keys, values, masks[layer.window], layer.scaling))
 
-        states = self.decoder.forward(ids, positions, attend)
-        last = states[lengths.cumsum(0) - 1]
-        self.logits.append(self.decoder.head(last)[0].repeat_interleave(self.group, 0))
-        self.position[into] = (lengths - 1).repeat_interleave(self.group)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)  # (N,)
+        states = self.decoder.forward(ids, rows.column, attend)
+        last = states[rows.lengths.cumsum(0) - 1]  # (P, H)
+        self.logits.append(self.decoder.head(last)[0].repeat_interleave(group, 0))
+        self.position[into] = (rows.lengths - 1).repeat_interleave(group)
         if self.seen is not None:
             of_prompts = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool, device=self.device)
-            of_prompts[inside.nonzero()[:, 0], ids] = True
+            of_prompts[rows.row, ids] = True
             self.seen[into] = of_prompts.repeat_interleave(self.group, 0)
 
     def leave(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Ended:
@@ -214,7 +200,7 @@ class Engine:
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One decode step of all rows, or on CUDA a few: tokens and log-probabilities, each (steps, rows)."""
         rows, length = len(self.rows), self.used_length()
-        if not self.on_cuda:
+        if not self.by_graphs:
             self.reserve(length)
             token, logprob = self.decode(rows, length)
             return token[None], logprob[None]
@@ -231,7 +217,7 @@ class Engine:
         position = self.position[:rows]
         columns = torch.arange(length, device=self.device)
         distance = position[:, None, None] - columns  # (rows, 1, length)
-        masks = self.masks_of(distance >= 0, distance)
+        masks = masks_by_window(self.decoder, distance >= 0, distance)
         slots = torch.arange(rows, device=self.device)
 
         def attend(layer: Layer, query, key, value):
@@ -246,15 +232,6 @@ class Engine:
         token, logprob = sample(self.decoder.head(states)[0], self.sampling, self.generator, seen)
         self.accept(slice(rows), token)
         return token, logprob
-
-    def masks_of(self, visible: torch.Tensor, distance: torch.Tensor) -> dict[int | None, torch.Tensor]:
-        """The additive masks by window; visible and distance (query's position - key's) are (rows, T, S)."""
-        decoder = self.decoder
-        group = decoder.heads // decoder.kv_heads
-        return {
-            window: grouped(visible if window is None else visible & (distance < window), group, decoder.dtype)
-            for window in {layer.window for layer in decoder.layers}
-        }
 
     def graph(self, rows: int, length: int):
         """A function that replays `decode(rows, length)` as a CUDA graph and returns its outputs; captured when first used.
@@ -287,9 +264,13 @@ class Engine:
 
 def bucket(size: int, smallest: int, largest: int) -> int:
     """The size doubled up from the smallest that holds `size`, at most the largest."""
-    for candidate in itertools.accumulate(itertools.repeat(2), lambda x, y: x * y, initial=smallest):
-        if candidate >= size or candidate >= largest:
-            return min(candidate, largest)
+    while smallest < min(size, largest):
+        smallest *= 2
+    return min(smallest, largest)
+
+
+def uses_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def fits(needed: int, device: torch.device) -> bool:

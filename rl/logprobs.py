@@ -5,38 +5,13 @@ forward where it does not know the architecture. The head runs on these alone, i
 in the backward: memory does not grow with completion x vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rl.decoder import SharedPrompts
+from rl.attention import Rows, SharedPrompts
 from rl.policy import Policy
 
 LOGITS_AT_A_TIME = 2**24  # elements of a chunk's logits: 64 MB in fp32; a few tensors of this size live at a time
-
-
-@dataclass
-class Places:
-    """Where the tokens of completions stand in padded rows (B, C)."""
-
-    lengths: torch.Tensor  # (B,)
-    mask: torch.Tensor  # (B, C) True on completion tokens; from lengths, never from token ids
-
-    @property
-    def cells(self) -> torch.Tensor:
-        """The index of each token in the flattened rows, (N,)."""
-        return self.mask.flatten().nonzero()[:, 0]
-
-    def pad(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, ...) in rows (B, C, ...), zeros behind each."""
-        rows = values.new_zeros(self.mask.numel(), *values.shape[1:]).index_copy(0, self.cells, values)
-        return rows.view(*self.mask.shape, *values.shape[1:])
-
-
-def places(lengths: list[int], device: torch.device) -> Places:
-    counts = torch.tensor(lengths, device=device)
-    return Places(counts, torch.arange(max(lengths), device=device) < counts[:, None])
 
 
 def completion_logprobs(
@@ -48,7 +23,7 @@ def completion_logprobs(
     next-token distribution (B, C), or None. C is the longest completion; masked places are 0. The entropy has a gradient
     where the policy's `entropy_gradient` is set.
     """
-    at = places([len(completion) for completion in completions], policy.device)
+    rows = Rows([len(completion) for completion in completions], policy.device)
     ids = torch.tensor([token for completion in completions for token in completion], device=policy.device)  # (N,)
     if policy.plain_head:
         before, head = states_before(policy, prompts, completions), policy.head
@@ -72,7 +47,7 @@ def completion_logprobs(
     else:
         parts = [of_chunk(*chunk) for chunk in chunks]
     chosen, entropy = zip(*parts)
-    return at.pad(torch.cat(chosen)), at.mask, at.pad(torch.cat(entropy)) if with_entropy else None
+    return rows.pad(torch.cat(chosen)), rows.mask, rows.pad(torch.cat(entropy)) if with_entropy else None
 
 
 def completion_states(
@@ -83,8 +58,8 @@ def completion_states(
     Returns states (B, C + 1, H): place t of row i is hidden[i, P_i - 1 + t], from which token t is predicted; and the mask
     (B, C) of the tokens. Places past the end of a row are 0.
     """
-    at = places([len(completion) + 1 for completion in completions], policy.device)
-    return at.pad(states_before(policy, prompts, completions, after_last=True)), at.mask[:, 1:]
+    rows = Rows([len(completion) + 1 for completion in completions], policy.device)
+    return rows.pad(states_before(policy, prompts, completions, after_last=True)), rows.mask[:, 1:]
 
 
 def states_before(

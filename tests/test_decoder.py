@@ -245,6 +245,124 @@ def test_folding_is_exact_and_leaves_the_model_alone():
     assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
 
 
+def test_a_lora_of_another_kind_is_run_by_its_own_module():
+    """DoRA cannot be folded in: sampler and update still are the model's own forward."""
+    policy = make_policy("llama")
+    settings = peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"])
+    policy.model.add_adapter("dora", settings)
+    policy.model.set_adapter("dora")
+    for name, parameter in policy.model.named_parameters():
+        if ".dora." in name and "lora_B" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    assert not policy.decoder.can_fold()
+    (prompt,) = random_rows(6)
+    (episode,) = rollout(policy, [prompt], 1, 8, Sampling(), torch.Generator().manual_seed(0), 1)
+    logits = own_logits(policy, prompt + episode.completion_ids)[len(prompt) - 1 : -1].log_softmax(-1)
+    expected = logits[range(len(episode.completion_ids)), episode.completion_ids]
+    assert episode.sampler_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+    logprobs, _, _ = completion_logprobs(policy, [prompt], [episode.completion_ids])
+    torch.testing.assert_close(logprobs[0], expected, atol=1e-5, rtol=0)
+
+
+# --- CUDA graphs, as far as a CPU shows them
+
+
+def on_graphs(policy, prompts, monkeypatch, **how):
+    """A roll-out by the path of CUDA graphs, each replay being the same decode step run eagerly; and the sizes asked for."""
+    sizes = []
+
+    def graph(self, rows, length):
+        sizes.append((rows, length))
+        return lambda: self.decode(rows, length)
+
+    monkeypatch.setattr(engine, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(Engine, "graph", graph)
+    monkeypatch.setattr(engine, "SMALLEST_BATCH", 2)
+    monkeypatch.setattr(engine, "SMALLEST_LENGTH", 8)
+    return rollout(policy, prompts, **how), sizes
+
+
+@pytest.mark.parametrize("name", ["qwen3, sliding window", "llama, llama3 rope"])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_steps_by_graphs_give_the_same_completions(name, penalty, monkeypatch):
+    """Several steps between two looks, idle slots decoded along, buckets: rows end where they should and nothing leaks."""
+    policy, prompts = make_policy(name), random_rows(5, 11, 1, 8, 3, 7)
+    policy.eos_ids = frozenset(range(2, 8))
+    how = {"num_generations": 2, "max_completion_length": 21, "rows_at_a_time": 5}
+    how |= {"sampling": Sampling(0, repetition_penalty=penalty), "generator": torch.Generator()}
+    expected = rollout(policy, prompts, **how)
+    handed = []
+    found, sizes = on_graphs(policy, prompts, monkeypatch, on_finished=handed.append, **how)
+    assert [e.completion_ids for e in found] == [e.completion_ids for e in expected]
+    assert {e.truncated for e in found} == {True, False}
+    for a, b in zip(found, expected):
+        assert a.sampler_logprobs == pytest.approx(b.sampler_logprobs, abs=1e-5)
+    assert sum(map(len, handed)) == 12
+    longest = 11 + 21
+    assert {rows for rows, _ in sizes} <= {2, 4, 5} and {length for _, length in sizes} <= {8, 16, 32, longest}
+    assert len(set(sizes)) > 1
+
+
+def test_a_graph_is_captured_once_and_its_warm_up_leaves_no_trace(monkeypatch):
+    """The calls to torch.cuda, in their order, and the state of the rows after them."""
+    calls = []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            calls.append("generator")
+
+        def replay(self):
+            calls.append("replay")
+
+        def pool(self):
+            return "pool"
+
+    class Context:
+        def __init__(self, name, *args, pool=None):
+            self.name = name, pool
+
+        def __enter__(self):
+            calls.append(self.name)
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Context("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Context("current"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: Context("capture", pool=pool))
+    policy = make_policy("qwen2")
+    prompts = random_rows(5, 3)
+    with torch.no_grad():
+        made = Engine(policy, prompts, 2, 9, Sampling(repetition_penalty=1.1), torch.Generator().manual_seed(0), 4)
+        made.enter(list(enumerate(prompts)))
+        made.reserve(made.length)
+        made.draw(0, 4)
+        state = [made.token.clone(), made.position.clone(), made.seen.clone()]
+        decoded, decode = [], made.decode
+
+        def counted(rows, length):
+            decoded.append((rows, length))
+            if len(decoded) % 2:  # the warm-up; a capture executes nothing
+                return decode(rows, length)
+            return torch.zeros(rows), torch.zeros(rows)
+
+        monkeypatch.setattr(made, "decode", counted)
+        for _ in range(2):
+            made.graph(4, 8)()
+        made.graph(2, 8)()
+        assert decoded == [(4, 8)] * 2 + [(2, 8)] * 2
+        assert calls == [
+            ("side", None), "generator", ("capture", None), "replay", "replay",
+            ("side", None), "generator", ("capture", "pool"), "replay",
+        ]  # fmt: skip
+        assert all(torch.equal(x, y) for x, y in zip(state, (made.token, made.position, made.seen)))
+
+
 def test_what_is_not_supported_says_why():
     other = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40))
     assert "GPTNeoXForCausalLM is not of" in unsupported(other)
