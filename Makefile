@@ -1,6 +1,7 @@
 # make train   set up .venv and teach the bundled tiny model to think       (ARGS="--seed 1" are passed to train.py)
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
-# make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: two hours)
+# make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: TIME)
+# make bench   set up .venv, and .venv-trl, and time a step beside TRL's    (ARGS="--reward task")
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip.
 
@@ -11,7 +12,7 @@ REQUIREMENTS ?= requirements-cpu.txt
 GYM = reasoning-gym==0.1.25
 PY = .venv/bin/python
 
-.PHONY: train test test-all compare clean
+.PHONY: train test test-all compare bench clean
 
 train: .venv/installed
 	@$(PY) train.py $(ARGS)
@@ -25,6 +26,9 @@ test-all: .venv/installed
 compare: .venv/installed
 	@$(PY) bench/compare.py $(ARGS)
 
+bench: .venv/installed
+	@PIP_ARGS="$(PIP_ARGS)" $(PY) bench/step.py --peer trl $(ARGS)
+
 .venv/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ponder needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	@echo "Setting up .venv: PyTorch, transformers, peft and a few more, one to two minutes with a fast connection ..."
@@ -35,5 +39,5 @@ compare: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

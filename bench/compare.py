@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=FAMILY, default=list(FAMILY), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--questions", type=int, default=402, help="held-out questions")
+    parser.add_argument("--questions", type=int, default=201, help="held-out questions")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--fresh", action="store_true", help="repeat runs that are there already")
     args = parser.parse_args()

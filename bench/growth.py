@@ -18,12 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-CASES = {  # prompts, group, length, share of the rows that end half-way
-    "32 prompts x 8, 64 tokens": (32, 8, 64, 0.0),
-    "twice the prompts": (64, 8, 64, 0.0),
-    "twice the group": (32, 16, 64, 0.0),
-    "twice the length": (32, 8, 128, 0.0),
-    "three quarters of the rows end half-way": (32, 8, 64, 0.75),
+CASES = {  # prompts, group, length, share of the rows that end half-way, slots
+    "32 prompts x 8, 32 tokens": (32, 8, 32, 0.0, 256),
+    "twice the prompts": (64, 8, 32, 0.0, 512),
+    "twice the group": (32, 16, 32, 0.0, 512),
+    "twice the length": (32, 8, 64, 0.0, 256),
+    "four times the length": (32, 8, 128, 0.0, 256),
+    "four times the prompts, through 256 slots": (128, 8, 32, 0.0, 256),
+    "the same, three quarters of the rows end half-way": (128, 8, 32, 0.75, 256),
 }
 
 
@@ -32,10 +34,9 @@ def time_cases(rounds: int) -> dict[str, list[float]]:
     import torch
 
     from data import load_questions
-    from rl import engine
+    from rl import engine, rollout
     from rl.config import Config
     from rl.policy import load_policy
-    from rl.rollout import rollout
     from rl.sampling import Sampling
 
     class Ending(engine.Engine):
@@ -54,20 +55,20 @@ def time_cases(rounds: int) -> dict[str, list[float]]:
     policy.eos_ids = frozenset({-1})
     rows, _, _ = load_questions(["sums", "words"], [], 64, 2, {}, 0)
     prompts = policy.encode_prompts(rows, 128)
-    engine.Engine, rollout.__globals__["Engine"] = Ending, Ending
+    rollout.Engine = Ending
     seconds = {name: [] for name in CASES}
     for round_ in range(rounds + 1):
-        for name, (count, group, length, Ending.share) in CASES.items():
+        for name, (count, group, length, Ending.share, slots) in CASES.items():
             generator = torch.Generator().manual_seed(round_)
             started = time.perf_counter()
-            rollout(policy, prompts[:count], group, length, Sampling(), generator, 1024)
+            rollout.rollout(policy, prompts[:count], group, length, Sampling(), generator, slots)
             if round_:  # the first one warms up
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
 def tokens_of(case: str) -> float:
-    prompts, group, length, share = CASES[case]
+    prompts, group, length, share, _ = CASES[case]
     return prompts * group * length * (1 - share / 2)
 
 

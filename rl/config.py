@@ -53,7 +53,7 @@ class Config:
     top_k: int = 0  # 0 is off
     min_p: float = 0.0  # 0 is off
     repetition_penalty: float = 1.0  # 1 is off
-    rollout_batch_size: int = 512  # rows generated at a time, in training and evaluation; lower it if memory is short
+    rollout_batch_size: int = 512  # rows generated at a time, in training and evaluation; fewer where memory is short
 
     dynamic_sampling: int = 0  # DAPO: times a step that questions replace groups which are all right or all wrong
     curriculum_steps: int = 0  # over so many first steps questions join by their column `level`, easiest first; 0: off

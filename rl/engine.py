@@ -57,6 +57,8 @@ class Engine:
         self.length = round_up(max(map(len, prompts)) + max_completion_length, self.device)  # of the longest row
         self.by_graphs = uses_graphs(self.device)
         self.decoder = policy.decoder
+        while self.slots > self.group and not fits(self.cache_bytes(), self.device):
+            self.slots = max(self.slots // 2, self.group)  # the others wait for their turn
         if self.decoder.can_fold() and fits(self.decoder.scratch_bytes() + self.cache_bytes(), policy.device):
             self.decoder = self.decoder.folded()
         self.decoder.prepare(self.length)
@@ -77,6 +79,7 @@ class Engine:
         self.graphs = {}
 
     def cache_bytes(self) -> int:
+        """What keys and values take when every slot holds a row of the full length."""
         decoder = self.decoder
         per_token = 2 * len(decoder.layers) * decoder.kv_heads * decoder.head_dim * decoder.dtype.itemsize
         return self.slots * self.length * per_token
