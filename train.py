@@ -50,7 +50,6 @@ def main(arguments: list[str]) -> None:
     from rl.advantages import Advantages, learned_rewards, teaching_groups
     from rl.algorithms import varied_groups
     from rl.critic import Critic
-    from rl.decoder import unsupported
     from rl.evaluate import Marking, evaluate
     from rl.policy import check_model, describe_adapter, load_policy, reloaded_adapter, save_adapter
     from rl.rollout import rollout
@@ -68,10 +67,9 @@ def main(arguments: list[str]) -> None:
     critic = Critic(policy, config) if config.has_critic and not config.eval_only else None
     train_prompts = policy.encode_prompts(train_rows, config.max_completion_length)
     eval_prompts = policy.encode_prompts(eval_rows, config.max_completion_length)
-    agreement = check_sampler(policy, train_prompts)
-    if not policy.decoder:
-        why = unsupported(policy.model) or "its forward pass is not the one that is known for its architecture"
-        notes.append(f"the roll-out goes through the model's own forward, which is slower: {why}")
+    agreement = check_sampler(policy, train_prompts, config.max_completion_length)
+    if policy.own_forward_because:
+        notes.append(f"the model's own forward is used, which is slower: {policy.own_forward_because}")
     run = RunFolder(folder, config, rewards.path)
     watch = Stopwatch(started)
     print(f"Ponder on {describe_machine(policy.device)}; everything goes into {run.path}")

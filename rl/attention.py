@@ -1,7 +1,8 @@
 """Attention over packed tokens: where they stand in padded rows, what each of them sees, and prompts that rows share.
 
 The query heads of a key-value head stand in line as queries of one, so that grouped-query attention needs no copies of keys
-and values, and one kernel with a mask serves prefill, decoding and the update.
+and values, and one kernel with a mask serves prefill, decoding and the update. A mask is as large as rows x queries x
+keys: what max_tokens_per_micro_batch bounds, and what a prompt of many thousand tokens would feel.
 """
 
 import torch
@@ -51,11 +52,16 @@ def round_up(width: int, device: torch.device) -> int:
 
 
 class Rows:
-    """Where packed tokens stand in right-padded rows. From lengths, never from token ids."""
+    """Where packed tokens stand in right-padded rows. From lengths, never from token ids.
 
-    def __init__(self, lengths: list[int], device: torch.device):
+    aligned: for attention, as wide as its kernels want it (`round_up`); else as the longest row.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device, aligned: bool = False):
         self.lengths = torch.tensor(lengths, device=device)  # (B,)
-        self.width = round_up(max(1, max(lengths)), device)
+        self.width = max(1, max(lengths))
+        if aligned:
+            self.width = round_up(self.width, device)
         self.mask = torch.arange(self.width, device=device) < self.lengths[:, None]  # (B, W) True on tokens
         self.cells = self.mask.flatten().nonzero()[:, 0]  # (N,) of each token in the flattened rows
         self.row, self.column = self.cells // self.width, self.cells % self.width  # (N,)
@@ -71,8 +77,8 @@ class Rows:
 
     def pad_heads(self, x: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """Queries, keys or values (N, heads, d) as `attention` takes them: (B, kv heads, heads / kv heads x W, d)."""
-        rows = self.pad(x.view(len(x), kv_heads, -1, x.shape[-1]))  # (B, W, kv heads, g, d)
-        return rows.permute(0, 2, 3, 1, 4).reshape(len(rows), kv_heads, -1, x.shape[-1])
+        rows = self.pad(x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)))  # (B, W, kv heads, g, d)
+        return rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def pack_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Attended (B, kv heads, g W, d) as packed (N, heads d)."""
@@ -94,16 +100,18 @@ class SharedPrompts:
         prompt_of = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         unique = list(numbers)
         self.ids = torch.tensor([token for row in (*unique, *completions) for token in row], device=device)  # (N,)
-        self.prompts, self.completions = (Rows([len(row) for row in rows], device) for rows in (unique, completions))
+        self.prompts, self.completions = (
+            Rows([len(row) for row in rows], device, aligned=True) for rows in (unique, completions)
+        )
         self.prompt_of = torch.tensor(prompt_of, device=device)  # (B,)
         behind = self.prompts.lengths[self.prompt_of]  # (B,) the first position of each completion
         self.positions = torch.cat([self.prompts.column, behind[self.completions.row] + self.completions.column])
         decoder.prepare(int(self.positions.max()) + 1)
 
         # What is seen. Padding sees something, too, or its softmax would be nan, and with it the gradient of all.
-        p, c = (torch.arange(rows.width, device=device) for rows in (self.prompts, self.completions))
-        key_positions = torch.cat([p.expand(len(behind), -1), behind[:, None] + c], 1)  # (B, P + C)
-        query_positions = behind[:, None] + c  # (B, C)
+        p, c = (torch.arange(rows.width, device=device, dtype=torch.int32) for rows in (self.prompts, self.completions))
+        query_positions = behind[:, None].int() + c  # (B, C)
+        key_positions = torch.cat([p.expand(len(behind), -1), query_positions], 1)  # (B, P + C)
         is_prompt = (p < behind[:, None])[:, None].expand(-1, len(c), -1)  # (B, C, P)
         visible = torch.cat([is_prompt, (c <= c[:, None]).expand(len(behind), -1, -1)], 2)  # (B, C, P + C)
         distance = query_positions[:, :, None] - key_positions[:, None]

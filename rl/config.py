@@ -89,9 +89,7 @@ class Config:
     entropy_coef: float = 0.0  # weight of an entropy bonus in the loss
     beta: float = 0.0  # weight of the KL from the reference (the model without its LoRA); in dpo the scale of margins
     beta_target_kl: float | None = None  # of ppo: the KL, nats a completion, that beta follows; empty: beta is fixed
-    importance_sampling_cap: float = (
-        2.0  # bound on pi / sampler, where the sampler's kernels differ (bf16, fp16); 0: off
-    )
+    importance_sampling_cap: float = 2.0  # in bf16 and fp16: bound on pi / sampler, whose kernels differ; 0: off
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL in the loss; in the reward (ppo) it is k1
     use_bias_correction_kl: bool = True  # multiply the estimate by the probability ratio: an unbiased gradient
     mask_truncated_completions: bool = False  # leave truncated completions out of the loss

@@ -10,6 +10,7 @@ import contextlib
 import torch
 
 from rl.config import Config
+from rl.decoder import Decoder
 from rl.logprobs import completion_states
 from rl.policy import Policy, lora_settings
 
@@ -30,6 +31,8 @@ class Critic:
             policy.model.set_adapter("critic")
             self.parameters += [p for name, p in policy.model.named_parameters() if ".critic." in name]
             policy.model.set_adapter("default")
+            if policy.decoder:  # the critic's LoRA may be on layers that had none before
+                policy.decoder = Decoder(policy.model)
 
     @contextlib.contextmanager
     def active(self):

@@ -14,17 +14,16 @@ import psutil
 import torch
 
 from rl.attention import Rows, attention, causal, masks_by_window, round_up
+from rl.config import ConfigError
 from rl.decoder import Layer
 from rl.policy import Policy
-from rl.sampling import Sampling, sample
+from rl.sampling import Ended, Sampling, sample
 
 REFILL_SHARE = 1 / 8  # groups that wait enter together, once this share of the slots is free
 PREFILL_TOKENS = 16384  # prompt tokens prefilled at a time
 STEPS_A_LOOK = 8  # on CUDA: decode steps between two looks at what has ended, since each look waits for the GPU
 GROWTH = 64  # places by which the cache grows at the least
 SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # of the CUDA graphs; sizes double from there
-
-Ended = dict[int, tuple[list[int], list[float], bool]]  # by place: token ids, log-probabilities, whether it was cut
 
 
 @dataclass
@@ -115,7 +114,7 @@ class Engine:
 
     def prefill(self, prompts: list[list[int]], into: slice) -> None:
         """Run these prompts and copy their keys and values, group by group, into the slots."""
-        rows, group = Rows([len(prompt) for prompt in prompts], self.device), self.group
+        rows, group = Rows([len(prompt) for prompt in prompts], self.device, aligned=True), self.group
         masks = masks_by_window(self.decoder, *causal(rows.width, self.device))
         self.reserve(min(rows.width + GROWTH, self.length))
 
@@ -144,6 +143,10 @@ class Engine:
         for slot, (ids, values) in enumerate(zip(tokens.T.tolist(), logprobs.T.tolist()), first):
             row = self.rows[slot]
             for token, logprob in zip(ids, values):
+                if logprob != logprob:
+                    raise ConfigError(
+                        f"dtype: in {self.decoder.dtype} the model's logits are not numbers; set dtype to float32 or bfloat16"
+                    )
                 row.ids.append(token)
                 row.logprobs.append(logprob)
                 stopped = token in self.eos_ids
@@ -219,7 +222,8 @@ class Engine:
         """Run the last token of the first `rows` slots over the first `length` places of the cache, and draw the next."""
         position = self.position[:rows]
         columns = torch.arange(length, device=self.device)
-        distance = position[:, None, None] - columns  # (rows, 1, length)
+        # An idle slot of a graph may stand beyond `length`; if it saw nothing, its nan would stay in its cache.
+        distance = position.clamp(max=length - 1)[:, None, None] - columns  # (rows, 1, length)
         masks = masks_by_window(self.decoder, distance >= 0, distance)
         slots = torch.arange(rows, device=self.device)
 
@@ -278,5 +282,7 @@ def uses_graphs(device: torch.device) -> bool:
 
 def fits(needed: int, device: torch.device) -> bool:
     """Whether so many bytes leave at least a fifth of the free memory unused."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return needed < 0.8 * free
+    if device.type == "cuda":  # what PyTorch's allocator holds and does not use is free, too
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return needed < 0.8 * (torch.cuda.mem_get_info(device)[0] + held)
+    return needed < 0.8 * psutil.virtual_memory().available

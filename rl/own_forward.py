@@ -12,11 +12,9 @@ from transformers import DynamicCache
 
 from rl.config import ConfigError
 from rl.policy import Policy
-from rl.sampling import Sampling, sample
+from rl.sampling import Ended, Sampling, sample
 
 DROP_FINISHED_SHARE = 0.2  # rows are dropped from the batch once this share of them has ended
-
-Ended = dict[int, tuple[list[int], list[float], bool]]  # by place: token ids, log-probabilities, whether it was cut
 
 
 @dataclass

@@ -43,9 +43,8 @@ class Policy:
     system_prompt: str | None
     chat_template_kwargs: dict
     continues_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
-    decoder: (
-        Decoder | None
-    )  # the forward pass written out; None: the architecture is not known, the model's own is used
+    decoder: Decoder | None  # the forward pass written out; None: the model's own is used
+    own_forward_because: str | None = None  # why there is no decoder
     plain_head: bool = True  # logits are the head's product with the last hidden state, and nothing more
     entropy_gradient: bool = False  # the entropy is part of the loss
 
@@ -178,6 +177,7 @@ def load_policy(config: Config) -> Policy:
         chat_template_kwargs=config.chat_template_kwargs,
         continues_adapter=config.adapter is not None,
         decoder=None if unsupported(model) else Decoder(model),
+        own_forward_because=unsupported(model),
         plain_head=not unsupported(model) or has_plain_head(model),
         entropy_gradient=config.entropy_coef > 0,
     )

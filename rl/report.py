@@ -69,8 +69,9 @@ def is_repetitive(token_ids: list[int]) -> bool:
 def describe_tokens(inspected: list[dict]) -> dict[str, float]:
     """Metrics from the one group that was looked at token by token, before its update.
 
-    kl: the mean of k3 against the reference (the update replaces it by that of all completions where beta is set).
-    sampling_logp_difference: between the sampler's log-probabilities and the trainer's, which should agree.
+    kl: the mean of k3 against the reference. sampling_logp_difference: between the sampler's log-probabilities and the
+    trainer's, which should agree. The update replaces them by those of all completions that it trains on: kl where beta is
+    set, the difference in bf16 and fp16.
     """
     differences = [abs(a - b) for t in inspected for a, b in zip(t["logprobs"], t["sampler_logprobs"])]
     return {

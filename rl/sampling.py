@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Completions that have ended, by their place in a roll-out: token ids, log-probabilities, whether it was cut.
+Ended = dict[int, tuple[list[int], list[float], bool]]
+
 
 @dataclass
 class Sampling:
@@ -60,7 +63,8 @@ def draw_by_inversion(probabilities: torch.Tensor, generator: torch.Generator) -
     cumulated = probabilities.cumsum(-1)
     uniform = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device)
     threshold = cumulated[:, -1:] * uniform * (1 - 2**-20)  # below the sum also after rounding
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
+    token = torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
+    return token.clamp(max=probabilities.shape[1] - 1)  # beyond it only where they are nan, which the caller sees
 
 
 def draw_by_race(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -149,7 +149,7 @@ class Updater:
         }
         if config.kl_in_loss:
             metrics["kl"] = totals["kl"] / tokens
-        if self.corrects_sampler and config.algorithm != "dpo":
+        if self.corrects_sampler and config.algorithm != "dpo" and totals["tokens"]:
             metrics["sampling/importance_sampling_ratio/mean"] = totals["trust"] / tokens
             metrics["sampling/sampling_logp_difference/mean"] = totals["mismatch"] / tokens
             metrics["sampling/sampling_logp_difference/max"] = totals["most_mismatch"]
@@ -186,7 +186,9 @@ class Updater:
         self.policy.model.train()
         (self.backward_pairs if self.config.algorithm == "dpo" else self.backward)(episodes, own)
         self.policy.model.eval()
+        most = max(totals["most_mismatch"], own["most_mismatch"])
         totals.update(own)
+        totals["most_mismatch"] = most
         if self.config.target_kl and own["moved"] > self.config.target_kl * own["tokens"]:
             self.optimizer.discard()
             return True
@@ -360,7 +362,9 @@ def micro_batches(items: list, max_tokens: int, shares_prompts: bool) -> Iterato
         new_prompts, new_prompt_width = prompts | {prompt}, max(prompt_width, len(prompt))
         new_width = max(width, *(len(e.completion_ids) for e in rows(item)))
         copies = len(new_prompts) if shares_prompts else size + more
-        if batch and (size + more) * new_width + copies * new_prompt_width > max_tokens:
+        padded = (size + more) * new_width + copies * new_prompt_width
+        attended = (size + more) * (new_width + new_prompt_width)  # each completion has its prompt's keys and values
+        if batch and (padded > max_tokens or attended > 2 * max_tokens):
             yield batch
             batch, size, new_prompts, new_prompt_width = [], 0, {prompt}, len(prompt)
             new_width = max(len(e.completion_ids) for e in rows(item))

@@ -59,6 +59,30 @@ def test_gradients_of_policy_and_critic_stay_apart(policy, episodes, ppo, kind):
     assert [p.requires_grad for p in of_policy] == [True] * len(of_policy)
 
 
+def test_the_critic_learns_on_layers_that_the_policys_lora_leaves_out(policy, episodes, ppo, tmp_path):
+    """A run that goes on from a LoRA on two of the matrices: the critic's is on all of them, and every one is trained."""
+    import peft
+
+    base = policy.model.unload()
+    small = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    small.save_pretrained(tmp_path / "small")
+    ppo.adapter = str(tmp_path / "small")
+    policy = load_policy(ppo)
+    critic = Critic(policy, ppo)
+    torch.nn.init.normal_(critic.head.weight)
+    with critic.active():
+        fill_lora(policy, 0.1)
+        values, mask = critic.values(*ids_of(episodes))
+        values.sum().backward()
+        assert all(
+            p.grad is not None and p.grad.any() for name, p in policy.model.named_parameters() if ".critic." in name
+        )
+        decoder, policy.decoder = policy.decoder, None
+        expected, _ = critic.values(*ids_of(episodes))
+        policy.decoder = decoder
+    torch.testing.assert_close(values[:, :-1][mask], expected[:, :-1][mask], atol=1e-3, rtol=1e-3)
+
+
 def test_the_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
     """With another critic the policy's and the reference's log-probabilities are the same to the bit, and KL at step 0 is 0."""
     fill_lora(policy, 0.0)  # as at step 0

@@ -11,8 +11,8 @@ from rl.sampler_check import ALLOWED, SHIFT, check_sampler
 QUESTIONS = ["What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "1 + 1 = ?"]
 
 
-def checked(policy):
-    return check_sampler(policy, [policy.encode_prompt(question) for question in QUESTIONS])
+def checked(policy, max_completion_length=24):
+    return check_sampler(policy, [policy.encode_prompt(question) for question in QUESTIONS], max_completion_length)
 
 
 def lora(policy):
@@ -31,6 +31,10 @@ def test_it_passes_and_leaves_the_policy_as_it_was(policy, config, dtype, within
     assert policy.decoder is written_out
     assert all(torch.equal(p, before[name]) for name, p in lora(policy).items())
     assert all(p.requires_grad for name, p in policy.model.named_parameters() if "lora_" in name)
+
+
+def test_a_run_of_one_token(policy):
+    assert checked(policy, max_completion_length=1).shift >= SHIFT and policy.decoder
 
 
 def test_4_bit_weights(config):
@@ -60,6 +64,7 @@ def test_a_forward_pass_that_is_not_the_models_is_given_up(policy, monkeypatch):
     """Sampler and trainer agree with each other, and are wrong together."""
     monkeypatch.setattr(decoder, "rotate", lambda x, cos, sin: x)
     assert checked(policy).own_forward < 1e-4 and policy.decoder is None
+    assert "the written-out one differs from it by" in policy.own_forward_because
 
 
 def test_where_no_path_samples_from_the_policy_the_run_stops(policy, monkeypatch):

@@ -241,6 +241,15 @@ def test_what_the_sampler_drew_too_often_counts_less(policy, episodes, config):
             assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(1.5), abs=1e-4)
 
 
+def test_the_greatest_mismatch_is_that_of_all_optimizer_steps(policy, episodes, config):
+    policy.dtype, config.num_mini_batches, config.learning_rate = torch.bfloat16, 2, 0.0
+    for i, episode in enumerate(episodes):
+        logprobs, _, _ = completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])
+        episode.sampler_logprobs = (logprobs[0].detach() - 0.5 - 0.01 * i).tolist()
+    metrics = Updater(policy, config).update(episodes)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.65, abs=1e-3)
+
+
 def test_gradients_are_clipped_and_the_schedule_warms_up(policy, episodes, config):
     config.max_grad_norm, config.warmup_ratio, config.max_steps = 1e-9, 0.5, 4
     updater = Updater(policy, config)
@@ -270,6 +279,9 @@ def test_micro_batches_count_a_shared_prompt_once_and_keep_groups_together():
     assert [len(b) for b in micro_batches(rows, 4 * 9 + 2 * 20 - 1, shares_prompts=True)] == [3, 1]
     assert [len(b) for b in micro_batches(rows, 2 * 9 + 20, shares_prompts=True)] == [2, 2]
     assert len(list(micro_batches(rows, 2 * 9 + 20, shares_prompts=False))) == 4
+    # A long prompt counts once, but its keys and values stand before each completion: those are bounded, too.
+    long = [Episode(0, [1] * 1000, [2] * 10, [], False) for _ in range(64)]
+    assert max(len(batch) for batch in micro_batches(long, 4000, shares_prompts=True)) == 2 * 4000 // 1010
 
 
 def test_inspect_gives_one_value_a_token(policy, episodes, config):
