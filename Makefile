@@ -1,6 +1,6 @@
 # make train   set up .venv and teach the bundled tiny model to think       (ARGS="--seed 1" are passed to train.py)
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
-# make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: TIME)
+# make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: an hour)
 # make bench   set up .venv, and .venv-trl, and time a step beside TRL's    (ARGS="--reward task")
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip.

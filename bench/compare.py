@@ -1,6 +1,6 @@
 """Every algorithm of the family on the bundled tiny model, each with the same number of completions.
 
-    make compare                                          24 steps, three seeds: about two hours on two cores
+    make compare                                          24 steps, three seeds: about an hour on two cores
     python bench/compare.py --only ppo gspo --seeds 0     two of them, one seed
 
 Each run is `python train.py` with the settings of configs/tiny.yaml and those below. The budget is steps x 32 x 8

@@ -91,8 +91,7 @@ class Engine:
             if waiting and (not self.rows or free >= max(self.group, REFILL_SHARE * self.slots)):
                 entering = [waiting.popleft() for _ in range(min(len(waiting), free // self.group))]
                 first = len(self.rows)
-                self.enter(entering)
-                tokens, logprobs = self.draw(first, len(self.rows))
+                tokens, logprobs = self.draw(first, self.enter(entering))
             else:
                 first = 0
                 tokens, logprobs = self.step()
@@ -101,19 +100,23 @@ class Engine:
 
     # --- rows come and go
 
-    def enter(self, groups: list[tuple[int, list[int]]]) -> None:
-        """Prefill these prompts, once each, and put their groups into the slots behind those that are taken."""
+    def enter(self, groups: list[tuple[int, list[int]]]) -> torch.Tensor:
+        """Prefill these prompts, once each, and put their groups into the slots behind those that are taken.
+
+        Returns the logits from which the new rows' first tokens are drawn, (rows, V).
+        """
         budget = max(1, PREFILL_TOKENS // max(len(prompt) for _, prompt in groups))
-        self.logits = []
+        logits = []
         for start in range(0, len(groups), budget):
             part = groups[start : start + budget]
-            self.prefill([prompt for _, prompt in part], slice(len(self.rows), len(self.rows) + len(part) * self.group))
+            into = slice(len(self.rows), len(self.rows) + len(part) * self.group)
+            logits.append(self.prefill([prompt for _, prompt in part], into))
             for number, _ in part:
                 self.rows += [Row(number * self.group + i) for i in range(self.group)]
-        self.logits = torch.cat(self.logits)
+        return torch.cat(logits).repeat_interleave(self.group, 0)
 
-    def prefill(self, prompts: list[list[int]], into: slice) -> None:
-        """Run these prompts and copy their keys and values, group by group, into the slots."""
+    def prefill(self, prompts: list[list[int]], into: slice) -> torch.Tensor:
+        """Run these prompts and copy their keys and values, group by group, into the slots. Returns their logits (P, V)."""
         rows, group = Rows([len(prompt) for prompt in prompts], self.device, aligned=True), self.group
         masks = masks_by_window(self.decoder, *causal(rows.width, self.device))
         self.reserve(min(rows.width + GROWTH, self.length))
@@ -126,13 +129,12 @@ class Engine:
 
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)  # (N,)
         states = self.decoder.forward(ids, rows.column, attend)
-        last = states[rows.lengths.cumsum(0) - 1]  # (P, H)
-        self.logits.append(self.decoder.head(last)[0].repeat_interleave(group, 0))
         self.position[into] = (rows.lengths - 1).repeat_interleave(group)
         if self.seen is not None:
             of_prompts = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool, device=self.device)
             of_prompts[rows.row, ids] = True
-            self.seen[into] = of_prompts.repeat_interleave(self.group, 0)
+            self.seen[into] = of_prompts.repeat_interleave(group, 0)
+        return self.decoder.head(states[rows.lengths.cumsum(0) - 1])[0]
 
     def leave(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Ended:
         """Give the rows from slot `first` on what was drawn for them, (steps, rows), and take out those that have ended.
@@ -190,11 +192,12 @@ class Engine:
 
     # --- tokens are drawn
 
-    def draw(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the first tokens of rows that have entered, from the logits of their prompts: each (1, rows)."""
-        seen = None if self.seen is None else self.seen[first:last]
-        token, logprob = sample(self.logits, self.sampling, self.generator, seen)
-        self.accept(slice(first, last), token)
+    def draw(self, first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the first tokens of the rows from slot `first` on: tokens and log-probabilities, each (1, rows)."""
+        slots = slice(first, first + len(logits))
+        seen = None if self.seen is None else self.seen[slots]
+        token, logprob = sample(logits, self.sampling, self.generator, seen)
+        self.accept(slots, token)
         return token[None], logprob[None]
 
     def accept(self, slots: slice, token: torch.Tensor) -> None:
