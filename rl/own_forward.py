@@ -4,6 +4,7 @@ A prompt is prefilled once for its whole group, its keys and values are copied t
 are dropped as the batch decodes. There is no refill: a batch ends with its longest row.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,32 +34,15 @@ class Batches:
         """Yield the completions that have just ended, by their place: prompt i's are i * num_generations and on."""
         prompts_at_a_time = max(1, self.rows_at_a_time // self.num_generations)
         for first in range(0, len(self.prompts), prompts_at_a_time):
-            chunk = self.prompts[first : first + prompts_at_a_time]
-            batch = _Batch(
-                self.policy, chunk, self.num_generations, self.max_completion_length, self.sampling, self.generator
-            )
-            for ended in batch.run():
+            batch = dataclasses.replace(self, prompts=self.prompts[first : first + prompts_at_a_time])
+            for ended in batch._decode():
                 yield {first * self.num_generations + row: outcome for row, outcome in ended.items()}
 
-
-@dataclass
-class _Batch:
-    """One batch of rows decoded to their ends."""
-
-    policy: Policy
-    prompts: list[list[int]]
-    num_generations: int
-    max_completion_length: int
-    sampling: Sampling
-    generator: torch.Generator
-
-    def __post_init__(self):
+    def _decode(self) -> Iterator[Ended]:
+        """All prompts in one batch: yield the rows that have just ended, by their number."""
         shape = len(self.prompts) * self.num_generations, self.max_completion_length  # (B, C), B the rows at the start
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.policy.device)
         self.logprobs = torch.zeros(shape, device=self.policy.device)
-
-    def run(self) -> Iterator[Ended]:
-        """Yield the rows that have just ended, by their number in the batch."""
         device, group = self.policy.device, self.num_generations
         logits, cache, attention_mask = self._prefill()
         if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):

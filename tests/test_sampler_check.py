@@ -68,14 +68,14 @@ def test_a_forward_pass_that_is_not_the_models_is_given_up(policy, monkeypatch):
 
 
 def test_where_no_path_samples_from_the_policy_the_run_stops(policy, monkeypatch):
-    forward = own_forward._Batch._forward
+    forward = own_forward.Batches._forward
 
     def base_alone(self, *args):
         with policy.model.disable_adapter():
             return forward(self, *args)
 
     policy.decoder, before = None, lora(policy)
-    monkeypatch.setattr(own_forward._Batch, "_forward", base_alone)
+    monkeypatch.setattr(own_forward.Batches, "_forward", base_alone)
     with pytest.raises(ConfigError, match="does not sample from the policy that is trained: .* nats a token"):
         checked(policy)
     assert all(torch.equal(p, before[name]) for name, p in lora(policy).items())
