@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 FAMILIES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the batch
+LINEAR_MAPS = ("query_key_value", "output", "gate_up", "down")  # of a Layer
 
 # (layer, q (N, heads, d), k (N, kv heads, d), v the same) -> (N, heads * d)
 Attention = Callable[["Layer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -92,8 +93,7 @@ class Decoder:
 
     def can_fold(self) -> bool:
         """Whether every LoRA is nothing but A and B."""
-        maps = [m for layer in self.layers for m in (layer.query_key_value, layer.output, layer.gate_up, layer.down)]
-        return all(is_plain(module) for m in (*maps, self.head) for module in m.modules)
+        return all(is_plain(module) for module in (*self.linear_modules(), *self.head.modules))
 
     def folded(self) -> "Decoder":
         """A copy whose linear maps are scratch weights, of the computing dtype, with the adapters that are on folded in."""
@@ -101,7 +101,7 @@ class Decoder:
         scratch.layers = []
         for layer in self.layers:
             layer = copy.copy(layer)
-            for name in ("query_key_value", "output", "gate_up", "down"):
+            for name in LINEAR_MAPS:
                 setattr(layer, name, getattr(layer, name).folded(self.dtype))
             scratch.layers.append(layer)
         scratch.head = self.head.folded(self.dtype)
@@ -109,9 +109,11 @@ class Decoder:
 
     def scratch_bytes(self) -> int:
         """What `folded` takes: the linear layers in the computing dtype."""
-        maps = [m for layer in self.layers for m in (layer.query_key_value, layer.output, layer.gate_up, layer.down)]
-        parameters = sum(module.in_features * module.out_features for m in maps for module in m.modules)
-        return parameters * self.dtype.itemsize
+        return sum(m.in_features * m.out_features for m in self.linear_modules()) * self.dtype.itemsize
+
+    def linear_modules(self) -> list[torch.nn.Module]:
+        """Those of all layers, without the head."""
+        return [module for layer in self.layers for name in LINEAR_MAPS for module in getattr(layer, name).modules]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
         """The last hidden states, (N, H), of packed tokens (N,) at these positions of their rows."""

@@ -75,6 +75,9 @@ class Engine:
         if sampling.repetition_penalty != 1:
             vocabulary = decoder.embedding.num_embeddings
             self.seen = torch.zeros(self.slots, vocabulary, dtype=torch.bool, device=self.device)
+        self.state = [
+            state for state in (self.token, self.position, self.seen) if state is not None
+        ]  # changed in place
         self.graphs = {}
 
     def cache_bytes(self) -> int:
@@ -173,9 +176,8 @@ class Engine:
             to, origin = (torch.tensor(slots, device=self.device) for slots in (free, moved))
             for cache in self.cache:
                 cache[:, to, :, :used] = cache[:, origin, :, :used]
-            for state in (self.token, self.position, self.seen):
-                if state is not None:
-                    state[to] = state[origin]
+            for state in self.state:
+                state[to] = state[origin]
 
     def used_length(self) -> int:
         """The length of the longest row that is alive."""
@@ -249,14 +251,14 @@ class Engine:
         The slots between the living rows and `rows` decode what nobody reads. All graphs share one pool of memory.
         """
         if (rows, length) not in self.graphs:
-            state = [x.clone() for x in (self.token, self.position, self.seen) if x is not None]
+            before = [state.clone() for state in self.state]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self.decode(rows, length)  # kernels are chosen and loaded before the capture
             torch.cuda.current_stream().wait_stream(side)
-            for x, before in zip((x for x in (self.token, self.position, self.seen) if x is not None), state):
-                x.copy_(before)
+            for state, values in zip(self.state, before):
+                state.copy_(values)
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
             pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None

@@ -28,7 +28,8 @@ def completion_logprobs(
     if policy.plain_head:
         before, head = states_before(policy, prompts, completions), policy.head
     else:
-        before, head = own_logits(policy, prompts, completions), torch.nn.Identity()
+        before = _by_own_forward(policy, policy.model, prompts, completions, after_last=False)  # logits (N, V) already
+        head = torch.nn.Identity()  # it does more than multiply: a soft cap, a scale
 
     def of_chunk(states, ids):  # (n, H), (n,) -> (n,), (n,)
         logits = head(states).float() / policy.temperature  # (n, V)
@@ -78,21 +79,16 @@ def states_before(
     return hidden.index_select(0, packed.before())
 
 
-def own_logits(policy: Policy, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """The logits (N, V) from which the completions' tokens are drawn, by the model's own forward: for heads that do more
-    than multiply (a soft cap, a scale)."""
-    return _by_own_forward(policy, policy.model, prompts, completions, after_last=False)
-
-
 def _by_own_forward(policy: Policy, module, prompts, completions, after_last: bool) -> torch.Tensor:
     """What the module gives for right-padded rows, at the places before the completions' tokens."""
-    rows = [prompt + completion for prompt, completion in zip(prompts, completions)]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [policy.pad_id] * (width - len(row)) for row in rows], device=policy.device)  # (B, T)
-    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
-    attention_mask = (torch.arange(width, device=policy.device) < lengths[:, None]).long()
-    output = module(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+    rows = Rows([len(text) for text in texts], policy.device)
+    packed = torch.tensor([token for text in texts for token in text], device=policy.device)  # (N,)
+    ids = torch.where(rows.mask, rows.pad(packed), policy.pad_id)  # (B, T)
+    output = module(input_ids=ids, attention_mask=rows.mask.long(), use_cache=False)
     values = output.logits if "logits" in output else output.last_hidden_state
     of_row = [len(completion) + after_last for completion in completions]
-    taken = [i * width + len(prompt) - 1 + t for i, (prompt, n) in enumerate(zip(prompts, of_row)) for t in range(n)]
+    taken = [
+        i * rows.width + len(prompt) - 1 + t for i, (prompt, n) in enumerate(zip(prompts, of_row)) for t in range(n)
+    ]
     return values.flatten(0, 1)[torch.tensor(taken, device=policy.device)]

@@ -322,3 +322,14 @@ def test_a_head_that_scales_its_logits_is_noticed():
         return peft.get_peft_model(CohereForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"])).eval()
 
     assert has_plain_head(model(1.0)) and not has_plain_head(model(0.25))
+
+    scaled, prompts, completions = model(0.25), random_rows(4, 6), random_rows(5, 1, seed=1)
+    policy = Policy(
+        model=scaled, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({1}), pad_id=0,
+        temperature=1.0, system_prompt=None, chat_template_kwargs={}, continues_adapter=False, decoder=None, plain_head=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        values, mask, _ = completion_logprobs(policy, prompts, completions)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        logits = own_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(values[i][mask[i]], logits[range(len(completion)), completion], atol=1e-5, rtol=0)
