@@ -2,6 +2,9 @@
 
     python train.py                                       the bundled tiny model, configs/tiny.yaml
     python train.py --config FILE --learning-rate 2e-5    another recipe, with settings replaced
+    python train.py --dry-run --gpu-memory 12             does it fit? and what to change if not; loads nothing
+    python train.py --probe                               two steps of it: seconds and memory, measured
+    python train.py --resume runs/NAME                    go on with a run that was stopped
     python train.py --eval-only --adapter runs/NAME/checkpoints/step_000045
     python train.py --help                                every setting
 
@@ -11,23 +14,39 @@ policy is evaluated again and its saved LoRA is read back and compared. Everythi
 """
 
 import contextlib
-import itertools
+import dataclasses
 import math
 import random
 import sys
+import tempfile
 import time
+from pathlib import Path
 
-from data import DataError, levels, load_questions
+from data import DataError, Order, levels, load_questions
 from grading import RewardError, check_tests, load_rewards, sandbox
-from rl.config import ConfigError
+from rl.config import COMMANDS, ConfigError, RunError
+from rl.process import Stopping
 from rl.read_config import read_config
+
+PROBE_STEPS, PROBE_QUESTIONS = 2, 16  # of --probe, and how many held-out questions it answers
 
 
 def main(arguments: list[str]) -> None:
+    with Stopping() as stopping, contextlib.ExitStack() as at_end:
+        train(arguments, stopping, at_end)
+
+
+def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack) -> None:
     started = time.perf_counter()
 
     # --- Settings, rewards, questions: what can be wrong with them is found before a model is loaded.
     config, config_name = read_config(arguments, default_file="configs/tiny.yaml")
+    if config.dry_run:
+        from rl.memory import dry_run
+
+        return print(dry_run(config))
+    asked_for = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
+    asked_for["output_dir"] = None  # so that it can be used as a config again
     sandbox.start(config.code_timeout, config.unsafe_run_model_code)  # its processes are forked while this one is small
     rewards = load_rewards(
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
@@ -35,7 +54,9 @@ def main(arguments: list[str]) -> None:
     train_rows, eval_rows, notes = load_questions(
         config.train_data, config.eval_data, config.train_questions, config.eval_questions, config.columns, config.seed
     )
-    level_of = levels(train_rows) if config.curriculum_steps else [0] * len(train_rows)
+    order = Order(
+        levels(train_rows) if config.curriculum_steps else [0] * len(train_rows), config.curriculum_steps, config.seed
+    )
     notes += check_tests(train_rows + eval_rows) + rewards.check(train_rows + eval_rows)
     warnings = []  # in every line of the console
     if "unprotected" in sandbox.available():
@@ -49,20 +70,43 @@ def main(arguments: list[str]) -> None:
     from rl import alarms, report
     from rl.advantages import Advantages, learned_rewards, teaching_groups
     from rl.algorithms import varied_groups
+    from rl.checkpoint import Position, fingerprint, made_with
     from rl.critic import Critic
-    from rl.evaluate import Marking, evaluate
-    from rl.policy import check_model, describe_adapter, load_policy, reloaded_adapter, save_adapter
+    from rl.evaluate import best_of, evaluate, marked_rollout
+    from rl.policy import check_model, load_policy, reloaded_adapter, restore_adapter
+    from rl.rehearsal import rehearse
     from rl.rollout import rollout
-    from rl.run import RunFolder, Stopwatch, choose_folder, describe_machine, peak_memory_mb, versions
+    from rl.run import RunFolder, Stopwatch, choose_folder, describe_machine, memory_now_mb, peak_memory_mb, versions
     from rl.sampler_check import check_sampler
     from rl.sampling import Sampling
+    from rl.trackers import Trackers
     from rl.update import Updater
 
     check_model(config)
-    folder = choose_folder(config, config_name)
+    if config.probe:
+        config.output_dir = at_end.enter_context(tempfile.TemporaryDirectory(prefix="ponder-probe-"))
+        eval_rows = eval_rows[:PROBE_QUESTIONS]
+    run = RunFolder(choose_folder(config, config_name), config)
+    made = made_with(asked_for, rewards.path, train_rows + eval_rows)
+    saved = None
+    if config.resume:  # is there a checkpoint, is it whole, and is all as it was?
+        at_end.enter_context(run)
+        if checkpoint := run.checkpoints.to_resume(Path(config.resume), config.accept_changes):
+            saved = run.checkpoints.read(checkpoint)
+            notes += run.checkpoints.check_same(saved, made, config.accept_changes)
+        if run.is_finished() and saved and made["config"] == saved.state["made"]["config"]:
+            raise ConfigError(
+                f"resume: {run.path} has finished, with step {saved.step}; to train on: --max-steps N --accept-changes"
+            )
+    steps_before = saved.step if saved else 0
 
     # --- The policy: a model with its LoRA. Its prompts, as token ids.
+    memory_before = memory_now_mb()
     policy = load_policy(config)
+    made["model"] = fingerprint(policy)
+    if saved:
+        run.checkpoints.check_same(saved, made, config.accept_changes)
+        restore_adapter(policy, saved.folder)
     trainable, parameters = policy.model.get_nb_trainable_parameters()
     critic = Critic(policy, config) if config.has_critic and not config.eval_only else None
     train_prompts = policy.encode_prompts(train_rows, config.max_completion_length)
@@ -70,7 +114,12 @@ def main(arguments: list[str]) -> None:
     agreement = check_sampler(policy, train_prompts, config.max_completion_length)
     if policy.own_forward_because:
         notes.append(f"the model's own forward is used, which is slower: {policy.own_forward_because}")
-    run = RunFolder(folder, config, rewards.path)
+    if not config.resume:
+        at_end.enter_context(run)
+    else:
+        run.cut_back(steps_before, saved.state["logs"] if saved else {}, config.max_steps)
+    run.begin(asked_for, rewards.path, steps_before)
+    stopping.file = run.path / "STOP"
     watch = Stopwatch(started)
     print(f"Ponder on {describe_machine(policy.device)}; everything goes into {run.path}")
     print(f"  model    {config.model}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)")
@@ -87,6 +136,8 @@ def main(arguments: list[str]) -> None:
         print(
             f"  plan     {config.max_steps} steps of {config.prompts_per_step} x {config.num_generations} completions"
         )
+    if config.resume:
+        print(f"  resumed  after step {steps_before}" + ("" if saved else ": nothing was saved, so from the beginning"))
     for note in [*notes, *config.notes()]:
         print(f"  note     {note}")
     for warning in warnings:
@@ -104,17 +155,30 @@ def main(arguments: list[str]) -> None:
 
     summary = {
         "algorithm": config.algorithm, "model": config.model, "steps": 0, "seed": config.seed, "eval": {},
-        "control": config.control, "completions": 0, "tokens": 0, "alarms": {}, "versions": versions(),
+        "control": config.control, "completions": 0, "tokens": 0, "judges": [], "alarms": {}, "versions": versions(),
     }  # fmt: skip
+
+    def memory_line():
+        return f"peak {peak_memory_mb(policy.device):,.0f} MB"
 
     def write_summary():
         measured = {"seconds": watch.summary(), "peak_memory_mb": peak_memory_mb(policy.device)}
         run.write_summary(summary | measured | {"reward_errors": rewards.errors})
 
+    # --- Can it be done at all? The longest batches are tried now, and what is too much for the memory is halved.
+    teacher, updater = Advantages(policy, config, rewards), Updater(policy, config, critic)
+    if not config.eval_only:
+        rehearse(updater, train_prompts, eval_prompts, config)
+
     # --- Before: the same held-out questions that are asked at the end.
-    with policy.model.disable_adapter() if config.eval_only else contextlib.nullcontext():
-        before = measure(0, "before")
-    evaluations, verdicts = {0: before.summary()}, {0: before.verdicts()}  # by step
+    if saved:
+        answers = run.evaluations()
+    else:
+        with policy.model.disable_adapter() if config.eval_only else contextlib.nullcontext():
+            answers = {0: measure(0, "before")}
+    before = answers[0]
+    evaluations = {step: of_step.summary() for step, of_step in answers.items()}
+    verdicts = {step: of_step.verdicts() for step, of_step in answers.items()}
     summary["eval"]["before"] = evaluations[0]
     write_summary()
     sample = next((i for i, r in enumerate(before.greedy) if r["verdict"] != "right"), 0)
@@ -134,56 +198,63 @@ def main(arguments: list[str]) -> None:
             print(report.evaluation_table(evaluations[0], None, None))
         return write_summary()
 
-    teacher, updater = Advantages(policy, config, rewards), Updater(policy, config, critic)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
     generator = torch.Generator(policy.device).manual_seed(config.seed)
-    order = endless_order(len(train_rows), config.seed)
     group_size = config.num_generations
-    history, trained_steps = [], 0  # metrics of each step
+    history, told = [], set()  # metrics of each step; alarms and notes that have been printed
 
     def ask(n, step):
         """Answer n questions num_generations times each, scoring while the roll-out goes on: episodes, completions, scores."""
-        hardest = highest_level(level_of, step, config.curriculum_steps)
-        asked = list(itertools.islice((i for i in order if level_of[i] <= hardest), n))
+        asked = order.take(n, step)
+        rows, prompts = [train_rows[i] for i in asked], [train_prompts[i] for i in asked]
         with watch.time("rollout"), progress(n * group_size, f"step {step}") as bar:
-            marking = Marking(policy, [train_rows[i] for i in asked], rewards, step, bar.update)
-            episodes = rollout(
-                policy, [train_prompts[i] for i in asked], group_size, config.max_completion_length, sampling, generator,
-                config.rollout_batch_size, marking.add,
-            )  # fmt: skip
+            episodes, marking = marked_rollout(
+                policy, rows, prompts, group_size, sampling, generator, rewards, config, step, bar.update
+            )
         with watch.time("score"), run.keeping_failed(rewards):
             return episodes, *marking.results()
 
-    told = set()
-
-    def tell(kind, found):
-        """Print each alarm or note when it first turns up."""
+    def tell(kind, found, step):
+        """Print each alarm or note when it first turns up; the summary keeps the alarms by that step."""
         for subject, text in found.items():
             if subject not in told:
                 print(f"  {kind}: {text}", flush=True)
                 told.add(subject)
+            if kind == "alarm":
+                summary["alarms"].setdefault(subject, step)
 
-    def find_alarms(completions, scores, step):
-        """The alarms that hold, also kept in the summary by the step in which they first did."""
-        found = alarms.find(history, verdicts, scores, completions, rewards, config)
-        summary["alarms"] = {subject: step for subject in found} | summary["alarms"]
-        return found
+    def stops_early():
+        """Whether the last evaluations, as many as early_stopping says, brought no new best."""
+        return 0 < config.early_stopping <= sum(step > best_of(evaluations) for step in evaluations)
 
-    def save(step):
-        """Save the LoRA as a folder that peft and others load."""
-        checkpoint = run.checkpoint_folder(step)
-        if not checkpoint.exists():
-            save_adapter(policy, checkpoint, *describe(step))
-            run.mark_last(checkpoint)
-        return checkpoint
+    def save(step, before_rollout):
+        """A checkpoint of the run as it stands after a step."""
+        (counts, states), (halved, learned) = before_rollout, position.after_update()
+        state = counts | halved | {
+            "seed": config.seed, "eval": evaluations[max(evaluations)], "made": made, "versions": versions(),
+            "summary": {name: summary[name] for name in ("steps", "completions", "tokens", "judges", "alarms")},
+            "told": sorted(told), "seconds": watch.summary(), "logs": run.log_sizes(),
+        }  # fmt: skip
+        card = report.model_card(config, step, evaluations)
+        return run.checkpoints.save(step, policy, card, state, states | learned, best_of(evaluations) == step)
 
-    def describe(step):
-        """The card and the state of a checkpoint, from what has been evaluated so far."""
-        state = {"step": step, "seed": config.seed, "eval": evaluations[max(evaluations)]}
-        return report.model_card(config, step, evaluations), state
+    trackers = Trackers(config.report_to, run.path, asked_for, steps_before + 1, lambda text: print(f"  note: {text}"))
+    at_end.callback(trackers.close)
+    position = Position(order, generator, rewards, teacher, updater, config)
+    if saved:
+        position.restore(saved, asked_for)
+        summary |= saved.state["summary"]
+        told |= set(saved.state["told"])
+        history += run.history()
+        watch.go_on(saved.state["seconds"])
 
+    step = trained = saved_step = steps_before  # the last step that was learned from, and the last one that was saved
+    last_step = PROBE_STEPS if config.probe else config.max_steps
     try:
-        for step in range(1, config.max_steps + 1):
+        while step < last_step and not stops_early():
+            at_start = position.before_rollout()
+            stopping.release()  # here, and while it rolls out, a run can be stopped at once
+            step += 1
             watch.lap()  # an evaluation is not part of the step after it
 
             # --- Roll out and score. With dynamic_sampling, new questions make up for groups that cannot teach.
@@ -207,6 +278,7 @@ def main(arguments: list[str]) -> None:
                 teaches = teaching_groups(scores, group_size)
                 taking_part = [i for i in taking_part if teaches[i // group_size]]
             learning = [episodes[i] for i in taking_part]
+            stopping.hold()  # from here on a step is finished: half of one cannot be repeated
             with watch.time("update"):
                 updater.look(learning)
                 expected = teacher.fill(
@@ -220,11 +292,12 @@ def main(arguments: list[str]) -> None:
             with watch.time("update"):
                 group, inspected = updater.inspect(episodes)  # the one where most is learned, token by token
                 updated = updater.update(learning)
-            trained_steps = step
+            trained = step
 
             # --- Log.
             summary["steps"] = step
             summary["completions"] += len(episodes)
+            summary["judges"] = sorted({score.judge for score in scores if score.judge})  # what said right or wrong
             summary["tokens"] += sum(len(episode.completion_ids) for episode in episodes)
             metrics = {"step": step, **report.describe_step(completions, scores, rewards, group_size)}
             same = 1 - varied_groups(learned, group_size).float().mean().item() if group_size > 1 else math.nan
@@ -241,76 +314,85 @@ def main(arguments: list[str]) -> None:
             )
 
             # --- Evaluate, look for alarms, and save.
-            if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
-                answers = measure(step, f"step_{step:06d}")
-                evaluations[step], verdicts[step] = answers.summary(), answers.verdicts()
-                metrics |= {f"eval/{name}": evaluations[step][name] for name in ("accuracy", "accuracy_sampled")}
-                write_summary()
+            broken_off = None
+            if config.eval_steps and step % config.eval_steps == 0 and step < last_step:
+                try:
+                    answers = measure(step, f"step_{step:06d}")
+                    evaluations[step], verdicts[step] = answers.summary(), answers.verdicts()
+                    metrics |= {f"eval/{name}": evaluations[step][name] for name in ("accuracy", "accuracy_sampled")}
+                    write_summary()
+                except (KeyboardInterrupt, RewardError) as error:  # the step is done all the same
+                    broken_off = error
             history.append(metrics)
-            found = find_alarms(completions, scores, step)
+            found = alarms.find(history, verdicts, scores, completions, rewards, config)
             run.append("metrics.jsonl", [metrics | {"alarms": list(found)}])
-            if config.save_steps and step % config.save_steps == 0 and step < config.max_steps:
-                save(step)
-            if step % config.logging_steps == 0 or step == config.max_steps:
+            trackers.log(step, metrics)
+            ends, is_best = step == last_step or stops_early(), step in evaluations and best_of(evaluations) == step
+            if step % config.logging_steps == 0 or ends:
                 left = report.seconds_left(step, config, watch.seconds)
                 print(report.console_line(metrics, config, left, warnings), flush=True)
-            tell("alarm", found)
-            tell("note", alarms.notes(history, config))
+            tell("alarm", found, step)
+            tell("note", alarms.notes(history, config), step)
             if config.log_completions_steps and step % config.log_completions_steps == 0:
                 print(report.highest_rewards(step, completions, scores), flush=True)
-    except (KeyboardInterrupt, RewardError):
-        if trained_steps:
-            write_summary()
-            print(f"\nStopped. The LoRA as it stands, after {trained_steps} steps: {save(trained_steps)}")
+            if broken_off or ends or is_best or (config.save_steps and step % config.save_steps == 0):
+                save(step, position.before_rollout())
+                saved_step = step
+            if broken_off:
+                raise broken_off
+
+        at_start = position.before_rollout()
+        stopping.release()
+        if config.probe:
+            return print(report.probed(config, history, watch.seconds, len(eval_rows), memory_line()))
+
+        # --- After: the LoRA is saved, answers the same questions again, and is read back and compared.
+        if step < config.max_steps:
+            print(f"Stopped early: no evaluation after step {best_of(evaluations)} was better, of {len(evaluations)}.")
+        finish(measure(step, "after"), step)
+        tell("alarm", alarms.hacking(history, verdicts, set(summary["judges"]), rewards, config), step)
+        stopping.hold()
+        checkpoint = save(step, at_start)  # now with the final evaluation
+        probes = eval_prompts[:: max(1, len(eval_prompts) // 16)]
+
+        def greedy_answers():
+            answers = rollout(
+                policy, probes, 1, config.max_completion_length, Sampling(0), generator, config.rollout_batch_size
+            )
+            return [episode.completion_ids for episode in answers]
+
+        in_memory = greedy_answers()
+        with reloaded_adapter(policy, checkpoint):
+            if greedy_answers() != in_memory:
+                sys.exit(f"error: {checkpoint}, read back, answers otherwise than the policy in memory: do not use it")
+        with policy.reference():
+            changed = sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
+        run.draw_curve(evaluations, history)
+        summary["finished"] = True
+        write_summary()
+    except BaseException as error:
+        if not stopping.held and trained > saved_step and not isinstance(error, RunError):
+            stopping.hold()  # a step that was only rolled out is as if it had not been begun
+            save(trained, at_start)
+        print(report.stopped(trained, config.max_steps, run.checkpoints.marked("last"), run.path), flush=True)
         raise
 
-    # --- After: the LoRA is saved, answers the same questions again, and is read back and compared.
-    checkpoint = save(config.max_steps)
-    finish(measure(config.max_steps, "after"), config.max_steps)
-    tell("alarm", find_alarms(completions, scores, config.max_steps))  # now with the final evaluation
-    describe_adapter(checkpoint, *describe(config.max_steps))  # now with the final evaluation
-    probes = eval_prompts[:: max(1, len(eval_prompts) // 16)]
-
-    def greedy_answers():
-        answers = rollout(
-            policy, probes, 1, config.max_completion_length, Sampling(0), generator, config.rollout_batch_size
-        )
-        return [episode.completion_ids for episode in answers]
-
-    in_memory = greedy_answers()
-    with reloaded_adapter(policy, checkpoint):
-        if greedy_answers() != in_memory:
-            sys.exit(f"error: {checkpoint}, read back, answers otherwise than the policy in memory: do not use it")
-    with policy.reference():
-        changed = sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
-    run.draw_curve(evaluations, history)
-    write_summary()
     print(
         f"\nSaved {checkpoint}; read back, it gives the same {len(probes)} of {len(probes)} greedy answers as in memory"
     )
     print(f"and another answer than before training to {changed} of them.")
     if not changed:
         print("  hint: training changed no greedy answer: raise learning_rate or max_steps")
+    best = run.checkpoints.marked("best")
+    if best and best != checkpoint:
+        print(f"The best on the held-out questions was {best}.")
     print(
         f"{summary['completions']:,} completions in {report.clock(watch.summary()['total'])}. Curve: {run.path}/curve.png"
     )
+    print(f"Memory: {memory_line()}.")
     for warning in warnings:
         print(f"  WARNING  {warning}")
     print(f"Next: python train.py --eval-only --adapter {checkpoint}")
-
-
-def endless_order(n: int, seed: int):
-    """Indices of questions, every epoch in a new order."""
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(range(n), n)
-
-
-def highest_level(levels: list[float], step: int, curriculum_steps: int) -> float:
-    """The hardest level that is asked in a step: they join one by one over the first `curriculum_steps`, all at 0."""
-    known = sorted(set(levels))
-    joined = math.ceil(len(known) * min(step / curriculum_steps, 1)) if curriculum_steps else len(known)
-    return known[joined - 1]
 
 
 def coin_flips(n: int, seed: int, step: int) -> list[float]:
@@ -326,7 +408,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a model may write what a Windows console cannot show
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, RewardError) as error:
+    except (ConfigError, DataError, RewardError, RunError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "exit_code", 130))

@@ -119,6 +119,47 @@ def levels(rows: list[dict]) -> list[float]:
     return found
 
 
+class Order:
+    """Which training questions are asked next: all of them in an order of their own in each epoch, by the seed.
+
+    levels: how hard each one is. With curriculum_steps the levels join one by one over so many first steps.
+    """
+
+    def __init__(self, levels: list[float], curriculum_steps: int, seed: int):
+        self.levels, self.curriculum_steps = levels, curriculum_steps
+        self.drawn = 0  # the position
+        self._rng, self._epoch = random.Random(seed), []
+
+    def take(self, n: int, step: int) -> list[int]:
+        """The next n questions. Those that are too hard yet are left out of their epoch."""
+        hardest = highest_level(self.levels, step, self.curriculum_steps)
+        taken = []
+        while len(taken) < n:
+            i = self._next()
+            if self.levels[i] <= hardest:
+                taken.append(i)
+        return taken
+
+    def skip(self, drawn: int) -> None:
+        """Go on from the position that another one of the same seed had reached."""
+        while self.drawn < drawn:
+            self._next()
+
+    def _next(self) -> int:
+        place = self.drawn % len(self.levels)
+        if place == 0:
+            self._epoch = self._rng.sample(range(len(self.levels)), len(self.levels))
+        self.drawn += 1
+        return self._epoch[place]
+
+
+def highest_level(levels: list[float], step: int, curriculum_steps: int) -> float:
+    """The hardest level that is asked in a step: they join one by one over the first `curriculum_steps`, all at 0."""
+    known = sorted(set(levels))
+    joined = math.ceil(len(known) * min(step / curriculum_steps, 1)) if curriculum_steps else len(known)
+    return known[joined - 1]
+
+
 def _held_out_source(source: str) -> str | None:
     """The source of the evaluation questions that belong to a training source, if they stand apart."""
     if is_made(source):

@@ -28,6 +28,14 @@ class Advantages:
         self.mean_return = None  # of the completions so far: REINFORCE's running baseline
         self.beta = config.beta  # of the KL in PPO's rewards; follows beta_target_kl
 
+    def state_dict(self) -> dict:
+        return {"mean_return": self.mean_return, "beta": self.beta}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.mean_return = state["mean_return"]
+        if self.config.beta_target_kl:  # else it is what the settings say
+            self.beta = state["beta"]
+
     def fill(
         self, episodes: list[Episode], rewards: torch.Tensor, completions: list[Completion], scores: list[Score]
     ) -> dict[str, float]:

@@ -8,6 +8,12 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
+COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # no settings of a run: not kept with it
+
+
+class RunError(Exception):
+    """A run cannot go on, for a reason outside of its settings. The message is one line that says why."""
+
 
 class ConfigError(Exception):
     """A setting is wrong. The message is one line that names it and what to change."""
@@ -105,10 +111,22 @@ class Config:
     output_dir: str | None = None  # the run folder; empty: runs/NAME-TIME
     seed: int = 0  # of the questions, the LoRA and the sampling
     eval_steps: int = 10  # evaluate every so many steps; 0: only before and after
-    save_steps: int = 20  # save the adapter every so many steps; 0: only at the end
+    early_stopping: int = 0  # stop after so many evaluations in a row without a new best; 0: never
+    save_steps: int = 20  # save a checkpoint every so many steps; 0: only the best, and at the end
+    save_total_limit: int = 3  # so many newest checkpoints are kept, and the best; 0: all
     logging_steps: int = 1  # a console line every so many steps
     log_completions_steps: int = 10  # print the two completions with the highest reward every so many steps; 0: never
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)  # trackers of the metrics
     eval_only: bool = False  # evaluate the model (and adapter) on the held-out questions, then stop
+
+    # --- what to do, on the command line alone
+    resume: str | None = (
+        None  # go on with a run, runs/NAME, from its newest checkpoint, or from the checkpoint named here
+    )
+    accept_changes: bool = False  # with --resume: go on although settings, rewards or questions are not those of before
+    dry_run: bool = False  # predict the memory by arithmetic, without loading the model, then stop
+    gpu_memory: float | None = None  # with --dry-run: of the card, GB; empty: what this machine has
+    probe: bool = False  # load everything, run two steps of the longest completions, say time and memory, then stop
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot work."""
@@ -123,7 +141,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
         not_negative = (
-            "eval_steps save_steps log_completions_steps top_k beta weight_decay learning_rate dynamic_sampling "
+            "eval_steps early_stopping save_steps save_total_limit log_completions_steps top_k beta weight_decay learning_rate dynamic_sampling "
             "curriculum_steps missing_eos_penalty soft_punish_cache critic_warmup_steps entropy_coef importance_sampling_cap"
         )
         for name in not_negative.split():

@@ -101,6 +101,15 @@ class Engine:
             if ended := self.leave(first, tokens, logprobs):
                 yield ended
 
+    def rehearse(self) -> None:
+        """Fill the slots with these prompts' groups, and make one step at the full length: as much memory as a run takes."""
+        groups = list(enumerate(self.prompts))[: self.slots // self.group]
+        self.draw(0, self.enter(groups))
+        for row in self.rows:
+            row.ids = [0] * (self.max_completion_length - 1)
+        self.reserve(self.used_length())
+        self.step()
+
     # --- rows come and go
 
     def enter(self, groups: list[tuple[int, list[int]]]) -> torch.Tensor:

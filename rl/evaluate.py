@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from grading import Completion, Rewards, Score, Scoring, prompt_text
+from rl.budget import within_memory
 from rl.config import Config
 from rl.policy import Policy
 from rl.rollout import Episode, rollout
@@ -65,6 +66,40 @@ class Marking:
         return [self.completions[place] for place in range(len(scores))], scores
 
 
+def marked_rollout(
+    policy: Policy,
+    rows: list[dict],
+    prompts: list[list[int]],
+    num_generations: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    rewards: Rewards,
+    config: Config,
+    step: int,
+    on_finished: Callable[[int], None] = lambda n: None,
+) -> tuple[list[Episode], Marking]:
+    """Roll out, with what marks the completions as they end. Where memory runs out, all of it is done again with fewer rows:
+    to keep what had ended would favour short completions.
+
+    rows, prompts: of the questions, as data and as token ids. on_finished is told how many completions have just ended.
+    """
+    before = generator.get_state()
+    started: list[Marking] = []
+
+    def work():
+        if started:
+            generator.set_state(before)
+            on_finished(-len(started[-1].completions))
+        started.append(Marking(policy, rows, rewards, step, on_finished))
+        return rollout(
+            policy, prompts, num_generations, config.max_completion_length, sampling, generator,
+            config.rollout_batch_size, started[-1].add,
+        )  # fmt: skip
+
+    asked = len(prompts) * num_generations
+    return within_memory(work, config, "rollout_batch_size", asked, num_generations), started[-1]
+
+
 @dataclass
 class Answers:
     """One evaluation: a record for each question, in the order of the held-out rows."""
@@ -75,6 +110,11 @@ class Answers:
     def lines(self) -> list[dict]:
         """One line a question, for the run folder: the greedy answer, and the sampled one beside it."""
         return [g | {"sampled": {k: s[k] for k in ANSWER_FIELDS}} for g, s in zip(self.greedy, self.sampled)]
+
+    @classmethod
+    def from_lines(cls, lines: list[dict]) -> "Answers":
+        """What `lines` has written."""
+        return cls(lines, [line | line["sampled"] for line in lines])
 
     def summary(self) -> dict:
         """Accuracy and the like over all questions, and under `tasks` for each task."""
@@ -101,7 +141,7 @@ class Answers:
         return gain | {"accuracy_sampled": sampled["accuracy"], "ci95_sampled": sampled["ci95"]}
 
 
-ANSWER_FIELDS = ("completion", "verdict", "thinks", "finish_reason", "tokens", "rewards", "reasons")
+ANSWER_FIELDS = ("completion", "verdict", "thinks", "finish_reason", "tokens", "reward", "rewards", "reasons")
 
 
 def evaluate(
@@ -120,13 +160,21 @@ def evaluate(
     answers = {}
     for name, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
         generator = torch.Generator(policy.device).manual_seed(EVAL_SEED)
-        marking = Marking(policy, rows, rewards, step, on_finished)
-        rollout(
-            policy, prompts, 1, config.max_completion_length, Sampling(temperature), generator,
-            config.rollout_batch_size, marking.add,
-        )  # fmt: skip
+        _, marking = marked_rollout(
+            policy, rows, prompts, 1, Sampling(temperature), generator, rewards, config, step, on_finished
+        )
         answers[name] = [record(*answer) for answer in zip(*marking.results())]
     return Answers(**answers)
+
+
+def best_of(evaluations: dict[int, dict]) -> int:
+    """The step with the highest greedy accuracy, of equals the one with the highest sampled accuracy, then the first.
+
+    evaluations: summaries by step.
+    """
+    return max(
+        evaluations, key=lambda step: (evaluations[step]["accuracy"], evaluations[step]["accuracy_sampled"], -step)
+    )
 
 
 def record(completion: Completion, score: Score) -> dict:

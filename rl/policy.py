@@ -7,9 +7,7 @@ transformers + peft, on CPU or CUDA, with 4-bit NF4 weights by bitsandbytes wher
 import contextlib
 import ctypes
 import difflib
-import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import httpx  # noqa: E402
 import huggingface_hub  # noqa: E402
 import jinja2  # noqa: E402
 import peft  # noqa: E402
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
@@ -295,20 +294,21 @@ def is_cached(model: str) -> bool:
         return False
 
 
-def save_adapter(policy: Policy, folder: Path, card: str, state: dict) -> None:
-    """Write LoRA, tokenizer, model card and trainer_state.json; the folder appears whole or not at all."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    policy.model.save_pretrained(unfinished, selected_adapters=["default"])
-    policy.tokenizer.save_pretrained(unfinished)
-    describe_adapter(unfinished, card, state)
-    unfinished.rename(folder)
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write LoRA and tokenizer into a folder that peft and others load."""
+    policy.model.save_pretrained(folder, selected_adapters=["default"])
+    policy.tokenizer.save_pretrained(folder)
 
 
-def describe_adapter(folder: Path, card: str, state: dict) -> None:
-    """Write the model card and trainer_state.json of a saved LoRA."""
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+def restore_adapter(policy: Policy, folder: Path) -> None:
+    """Let the policy's LoRA be the one that was saved in `folder`. Raises ConfigError where that is of another shape."""
+    weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    expected = peft.get_peft_model_state_dict(policy.model, adapter_name="default")
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
+        raise ConfigError(
+            f"adapter: {folder} does not fit {policy.model.config.name_or_path}: its LoRA has other shapes"
+        )
+    peft.set_peft_model_state_dict(policy.model, weights, adapter_name="default")
 
 
 @contextlib.contextmanager

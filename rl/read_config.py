@@ -14,7 +14,7 @@ from typing import Literal
 
 import yaml
 
-from rl.config import Config, ConfigError
+from rl.config import COMMANDS, Config, ConfigError
 
 # Settings of TRL and Unsloth that do not exist here, each with what to use instead.
 ELSEWHERE = {
@@ -30,7 +30,6 @@ ELSEWHERE = {
     "max_length": "use max_completion_length; prompts are never cut",
     "max_new_tokens": "use max_completion_length",
     "warmup_steps": "use warmup_ratio, a share of the steps",
-    "save_total_limit": "every checkpoint is kept; leave it out",
     "save_strategy": "use save_steps",
     "eval_strategy": "use eval_steps",
     "eval_on_start": "the evaluation before training is always made; leave it out",
@@ -39,6 +38,8 @@ ELSEWHERE = {
     "log_completions": "use log_completions_steps; rollouts.jsonl holds every completion",
     "vllm_importance_sampling_correction": "use importance_sampling_cap, 0 is off",
     "vllm_importance_sampling_cap": "use importance_sampling_cap",
+    "early_stopping_patience": "use early_stopping",
+    "load_best_model_at_end": "checkpoints/best names the best one; leave it out",
     "vllm_mode": "the roll-out has its own engine; leave it out",
     "data_seed": "use seed",
     "vf_coef": "the critic has weights and an optimizer of its own: use critic_learning_rate",
@@ -60,9 +61,8 @@ ELSEWHERE = {
     "use_vllm": "the roll-out has its own engine; leave it out",
     "fast_inference": "the roll-out has its own engine; leave it out",
     "gpu_memory_utilization": "lower rollout_batch_size and max_tokens_per_micro_batch where memory is short",
-    "resume_from_checkpoint": "use adapter to go on from saved weights",
+    "resume_from_checkpoint": "python train.py --resume runs/NAME goes on with a run; adapter begins a new one with a saved LoRA",
     "run_name": "use output_dir",
-    "report_to": "metrics.jsonl in the run folder holds every metric; leave it out",
     "bnb_4bit_quant_type": "load_in_4bit is NF4; leave it out",
     "use_gradient_checkpointing": "use gradient_checkpointing",
     "random_state": "use seed",
@@ -75,6 +75,8 @@ def unknown_setting(name: str, where: str) -> ConfigError:
         return ConfigError(
             f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {ELSEWHERE[name]}"
         )
+    if name in COMMANDS:
+        return ConfigError(f"{where}: {name} is for the command line: --{name.replace('_', '-')}")
     names = [f.name for f in dataclasses.fields(Config)]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
@@ -84,7 +86,8 @@ def unknown_setting(name: str, where: str) -> ConfigError:
 def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     """The settings with command-line overrides, and a name for the run.
 
-    They come from `--config FILE`, else from the run that `--adapter` was saved by, else from the default file.
+    They come from `--config FILE`, from the run that `--resume` names, from the one that `--adapter` was saved by, or else
+    from the default file.
     Raises ConfigError; leaves with tyro's own message for a value on the command line that cannot be read.
     """
     import tyro
@@ -93,6 +96,9 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     adapter, _ = take(arguments, "--adapter")
     if file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
         file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
+    resume, _ = take(arguments, "--resume")
+    if resume is not None:
+        file = config_to_resume(resume, arguments, file)
     file = file or default_file
     known = {f.name for f in dataclasses.fields(Config)} | {"help"}
     for argument in arguments:
@@ -102,8 +108,28 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
     config = tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
     config.check()
+    if config.resume:
+        config.output_dir = str(Path(file).parent)
+        if config.eval_only:
+            raise ConfigError(f"resume: {config.output_dir} is an evaluation alone: make it again with --eval-only")
     path = Path(file).resolve()
     return config, path.parent.name if path.name == "config.yaml" else path.stem
+
+
+def config_to_resume(resume: str, arguments: list[str], file: str | None) -> str:
+    """config.yaml of the run that is named by its folder, or by that of one of its checkpoints. Raises ConfigError."""
+    others = ("--output-dir", "--output_dir", "--probe", "--dry-run", "--dry_run")
+    if file or any(argument.partition("=")[0] in others for argument in arguments):
+        raise ConfigError(
+            "resume: it goes on with the settings and the folder of the run: leave --config, --output-dir, --probe and --dry-run out"
+        )
+    for folder in (Path(resume), Path(resume).parent.parent):
+        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+            return str(folder / "config.yaml")
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    near = difflib.get_close_matches(resume, runs, n=1, cutoff=0.5) or runs[-1:]
+    hint = f"did you mean {near[0]}?" if near else "there are none in runs/"
+    raise ConfigError(f"resume: {resume} is not the folder of a run, which has a config.yaml; {hint}")
 
 
 def take(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -136,7 +162,7 @@ def read_yaml(file: str) -> Config:
     hints = typing.get_type_hints(Config)
     values = {}
     for name, value in settings.items():
-        if name not in hints:
+        if name not in hints or name in COMMANDS:
             raise unknown_setting(str(name), file)
         try:
             values[name] = coerce(value, hints[name])

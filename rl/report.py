@@ -5,6 +5,7 @@ Also the metrics of a step's completions, by TRL's names. No torch in here.
 
 import math
 import unicodedata
+from pathlib import Path
 
 from grading import Completion, Rewards, Score, outcome_of, outcome_shares
 from rl.config import Config
@@ -179,6 +180,28 @@ tags: [lora, {config.algorithm}, ponder]
 Held-out accuracy, greedy, {first["n"]} questions: {first["accuracy"]:.1%} before training, {last["accuracy"]:.1%} at step
 {max(evaluations)}.
 """
+
+
+def stopped(step: int, max_steps: int, last: Path | None, run: Path) -> str:
+    """What is said where a run ends before its time. last: its newest checkpoint."""
+    saved = f"{last} is saved" if last else "no step was saved"
+    return f"\nStopped after step {step} of {max_steps}; {saved}. To go on: python train.py --resume {run}"
+
+
+def probed(config: Config, history: list[dict], seconds: dict[str, float], questions: int, memory: str) -> str:
+    """What --probe has found. history: metrics of its steps. seconds: by part of the run. questions: evaluated each time."""
+    last = history[-1]
+    parts = ", ".join(f"{part} {last[f'time/{part}']:.1f}" for part in ("rollout", "score", "update"))
+    evaluations = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)
+    evaluation = seconds["eval"] / questions * config.eval_questions
+    whole = seconds["setup"] + last["step_time"] * config.max_steps + evaluation * evaluations
+    halved = f"rollout_batch_size {config.rollout_batch_size}, max_tokens_per_micro_batch {config.max_tokens_per_micro_batch}"
+    return f"""
+Probed: {len(history)} steps, nothing is kept.
+  a step   {last["step_time"]:.1f} s ({parts}), completions of {last["completions/mean_length"]:.0f} tokens; longer ones take longer
+  a run    about {clock(whole)}: {config.max_steps} steps and {evaluations} evaluations of about {clock(evaluation)}
+  memory   {memory}
+  fits     {halved}"""
 
 
 def clock(seconds: float) -> str:

@@ -1,56 +1,171 @@
 """The run folder: everything that a run leaves behind, in files that other programs read.
 
 config.yaml  rewards.py  metrics.jsonl  rollouts.jsonl  tokens.jsonl  eval/*.jsonl  checkpoints/  summary.json  curve.png
-failed.jsonl, where a reward function has stopped the run
+console.log  lock  and failed.jsonl, where a reward function has stopped the run
 """
 
-import dataclasses
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import shlex
-import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
+import psutil
 import torch
 import yaml
 
 from grading import Completion, RewardError, Rewards, Score
-from rl.config import Config, ConfigError
+from rl.checkpoint import Checkpoints, bring_to_disk, cannot_write, write_whole
+from rl.config import Config, ConfigError, RunError
+from rl.evaluate import Answers
+from rl.process import Console
 from rl.rollout import Episode
+
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl")  # a step adds to each of them
 
 
 def choose_folder(config: Config, name: str) -> Path:
-    """output_dir, else runs/NAME-TIME. Raises ConfigError where it exists already: no run is written over."""
+    """output_dir, else runs/NAME-TIME. Raises ConfigError where a run is there already: none is written over."""
     path = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"output_dir: {path} exists already: choose another, or remove it")
+    if config.resume:
+        return path
+    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))  # begun in the same second
+    while not config.output_dir and path.exists():
+        path = next(others)
+    if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - BEFORE_A_RUN):
+        hint = f", go on with it by --resume {path}" if (path / "config.yaml").exists() else ""
+        raise ConfigError(f"output_dir: {path} exists already: choose another{hint}, or remove it")
     return path
 
 
-class RunFolder:
-    """Writes one run's files. Lines are appended whole; other files are written beside their place and renamed."""
+BEFORE_A_RUN = {"lock", "rewards.py", "rewards.py.unfinished", "config.yaml.unfinished"}  # config.yaml makes it a run
 
-    def __init__(self, path: Path, config: Config, rewards_file: Path):
+
+class RunFolder:
+    """Writes one run's files. Lines are appended whole; other files are written beside their place and renamed.
+
+    As a context manager it keeps other runs out of the folder, and copies the console into console.log. Every method raises
+    RunError where something cannot be written.
+    """
+
+    def __init__(self, path: Path, config: Config):
         self.path = path
+        self.checkpoints = Checkpoints(path, config.save_total_limit)
+        self.lock = filelock.FileLock(path / "lock", blocking=False)
+        self.console = Console(path / "console.log")
+
+    def __enter__(self) -> "RunFolder":
+        with self.writing(self.path):
+            for folder in (self.path / "eval", self.path / "checkpoints"):
+                if not folder.is_dir():
+                    folder.mkdir(parents=True)
+            try:
+                self.lock.acquire()
+            except filelock.Timeout:
+                raise RunError(
+                    f"{self.path} is in use by a run that goes on; to end that one: touch {self.path / 'STOP'}"
+                ) from None
+            self.console.__enter__()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.console.__exit__()
+        self.lock.release()
+
+    @contextmanager
+    def writing(self, path: Path):
+        """Turns what goes wrong with a file into one line that says how to go on."""
         try:
-            for folder in (path / "eval", path / "checkpoints"):
-                folder.mkdir(parents=True, exist_ok=True)
+            yield
         except OSError as error:
-            raise ConfigError(f"output_dir: {path} cannot be made: {error.strerror}") from None
-        settings = dataclasses.asdict(config) | {"output_dir": None}  # so that it can be used as a config again
-        self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        shutil.copy(rewards_file, path / "rewards.py")
+            whole = self.checkpoints.all()
+            hint = f"; {whole[-1].name} is saved: make room, then python train.py --resume {self.path}" if whole else ""
+            raise RunError(cannot_write(path, error) + hint) from error
+
+    def begin(self, settings: dict, rewards_file: Path, step: int) -> None:
+        """Keep what the run is made with; what it was made with up to this step stays beside, where it was another."""
+        texts = {
+            "rewards.py": rewards_file.read_text(encoding="utf-8"),
+            "config.yaml": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        }
+        for name, text in texts.items():
+            path = self.path / name
+            if path.exists() and step and path.read_text(encoding="utf-8") != text:
+                with self.writing(path):
+                    path.replace(path.with_stem(f"{path.stem}_until_step_{step:06d}"))
+            self._write(name, text)
 
     def append(self, name: str, lines: list[dict]) -> None:
         """Add lines to a .jsonl file in one write, so that no reader meets half of them."""
         text = "".join(to_json(line) + "\n" for line in lines)
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with self.writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
+
+    def log_sizes(self) -> dict[str, int]:
+        """The bytes of each log, brought to the disk: what belongs to the steps so far."""
+        files = [self.path / name for name in LOGS if (self.path / name).exists()]
+        with self.writing(self.path):
+            for file in files:
+                bring_to_disk(file)
+        return {file.name: file.stat().st_size for file in files}
+
+    def cut_back(self, step: int, sizes: dict[str, int], max_steps: int) -> None:
+        """Let the folder be as it was after a step: logs of these sizes, no later evaluation, no later checkpoint. A final
+        evaluation becomes one among others where more than its steps are to come.
+
+        Raises ConfigError where a log has less than that.
+        """
+        for name, size in sizes.items():
+            present = (self.path / name).stat().st_size if (self.path / name).exists() else 0
+            if present < size:
+                raise ConfigError(
+                    f"resume: {self.path / name} has {present} bytes, but had {size} at step {step}: put the lines back, or "
+                    "resume from an older checkpoint"
+                )
+        with self.writing(self.path):
+            for name in LOGS:
+                if (self.path / name).exists():
+                    os.truncate(self.path / name, sizes.get(name, 0))
+            after = self.path / "eval/after.jsonl"
+            if after.exists() and self.checkpoints.all()[-1] == self.checkpoints.folder(step) and step < max_steps:
+                after.replace(self.path / f"eval/step_{step:06d}.jsonl")
+            after.unlink(missing_ok=True)
+            for file in self.path.glob("eval/*.jsonl"):
+                if (evaluated_at(file) or 0) > step:
+                    file.unlink()
+            self.checkpoints.drop_after(step)
+
+    def read(self, name: str) -> list[dict]:
+        """The lines of a .jsonl file, none where it is not there."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+    def history(self) -> list[dict]:
+        """The metrics of each step so far, as they were before they became JSON."""
+        lines = self.read("metrics.jsonl")
+        return [{k: math.nan if v is None else v for k, v in line.items() if k != "alarms"} for line in lines]
+
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end, final evaluation and all."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return bool(json.loads((self.path / "summary.json").read_text(encoding="utf-8")).get("finished"))
+        return False
+
+    def evaluations(self) -> dict[int, Answers]:
+        """The evaluations in the folder by their steps, in order."""
+        files = {evaluated_at(file): file for file in self.path.glob("eval/*.jsonl")}
+        return {
+            step: Answers.from_lines(self.read(f"eval/{files[step].name}")) for step in sorted(files.keys() - {None})
+        }
 
     def log_rollouts(
         self, episodes: list[Episode], completions: list[Completion], scores: list[Score], learned: list[float] | None
@@ -89,13 +204,6 @@ class RunFolder:
     def write_summary(self, summary: dict) -> None:
         self._write("summary.json", to_json(summary, indent=2) + "\n")
 
-    def checkpoint_folder(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step_{step:06d}"
-
-    def mark_last(self, checkpoint: Path) -> None:
-        """checkpoints/last names the newest checkpoint."""
-        self._write("checkpoints/last", checkpoint.name + "\n")
-
     def draw_curve(self, evaluations: dict[int, dict], history: list[dict]) -> None:
         """curve.png: held-out accuracy with its intervals and the share that thinks, reward, and length, by step.
 
@@ -124,13 +232,21 @@ class RunFolder:
         for axes in (left, middle, right):
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
-        figure.savefig(self.path / "curve.png", dpi=110)
+        with self.writing(self.path / "curve.png"):
+            figure.savefig(self.path / "curve.png.unfinished", format="png", dpi=110)
+            os.replace(self.path / "curve.png.unfinished", self.path / "curve.png")
         pyplot.close(figure)
 
     def _write(self, name: str, text: str) -> None:
-        unfinished = self.path / f"{name}.unfinished"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.path / name)
+        with self.writing(self.path / name):
+            write_whole(self.path / name, text)
+
+
+def evaluated_at(file: Path) -> int | None:
+    """The step of eval/before.jsonl or eval/step_000050.jsonl; None of eval/after.jsonl, which is of the last one."""
+    if file.stem == "before":
+        return 0
+    return int(file.stem[5:]) if file.stem.startswith("step_") and file.stem[5:].isdigit() else None
 
 
 def describe_completion(completion: Completion) -> dict:
@@ -160,9 +276,16 @@ class Stopwatch:
     """Seconds spent in each named part of the run; what passed from `started` until now is the setup."""
 
     def __init__(self, started: float):
-        self.started = self._lap_started = time.perf_counter()
-        self.seconds = dict.fromkeys(("rollout", "score", "update", "eval"), 0.0) | {"setup": self.started - started}
+        self._lap_started = time.perf_counter()
+        self._zero = started  # of the total
+        self.seconds = dict.fromkeys(("rollout", "score", "update", "eval"), 0.0)
+        self.seconds["setup"] = self._lap_started - started
         self._at_lap = dict(self.seconds)
+
+    def go_on(self, seconds: dict[str, float]) -> None:
+        """Add what the run had taken before it was stopped: a `summary`."""
+        self._zero -= seconds["total"]
+        self.seconds = {part: present + seconds[part] for part, present in self.seconds.items()}
 
     @contextmanager
     def time(self, part: str):
@@ -185,7 +308,7 @@ class Stopwatch:
         return {name: round(value, 4) for name, value in {"step_time": step_time, **parts}.items()}
 
     def summary(self) -> dict[str, float]:
-        total = time.perf_counter() - self.started + self.seconds["setup"]
+        total = time.perf_counter() - self._zero
         return {part: round(seconds, 2) for part, seconds in {"total": total, **self.seconds}.items()}
 
 
@@ -194,6 +317,11 @@ def describe_machine(device: torch.device) -> str:
         gpu = torch.cuda.get_device_properties(device)
         return f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GB)"
     return f"{os.cpu_count()} CPU cores"
+
+
+def memory_now_mb() -> float:
+    """Resident in this process, MB."""
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def peak_memory_mb(device: torch.device) -> float | None:

@@ -7,63 +7,19 @@ no gradient of the one reaches the other.
 """
 
 import math
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-import transformers
 
 from rl import algorithms
+from rl.budget import within_memory
 from rl.config import Config
 from rl.critic import Critic
 from rl.logprobs import completion_logprobs
+from rl.optimizer import Optimizer
 from rl.policy import Policy
 from rl.rollout import Episode
-
-
-class Optimizer:
-    """AdamW with its schedule, gradient clipping and, in fp16, loss scaling, over one set of parameters."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float, policy: Policy, config: Config):
-        self.parameters, self.max_grad_norm = parameters, config.max_grad_norm
-        self.adamw = make_adamw(parameters, learning_rate, config)
-        updates = config.max_steps * config.num_iterations * config.num_mini_batches
-        self.schedule = transformers.get_scheduler(
-            {"constant": "constant_with_warmup"}.get(config.lr_scheduler_type, config.lr_scheduler_type),
-            self.adamw,
-            math.ceil(config.warmup_ratio * updates),
-            updates,
-        )
-        # fp16 gradients underflow without scaling; bf16 and fp32 need none.
-        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
-
-    @property
-    def learning_rate(self) -> float:
-        return self.adamw.param_groups[0]["lr"]
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
-    def step(self) -> float | None:
-        """Apply the gradients and clear them: their norm before clipping, nan where it is not finite and the step is left
-        out, None where there are none."""
-        norm = None
-        if any(p.grad is not None for p in self.parameters):
-            self.scaler.unscale_(self.adamw)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
-            if math.isfinite(norm):
-                self.scaler.step(self.adamw)
-            self.scaler.update()
-        self.discard()
-        return norm if norm is None or math.isfinite(norm) else math.nan
-
-    def discard(self) -> None:
-        """Clear the gradients, and let the schedule go on."""
-        self.adamw.zero_grad(set_to_none=True)
-        with warnings.catch_warnings():  # torch takes a step that is left out for a mistake
-            warnings.simplefilter("ignore", UserWarning)
-            self.schedule.step()
 
 
 class Updater:
@@ -78,6 +34,25 @@ class Updater:
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order of mini-batches
         self.rollouts = 0
 
+    def state_dict(self) -> dict:
+        """Optimizers, the critic's parameters, and what is counted over the run."""
+        state = {"rollouts": self.rollouts, "generator": self.generator.get_state()}
+        state["optimizer"] = self.optimizer.state_dict()
+        if self.critic:
+            state["critic_optimizer"] = self.critic_optimizer.state_dict()
+            state["critic"] = [p.detach() for p in self.critic.parameters]
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.rollouts = state["rollouts"]
+        self.generator.set_state(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic:
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+            for p, saved in zip(self.critic.parameters, state["critic"], strict=True):
+                p.copy_(saved)
+
     @property
     def corrects_sampler(self) -> bool:
         """In bf16 and fp16 the sampler is another policy than the trainer; fp32 kernels differ by rounding alone."""
@@ -90,11 +65,15 @@ class Updater:
         """
         if not self.critic:
             return
-        with torch.no_grad(), self.critic.active():
+
+        def value():
             for batch in self.micro_batches(episodes):
                 values, _ = self.critic.values(*ids_of(batch))
                 for episode, row in zip(batch, values):
                     episode.values = row[: len(episode.completion_ids) + 1].clone()
+
+        with torch.no_grad(), self.critic.active():
+            self.within_memory(value, episodes)
         if self.config.beta:
             self.fill_logprobs(episodes, "old_logprobs")
             with self.policy.reference():
@@ -145,6 +124,7 @@ class Updater:
             "grad_norm": totals["grad_norm"] / updates,
             "learning_rate": learning_rate,
             "updates": totals["updates"],
+            "lora_norm": math.sqrt(sum(p.double().square().sum().item() for p in self.optimizer.parameters)),
             "skipped_updates": totals["skipped"],
         }
         if config.kl_in_loss:
@@ -182,10 +162,8 @@ class Updater:
 
         Returns whether the policy has moved so far since the roll-out that it has to stay as it is: `target_kl`.
         """
-        own = Counter()
-        self.policy.model.train()
-        (self.backward_pairs if self.config.algorithm == "dpo" else self.backward)(episodes, own)
-        self.policy.model.eval()
+        backward = self.backward_pairs if self.config.algorithm == "dpo" else self.backward
+        own = self.accumulate(self.optimizer, backward, episodes)
         most = max(totals["most_mismatch"], own["most_mismatch"])
         totals.update(own)
         totals["most_mismatch"] = most
@@ -197,6 +175,21 @@ class Updater:
             finite = math.isfinite(norm)
             totals.update({"grad_norm": norm, "updates": 1} if finite else {"skipped": 1})
         return False
+
+    def accumulate(self, optimizer: Optimizer, backward: Callable, episodes: list[Episode]) -> Counter:
+        """The gradient of these episodes, from the beginning each time that memory runs out; the sums of that pass."""
+
+        def work():
+            optimizer.clear()
+            totals = Counter()
+            self.policy.model.train()
+            try:
+                backward(episodes, totals)
+            finally:
+                self.policy.model.eval()
+            return totals
+
+        return self.within_memory(work, episodes)
 
     def backward(self, episodes: list[Episode], totals: Counter) -> None:
         """Add the gradient of the loss over these episodes, the batch of one optimizer step, micro-batch by micro-batch."""
@@ -259,34 +252,45 @@ class Updater:
 
     def critic_step(self, episodes: list[Episode], totals: Counter) -> None:
         """One gradient step of the critic on these episodes: the mean value loss over their tokens."""
-        learning = [e for e in episodes if e.in_loss]
-        num_tokens = sum(len(e.completion_ids) for e in learning)
         with self.critic.active():
-            self.policy.model.train()
-            for batch in self.micro_batches(learning):
-                values, mask = self.critic.values(*ids_of(batch))
-                old = self.pad([e.values[:-1] for e in batch])
-                returns = self.pad([e.returns for e in batch])
-                loss = algorithms.clipped_value_loss(values[:, :-1], old, returns, self.config.cliprange_value)
-                loss = torch.where(mask, loss, 0.0).sum() / num_tokens
-                self.critic_optimizer.backward(loss)
-                totals["value_loss"] += loss.item()
-            self.policy.model.eval()
+            totals.update(self.accumulate(self.critic_optimizer, self.backward_values, episodes))
         norm = self.critic_optimizer.step()
         if norm is not None:
             finite = math.isfinite(norm)
             totals.update({"critic_grad_norm": norm, "critic_updates": 1} if finite else {"skipped": 1})
 
+    def backward_values(self, episodes: list[Episode], totals: Counter) -> None:
+        """The same for the critic."""
+        learning = [e for e in episodes if e.in_loss]
+        num_tokens = sum(len(e.completion_ids) for e in learning)
+        for batch in self.micro_batches(learning):
+            values, mask = self.critic.values(*ids_of(batch))
+            old = self.pad([e.values[:-1] for e in batch])
+            returns = self.pad([e.returns for e in batch])
+            loss = algorithms.clipped_value_loss(values[:, :-1], old, returns, self.config.cliprange_value)
+            loss = torch.where(mask, loss, 0.0).sum() / num_tokens
+            self.critic_optimizer.backward(loss)
+            totals["value_loss"] += loss.item()
+
     @torch.no_grad()
     def fill_logprobs(self, episodes: list[Episode], name: str) -> None:
         """Store each episode's log-probabilities under the model as it is now, by the path that scores in the update."""
-        for batch in self.micro_batches(episodes):
-            logprobs, _, _ = completion_logprobs(self.policy, *ids_of(batch))
-            for episode, row in zip(batch, logprobs):
-                setattr(episode, name, row[: len(episode.completion_ids)].clone())
+
+        def score():
+            for batch in self.micro_batches(episodes):
+                logprobs, _, _ = completion_logprobs(self.policy, *ids_of(batch))
+                for episode, row in zip(batch, logprobs):
+                    setattr(episode, name, row[: len(episode.completion_ids)].clone())
+
+        self.within_memory(score, episodes)
 
     def micro_batches(self, items: list) -> Iterator[list]:
         return micro_batches(items, self.config.max_tokens_per_micro_batch, self.policy.decoder is not None)
+
+    def within_memory(self, work: Callable, episodes: list[Episode]):
+        """What work() on these episodes returns, with fewer tokens in a micro-batch where memory runs out."""
+        longest = max((len(e.prompt_ids) + len(e.completion_ids) for e in episodes), default=0)
+        return within_memory(work, self.config, "max_tokens_per_micro_batch", longest * len(episodes), longest)
 
     def pad(self, rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.policy.device)
@@ -308,13 +312,17 @@ class Updater:
 
         group = max(range(len(episodes) // size), key=learned)
         rows, chosen = {}, episodes[group * size : (group + 1) * size]
-        for batch in self.micro_batches(chosen):
-            logprobs, mask, entropy = completion_logprobs(self.policy, *ids_of(batch), with_entropy=True)
-            with self.policy.reference():
-                reference, _, _ = completion_logprobs(self.policy, *ids_of(batch))
-            kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
-            for i, episode in enumerate(batch):
-                rows[id(episode)] = self.inspected(episode, logprobs[i], entropy[i], kl[i])
+
+        def look():
+            for batch in self.micro_batches(chosen):
+                logprobs, mask, entropy = completion_logprobs(self.policy, *ids_of(batch), with_entropy=True)
+                with self.policy.reference():
+                    reference, _, _ = completion_logprobs(self.policy, *ids_of(batch))
+                kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
+                for i, episode in enumerate(batch):
+                    rows[id(episode)] = self.inspected(episode, logprobs[i], entropy[i], kl[i])
+
+        self.within_memory(look, chosen)
         return group, [rows[id(episode)] for episode in chosen]
 
     def inspected(self, episode: Episode, logprobs, entropy, kl) -> dict:
@@ -372,16 +380,6 @@ def micro_batches(items: list, max_tokens: int, shares_prompts: bool) -> Iterato
         size, prompts, prompt_width, width = size + more, new_prompts, new_prompt_width, new_width
     if batch:
         yield batch
-
-
-def make_adamw(parameters: list[torch.nn.Parameter], learning_rate: float, config: Config) -> torch.optim.Optimizer:
-    settings = {"lr": learning_rate, "weight_decay": config.weight_decay}
-    if config.optim == "adamw_torch":
-        return torch.optim.AdamW(parameters, **settings)
-    import bitsandbytes
-
-    kind = bitsandbytes.optim.AdamW8bit if config.optim == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
-    return kind(parameters, **settings)
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

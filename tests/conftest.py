@@ -3,6 +3,7 @@
 import math
 import os
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,20 @@ def episodes_of(*lengths, truncated=()):
     from rl.rollout import Episode
 
     return [Episode(0, [1], [2] * n, [0.0] * n, i in truncated) for i, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The run that nothing happened to, by method, and how long it took."""
+    runs = {}
+
+    def of(method):
+        if method not in runs:
+            from running import finish
+
+            folder, started = tmp_path_factory.mktemp("whole") / method, time.monotonic()
+            assert finish(folder, method) == 0
+            runs[method] = folder, time.monotonic() - started
+        return runs[method]
+
+    return of

@@ -1,0 +1,81 @@
+"""AdamW with all that belongs to its step: schedule, clipping, loss scaling, and gradients that are not finite."""
+
+import math
+import warnings
+
+import torch
+import transformers
+
+from rl.config import Config
+from rl.policy import Policy
+
+
+class Optimizer:
+    """AdamW with its schedule, gradient clipping and, in fp16, loss scaling, over one set of parameters."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float, policy: Policy, config: Config):
+        self.parameters, self.max_grad_norm = parameters, config.max_grad_norm
+        self.adamw = make_adamw(parameters, learning_rate, config)
+        updates = config.max_steps * config.num_iterations * config.num_mini_batches
+        self.schedule = transformers.get_scheduler(
+            {"constant": "constant_with_warmup"}.get(config.lr_scheduler_type, config.lr_scheduler_type),
+            self.adamw,
+            math.ceil(config.warmup_ratio * updates),
+            updates,
+        )
+        # fp16 gradients underflow without scaling; bf16 and fp32 need none.
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.adamw.param_groups[0]["lr"]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> float | None:
+        """Apply the gradients and clear them: their norm before clipping, nan where it is not finite and the step is left
+        out, None where there are none."""
+        norm = None
+        if any(p.grad is not None for p in self.parameters):
+            self.scaler.unscale_(self.adamw)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+            if math.isfinite(norm):
+                self.scaler.step(self.adamw)
+            self.scaler.update()
+        self.discard()
+        return norm if norm is None or math.isfinite(norm) else math.nan
+
+    def clear(self) -> None:
+        """Forget the gradients so far."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        """Clear the gradients, and let the schedule go on."""
+        self.clear()
+        with warnings.catch_warnings():  # torch takes a step that is left out for a mistake
+            warnings.simplefilter("ignore", UserWarning)
+            self.schedule.step()
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in ("adamw", "schedule", "scaler")}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a state; learning rate and weight decay are those of the settings, in case they were changed."""
+        group = self.adamw.param_groups[0]
+        settings = {name: group[name] for name in ("initial_lr", "weight_decay")}
+        self.adamw.load_state_dict(state["adamw"])
+        self.schedule.load_state_dict(state["schedule"] | {"base_lrs": self.schedule.base_lrs})
+        self.scaler.load_state_dict(state["scaler"])
+        group = self.adamw.param_groups[0]
+        group.update(settings, lr=settings["initial_lr"] * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
+
+
+def make_adamw(parameters: list[torch.nn.Parameter], learning_rate: float, config: Config) -> torch.optim.Optimizer:
+    settings = {"lr": learning_rate, "weight_decay": config.weight_decay}
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes
+
+    kind = bitsandbytes.optim.AdamW8bit if config.optim == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
+    return kind(parameters, **settings)

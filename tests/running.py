@@ -1,0 +1,126 @@
+"""Short runs in processes of their own, which can be killed in the middle of a call, and what they leave."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import train
+
+SHORT = "--max-steps 8 --prompts-per-step 4 --num-generations 4 --eval-questions 8 --eval-steps 3 --save-steps 2 --train-questions 30 --max-completion-length 40 --learning-rate 2e-3 --lr-scheduler-type linear --log-completions-steps 0 --device cpu"
+METHODS = {
+    "grpo": "--num-mini-batches 2 --num-iterations 2 --save-total-limit 2",
+    "ppo": "--algorithm ppo --num-mini-batches 2 --num-iterations 2 --beta 0.02 --beta-target-kl 0.5 --critic-warmup-steps 2",
+    "running": "--algorithm reinforce --num-mini-batches 1 --baseline running --control random-reward --curriculum-steps 4 --train-data sums",
+}
+
+processes = multiprocessing.get_context(
+    "forkserver"
+)  # its children have everything imported, and are forked from no threads
+processes.set_forkserver_preload(
+    [
+        "train",
+        "rl.advantages",
+        "rl.checkpoint",
+        "rl.critic",
+        "rl.run",
+        "rl.sampler_check",
+        "rl.rehearsal",
+        "rl.trackers",
+    ]
+)
+
+
+def work(arguments: list[str], faults: dict[str, tuple[int, object]]):
+    """In a process of its own: train, and do something in the nth call of a function, by "module:class:function"."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.setsid()
+    for name, (nth, fault) in faults.items():
+        plant(name, nth, fault)
+    try:
+        train.main(arguments)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "exit_code", 130))
+    except (train.ConfigError, train.DataError, train.RewardError, train.RunError) as error:
+        print(f"error: {error}")
+        sys.exit(1)
+
+
+def plant(name: str, nth: int, fault) -> None:
+    """fault: a signal that the process sends to itself, an exception, or a function that is called with the arguments."""
+    module, owner, function = name.split(":")
+    owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+    original, calls = getattr(owner, function), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == nth:
+            if isinstance(fault, signal.Signals):
+                os.kill(os.getpid(), fault)
+            elif isinstance(fault, BaseException):
+                raise fault
+            else:
+                return fault(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, function, counted)
+
+
+def start(folder: Path, method: str, faults=None, resume=False, more: str = ""):
+    """A process that trains into this folder, or goes on there; what it prints is in FOLDER.txt."""
+    arguments = [*SHORT.split(), *METHODS[method].split(), "--output-dir", str(folder), *more.split()]
+    if resume:
+        arguments = ["--resume", str(folder), *more.split()]
+    process = processes.Process(target=into, args=(f"{folder}.txt", arguments, faults or {}))
+    process.start()
+    return process
+
+
+def into(file: str, arguments: list[str], faults: dict) -> None:
+    """`work`, with what it prints in a file."""
+    output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    work(arguments, faults)
+
+
+def finish(folder: Path, method: str, **options) -> int:
+    """The exit status of such a process; less than 0: the signal that killed it."""
+    process = start(folder, method, **options)
+    process.join()
+    return process.exitcode
+
+
+def printed(folder: Path) -> str:
+    """What the last process printed."""
+    return Path(f"{folder}.txt").read_text()
+
+
+def result(folder: Path) -> dict:
+    """All that a run leaves, without times and memory."""
+    timed = ("time", "memory")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("seconds", "peak_memory_mb", "memory"):
+        summary.pop(name, None)
+    last = folder / "checkpoints/step_000008"
+    return {
+        "metrics": [{k: v for k, v in m.items() if not any(t in k for t in timed)} for m in metrics],
+        "files": {name: (folder / name).read_text() for name in ("rollouts.jsonl", "tokens.jsonl", "config.yaml")},
+        "evaluations": {file.name: file.read_text() for file in folder.glob("eval/*")},
+        "summary": summary,
+        "adapter": (last / "adapter_model.safetensors").read_bytes(),
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "best": (folder / "checkpoints/best").read_text() if (folder / "checkpoints/best").exists() else None,
+    }
+
+
+def assert_same(folder: Path, expected: Path):
+    found, wanted = result(folder), result(expected)
+    for part in wanted:
+        assert found[part] == wanted[part], part
