@@ -72,11 +72,10 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     from rl.algorithms import varied_groups
     from rl.checkpoint import Position, fingerprint, made_with
     from rl.critic import Critic
-    from rl.evaluate import best_of, evaluate, marked_rollout
-    from rl.policy import check_model, load_policy, reloaded_adapter, restore_adapter
+    from rl.evaluate import best_of, check_saved, evaluate, marked_rollout
+    from rl.policy import check_model, load_policy, restore_adapter
     from rl.rehearsal import rehearse
-    from rl.rollout import rollout
-    from rl.run import RunFolder, Stopwatch, choose_folder, describe_machine, memory_now_mb, peak_memory_mb, versions
+    from rl.run import MemoryUse, RunFolder, Stopwatch, choose_folder, describe_machine, peak_memory_mb, versions
     from rl.sampler_check import check_sampler
     from rl.sampling import Sampling
     from rl.trackers import Trackers
@@ -101,7 +100,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     steps_before = saved.step if saved else 0
 
     # --- The policy: a model with its LoRA. Its prompts, as token ids.
-    memory_before = memory_now_mb()
+    memory = MemoryUse()
     policy = load_policy(config)
     made["model"] = fingerprint(policy)
     if saved:
@@ -158,12 +157,12 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         "control": config.control, "completions": 0, "tokens": 0, "judges": [], "alarms": {}, "versions": versions(),
     }  # fmt: skip
 
-    def memory_line():
-        return f"peak {peak_memory_mb(policy.device):,.0f} MB"
-
     def write_summary():
         measured = {"seconds": watch.summary(), "peak_memory_mb": peak_memory_mb(policy.device)}
+        summary["memory"] = memory.figures(policy.device)
         run.write_summary(summary | measured | {"reward_errors": rewards.errors})
+
+    memory.predict(config, policy, max(map(len, train_prompts + eval_prompts)))
 
     # --- Can it be done at all? The longest batches are tried now, and what is too much for the memory is halved.
     teacher, updater = Advantages(policy, config, rewards), Updater(policy, config, critic)
@@ -344,7 +343,8 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         at_start = position.before_rollout()
         stopping.release()
         if config.probe:
-            return print(report.probed(config, history, watch.seconds, len(eval_rows), memory_line()))
+            write_summary()
+            return print(report.probed(config, history, watch.seconds, len(eval_rows), summary["memory"]))
 
         # --- After: the LoRA is saved, answers the same questions again, and is read back and compared.
         if step < config.max_steps:
@@ -353,33 +353,20 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         tell("alarm", alarms.hacking(history, verdicts, set(summary["judges"]), rewards, config), step)
         stopping.hold()
         checkpoint = save(step, at_start)  # now with the final evaluation
-        probes = eval_prompts[:: max(1, len(eval_prompts) // 16)]
-
-        def greedy_answers():
-            answers = rollout(
-                policy, probes, 1, config.max_completion_length, Sampling(0), generator, config.rollout_batch_size
-            )
-            return [episode.completion_ids for episode in answers]
-
-        in_memory = greedy_answers()
-        with reloaded_adapter(policy, checkpoint):
-            if greedy_answers() != in_memory:
-                sys.exit(f"error: {checkpoint}, read back, answers otherwise than the policy in memory: do not use it")
-        with policy.reference():
-            changed = sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
+        asked, changed = check_saved(policy, checkpoint, eval_prompts, config)
         run.draw_curve(evaluations, history)
         summary["finished"] = True
         write_summary()
     except BaseException as error:
+        if config.probe:
+            raise
         if not stopping.held and trained > saved_step and not isinstance(error, RunError):
             stopping.hold()  # a step that was only rolled out is as if it had not been begun
             save(trained, at_start)
         print(report.stopped(trained, config.max_steps, run.checkpoints.marked("last"), run.path), flush=True)
         raise
 
-    print(
-        f"\nSaved {checkpoint}; read back, it gives the same {len(probes)} of {len(probes)} greedy answers as in memory"
-    )
+    print(f"\nSaved {checkpoint}; read back, it gives the same {asked} of {asked} greedy answers as in memory")
     print(f"and another answer than before training to {changed} of them.")
     if not changed:
         print("  hint: training changed no greedy answer: raise learning_rate or max_steps")
@@ -389,7 +376,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     print(
         f"{summary['completions']:,} completions in {report.clock(watch.summary()['total'])}. Curve: {run.path}/curve.png"
     )
-    print(f"Memory: {memory_line()}.")
+    print(f"Memory: {report.memory(summary['memory'])}.")
     for warning in warnings:
         print(f"  WARNING  {warning}")
     print(f"Next: python train.py --eval-only --adapter {checkpoint}")

@@ -197,7 +197,7 @@ class Ponder:
     def save(self, folder: str) -> dict:
         from rl.policy import save_adapter
 
-        save_adapter(self.policy, Path(folder), "", {})
+        save_adapter(self.policy, Path(folder))
         return {}
 
     def steps(self, n: int) -> dict:

@@ -13,6 +13,7 @@ full. Every other column of the source is there too. Rows without a gold are for
     python -m data check openai/gsm8k           # is each gold full marks, and a wrong answer none?
 """
 
+import math
 import random
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ from data.hub import held_out_split, is_hub_source, read_hub
 from data.sources import FILE_TYPES, DataError, read_file
 from data.tasks import MAKERS, questions
 
-__all__ = ["DataError", "levels", "load", "load_questions"]
+__all__ = ["DataError", "Order", "levels", "load", "load_questions"]
 
 EVAL_SEED = 0  # the built-in held-out questions are the same for every run, so that runs can be compared
 MAX_HELD_OUT = 0.2  # of a source that serves for training and evaluation

@@ -7,13 +7,14 @@ after make a paired comparison, whose interval is narrower than that of two sepa
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from grading import Completion, Rewards, Score, Scoring, prompt_text
 from rl.budget import within_memory
-from rl.config import Config
-from rl.policy import Policy
+from rl.config import Config, RunError
+from rl.policy import Policy, reloaded_adapter
 from rl.rollout import Episode, rollout
 from rl.sampling import Sampling
 
@@ -165,6 +166,27 @@ def evaluate(
         )
         answers[name] = [record(*answer) for answer in zip(*marking.results())]
     return Answers(**answers)
+
+
+def check_saved(policy: Policy, folder: Path, prompts: list[list[int]], config: Config) -> tuple[int, int]:
+    """Ask some of the prompts of the policy in memory, of its LoRA read back from `folder`, and of the reference.
+
+    Returns how many were asked, and how many of them the reference answers otherwise. Raises RunError where what was saved
+    is not what is in memory.
+    """
+    probes = prompts[:: max(1, len(prompts) // 16)]
+
+    def greedy_answers():
+        generator, rows = torch.Generator(policy.device), config.rollout_batch_size
+        answers = rollout(policy, probes, 1, config.max_completion_length, Sampling(0), generator, rows)
+        return [episode.completion_ids for episode in answers]
+
+    in_memory = greedy_answers()
+    with reloaded_adapter(policy, folder):
+        if greedy_answers() != in_memory:
+            raise RunError(f"{folder}, read back, answers otherwise than the policy in memory: do not use it")
+    with policy.reference():
+        return len(probes), sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
 
 
 def best_of(evaluations: dict[int, dict]) -> int:

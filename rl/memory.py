@@ -10,16 +10,18 @@ measured. Imports no torch.
 """
 
 import dataclasses
-import json
-import re
-from collections.abc import Iterator, Sequence
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from rl.config import Config, ConfigError
+from rl.shapes import KNOWN, Shape, find_shape
 
 MB, GB = 2**20, 2**30
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a parameter: 4 bits, a scale in 8 bits for 64, one in 32 bits for 256 of these
+NF4 = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # bytes a parameter: 4 bits, a scale in 8 bits for 64, one in 32 bits for 256 of these
 LOGITS_AT_A_TIME = 2**24  # as in rl/logprobs.py, which imports torch
 PREFILL_TOKENS = 16384  # as in rl/engine.py
 GROWTH = 64  # the same
@@ -32,169 +34,8 @@ FIXED_CPU = 90 * MB  # what is loaded when first used: questions, graders, kerne
 TOKENIZER = 20  # resident bytes for each byte of tokenizer.json
 ASSUMED_PROMPT = 256  # tokens, where nothing is known
 CHARACTERS_A_TOKEN = 3
+LEAST_COMPLETION = 64  # tokens; shorter ones are not proposed
 TEMPLATE_TOKENS = 32  # what a chat template adds to a question
-
-
-# --- the model's dimensions
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of a decoder-only language model, as far as memory depends on them."""
-
-    vocabulary: int  # V
-    hidden: int  # H
-    intermediate: int  # F, of the feed-forward part
-    layers: int  # L
-    heads: int
-    kv_heads: int
-    head_dim: int  # d
-    tied: bool  # the head is the embedding
-    biases: int = 0  # elements, a layer
-    qk_norm: bool = False  # a norm over each head's query and key, as in Qwen3
-    four_bit: bool = False  # saved in 4 bits
-    own_decoder: bool = True  # Llama, Qwen2, Qwen3: rl/decoder.py knows it
-    file_bytes: int | None = None  # of the weights on the disk; None: two a parameter
-    tokenizer_bytes: int | None = None  # of tokenizer.json; None: 75 a token, as in Qwen's
-
-    @property
-    def query_size(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    def maps(self) -> list[tuple[int, int]]:
-        """(in, out) of a layer's linear maps: query, key, value, output, gate, up, down."""
-        h, f, q, kv = self.hidden, self.intermediate, self.query_size, self.kv_size
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)]
-
-    def linear_parameters(self) -> int:
-        """Of all layers' linear maps, without biases and without the head."""
-        return self.layers * sum(i * o for i, o in self.maps())
-
-    def other_parameters(self) -> int:
-        """Embedding, head, norms and biases."""
-        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.layers * (norms + self.biases) + self.hidden
-
-    def parameters(self) -> int:
-        return self.linear_parameters() + self.other_parameters()
-
-    def lora_parameters(self, rank: int) -> int:
-        """Of a LoRA on every linear map: A (rank, in) and B (out, rank)."""
-        return self.layers * rank * sum(i + o for i, o in self.maps())
-
-
-def _known(family, vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, tied) -> Shape:
-    shape = Shape(vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, tied)
-    if family == "qwen2":
-        return dataclasses.replace(shape, biases=shape.query_size + 2 * shape.kv_size)
-    return dataclasses.replace(shape, qk_norm=family == "qwen3")
-
-
-# fmt: off
-KNOWN = {  # by the name without owner and suffixes, in lower case
-    "qwen2.5-0.5b": _known("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True),
-    "qwen2.5-1.5b": _known("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True),
-    "qwen2.5-3b": _known("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, True),
-    "qwen2.5-7b": _known("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
-    "qwen3-0.6b": _known("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
-    "qwen3-1.7b": _known("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True),
-    "qwen3-4b": _known("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
-    "qwen3-8b": _known("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
-    "llama-3.2-1b": _known("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
-    "llama-3.2-3b": _known("llama", 128256, 3072, 8192, 28, 24, 8, 128, True),
-    "llama-3.1-8b": _known("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
-    "smollm2-135m": _known("llama", 49152, 576, 1536, 30, 9, 3, 64, True),
-    "smollm2-360m": _known("llama", 49152, 960, 2560, 32, 15, 5, 64, True),
-    "smollm2-1.7b": _known("llama", 49152, 2048, 8192, 24, 32, 32, 64, True),
-    "tinyllama-1.1b": _known("llama", 32000, 2048, 5632, 22, 32, 4, 64, False),
-    "deepseek-r1-distill-qwen-1.5b": _known("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, False),
-    "deepseek-r1-distill-qwen-7b": _known("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
-}
-# fmt: on
-
-
-def find_shape(model: str) -> Shape:
-    """The dimensions of a model in a folder, in the Hugging Face cache, or known by its name. Raises ConfigError."""
-    folder = Path(model)
-    if not folder.is_dir():
-        import huggingface_hub
-
-        try:
-            cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
-        except ValueError:  # not a name the Hub could have
-            cached = None
-        if not isinstance(cached, str):
-            return known_shape(model)
-        folder = Path(cached).parent
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"model: the folder {model} has no config.json, so it is not a model") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {folder / 'config.json'} cannot be read: {error}") from None
-    shape = shape_of(settings, model)
-    weights = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    tokenizer = folder / "tokenizer.json"
-    return dataclasses.replace(
-        shape,
-        file_bytes=sum(weights) or None,
-        tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,
-    )
-
-
-def known_shape(model: str) -> Shape:
-    """The dimensions by the model's name; owner and suffixes such as -Instruct do not matter. Raises ConfigError."""
-    name = re.sub(r"^meta-|-(math|coder)(?=-)", "", model.rpartition("/")[2].lower())
-    for known, shape in KNOWN.items():
-        if re.fullmatch(re.escape(known) + r"(-.*)?", name):
-            return dataclasses.replace(shape, four_bit=name.endswith("bnb-4bit"))
-    raise ConfigError(
-        f"model: the dimensions of {model} are not known: name a folder with its config.json, or one of "
-        f"{', '.join(KNOWN)} (any owner and suffix), or measure it with --probe, which downloads it"
-    )
-
-
-def shape_of(settings: dict, model: str) -> Shape:
-    """The dimensions that a config.json has. Raises ConfigError where it lacks some."""
-    settings = settings.get("text_config") or settings
-    try:
-        hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
-        kv_heads = settings.get("num_key_value_heads") or heads
-        shape = Shape(
-            vocabulary=settings["vocab_size"],
-            hidden=hidden,
-            intermediate=settings["intermediate_size"],
-            layers=settings["num_hidden_layers"],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=settings.get("head_dim") or hidden // heads,
-            tied=settings.get("tie_word_embeddings", False),
-            qk_norm=settings.get("model_type") == "qwen3",
-            four_bit=bool((settings.get("quantization_config") or {}).get("load_in_4bit")),
-            own_decoder=settings.get("model_type") in ("llama", "qwen2", "qwen3"),
-        )
-    except KeyError as error:
-        raise ConfigError(
-            f"model: the config.json of {model} has no {error.args[0]}, from which its memory is predicted: "
-            "measure it with --probe"
-        ) from None
-    of_qkv = shape.query_size + 2 * shape.kv_size
-    biases = 0
-    if settings.get("model_type") == "qwen2":
-        biases = of_qkv
-    elif settings.get("attention_bias"):
-        biases = of_qkv + hidden
-    if settings.get("mlp_bias"):
-        biases += 2 * shape.intermediate + hidden
-    return dataclasses.replace(shape, biases=biases)
-
-
-# --- the prediction
 
 
 @dataclass
@@ -210,6 +51,7 @@ class Prediction:
     fixed: float
     load: float  # while loading, instead of all others but `fixed`
     rows: int  # of the roll-out at a time
+    rows_wanted: int  # the same, were there room enough
 
     @property
     def peak(self) -> float:
@@ -245,6 +87,7 @@ def predict(
         fixed=FIXED_CUDA,
         load=0,
         rows=0,
+        rows_wanted=0,
     )
     if not cuda:  # its file stays mapped until all of it is read
         part.load = weights + (shape.file_bytes or 2 * shape.parameters())
@@ -254,17 +97,17 @@ def predict(
         free = SHARE_THAT_FITS * (free - part.weights - part.lora - part.optimizer - part.critic - part.fixed)
     asked = [(config.prompts_per_step, config.num_generations), (config.eval_questions, 1)]
     found = [rollout_bytes(config, shape, cuda, width, prompt_length, *questions, free) for questions in asked]
-    part.rollout, part.rows = max(found)[0], found[0][1]
+    part.rollout, part.rows, part.rows_wanted = max(found)
     return part
 
 
 def rollout_bytes(
     config: Config, shape: Shape, cuda: bool, width: int, prompt: int, prompts: int, group: int, free: float | None
-) -> tuple[float, int]:
-    """What a roll-out of `prompts` questions takes beside the weights, and its rows at a time (rl/engine.py)."""
+) -> tuple[float, int, int]:
+    """What a roll-out of `prompts` questions takes beside the weights; its rows at a time, and those wanted (rl/engine.py)."""
     length = prompt + config.max_completion_length
     token = 2 * shape.layers * shape.kv_size * width  # its keys and values
-    slots = max(min(config.rollout_batch_size, prompts * group), group)
+    slots = wanted = max(min(config.rollout_batch_size, prompts * group), group)
     scratch = shape.linear_parameters() * width if shape.own_decoder else 0
     if free is not None:
         while slots > group and slots * length * token >= free:
@@ -283,7 +126,7 @@ def rollout_bytes(
     begun = length if cuda else min(prompt + GROWTH, length)  # on a CPU the cache grows, layer by layer
     begin = slots * begun * token + max(prefill, logits + first)
     end = slots * length * token * (1 if cuda or begun == length else 1 + 1 / shape.layers) + decode
-    return scratch + seen + max(begin, end), slots
+    return scratch + seen + max(begin, end), slots, wanted
 
 
 def forward_bytes(shape: Shape, width: int) -> float:
@@ -292,14 +135,25 @@ def forward_bytes(shape: Shape, width: int) -> float:
     return width * max(feed_forward, 2 * shape.hidden + 4 * (shape.query_size + 2 * shape.kv_size))
 
 
+def least_tokens(config: Config, prompt: int) -> int:
+    """Of a micro-batch: one completion behind its prompt, or in dpo, where they stay together, a pair."""
+    return prompt + config.max_completion_length * (2 if config.algorithm == "dpo" else 1)
+
+
+def micro_batch_tokens(config: Config, shape: Shape, prompt: int) -> int:
+    """Of the fullest micro-batch: what the budget allows, if the step has as many."""
+    rows = config.prompts_per_step * config.num_generations
+    prompts = config.prompts_per_step if shape.own_decoder else rows  # how often a prompt is computed
+    of_step = rows * config.max_completion_length + prompts * prompt
+    return min(max(config.max_tokens_per_micro_batch, least_tokens(config, prompt)), of_step)
+
+
 def update_bytes(config: Config, shape: Shape, cuda: bool, width: int, four_bit: bool, prompt: int) -> float:
     """What the fullest micro-batch takes, forward and backward, beside weights, gradients and optimizer (rl/update.py)."""
-    completion, rows = config.max_completion_length, config.prompts_per_step * config.num_generations
-    length = prompt + completion
-    item = length + completion if config.algorithm == "dpo" else length  # a pair stays together
-    prompts = config.prompts_per_step if shape.own_decoder else rows  # how often a prompt is computed
-    tokens = min(max(config.max_tokens_per_micro_batch, item), rows * completion + prompts * prompt)
-    keys = min(2 * tokens, rows * length)  # each completion has its prompt's keys and values beside its own
+    length = prompt + config.max_completion_length
+    tokens = micro_batch_tokens(config, shape, prompt)
+    # Each completion has its prompt's keys and values beside its own.
+    keys = min(2 * tokens, config.prompts_per_step * config.num_generations * length)
 
     h, f, q, kv, rank = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, config.lora_r
     normed = 2 * h + (q + kv if shape.qk_norm else 0)  # what norms read: kept in fp32 where no kernel does it in one
@@ -308,7 +162,9 @@ def update_bytes(config: Config, shape: Shape, cuda: bool, width: int, four_bit:
     # product; query, key and value as they are packed, query in rows, attended in rows and packed; x A of each LoRA.
     kept = tokens * (norm_width * normed + width * (2 * h + 4 * f + 4 * q + 2 * kv + 7 * rank) + 4 * shape.heads)
     kept += keys * 2 * kv * width
-    kept += rank * sum((o if width == 4 else i + o) for i, o in shape.maps()) * width  # scaled B, and A where it is cast
+    kept += (
+        rank * sum((o if width == 4 else i + o) for i, o in shape.maps()) * width
+    )  # scaled B, and A where it is cast
     working = tokens * width * (3 * f + 3 * h)  # gradients of a layer
     mask = tokens * (shape.heads // shape.kv_heads) * length * width
     if config.gradient_checkpointing:
@@ -320,3 +176,165 @@ def update_bytes(config: Config, shape: Shape, cuda: bool, width: int, four_bit:
         layer += h * f * width  # the largest matrix, dequantised
     head = 5 * 4 * min(LOGITS_AT_A_TIME, tokens * shape.vocabulary) + 3 * tokens * h * width
     return layers + mask + max(layer, head)
+
+
+# --- the dry run
+
+
+@dataclass
+class Machine:
+    """Where a run is to fit."""
+
+    device: str  # cpu or cuda
+    dtype: str
+    memory: float  # bytes
+    name: str
+
+    def free(self) -> float:
+        """What the engine finds there before anything of the run is loaded."""
+        return self.memory - (CONTEXT if self.device == "cuda" else IMPORTS)
+
+    def needed(self, peak: float) -> float:
+        """What must be there for a predicted peak."""
+        return peak * FRAGMENTATION + CONTEXT if self.device == "cuda" else peak + IMPORTS
+
+
+def find_machine(config: Config) -> Machine:
+    """The card of `gpu_memory` GB, else what is here. Raises ConfigError."""
+    if config.gpu_memory is not None:
+        if not config.gpu_memory > 0:
+            raise ConfigError(f"gpu_memory is {config.gpu_memory:g}, but is that of the card in GB, such as 12")
+        dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+        return Machine("cuda", dtype, config.gpu_memory * GB, f"a CUDA card of {config.gpu_memory:g} GB")
+    if config.device != "cpu" and shutil.which("nvidia-smi"):  # else torch has none to see, and takes seconds to import
+        import torch
+
+        if torch.cuda.is_available():
+            auto = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+            memory = torch.cuda.mem_get_info()[0] + CONTEXT  # of which this look at it has taken the context
+            name = f"{torch.cuda.get_device_name()} with {memory / GB:.1f} GB free"
+            return Machine("cuda", auto if config.dtype == "auto" else config.dtype, memory, name)
+    if config.device == "cuda":
+        raise ConfigError("device is cuda, but no NVIDIA GPU is seen here: name a card's memory, --gpu-memory 12")
+    import psutil
+
+    memory = psutil.virtual_memory().available
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    return Machine("cpu", dtype, memory, f"the CPU, with {memory / GB:.1f} GB of memory free")
+
+
+def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[str] = ()) -> str:
+    """The text of --dry-run: parameters, memory by part, whether it fits, and else what to change.
+
+    prompt_length: of the longest prompt in tokens, where it is known; else it is estimated from the texts in `prompts`, and
+    without these assumed. Raises ConfigError for a model whose dimensions cannot be found.
+    """
+    shape, machine = find_shape(config.model), find_machine(config)
+    longest, how = prompt_length, "the longest"
+    if longest is None:
+        characters = max(map(len, prompts), default=0)
+        longest, how = ASSUMED_PROMPT, "assumed, since the questions are not known"
+        if characters:
+            characters += len(config.system_prompt or "")
+            longest = -(-characters // CHARACTERS_A_TOKEN) + TEMPLATE_TOKENS
+            how = f"the longest, estimated from its {characters:,} characters"
+    found = predict(config, shape, machine.device, machine.dtype, longest, machine.free())
+    trained = shape.lora_parameters(config.lora_r)
+    four_bit = config.load_in_4bit or shape.four_bit
+    tokens = micro_batch_tokens(config, shape, longest)
+    lines = [
+        "Dry run: arithmetic, nothing was loaded.",
+        f"  model      {config.model}, {shape.parameters():,} parameters; {trained:,} more are trained (LoRA)",
+        f"  prompts    {longest} tokens ({how}); completions up to {config.max_completion_length}",
+        f"  runs on    {machine.name}, in {machine.dtype}{' and 4-bit NF4' if four_bit else ''}",
+        "",
+        f"  weights    {size(found.weights)}",
+        f"  LoRA       {size(found.lora)}   with its gradients",
+        f"  optimizer  {size(found.optimizer)}   {config.optim}",
+        f"  critic     {size(found.critic)}   with gradients and optimizer" if config.has_critic else "",
+        f"  roll-out   {size(found.rollout)}   {found.rows:,} rows at a time{'' if found.rows == found.rows_wanted else f', of {found.rows_wanted:,}'}",
+        f"  update     {size(found.update)}   {tokens:,} tokens at a time",
+        f"  fixed      {size(found.fixed)}",
+        f"  loading    {size(found.load)}   instead of all of these" if found.load else "",
+    ]
+    text = "\n".join(line for i, line in enumerate(lines) if line or i == 4)
+    needed = machine.needed(found.peak)
+    beside = "the CUDA context and 8 % for fragmentation" if machine.device == "cuda" else "the imports"
+    text += f"\n  peak       {size(found.peak)}   roll-out and update do not add: the larger counts"
+    text += f"\n  needed     {size(needed)}   with {beside}\n\n"
+    if not shape.own_decoder:
+        text += "This architecture runs through its own forward, for which these are rough figures.\n"
+    if needed <= machine.memory:
+        return text + f"It fits: {needed / GB:.1f} of {machine.memory / GB:.1f} GB."
+    text += f"It does not fit: {needed / GB:.1f} GB are needed, and there are {machine.memory / GB:.1f}.\n"
+    advice = advise(config, shape, machine, longest)
+    if advice is None:
+        return text + "Nothing that could be changed makes it fit, not even the smallest model known here."
+    changes, needed = advice
+    return text + f"With these settings it does, in {needed / GB:.1f} GB:\n\n    {flags(changes)}"
+
+
+def size(of: float) -> str:
+    return f"{of / GB:6.2f} GB" if of >= GB else f"{of / MB:6.0f} MB"
+
+
+def flags(changes: dict) -> str:
+    """Settings as they are written on the command line."""
+    names = {name: "--" + name.replace("_", "-") for name in changes}
+    return " ".join(names[name] if value is True else f"{names[name]} {value}" for name, value in changes.items())
+
+
+def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> tuple[dict, float] | None:
+    """The fewest settings to change so that the run fits, and the bytes needed then; None where nothing helps.
+
+    What costs least is tried first: settings that change no result, then shorter completions, then smaller models.
+    """
+    length = config.max_completion_length
+    while length >= min(LEAST_COMPLETION, config.max_completion_length):
+        shorter = {} if length == config.max_completion_length else {"max_completion_length": length}
+        if found := fitting(dataclasses.replace(config, **shorter), shape, machine, prompt):
+            return found[0] | shorter, found[1]
+        length //= 2
+    of_owner = [name for name in KNOWN if name.partition("/")[0] == config.model.partition("/")[0]]
+    for names in (of_owner, [name for name in KNOWN if name.startswith("Qwen/")]):
+        for name in sorted(names, key=lambda name: -KNOWN[name].parameters()):
+            smaller = KNOWN[name].parameters() < shape.parameters()
+            if smaller and (found := fitting(config, KNOWN[name], machine, prompt)):
+                return {"model": name} | found[0], found[1]
+    return None
+
+
+def fitting(config: Config, shape: Shape, machine: Machine, prompt: int) -> tuple[dict, float] | None:
+    """The smallest set of settings that change no result with which it fits, and the bytes needed then; {} for none."""
+    options = harmless_changes(config, shape, machine, prompt)
+    for count in range(len(options) + 1):
+        for names in itertools.combinations(options, count):
+            for values in itertools.product(*(options[name] for name in names)):
+                changes = dict(zip(names, values))
+                changed = dataclasses.replace(config, **changes)
+                found = predict(changed, shape, machine.device, machine.dtype, prompt, machine.free())
+                if machine.needed(found.peak) <= machine.memory:
+                    return changes, machine.needed(found.peak)
+    return None
+
+
+def harmless_changes(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict[str, list]:
+    """Values to try of settings that save memory and change what is learned by rounding at most, mildest first."""
+    options = {}
+    if not (config.load_in_4bit or shape.four_bit):
+        options["load_in_4bit"] = [True]
+    if not config.gradient_checkpointing:
+        options["gradient_checkpointing"] = [True]
+    least = least_tokens(config, prompt)  # less than one item helps nothing
+    options["max_tokens_per_micro_batch"] = list(halved(config.max_tokens_per_micro_batch, least))
+    options["rollout_batch_size"] = list(halved(config.rollout_batch_size, config.num_generations))
+    if machine.device == "cuda" and config.optim == "adamw_torch":
+        options["optim"] = ["adamw_8bit"]
+    return {name: values for name, values in options.items() if values}
+
+
+def halved(value: int, least: int) -> Iterator[int]:
+    """Half of it, a quarter, ..., and at last the least."""
+    while value > least:
+        value = max(value // 2, least)
+        yield value

@@ -188,8 +188,18 @@ def stopped(step: int, max_steps: int, last: Path | None, run: Path) -> str:
     return f"\nStopped after step {step} of {max_steps}; {saved}. To go on: python train.py --resume {run}"
 
 
-def probed(config: Config, history: list[dict], seconds: dict[str, float], questions: int, memory: str) -> str:
-    """What --probe has found. history: metrics of its steps. seconds: by part of the run. questions: evaluated each time."""
+def memory(figures: dict[str, float | None]) -> str:
+    """Peak measured and predicted, MB, as they stand in the summary."""
+    measured, predicted = figures["measured_mb"], figures["predicted_mb"]
+    text = "not measured on this system" if measured is None else f"{measured:,.0f} MB at the most"
+    if predicted is None:
+        return f"{text}; not predicted for this architecture"
+    return f"{text}, {predicted:,.0f} MB predicted" + (f" ({predicted / measured - 1:+.0%})" if measured else "")
+
+
+def probed(config: Config, history: list[dict], seconds: dict[str, float], questions: int, figures: dict) -> str:
+    """What --probe has found. history: metrics of its steps. seconds: by part of the run. questions: evaluated each time.
+    figures: of the memory."""
     last = history[-1]
     parts = ", ".join(f"{part} {last[f'time/{part}']:.1f}" for part in ("rollout", "score", "update"))
     evaluations = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)
@@ -200,7 +210,7 @@ def probed(config: Config, history: list[dict], seconds: dict[str, float], quest
 Probed: {len(history)} steps, nothing is kept.
   a step   {last["step_time"]:.1f} s ({parts}), completions of {last["completions/mean_length"]:.0f} tokens; longer ones take longer
   a run    about {clock(whole)}: {config.max_steps} steps and {evaluations} evaluations of about {clock(evaluation)}
-  memory   {memory}
+  memory   {memory(figures)}
   fits     {halved}"""
 
 

@@ -25,6 +25,8 @@ from grading import Completion, RewardError, Rewards, Score
 from rl.checkpoint import Checkpoints, bring_to_disk, cannot_write, write_whole
 from rl.config import Config, ConfigError, RunError
 from rl.evaluate import Answers
+from rl.memory import find_shape, predict
+from rl.policy import Policy
 from rl.process import Console
 from rl.rollout import Episode
 
@@ -62,10 +64,13 @@ class RunFolder:
         self.console = Console(path / "console.log")
 
     def __enter__(self) -> "RunFolder":
-        with self.writing(self.path):
-            for folder in (self.path / "eval", self.path / "checkpoints"):
-                if not folder.is_dir():
+        for folder in (self.path / "eval", self.path / "checkpoints"):
+            if not folder.is_dir():
+                try:
                     folder.mkdir(parents=True)
+                except OSError as error:
+                    raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
+        with self.writing(self.path / "lock"):
             try:
                 self.lock.acquire()
             except filelock.Timeout:
@@ -319,9 +324,26 @@ def describe_machine(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores"
 
 
-def memory_now_mb() -> float:
-    """Resident in this process, MB."""
-    return psutil.Process().memory_info().rss / 2**20
+class MemoryUse:
+    """The peak of a run, as predicted (rl/memory.py) and as measured: allocated on the GPU, or on a CPU resident above what
+    the process had when this was made, which is to be after the imports."""
+
+    def __init__(self):
+        self.before_mb = psutil.Process().memory_info().rss / 2**20
+        self.predicted_mb: float | None = None
+
+    def predict(self, config: Config, policy: Policy, prompt_length: int) -> None:
+        """prompt_length: of the longest one, tokens. Nothing is predicted for a model whose dimensions cannot be told."""
+        dtype = str(policy.dtype).removeprefix("torch.")
+        with contextlib.suppress(ConfigError):
+            shape = find_shape(config.model)
+            self.predicted_mb = round(predict(config, shape, policy.device.type, dtype, prompt_length).peak_mb, 1)
+
+    def figures(self, device: torch.device) -> dict[str, float | None]:
+        """As they stand in the summary."""
+        peak = peak_memory_mb(device)
+        measured = peak if peak is None or device.type == "cuda" else round(peak - self.before_mb, 1)
+        return {"measured_mb": measured, "predicted_mb": self.predicted_mb}
 
 
 def peak_memory_mb(device: torch.device) -> float | None:

@@ -85,7 +85,7 @@ def test_the_reference_is_the_base_model(policy):
 
 def test_no_dropout_anywhere(policy, tmp_path, config):
     """Two forward passes in training mode are the same, also where model and LoRA were trained with dropout."""
-    save_adapter(policy, tmp_path / "a", "card", {})
+    save_adapter(policy, tmp_path / "a")
     lora = json.loads((tmp_path / "a/adapter_config.json").read_text())
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(lora | {"lora_dropout": 0.5}))
     config.model = copy_of_tiny(tmp_path / "m", config={"attention_dropout": 0.5})
@@ -107,7 +107,7 @@ def test_saved_reloaded_and_compared(policy, tmp_path):
     prompt = torch.tensor([policy.encode_prompt("What is 3 + 4?")])
     with torch.no_grad():
         in_memory = policy.model(input_ids=prompt).logits
-        save_adapter(policy, tmp_path / "step_1", "card", {"step": 1})
+        save_adapter(policy, tmp_path / "step_1")
         fill_lora(policy, 0.0)
         with reloaded_adapter(policy, tmp_path / "step_1"):
             torch.testing.assert_close(policy.model(input_ids=prompt).logits, in_memory)
@@ -115,12 +115,11 @@ def test_saved_reloaded_and_compared(policy, tmp_path):
     assert all(p.requires_grad for name, p in policy.model.named_parameters() if "lora_" in name)
     assert "reloaded" not in policy.model.peft_config
     files = {path.name for path in (tmp_path / "step_1").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= files
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
 
 
 def test_going_on_from_an_adapter_uses_its_frozen_copy_as_reference(policy, tmp_path, config):
-    save_adapter(policy, tmp_path / "a", "card", {})
+    save_adapter(policy, tmp_path / "a")
     config.adapter = str(tmp_path / "a")
     again = load_policy(config)
     prompt = torch.tensor([policy.encode_prompt("What is 3 + 4?")])
@@ -136,7 +135,7 @@ def test_going_on_from_an_adapter_uses_its_frozen_copy_as_reference(policy, tmp_
 
 
 def test_an_adapter_of_another_model_is_refused(policy, tmp_path, config):
-    save_adapter(policy, tmp_path / "a", "card", {})
+    save_adapter(policy, tmp_path / "a")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     small = AutoConfig.from_pretrained("data/tiny", hidden_size=64)

@@ -227,7 +227,7 @@ def test_the_distance_from_the_old_policy_is_that_of_its_own_tokens(policy, epis
 
 def test_going_on_from_an_adapter_with_ppo(policy, episodes, ppo, tmp_path):
     """The adapter that a run starts from, frozen, is its reference: the KL is exactly 0 at its first step."""
-    save_adapter(policy, tmp_path / "saved", "card", {})
+    save_adapter(policy, tmp_path / "saved")
     ppo.adapter, ppo.beta = str(tmp_path / "saved"), 0.1
     again = load_policy(ppo)
     critic = Critic(again, ppo)

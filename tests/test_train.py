@@ -269,25 +269,6 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
     assert not [path for path in sorted(tmp_path.rglob("*")) if path not in before and "__pycache__" not in str(path)]
 
 
-@pytest.mark.parametrize("save_steps", [0, 1])
-def test_ctrl_c_saves(tmp_path, monkeypatch, capsys, save_steps):
-    """In the second step; with save_steps 1 the first step is saved already."""
-    from rl.update import Updater
-
-    update = Updater.update
-
-    def interrupted(self, episodes):
-        if len(lines(tmp_path / "run/metrics.jsonl")) == 1 if (tmp_path / "run/metrics.jsonl").exists() else False:
-            raise KeyboardInterrupt
-        return update(self, episodes)
-
-    monkeypatch.setattr(Updater, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", "--save-steps", save_steps)
-    assert "The LoRA as it stands, after 1 steps: " in capsys.readouterr().out
-    assert (tmp_path / "run/checkpoints/step_000001/adapter_model.safetensors").exists()
-
-
 def test_a_stop_during_an_evaluation_saves_what_was_trained(tmp_path, monkeypatch):
     import rl.evaluate
 
@@ -306,22 +287,23 @@ def test_a_stop_during_an_evaluation_saves_what_was_trained(tmp_path, monkeypatc
 
 def test_an_adapter_that_reads_back_differently_is_an_error(tmp_path, monkeypatch):
     """The check at the end of a run sees an adapter whose file does not hold what is in memory."""
+    import rl.checkpoint
     import rl.policy
 
     save = rl.policy.save_adapter
 
-    def lossy(policy, folder, card, state):
+    def lossy(policy, folder):
         from conftest import fill_lora
 
         saved = {name: p.data.clone() for name, p in policy.model.named_parameters() if p.requires_grad}
         fill_lora(policy, 0.2)
-        save(policy, folder, card, state)
+        save(policy, folder)
         for name, p in policy.model.named_parameters():
             if name in saved:
                 p.data = saved[name]
 
-    monkeypatch.setattr(rl.policy, "save_adapter", lossy)
-    with pytest.raises(SystemExit, match="read back, answers otherwise"):
+    monkeypatch.setattr(rl.checkpoint, "save_adapter", lossy)
+    with pytest.raises(train.RunError, match="read back, answers otherwise"):
         run(tmp_path / "run")
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import train
+from data import highest_level
 from rl.config import Config, ConfigError
 
 SMALL = "--max-steps 3 --prompts-per-step 6 --num-generations 4 --eval-questions 6 --eval-steps 0 --train-questions 60 --device cpu"
@@ -49,8 +50,8 @@ def test_the_curriculum_begins_with_what_is_easy(tmp_path):
     for line in lines(tmp_path / "run/rollouts.jsonl"):
         terms.setdefault(line["step"], set()).add(line["prompt"].count(" + ") + line["prompt"].count(" - ") + 1)
     assert terms[1] <= {2, 3} and terms[2] <= {2, 3, 4} and max(terms[3]) == 5
-    assert [train.highest_level([1, 1, 2, 5], step, 6) for step in (1, 2, 3, 4, 5, 6, 60)] == [1, 1, 2, 2, 5, 5, 5]
-    assert train.highest_level([1, 1, 2, 5], 1, 0) == 5
+    assert [highest_level([1, 1, 2, 5], step, 6) for step in (1, 2, 3, 4, 5, 6, 60)] == [1, 1, 2, 2, 5, 5, 5]
+    assert highest_level([1, 1, 2, 5], 1, 0) == 5
 
 
 @pytest.mark.parametrize(

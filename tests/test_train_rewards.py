@@ -1,6 +1,5 @@
 """What a run does where a reward function fails, and what it says of its rewards: control, warnings, best completions."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import yaml
 from test_train import SMALL, lines, own_files, run
 
 import train
-from data import load_questions
+from data import Order, load_questions
 from grading import Completion, RewardError, Score
 from rl import report
 from rl.algorithms import group_advantages
@@ -22,7 +21,7 @@ def raising_on_one_row(tmp_path, held_out=False):
     """The files of a person whose reward fails on one question: one asked in step 2, or one that is held out."""
     arguments = [str(argument) for argument in own_files(tmp_path)]
     train_rows, eval_rows, _ = load_questions([arguments[1]], [], 30, 12, {}, 0)
-    asked = list(itertools.islice(train.endless_order(len(train_rows), 0), 7))[6]
+    asked = Order([0] * len(train_rows), 0, seed=0).take(7, step=1)[6]
     row = eval_rows[-1] if held_out else train_rows[asked]
     path = tmp_path / "my_rewards.py"
     fault = f"    return 1 / (completion.row['id'] != {row['id']!r})"

@@ -1,0 +1,41 @@
+"""A run of 2,000 steps: memory, open files and processes stay what they were at step 100."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+SHORT = "--max-steps 2000 --prompts-per-step 2 --num-generations 4 --max-completion-length 16 --eval-questions 12 --eval-steps 500 --save-steps 100 --train-questions 300 --log-completions-steps 0 --logging-steps 100 --device cpu"
+
+
+@pytest.mark.slow
+def test_nothing_grows_over_two_thousand_steps(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *SHORT.split(), "--output-dir", str(folder)], stdout=subprocess.DEVNULL
+    )
+    watched, seen = psutil.Process(process.pid), []  # (step, resident bytes, open files, threads, children)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None:
+        time.sleep(1)
+        step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        try:
+            children = len(watched.children(recursive=True))
+            seen.append((step, watched.memory_info().rss, watched.num_fds(), watched.num_threads(), children))
+        except psutil.NoSuchProcess:
+            break
+    assert process.wait() == 0
+    early = [x for x in seen if 100 <= x[0] <= 300]
+    late = [x for x in seen if 1800 <= x[0] < 1990]  # before the final evaluation and the curve
+    print("step, resident MB, files, threads, processes, s a step")
+    seconds = [json.loads(line)["step_time"] for line in metrics.read_text().splitlines()]
+    for name, part, steps in (("early", early, slice(100, 300)), ("late", late, slice(1800, 1990))):
+        rss, *counts = (statistics.median(x[i] for x in part) for i in range(1, 5))
+        print(name, f"{rss / 2**20:.1f}", *counts, f"{statistics.median(seconds[steps]):.4f}")
+    assert statistics.median(x[1] for x in late) <= 1.03 * statistics.median(x[1] for x in early)
+    for i in (2, 3, 4):
+        assert statistics.median(x[i] for x in late) <= statistics.median(x[i] for x in early)
