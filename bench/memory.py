@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,10 @@ ON_CPU = {  # model type, dimensions, further settings; they differ in vocabular
     "llama": ("llama", (8192, 640, 1728, 24, 10, 10, 64, False), ["--algorithm", "ppo", "--gradient-checkpointing"]),
     "qwen2": ("qwen2", (50304, 1536, 4096, 5, 12, 2, 128, True), ["--lora-r", "32"]),
 }
-ON_CUDA = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-1b")
+ON_CUDA = (
+    "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B",
+    "meta-llama/Llama-3.2-1B",
+)  # fmt: skip
 CUDA_SETTINGS = (
     "--load-in-4bit --prompts-per-step 8 --num-generations 8 --max-completion-length 256 "
     "--max-tokens-per-micro-batch 8192 --eval-questions 32"
@@ -41,7 +45,7 @@ def dimensions(name: str) -> tuple[str, tuple]:
     """Model type, and vocabulary, hidden, intermediate, layers, heads, KV heads, head_dim, tied."""
     if name in ON_CPU:
         return ON_CPU[name][:2]
-    from rl.memory import KNOWN
+    from rl.shapes import KNOWN
 
     s = KNOWN[name]
     kind = "qwen3" if s.qk_norm else "qwen2" if s.biases else "llama"
@@ -103,9 +107,10 @@ def predicted(arguments: list[str], cuda: bool):
     from transformers import AutoTokenizer
 
     from data import load_questions
-    from rl.memory import find_shape, predict
+    from rl.memory import predict
     from rl.policy import choose_device, choose_dtype
     from rl.read_config import read_config
+    from rl.shapes import find_shape
 
     config, _ = read_config(arguments, default_file="configs/tiny.yaml")
     train_rows, eval_rows, _ = load_questions(
@@ -138,15 +143,9 @@ def measure(name: str, settings: list[str]) -> dict:
 
 def cases(names: list[str]) -> dict[str, list[str]]:
     """Further settings by the model's name."""
-    if subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0 if has_nvidia_smi() else False:
+    if shutil.which("nvidia-smi"):
         return {name: CUDA_SETTINGS for name in names or ON_CUDA}
     return {name: ON_CPU[name][2] for name in names or ON_CPU}
-
-
-def has_nvidia_smi() -> bool:
-    import shutil
-
-    return shutil.which("nvidia-smi") is not None
 
 
 def main():
@@ -155,7 +154,7 @@ def main():
     if sys.argv[1:2] == ["--run"]:
         return print(json.dumps(run(sys.argv[2:])))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="of those above")
+    parser.add_argument("models", nargs="*", help="all where none is named", metavar="MODEL")
     names = parser.parse_args().models
     print(f"{platform.machine()}, {os.cpu_count()} cores; train.py {' '.join(COMMON)}\n")
     print("| model | further settings | predicted, MB | measured, MB | ratio |\n|---|---|---|---|---|")

@@ -56,8 +56,8 @@ class Monty:
                     with suppress(OSError):  # a worker that was slow once stays so where only root may undo it
                         os.setpriority(os.PRIO_PROCESS, pid, NICE if slow else os.nice(0))
                 yield _MontySession(self.monty, session, seconds)
-        except self.monty.MontyCrashedError as error:  # the program's doing
-            raise Failed("timeout" if error.timed_out else "crash", first_line(error)) from None
+        except self.monty.MontyCrashedError as error:
+            raise Failed("timeout" if error.timed_out else "killed", first_line(error)) from None
 
     def check(self, case: Check, session, seconds: float, slow: bool) -> None:
         def run_tests(case, call):

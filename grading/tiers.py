@@ -272,7 +272,8 @@ def _ending(ended: dict, seconds: float) -> tuple[str, str]:
     ):  # killed by its limit; the clocks differ a little
         return "timeout", TOO_SLOW
     how = f"signal {-ended['exit']}" if ended["exit"] < 0 else f"exit status {ended['exit']}"
-    return "crash", f"the program ended its process ({how})"
+    outcome = "killed" if ended["exit"] == -signal.SIGKILL else "crash"
+    return outcome, f"the program ended its process ({how})"
 
 
 def _ask(tester, message: dict, deadline: float) -> dict:

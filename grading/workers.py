@@ -200,15 +200,13 @@ def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str
     deadline = time.monotonic() + timeout
     with waiting():
         message = {"function": function, "args": args}
-        child, is_fresh = _idle_child(preload)
+        child = _idle_child(preload)
         try:  # the first call waits for the imports: it has what is left of its time, or half a second
             try:
                 answer = child.request(message, max(deadline, time.monotonic() + 0.5))
-            except EOFError:
-                if is_fresh:
-                    raise
-                child.end()  # it may have died while it was idle
-                child = _function_server(preload).spawn("function")
+            except EOFError:  # it died while it was idle, was killed from outside, or will die again
+                child.end()
+                child = _fresh_child(preload)
                 answer = child.request(message, max(deadline, time.monotonic() + 0.5))
         except TimeoutError:
             child.end()
@@ -228,16 +226,20 @@ def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str
     return answer["ok"]
 
 
-def _idle_child(preload: tuple[str, ...]) -> tuple[Child, bool]:
-    """A child, and whether it is fresh."""
+def _idle_child(preload: tuple[str, ...]) -> Child:
+    """A child that waits for a call, or else a fresh one."""
     with _idle_lock:
         if _idle.get(preload):
-            return _idle[preload].pop(), False
+            return _idle[preload].pop()
+    return _fresh_child(preload)
+
+
+def _fresh_child(preload: tuple[str, ...]) -> Child:
     server = _function_server(preload)
     try:
-        return server.spawn("function"), True
+        return server.spawn("function")
     except WorkerError:  # the server has died: a new one, once
-        return _function_server(preload, instead_of=server).spawn("function"), True
+        return _function_server(preload, instead_of=server).spawn("function")
 
 
 _servers: dict[tuple[str, ...], Zygote] = {}

@@ -340,5 +340,5 @@ def cannot_write(path: Path, error: Exception) -> str:
     problem = error.strerror if isinstance(error, OSError) and error.strerror else first_line
     with contextlib.suppress(OSError):
         if shutil.disk_usage(path.parent).free < 2**20:
-            problem = "the disk is full"
+            problem = "the disk is full: make room"
     return f"{path} cannot be written: {problem}"

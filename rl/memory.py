@@ -19,9 +19,7 @@ from rl.config import Config, ConfigError
 from rl.shapes import KNOWN, Shape, find_shape
 
 MB, GB = 2**20, 2**30
-NF4 = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # bytes a parameter: 4 bits, a scale in 8 bits for 64, one in 32 bits for 256 of these
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a parameter: 4 bits, 8 bits more for 64, and 32 bits for 256 of these
 LOGITS_AT_A_TIME = 2**24  # as in rl/logprobs.py, which imports torch
 PREFILL_TOKENS = 16384  # as in rl/engine.py
 GROWTH = 64  # the same
@@ -31,7 +29,7 @@ FRAGMENTATION = 1.08  # of PyTorch's allocator on CUDA
 FIXED_CUDA = 64 * MB  # workspaces of the matrix products
 IMPORTS = 0.4 * GB  # resident after the imports, on a CPU
 FIXED_CPU = 90 * MB  # what is loaded when first used: questions, graders, kernels, the model's classes
-TOKENIZER = 20  # resident bytes for each byte of tokenizer.json
+TOKENIZER = 14  # resident bytes for each byte of tokenizer.json (byte-level BPE of 50,000 and 150,000 tokens)
 ASSUMED_PROMPT = 256  # tokens, where nothing is known
 CHARACTERS_A_TOKEN = 3
 LEAST_COMPLETION = 64  # tokens; shorter ones are not proposed
@@ -76,29 +74,31 @@ def predict(
     weights = shape.linear_parameters() * (NF4 if four_bit else width) + shape.other_parameters() * width
     trained = shape.lora_parameters(config.lora_r)  # always fp32
     moments = 8 if config.optim == "adamw_torch" else 2
-    critic = shape.hidden + 1 + (trained if config.critic == "adapter" else 0) if config.has_critic else 0
-    part = Prediction(
-        weights=weights,
-        lora=trained * (12 if config.adapter else 8),  # weights and gradients, and the frozen copy of a given adapter
-        optimizer=trained * moments,
-        critic=critic * (8 + moments),
-        rollout=0,
-        update=update_bytes(config, shape, cuda, width, four_bit, prompt_length),
-        fixed=FIXED_CUDA,
-        load=0,
-        rows=0,
-        rows_wanted=0,
-    )
-    if not cuda:  # its file stays mapped until all of it is read
-        part.load = weights + (shape.file_bytes or 2 * shape.parameters())
-        size = shape.vocabulary * 75 if shape.tokenizer_bytes is None else shape.tokenizer_bytes
-        part.fixed = FIXED_CPU + TOKENIZER * size
+    lora = trained * (12 if config.adapter else 8)  # weights and gradients, and the frozen copy of a given adapter
+    critic = 0
+    if config.has_critic:
+        critic = (shape.hidden + 1 + (trained if config.critic == "adapter" else 0)) * (8 + moments)
+    load, fixed = 0, FIXED_CUDA
+    if not cuda:
+        load = weights + (shape.file_bytes or 2 * shape.parameters())  # the file stays mapped until all of it is read
+        fixed = FIXED_CPU + TOKENIZER * (shape.tokenizer_bytes or 75 * shape.vocabulary)
     if free is not None:
-        free = SHARE_THAT_FITS * (free - part.weights - part.lora - part.optimizer - part.critic - part.fixed)
-    asked = [(config.prompts_per_step, config.num_generations), (config.eval_questions, 1)]
-    found = [rollout_bytes(config, shape, cuda, width, prompt_length, *questions, free) for questions in asked]
-    part.rollout, part.rows, part.rows_wanted = max(found)
-    return part
+        free = SHARE_THAT_FITS * (free - weights - lora - trained * moments - critic - fixed)
+    asked = (config.prompts_per_step, config.num_generations), (config.eval_questions, 1)
+    rollouts = [rollout_bytes(config, shape, cuda, width, prompt_length, *questions, free) for questions in asked]
+    rollout, rows, rows_wanted = max(rollouts)
+    return Prediction(
+        weights=weights,
+        lora=lora,
+        optimizer=trained * moments,
+        critic=critic,
+        rollout=rollout,
+        update=update_bytes(config, shape, cuda, width, four_bit, prompt_length),
+        fixed=fixed,
+        load=load,
+        rows=rows,
+        rows_wanted=rows_wanted,
+    )
 
 
 def rollout_bytes(
@@ -118,8 +118,8 @@ def rollout_bytes(
     logits = slots * shape.vocabulary * 4 * ((5 if cuda else 4) + (4 if config.top_p < 1 else 0))
     seen = slots * shape.vocabulary * 5 if config.repetition_penalty != 1 else 0
     first = slots * shape.vocabulary * 4  # the first tokens are drawn from a copy of the prompts' logits
-    at_once = min(max(1, PREFILL_TOKENS // prompt), slots // group)  # prompts
-    prefill = at_once * prompt * forward_bytes(shape, width) + at_once * group * prompt * shape.kv_size * width
+    tokens = min(max(PREFILL_TOKENS, prompt), slots // group * prompt)  # of the prompts that are prefilled at a time
+    prefill = tokens * forward_bytes(shape, width) + tokens * group * shape.kv_size * width
     # Attention over one token a row: the CPU's scores of a layer, mask, product and softmax.
     scores = 0 if cuda else 3 * slots * shape.heads * length * width
     decode = slots * forward_bytes(shape, width) + scores + logits
@@ -162,9 +162,7 @@ def update_bytes(config: Config, shape: Shape, cuda: bool, width: int, four_bit:
     # product; query, key and value as they are packed, query in rows, attended in rows and packed; x A of each LoRA.
     kept = tokens * (norm_width * normed + width * (2 * h + 4 * f + 4 * q + 2 * kv + 7 * rank) + 4 * shape.heads)
     kept += keys * 2 * kv * width
-    kept += (
-        rank * sum((o if width == 4 else i + o) for i, o in shape.maps()) * width
-    )  # scaled B, and A where it is cast
+    kept += rank * width * sum(o if width == 4 else i + o for i, o in shape.maps())  # scaled B, and A where it is cast
     working = tokens * width * (3 * f + 3 * h)  # gradients of a layer
     mask = tokens * (shape.heads // shape.kv_heads) * length * width
     if config.gradient_checkpointing:
@@ -242,6 +240,7 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
     trained = shape.lora_parameters(config.lora_r)
     four_bit = config.load_in_4bit or shape.four_bit
     tokens = micro_batch_tokens(config, shape, longest)
+    rows = str(found.rows) if found.rows == found.rows_wanted else f"{found.rows} (wanted: {found.rows_wanted})"
     lines = [
         "Dry run: arithmetic, nothing was loaded.",
         f"  model      {config.model}, {shape.parameters():,} parameters; {trained:,} more are trained (LoRA)",
@@ -252,12 +251,12 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
         f"  LoRA       {size(found.lora)}   with its gradients",
         f"  optimizer  {size(found.optimizer)}   {config.optim}",
         f"  critic     {size(found.critic)}   with gradients and optimizer" if config.has_critic else "",
-        f"  roll-out   {size(found.rollout)}   {found.rows:,} rows at a time{'' if found.rows == found.rows_wanted else f', of {found.rows_wanted:,}'}",
+        f"  roll-out   {size(found.rollout)}   {rows} rows at a time",
         f"  update     {size(found.update)}   {tokens:,} tokens at a time",
         f"  fixed      {size(found.fixed)}",
         f"  loading    {size(found.load)}   instead of all of these" if found.load else "",
     ]
-    text = "\n".join(line for i, line in enumerate(lines) if line or i == 4)
+    text = "\n".join(line for i, line in enumerate(lines) if line or i == 4)  # the one between the two tables
     needed = machine.needed(found.peak)
     beside = "the CUDA context and 8 % for fragmentation" if machine.device == "cuda" else "the imports"
     text += f"\n  peak       {size(found.peak)}   roll-out and update do not add: the larger counts"
@@ -287,10 +286,11 @@ def flags(changes: dict) -> str:
 def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> tuple[dict, float] | None:
     """The fewest settings to change so that the run fits, and the bytes needed then; None where nothing helps.
 
-    What costs least is tried first: settings that change no result, then shorter completions, then smaller models.
+    What costs least is tried first: time and precision, then shorter completions, then smaller models.
     """
     length = config.max_completion_length
-    while length >= min(LEAST_COMPLETION, config.max_completion_length):
+    shortest = max(min(LEAST_COMPLETION, length), config.soft_punish_cache + 1)
+    while length >= shortest:
         shorter = {} if length == config.max_completion_length else {"max_completion_length": length}
         if found := fitting(dataclasses.replace(config, **shorter), shape, machine, prompt):
             return found[0] | shorter, found[1]
@@ -305,8 +305,8 @@ def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> tuple
 
 
 def fitting(config: Config, shape: Shape, machine: Machine, prompt: int) -> tuple[dict, float] | None:
-    """The smallest set of settings that change no result with which it fits, and the bytes needed then; {} for none."""
-    options = harmless_changes(config, shape, machine, prompt)
+    """The smallest set of the milder changes with which it fits, and the bytes needed then; None where none does."""
+    options = mild_changes(config, shape, machine, prompt)
     for count in range(len(options) + 1):
         for names in itertools.combinations(options, count):
             for values in itertools.product(*(options[name] for name in names)):
@@ -318,8 +318,8 @@ def fitting(config: Config, shape: Shape, machine: Machine, prompt: int) -> tupl
     return None
 
 
-def harmless_changes(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict[str, list]:
-    """Values to try of settings that save memory and change what is learned by rounding at most, mildest first."""
+def mild_changes(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict[str, list]:
+    """Values to try of settings whose price is time or precision, the mildest first."""
     options = {}
     if not (config.load_in_4bit or shape.four_bit):
         options["load_in_4bit"] = [True]

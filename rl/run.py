@@ -38,9 +38,9 @@ def choose_folder(config: Config, name: str) -> Path:
     path = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume:
         return path
-    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))  # begun in the same second
-    while not config.output_dir and path.exists():
-        path = next(others)
+    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    if not config.output_dir and path.exists():  # begun in the same second, or the clock was set back
+        path = next(other for other in others if not other.exists())
     if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - BEFORE_A_RUN):
         hint = f", go on with it by --resume {path}" if (path / "config.yaml").exists() else ""
         raise ConfigError(f"output_dir: {path} exists already: choose another{hint}, or remove it")
@@ -86,13 +86,11 @@ class RunFolder:
 
     @contextmanager
     def writing(self, path: Path):
-        """Turns what goes wrong with a file into one line that says how to go on."""
+        """Turns what goes wrong with a file into one line."""
         try:
             yield
         except OSError as error:
-            whole = self.checkpoints.all()
-            hint = f"; {whole[-1].name} is saved: make room, then python train.py --resume {self.path}" if whole else ""
-            raise RunError(cannot_write(path, error) + hint) from error
+            raise RunError(cannot_write(path, error)) from error
 
     def begin(self, settings: dict, rewards_file: Path, step: int) -> None:
         """Keep what the run is made with; what it was made with up to this step stays beside, where it was another."""
