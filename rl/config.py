@@ -120,13 +120,11 @@ class Config:
     eval_only: bool = False  # evaluate the model (and adapter) on the held-out questions, then stop
 
     # --- what to do, on the command line alone
-    resume: str | None = (
-        None  # go on with a run, runs/NAME, from its newest checkpoint, or from the checkpoint named here
-    )
+    resume: str | None = None  # go on with a run, runs/NAME, or from one of its checkpoints
     accept_changes: bool = False  # with --resume: go on although settings, rewards or questions are not those of before
     dry_run: bool = False  # predict the memory by arithmetic, without loading the model, then stop
     gpu_memory: float | None = None  # with --dry-run: of the card, GB; empty: what this machine has
-    probe: bool = False  # load everything, run two steps of the longest completions, say time and memory, then stop
+    probe: bool = False  # load everything, try the longest batches, run two steps, say time and memory, then stop
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot work."""
@@ -189,6 +187,8 @@ class Config:
             )
         if self.max_grad_norm <= 0:
             raise ConfigError(f"max_grad_norm is {self.max_grad_norm}, but must be above 0 (a large number is off)")
+        if self.gpu_memory is not None and not (self.dry_run and self.gpu_memory > 0):
+            raise ConfigError(f"gpu_memory is {self.gpu_memory:g}, but is the GB of a card for --dry-run, above 0")
         if not self.train_data:
             raise ConfigError("train_data is empty: name built-in families (sums, words, functions) or files")
 

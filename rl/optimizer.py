@@ -67,6 +67,11 @@ class Optimizer:
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"] | {"base_lrs": self.schedule.base_lrs})
         self.scaler.load_state_dict(state["scaler"])
+        if getattr(self.adamw, "is_paged", False):  # what was loaded is in ordinary memory of the GPU
+            for p, moments in self.adamw.state.items():
+                for name in ("state1", "state2"):
+                    paged = self.adamw.get_state_buffer(p, dtype=moments[name].dtype)
+                    moments[name] = paged.copy_(moments[name])
         group = self.adamw.param_groups[0]
         group.update(settings, lr=settings["initial_lr"] * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
 

@@ -118,3 +118,22 @@ def test_columns_are_pairs_in_either_form(tmp_path):
     for form in (["--columns", "answer=gold", "id=n"], ["--columns", "answer", "gold", "id", "n"]):
         config, _ = read_config(["--config", str(file), *form, "--seed", "3"], default_file=str(file))
         assert config.columns == {"answer": "gold", "id": "n"} and config.seed == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--resume", "nothing"], "resume: nothing is not the folder of a run"),
+        (["--gpu-memory", "8"], "gpu_memory is 8, but is the GB of a card for --dry-run"),
+        (["--dry-run", "--gpu-memory", "0"], "gpu_memory is 0"),
+        (["--config", "FILE"], "FILE: dry_run is for the command line: --dry-run"),
+        (["--resume-from-checkpoint", "x"], "python train.py --resume runs/NAME goes on with a run"),
+        (["--early-stopping-patience", "3"], "use early_stopping"),
+    ],
+)
+def test_what_is_for_the_command_line_alone(tmp_path, arguments, message):
+    (tmp_path / "mine.yaml").write_text("dry_run: true\n")
+    arguments = [a.replace("FILE", str(tmp_path / "mine.yaml")) for a in arguments]
+    with pytest.raises(ConfigError) as error:
+        read_config(arguments, "configs/tiny.yaml")
+    assert message.replace("FILE", str(tmp_path / "mine.yaml")) in str(error.value)

@@ -1,6 +1,7 @@
 """The update: gradients do not depend on the split, nothing contributes that should not, and learning goes uphill."""
 
 import copy
+import io
 import math
 from collections import Counter
 
@@ -10,6 +11,7 @@ from conftest import fill_lora
 
 from rl import algorithms
 from rl.logprobs import completion_logprobs
+from rl.optimizer import Optimizer
 from rl.policy import load_policy
 from rl.rollout import Episode
 from rl.update import Updater, micro_batches
@@ -295,3 +297,42 @@ def test_inspect_gives_one_value_a_token(policy, episodes, config):
             len(episode.completion_ids)
         }
         assert row["logprobs"] == pytest.approx(episode.sampler_logprobs, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported")
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+def test_an_optimizer_goes_on_from_its_state_exactly(policy, config, optim):
+    """Through a file, and with the schedule; learning rate and weight decay are those of the settings."""
+    config.optim, config.lr_scheduler_type, config.warmup_ratio = optim, "cosine", 0.2
+
+    def parameters():
+        generator = torch.Generator().manual_seed(1)
+        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 128), (32, 8))]
+
+    def steps(optimizer, first, last):
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            for p in optimizer.parameters:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    whole = Optimizer(parameters(), 1e-2, policy, config)
+    steps(whole, 0, 10)
+    first = Optimizer(parameters(), 1e-2, policy, config)
+    steps(first, 0, 5)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again = Optimizer([torch.nn.Parameter(p.detach().clone()) for p in first.parameters], 1e-2, policy, config)
+    again.load_state_dict(state)
+    assert again.learning_rate == first.learning_rate
+    steps(again, 5, 10)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters, whole.parameters, strict=True))
+    assert again.learning_rate == whole.learning_rate
+
+    config.weight_decay = 0.1
+    changed = Optimizer(parameters(), 2e-2, policy, config)
+    changed.load_state_dict(state)
+    assert changed.learning_rate == pytest.approx(2 * first.learning_rate)
+    assert changed.adamw.param_groups[0]["weight_decay"] == 0.1
