@@ -113,13 +113,25 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     agreement = check_sampler(policy, train_prompts, config.max_completion_length)
     if policy.own_forward_because:
         notes.append(f"the model's own forward is used, which is slower: {policy.own_forward_because}")
-    if not config.resume:
-        at_end.enter_context(run)
-    else:
+    if config.resume:
         run.cut_back(steps_before, saved.state["logs"] if saved else {}, config.max_steps)
+    else:
+        at_end.enter_context(run)
     run.begin(asked_for, rewards.path, steps_before)
     stopping.file = run.path / "STOP"
     watch = Stopwatch(started)
+    step = trained = saved_step = steps_before  # the last step that was learned from, and the last one that was saved
+    at_start = None  # of the step: where the run stood
+
+    def on_leaving(kind, error, trace):
+        """Where the run ends before its time: save what was learned, and say how to go on."""
+        if error and not config.probe and not config.eval_only:
+            if not stopping.held and trained > saved_step and not isinstance(error, RunError):
+                stopping.hold()  # a step that was only rolled out is as if it had not been begun
+                save(trained, at_start)
+            print(report.stopped(trained, config.max_steps, run.checkpoints.marked("last"), run.path), flush=True)
+
+    at_end.push(on_leaving)
     print(f"Ponder on {describe_machine(policy.device)}; everything goes into {run.path}")
     print(f"  model    {config.model}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)")
     if critic:
@@ -247,135 +259,123 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         history += run.history()
         watch.go_on(saved.state["seconds"])
 
-    step = trained = saved_step = steps_before  # the last step that was learned from, and the last one that was saved
     last_step = PROBE_STEPS if config.probe else config.max_steps
-    try:
-        while step < last_step and not stops_early():
-            at_start = position.before_rollout()
-            stopping.release()  # here, and while it rolls out, a run can be stopped at once
-            step += 1
-            watch.lap()  # an evaluation is not part of the step after it
+    while step < last_step and not stops_early():
+        at_start = position.before_rollout()
+        stopping.release()  # here, and while it rolls out, a run can be stopped at once
+        step += 1
+        watch.lap()  # an evaluation is not part of the step after it
 
-            # --- Roll out and score. With dynamic_sampling, new questions make up for groups that cannot teach.
-            episodes, completions, scores = ask(config.prompts_per_step, step)
-            refills = 0
-            while refills < config.dynamic_sampling:
-                missing = config.prompts_per_step - sum(teaching_groups(scores, group_size))
-                if not missing:
-                    break
-                more = ask(missing, step)
-                episodes, completions, scores = (a + b for a, b in zip((episodes, completions, scores), more))
-                refills += 1
-            totals = torch.tensor([score.total for score in scores])  # (N,), nan where ungraded
-            learned = learned_rewards(totals, episodes, config)  # (N,) less what is taken off for length
-            if config.control == "random-reward":  # and nothing else
-                learned = torch.where(totals.isnan(), totals, torch.tensor(coin_flips(len(totals), config.seed, step)))
+        # --- Roll out and score. With dynamic_sampling, new questions make up for groups that cannot teach.
+        episodes, completions, scores = ask(config.prompts_per_step, step)
+        refills = 0
+        while refills < config.dynamic_sampling:
+            missing = config.prompts_per_step - sum(teaching_groups(scores, group_size))
+            if not missing:
+                break
+            more = ask(missing, step)
+            episodes, completions, scores = (a + b for a, b in zip((episodes, completions, scores), more))
+            refills += 1
+        totals = torch.tensor([score.total for score in scores])  # (N,), nan where ungraded
+        learned = learned_rewards(totals, episodes, config)  # (N,) less what is taken off for length
+        if config.control == "random-reward":  # and nothing else
+            learned = torch.where(totals.isnan(), totals, torch.tensor(coin_flips(len(totals), config.seed, step)))
 
-            # --- Advantages: how much better than expected each token is. A critic is asked first what it expects.
-            taking_part = range(len(episodes))
-            if config.dynamic_sampling:
-                teaches = teaching_groups(scores, group_size)
-                taking_part = [i for i in taking_part if teaches[i // group_size]]
-            learning = [episodes[i] for i in taking_part]
-            stopping.hold()  # from here on a step is finished: half of one cannot be repeated
-            with watch.time("update"):
-                updater.look(learning)
-                expected = teacher.fill(
-                    learning,
-                    learned[list(taking_part)],
-                    [completions[i] for i in taking_part],
-                    [scores[i] for i in taking_part],
-                )
-
-            # --- Update: make the better tokens likelier.
-            with watch.time("update"):
-                group, inspected = updater.inspect(episodes)  # the one where most is learned, token by token
-                updated = updater.update(learning)
-            trained = step
-
-            # --- Log.
-            summary["steps"] = step
-            summary["completions"] += len(episodes)
-            summary["judges"] = sorted({score.judge for score in scores if score.judge})  # what said right or wrong
-            summary["tokens"] += sum(len(episode.completion_ids) for episode in episodes)
-            metrics = {"step": step, **report.describe_step(completions, scores, rewards, group_size)}
-            same = 1 - varied_groups(learned, group_size).float().mean().item() if group_size > 1 else math.nan
-            metrics["frac_reward_zero_std"] = same
-            if config.dynamic_sampling:
-                left_out = (len(episodes) - len(learning)) // group_size
-                metrics |= {"dynamic_sampling/refills": refills, "dynamic_sampling/groups_left_out": left_out}
-            metrics |= report.describe_tokens(inspected) | expected | updated | watch.lap()
-            metrics |= {"num_tokens": summary["tokens"], "peak_memory_mb": peak_memory_mb(policy.device)}
-            run.log_rollouts(episodes, completions, scores, None if learned is totals else learned.tolist())
-            run.append(
-                "tokens.jsonl",
-                [{"step": step, "prompt_id": completions[group * group_size].row["id"], "completions": inspected}],
+        # --- Advantages: how much better than expected each token is. A critic is asked first what it expects.
+        taking_part = range(len(episodes))
+        if config.dynamic_sampling:
+            teaches = teaching_groups(scores, group_size)
+            taking_part = [i for i in taking_part if teaches[i // group_size]]
+        learning = [episodes[i] for i in taking_part]
+        stopping.hold()  # from here on a step is finished: half of one cannot be repeated
+        with watch.time("update"):
+            updater.look(learning)
+            expected = teacher.fill(
+                learning,
+                learned[list(taking_part)],
+                [completions[i] for i in taking_part],
+                [scores[i] for i in taking_part],
             )
 
-            # --- Evaluate, look for alarms, and save.
-            broken_off = None
-            if config.eval_steps and step % config.eval_steps == 0 and step < last_step:
-                try:
-                    answers = measure(step, f"step_{step:06d}")
-                    evaluations[step], verdicts[step] = answers.summary(), answers.verdicts()
-                    metrics |= {f"eval/{name}": evaluations[step][name] for name in ("accuracy", "accuracy_sampled")}
-                    write_summary()
-                except (KeyboardInterrupt, RewardError) as error:  # the step is done all the same
-                    broken_off = error
-            history.append(metrics)
-            found = alarms.find(history, verdicts, scores, completions, rewards, config)
-            run.append("metrics.jsonl", [metrics | {"alarms": list(found)}])
-            trackers.log(step, metrics)
-            ends, is_best = step == last_step or stops_early(), step in evaluations and best_of(evaluations) == step
-            if step % config.logging_steps == 0 or ends:
-                left = report.seconds_left(step, config, watch.seconds)
-                print(report.console_line(metrics, config, left, warnings), flush=True)
-            tell("alarm", found, step)
-            tell("note", alarms.notes(history, config), step)
-            if config.log_completions_steps and step % config.log_completions_steps == 0:
-                print(report.highest_rewards(step, completions, scores), flush=True)
-            if broken_off or ends or is_best or (config.save_steps and step % config.save_steps == 0):
-                save(step, position.before_rollout())
-                saved_step = step
-            if broken_off:
-                raise broken_off
+        # --- Update: make the better tokens likelier.
+        with watch.time("update"):
+            group, inspected = updater.inspect(episodes)  # the one where most is learned, token by token
+            updated = updater.update(learning)
+        trained = step
 
-        at_start = position.before_rollout()
-        stopping.release()
-        if config.probe:
-            write_summary()
-            return print(report.probed(config, history, watch.seconds, len(eval_rows), summary["memory"]))
+        # --- Log.
+        summary["steps"] = step
+        summary["completions"] += len(episodes)
+        summary["judges"] = sorted({score.judge for score in scores if score.judge})  # what said right or wrong
+        summary["tokens"] += sum(len(episode.completion_ids) for episode in episodes)
+        metrics = {"step": step, **report.describe_step(completions, scores, rewards, group_size)}
+        same = 1 - varied_groups(learned, group_size).float().mean().item() if group_size > 1 else math.nan
+        metrics["frac_reward_zero_std"] = same
+        if config.dynamic_sampling:
+            left_out = (len(episodes) - len(learning)) // group_size
+            metrics |= {"dynamic_sampling/refills": refills, "dynamic_sampling/groups_left_out": left_out}
+        metrics |= report.describe_tokens(inspected) | expected | updated | watch.lap()
+        metrics |= {"num_tokens": summary["tokens"], "peak_memory_mb": peak_memory_mb(policy.device)}
+        run.log_rollouts(episodes, completions, scores, None if learned is totals else learned.tolist())
+        run.append(
+            "tokens.jsonl",
+            [{"step": step, "prompt_id": completions[group * group_size].row["id"], "completions": inspected}],
+        )
 
-        # --- After: the LoRA is saved, answers the same questions again, and is read back and compared.
-        if step < config.max_steps:
-            print(f"Stopped early: no evaluation after step {best_of(evaluations)} was better, of {len(evaluations)}.")
-        finish(measure(step, "after"), step)
-        tell("alarm", alarms.hacking(history, verdicts, set(summary["judges"]), rewards, config), step)
-        stopping.hold()
-        checkpoint = save(step, at_start)  # now with the final evaluation
-        asked, changed = check_saved(policy, checkpoint, eval_prompts, config)
-        run.draw_curve(evaluations, history)
-        summary["finished"] = True
+        # --- Evaluate, look for alarms, and save.
+        broken_off = None
+        if config.eval_steps and step % config.eval_steps == 0 and step < last_step:
+            try:
+                answers = measure(step, f"step_{step:06d}")
+                evaluations[step], verdicts[step] = answers.summary(), answers.verdicts()
+                metrics |= {f"eval/{name}": evaluations[step][name] for name in ("accuracy", "accuracy_sampled")}
+                write_summary()
+            except (KeyboardInterrupt, RewardError) as error:  # the step is done all the same
+                broken_off = error
+        history.append(metrics)
+        found = alarms.find(history, verdicts, scores, completions, rewards, config)
+        run.append("metrics.jsonl", [metrics | {"alarms": list(found)}])
+        trackers.log(step, metrics)
+        ends, is_best = step == last_step or stops_early(), step in evaluations and best_of(evaluations) == step
+        if step % config.logging_steps == 0 or ends:
+            left = report.seconds_left(step, config, watch.seconds)
+            print(report.console_line(metrics, config, left, warnings), flush=True)
+        tell("alarm", found, step)
+        tell("note", alarms.notes(history, config), step)
+        if config.log_completions_steps and step % config.log_completions_steps == 0:
+            print(report.highest_rewards(step, completions, scores), flush=True)
+        if broken_off or ends or is_best or (config.save_steps and step % config.save_steps == 0):
+            save(step, position.before_rollout())
+            saved_step = step
+        if broken_off:
+            raise broken_off
+
+    at_start = position.before_rollout()
+    stopping.release()
+    if config.probe:
         write_summary()
-    except BaseException as error:
-        if config.probe:
-            raise
-        if not stopping.held and trained > saved_step and not isinstance(error, RunError):
-            stopping.hold()  # a step that was only rolled out is as if it had not been begun
-            save(trained, at_start)
-        print(report.stopped(trained, config.max_steps, run.checkpoints.marked("last"), run.path), flush=True)
-        raise
+        return print(report.probed(config, history, watch.seconds, len(eval_rows), summary["memory"]))
+
+    # --- After: the LoRA is saved, answers the same questions again, and is read back and compared.
+    if step < config.max_steps:
+        print(f"Stopped early: no evaluation after step {best_of(evaluations)} was better, of {len(evaluations)}.")
+    finish(measure(step, "after"), step)
+    tell("alarm", alarms.hacking(history, verdicts, set(summary["judges"]), rewards, config), step)
+    stopping.hold()
+    checkpoint = save(step, at_start)  # now with the final evaluation
+    asked, changed = check_saved(policy, checkpoint, eval_prompts, config)
+    run.draw_curve(evaluations, history)
+    summary["finished"] = True
+    write_summary()
 
     print(f"\nSaved {checkpoint}; read back, it gives the same {asked} of {asked} greedy answers as in memory")
     print(f"and another answer than before training to {changed} of them.")
     if not changed:
         print("  hint: training changed no greedy answer: raise learning_rate or max_steps")
-    best = run.checkpoints.marked("best")
-    if best and best != checkpoint:
+    if (best := run.checkpoints.marked("best")) and best != checkpoint:
         print(f"The best on the held-out questions was {best}.")
-    print(
-        f"{summary['completions']:,} completions in {report.clock(watch.summary()['total'])}. Curve: {run.path}/curve.png"
-    )
+    took = report.clock(watch.summary()["total"])
+    print(f"{summary['completions']:,} completions in {took}. Curve: {run.path}/curve.png")
     print(f"Memory: {report.memory(summary['memory'])}.")
     for warning in warnings:
         print(f"  WARNING  {warning}")

@@ -253,6 +253,7 @@ class Position:
                 setattr(self.config, name, state[name])
         self.generator.set_state(tensors["generator"])
         restore_random_states(tensors["random"])
+        tensors.clear()  # they are large, and have been copied to where they belong
 
 
 def made_with(config: dict, rewards_file: Path, rows: list[dict]) -> dict:

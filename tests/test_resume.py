@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import assert_same, finish, printed, start
+from running import SHORT, assert_same, finish, printed, start
 
 import train
 
@@ -47,6 +47,16 @@ def test_other_methods_killed_and_resumed(tmp_path, whole, method):
     assert finish(folder, method, faults={"rl.engine:Engine:step": (60, KILL)}, resume=True) == -KILL
     assert finish(folder, method, resume=True) == 0
     assert_same(folder, whole(method)[0])
+
+
+def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, whole):
+    """The adapter that a run began with is its reference, also after it was resumed."""
+    more = f"--adapter {whole('grpo')[0] / 'checkpoints/step_000008'} --beta 0.1"
+    expected, folder = tmp_path / "whole", tmp_path / "run"
+    assert finish(expected, "grpo", more=more) == 0
+    assert finish(folder, "grpo", more=more, faults={"rl.optimizer:Optimizer:step": (25, KILL)}) == -KILL
+    assert finish(folder, "grpo", resume=True) == 0
+    assert_same(folder, expected)
 
 
 @pytest.mark.slow
@@ -279,3 +289,46 @@ def test_a_run_that_goes_on_keeps_others_out(tmp_path):
     (folder / "STOP").touch()
     process.join()
     assert process.exitcode == 0
+
+
+# --- the end before its time
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best(tmp_path, capsys):
+    """A learning rate of 0 brings no new best: the third evaluation after step 2 is one too many."""
+    folder = tmp_path / "run"
+    settings = f"{SHORT} --learning-rate 0 --eval-steps 1 --early-stopping 3 --save-steps 0"
+    assert finish(folder, "grpo", more=settings, faults={"rl.evaluate::evaluate": (5, KILL)}) == -KILL  # the final one
+    assert finish(folder, "grpo", resume=True) == 0
+    assert "Stopped early: no evaluation after step 0 was better, of 4." in printed(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["finished"] and summary["eval"]["gain"]["fixed"] == 0
+    assert "unmoved" not in summary["alarms"]  # a learning rate of 0 is meant
+    assert not (folder / "checkpoints/best").exists()
+    assert last(folder) == "step_000003" and "has finished, with step 3" in refused(folder)
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_held_out_accuracy(tmp_path, monkeypatch):
+    """And it is kept, however old. Greedy accuracy decides, then sampled accuracy, then the earlier step."""
+    import rl.evaluate
+    from rl.evaluate import best_of
+
+    def of(greedy, sampled):
+        return {"accuracy": greedy, "accuracy_sampled": sampled}
+
+    assert best_of({0: of(0.5, 0.9), 10: of(0.6, 0.1), 20: of(0.6, 0.2), 30: of(0.6, 0.2)}) == 20
+    accuracies = iter([0, 3, 1, 1, 1, 1, 1, 1, 1])
+    evaluate = rl.evaluate.evaluate
+
+    def decided(*args):
+        answers, right = evaluate(*args), next(accuracies)
+        for i, record in enumerate(answers.greedy):
+            record["verdict"] = "right" if i < right else "wrong"
+        return answers
+
+    monkeypatch.setattr(rl.evaluate, "evaluate", decided)
+    folder = tmp_path / "run"
+    train.main([*SHORT.split(), "--eval-steps", "1", "--save-total-limit", "1", "--output-dir", str(folder)])
+    kept = sorted(path.name for path in folder.glob("checkpoints/step_*"))
+    assert kept == ["step_000001", "step_000008"]
+    assert (folder / "checkpoints/best").read_text() == "step_000001\n"
