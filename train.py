@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from data import DataError, Order, levels, load_questions
+from data import DataError, Order, levels, load_questions, local_prompts
 from grading import RewardError, check_tests, load_rewards, sandbox
 from rl.config import COMMANDS, ConfigError, RunError
 from rl.process import Stopping
@@ -44,9 +44,9 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     if config.dry_run:
         from rl.memory import dry_run
 
-        return print(dry_run(config))
+        return print(dry_run(config, prompts=local_prompts(config.train_data, config.eval_data, config.columns)))
     asked_for = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
-    asked_for["output_dir"] = None  # so that it can be used as a config again
+    asked_for |= {"output_dir": None}  # so that it can be used as a config again
     sandbox.start(config.code_timeout, config.unsafe_run_model_code)  # its processes are forked while this one is small
     rewards = load_rewards(
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
@@ -174,7 +174,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         summary["memory"] = memory.figures(policy.device)
         run.write_summary(summary | measured | {"reward_errors": rewards.errors})
 
-    memory.predict(config, policy, max(map(len, train_prompts + eval_prompts)))
+    memory.predict(config, policy, train_prompts, eval_prompts)
 
     # --- Can it be done at all? The longest batches are tried now, and what is too much for the memory is halved.
     teacher, updater = Advantages(policy, config, rewards), Updater(policy, config, critic)

@@ -1,6 +1,6 @@
 """Memory predicted by --dry-run's arithmetic against memory measured, for runs of train.py on random weights.
 
-    python bench/memory.py              on a CPU: three models of 100 to 350 million parameters, five minutes on two cores
+    python bench/memory.py              on a CPU: three models of 100 to 350 million parameters, five to ten minutes
     python bench/memory.py qwen3        one of them
 
 Each run is a process of its own: two steps of short completions and a small evaluation. On a CPU measured is the peak of
@@ -99,7 +99,7 @@ def run(arguments: list[str]) -> dict:
     measured = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM") - before
     prediction = predicted(arguments, cuda)
     return {"measured": measured, "peak": prediction.peak_mb} | {
-        name: value / 2**20 for name, value in vars(prediction).items() if not name.startswith("rows")
+        name: value / 2**20 for name, value in vars(prediction).items() if name not in ("kept", "rows", "rows_wanted")
     }
 
 

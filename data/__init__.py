@@ -24,7 +24,7 @@ from data.hub import held_out_split, is_hub_source, read_hub
 from data.sources import FILE_TYPES, DataError, read_file
 from data.tasks import MAKERS, questions
 
-__all__ = ["DataError", "Order", "levels", "load", "load_questions"]
+__all__ = ["DataError", "Order", "levels", "load", "load_questions", "local_prompts"]
 
 EVAL_SEED = 0  # the built-in held-out questions are the same for every run, so that runs can be compared
 MAX_HELD_OUT = 0.2  # of a source that serves for training and evaluation
@@ -118,6 +118,14 @@ def levels(rows: list[dict]) -> list[float]:
             )
         found.append(float(number[0]))
     return found
+
+
+def local_prompts(train_data: list[str], eval_data: list[str], columns: dict) -> list[str]:
+    """The texts of the questions of sources that are on this machine, or made here; of none where one is on the Hub."""
+    sources = [*train_data, *eval_data]
+    if any(map(is_hub_source, sources)):
+        return []
+    return [str(row["prompt"]) for source in sources for row in load(source, columns=columns)]
 
 
 class Order:

@@ -109,7 +109,9 @@ def _grade(code: str, cases: tuple[Case, ...], timeout: float) -> tuple[float, s
         with _fast_lane:
             for tier in tiers if not _CHANCE.search(code) else tiers[-1:]:  # what is left to chance gets one try
                 outcome, detail = _judge(tier, code, cases, min(FIRST_SECONDS, timeout), slow=False)
-                if outcome == "killed":  # by whom? by the system, for want of memory, or by itself: then it will be again
+                if (
+                    outcome == "killed"
+                ):  # by whom? by the system, for want of memory, or by itself: then it will be again
                     outcome, detail = _judge(tier, code, cases, min(FIRST_SECONDS, timeout), slow=False)
                     outcome = "crash" if outcome == "killed" else outcome
                 if outcome == "passed":

@@ -2,11 +2,12 @@
 
     peak = fixed + max(load, weights + LoRA + optimizer + critic + max(roll-out, update))
 
-Roll-out and update do not add: the one is over when the other begins. The sizes are those of what the code makes: the roll-out
-of rl/engine.py and rl/sampling.py, and in the update what autograd keeps of rl/decoder.py and rl/logprobs.py for the fullest
-micro-batch. On a CPU the prediction is of resident memory above that after the imports, and has been measured
-(bench/memory.py, within 15 %). On CUDA it is of what PyTorch has allocated, without the CUDA context; that has not been
-measured. Imports no torch.
+Roll-out and update do not add: the one is over when the other begins. (Small models on a CPU are an exception: for the
+sake of speed what the one has freed is kept, `keep_freed_memory` in rl/policy.py, in pieces that the other cannot use.)
+The sizes are those of what the code makes: the roll-out of rl/engine.py and rl/sampling.py, and in the update what
+autograd keeps of rl/decoder.py and rl/logprobs.py for the fullest micro-batch. On a CPU the prediction is of resident
+memory above that after the imports, and has been measured (bench/memory.py, within 15 %). On CUDA it is of what PyTorch
+has allocated, without the CUDA context; that has not been measured. Imports no torch.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ CONTEXT = 0.5 * GB  # of CUDA, outside of what PyTorch counts
 FRAGMENTATION = 1.08  # of PyTorch's allocator on CUDA
 FIXED_CUDA = 64 * MB  # workspaces of the matrix products
 IMPORTS = 0.4 * GB  # resident after the imports, on a CPU
-FIXED_CPU = 90 * MB  # what is loaded when first used: questions, graders, kernels, the model's classes
+KEPT_BELOW = 512  # hidden size: on a CPU, what models below it have freed is kept
+FIXED_CPU = 90 * MB  # what is loaded when first used: graders, kernels, the model's classes (with the tiny model 94 MB)
 TOKENIZER = 14  # resident bytes for each byte of tokenizer.json (byte-level BPE of 50,000 and 150,000 tokens)
 ASSUMED_PROMPT = 256  # tokens, where nothing is known
 CHARACTERS_A_TOKEN = 3
@@ -48,13 +50,15 @@ class Prediction:
     update: float
     fixed: float
     load: float  # while loading, instead of all others but `fixed`
+    kept: bool  # what has been freed is kept: roll-out and update add
     rows: int  # of the roll-out at a time
     rows_wanted: int  # the same, were there room enough
 
     @property
     def peak(self) -> float:
         held = self.weights + self.lora + self.optimizer + self.critic
-        return self.fixed + max(self.load, held + max(self.rollout, self.update))
+        work = self.rollout + self.update if self.kept else max(self.rollout, self.update)
+        return self.fixed + max(self.load, held + work)
 
     @property
     def peak_mb(self) -> float:
@@ -96,6 +100,7 @@ def predict(
         update=update_bytes(config, shape, cuda, width, four_bit, prompt_length),
         fixed=fixed,
         load=load,
+        kept=not cuda and shape.hidden < KEPT_BELOW,
         rows=rows,
         rows_wanted=rows_wanted,
     )
@@ -259,7 +264,10 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
     text = "\n".join(line for i, line in enumerate(lines) if line or i == 4)  # the one between the two tables
     needed = machine.needed(found.peak)
     beside = "the CUDA context and 8 % for fragmentation" if machine.device == "cuda" else "the imports"
-    text += f"\n  peak       {size(found.peak)}   roll-out and update do not add: the larger counts"
+    counts = (
+        "small models keep what they free: roll-out and update add" if found.kept else "roll-out and update do not add"
+    )
+    text += f"\n  peak       {size(found.peak)}   {counts}"
     text += f"\n  needed     {size(needed)}   with {beside}\n\n"
     if not shape.own_decoder:
         text += "This architecture runs through its own forward, for which these are rough figures.\n"

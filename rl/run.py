@@ -5,12 +5,14 @@ console.log  lock  and failed.jsonl, where a reward function has stopped the run
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import time
 from contextlib import contextmanager
@@ -330,12 +332,13 @@ class MemoryUse:
         self.before_mb = psutil.Process().memory_info().rss / 2**20
         self.predicted_mb: float | None = None
 
-    def predict(self, config: Config, policy: Policy, prompt_length: int) -> None:
-        """prompt_length: of the longest one, tokens. Nothing is predicted for a model whose dimensions cannot be told."""
-        dtype = str(policy.dtype).removeprefix("torch.")
+    def predict(self, config: Config, policy: Policy, train_prompts: list[list[int]], eval_prompts: list[list[int]]):
+        """Nothing is predicted for a model whose dimensions cannot be told. The prompts are token ids."""
+        dtype, longest = str(policy.dtype).removeprefix("torch."), max(map(len, train_prompts + eval_prompts))
+        config = dataclasses.replace(config, eval_questions=len(eval_prompts))
         with contextlib.suppress(ConfigError):
             shape = find_shape(config.model)
-            self.predicted_mb = round(predict(config, shape, policy.device.type, dtype, prompt_length).peak_mb, 1)
+            self.predicted_mb = round(predict(config, shape, policy.device.type, dtype, longest).peak_mb, 1)
 
     def figures(self, device: torch.device) -> dict[str, float | None]:
         """As they stand in the summary."""
@@ -348,6 +351,9 @@ def peak_memory_mb(device: torch.device) -> float | None:
     """The most memory in use so far: allocated on the GPU, else resident in this process (None where unknown)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    with contextlib.suppress(OSError):  # Linux; its ru_maxrss is also that of the process which started this one
+        status = Path("/proc/self/status").read_text()
+        return round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10, 1)
     try:
         import resource
     except ImportError:  # Windows

@@ -152,8 +152,17 @@ def test_the_peak_counts_the_larger_of_rollout_and_update():
     assert found.peak_mb == found.peak / 2**20
     found.rollout = 2 * found.update
     assert found.peak == held + found.rollout
+    found.kept = True  # small models on a CPU
+    assert found.peak == held + found.rollout + found.update
     found.load = 10 * found.peak
     assert found.peak == found.fixed + found.load
+
+
+def test_what_small_models_have_freed_is_kept():
+    tiny = find_shape("data/tiny")
+    assert predict(Config(), tiny, "cpu", "float32", 100).kept
+    assert not predict(Config(), tiny, "cuda", "bfloat16", 100).kept
+    assert not predict(Config(), known_shape("HuggingFaceTB/SmolLM2-135M"), "cpu", "float32", 100).kept
 
 
 def test_where_memory_is_short_the_engine_makes_do():
@@ -206,6 +215,13 @@ def kept_by_autograd(family, layers, prompts, completions) -> int:
         completion_logprobs(policy, prompts, completions)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+
+
+def test_the_sizes_that_torch_keeps_from_being_imported_are_those_of_the_code():
+    from rl import engine, logprobs
+
+    assert memory.LOGITS_AT_A_TIME == logprobs.LOGITS_AT_A_TIME
+    assert (memory.PREFILL_TOKENS, memory.GROWTH) == (engine.PREFILL_TOKENS, engine.GROWTH)
 
 
 # --- more never needs less
@@ -350,6 +366,11 @@ def test_within_15_percent_of_what_is_measured(name):
     found = bench.measure(name, bench.ON_CPU[name][2])
     assert found["peak"] == pytest.approx(found["measured"], rel=0.15), found
     assert found["measured"] > 700  # MB: there is something to predict
+
+
+def test_the_benchmark_has_a_help():
+    done = subprocess.run([sys.executable, "bench/memory.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "ten minutes" in done.stdout
 
 
 def test_size():

@@ -49,6 +49,11 @@ def test_other_methods_killed_and_resumed(tmp_path, whole, method):
     assert_same(folder, whole(method)[0])
 
 
+def steps_logged(folder):
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
 def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, whole):
     """The adapter that a run began with is its reference, also after it was resumed."""
     more = f"--adapter {whole('grpo')[0] / 'checkpoints/step_000008'} --beta 0.1"
@@ -62,21 +67,22 @@ def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_killed_at_twenty_random_moments(tmp_path, whole, method):
-    """Each time resumed; a run that was killed before it had a folder is begun again."""
+    """Each time resumed; a run that was killed before it had a folder is begun again. The moments are spread evenly over the
+    steps, the time before the first one and that after the last one."""
     expected, seconds = whole(method)
     rng, at_steps = random.Random(method), []
-    for n in range(20):
-        folder = tmp_path / f"run{n}"
-        process = start(folder, method)
-        process.join(rng.uniform(0, seconds))
-        os.kill(process.pid, KILL)
+    while len(at_steps) < 20:
+        folder = tmp_path / f"run{len(at_steps)}"
+        process, logged = start(folder, method), rng.randrange(9)
+        while process.is_alive() and logged > steps_logged(folder):
+            time.sleep(0.01)
+        process.join(rng.uniform(0, seconds / 8 if logged else seconds / 2))
+        process.kill()
         process.join()
-        resume = (folder / "config.yaml").exists()
-        at_steps.append(
-            len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
-        )
-        assert finish(folder, method, resume=resume) == 0
-        assert_same(folder, expected)
+        if process.exitcode == -KILL:
+            at_steps.append(steps_logged(folder))
+            assert finish(folder, method, resume=(folder / "config.yaml").exists()) == 0
+            assert_same(folder, expected)
         shutil.rmtree(folder)
     print(f"{method}: killed after steps {sorted(at_steps)}")
 
