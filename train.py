@@ -69,10 +69,10 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     from rl import alarms, report
     from rl.advantages import Advantages, learned_rewards, teaching_groups
     from rl.algorithms import varied_groups
-    from rl.checkpoint import Position, fingerprint, made_with
+    from rl.checkpoint import Position, fingerprint, made_with, seed_all
     from rl.critic import Critic
     from rl.evaluate import best_of, check_saved, evaluate, marked_rollout
-    from rl.policy import check_model, load_policy, restore_adapter
+    from rl.policy import check_model, describe_precision, load_policy, restore_adapter
     from rl.rehearsal import rehearse
     from rl.run import MemoryUse, RunFolder, Stopwatch, choose_folder, describe_machine, peak_memory_mb, versions
     from rl.sampler_check import check_sampler
@@ -85,17 +85,14 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         config.output_dir = at_end.enter_context(tempfile.TemporaryDirectory(prefix="ponder-probe-"))
         eval_rows = eval_rows[:PROBE_QUESTIONS]
     run = RunFolder(choose_folder(config, config_name), config)
-    made = made_with(asked_for, rewards.path, train_rows + eval_rows)
+    made = made_with(asked_for, rewards.path, train_rows, eval_rows, describe_precision(config))
     saved = None
     if config.resume:  # is there a checkpoint, is it whole, and is all as it was?
         at_end.enter_context(run)
         if checkpoint := run.checkpoints.to_resume(Path(config.resume), config.accept_changes):
             saved = run.checkpoints.read(checkpoint)
             notes += run.checkpoints.check_same(saved, made, config.accept_changes)
-        if run.is_finished() and saved and made["config"] == saved.state["made"]["config"]:
-            raise ConfigError(
-                f"resume: {run.path} has finished, with step {saved.step}; to train on: --max-steps N --accept-changes"
-            )
+        run.check_unfinished(config)
     steps_before = saved.step if saved else 0
 
     # --- The policy: a model with its LoRA. Its prompts, as token ids.
@@ -105,7 +102,6 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     if saved:
         run.checkpoints.check_same(saved, made, config.accept_changes)
         restore_adapter(policy, saved.folder)
-    trainable, parameters = policy.model.get_nb_trainable_parameters()
     critic = Critic(policy, config) if config.has_critic and not config.eval_only else None
     train_prompts = policy.encode_prompts(train_rows, config.max_completion_length)
     eval_prompts = policy.encode_prompts(eval_rows, config.max_completion_length)
@@ -127,27 +123,17 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         if error and not config.probe and not config.eval_only:
             if not stopping.held and trained > saved_step and not isinstance(error, RunError):
                 stopping.hold()  # a step that was only rolled out is as if it had not been begun
-                save(trained, at_start)
+                with contextlib.suppress(RunError):  # the first error is the one to be told
+                    write_summary()
+                    save(trained, at_start)
             print(report.stopped(trained, config.max_steps, run.checkpoints.marked("last"), run.path), flush=True)
 
+    names = [] if config.probe else config.report_to
+    trackers = Trackers(names, run.path, asked_for, steps_before + 1, lambda text: print(f"  note: {text}"))
+    at_end.callback(trackers.close)
     at_end.push(on_leaving)
-    print(f"Ponder on {describe_machine(policy.device)}; everything goes into {run.path}")
-    print(f"  model    {config.model}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)")
-    if critic:
-        kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"
-        print(f"  critic   {kind}, {sum(p.numel() for p in critic.parameters):,} parameters, on the same base model")
-    print(
-        f"  sampler  differs from the trainer by {agreement.sampler:.1g} nats a token (where a LoRA of noise moves "
-        f"{agreement.shift:.1f})"
-    )
-    print(f"  rewards  {', '.join(f'{f.name} {f.weight:g}' for f in rewards.functions if f.weight)}")
-    print(f"  asks     {len(train_rows):,} training questions, {len(eval_rows):,} held out")
-    if not config.eval_only:
-        print(
-            f"  plan     {config.max_steps} steps of {config.prompts_per_step} x {config.num_generations} completions"
-        )
-    if config.resume:
-        print(f"  resumed  after step {steps_before}" + ("" if saved else ": nothing was saved, so from the beginning"))
+    machine, asked = describe_machine(policy.device), (len(train_rows), len(eval_rows))
+    print(report.opening(config, machine, run.path, policy, critic, agreement, rewards, asked, steps_before))
     for note in [*notes, *config.notes()]:
         print(f"  note     {note}")
     for warning in warnings:
@@ -156,40 +142,49 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     def progress(total, what):
         return tqdm(total=total, desc=what, unit=" completions", leave=False, disable=not sys.stderr.isatty())
 
-    def measure(step, name):
+    def measure(step, name=None):
         """Evaluate, write the answers into the run folder, and return them."""
         with watch.time("eval"), run.keeping_failed(rewards), progress(2 * len(eval_rows), "evaluation") as bar:
             answers = evaluate(policy, eval_rows, eval_prompts, rewards, config, step, bar.update)
-        run.write_evaluation(name, answers.lines())
+        run.write_evaluation(name or (f"step_{step:06d}" if step else "before"), answers.lines())
         return answers
-
-    summary = {
-        "algorithm": config.algorithm, "model": config.model, "steps": 0, "seed": config.seed, "eval": {},
-        "control": config.control, "completions": 0, "tokens": 0, "judges": [], "alarms": {}, "versions": versions(),
-    }  # fmt: skip
 
     def write_summary():
         measured = {"seconds": watch.summary(), "peak_memory_mb": peak_memory_mb(policy.device)}
         summary["memory"] = memory.figures(policy.device)
         run.write_summary(summary | measured | {"reward_errors": rewards.errors})
 
-    memory.predict(config, policy, train_prompts, eval_prompts)
+    # --- What a run changes, as it is at its beginning, or as it was where it stopped.
+    seed_all(config.seed)
+    teacher, updater = Advantages(policy, config, rewards), Updater(policy, config, critic)
+    generator = torch.Generator(policy.device).manual_seed(config.seed)
+    position = Position(order, generator, rewards, teacher, updater, config)
+    history, told = [], set()  # metrics of each step; alarms and notes that have been printed
+    summary = {
+        "algorithm": config.algorithm, "model": config.model, "steps": 0, "seed": config.seed, "eval": {},
+        "control": config.control, "completions": 0, "tokens": 0, "judges": [], "alarms": {}, "versions": versions(),
+    }  # fmt: skip
+    if saved:
+        position.restore(saved)
+        history, told = run.history(), set(saved.state["told"])
+        summary |= saved.state["summary"]
+        watch.go_on(saved.state["seconds"])
 
     # --- Can it be done at all? The longest batches are tried now, and what is too much for the memory is halved.
-    teacher, updater = Advantages(policy, config, rewards), Updater(policy, config, critic)
+    memory.predict(config, policy, train_prompts, eval_prompts)
     if not config.eval_only:
         rehearse(updater, train_prompts, eval_prompts, config)
 
     # --- Before: the same held-out questions that are asked at the end.
-    if saved:
-        answers = run.evaluations()
-    else:
+    answers = run.evaluations() if saved else {}
+    if steps_before not in answers and config.evaluates_at(steps_before):
         with policy.model.disable_adapter() if config.eval_only else contextlib.nullcontext():
-            answers = {0: measure(0, "before")}
+            answers[steps_before] = measure(steps_before)
     before = answers[0]
     evaluations = {step: of_step.summary() for step, of_step in answers.items()}
     verdicts = {step: of_step.verdicts() for step, of_step in answers.items()}
     summary["eval"]["before"] = evaluations[0]
+    run.checkpoints.mark(last=steps_before, best=best_of(evaluations))
     write_summary()
     sample = next((i for i, r in enumerate(before.greedy) if r["verdict"] != "right"), 0)
     print(f"\nBefore training, one held-out question:\n{report.dialogue(before.greedy[sample])}\n")
@@ -209,9 +204,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
         return write_summary()
 
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
-    generator = torch.Generator(policy.device).manual_seed(config.seed)
     group_size = config.num_generations
-    history, told = [], set()  # metrics of each step; alarms and notes that have been printed
 
     def ask(n, step):
         """Answer n questions num_generations times each, scoring while the roll-out goes on: episodes, completions, scores."""
@@ -246,17 +239,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
             "told": sorted(told), "seconds": watch.summary(), "logs": run.log_sizes(),
         }  # fmt: skip
         card = report.model_card(config, step, evaluations)
-        return run.checkpoints.save(step, policy, card, state, states | learned, best_of(evaluations) == step)
-
-    trackers = Trackers(config.report_to, run.path, asked_for, steps_before + 1, lambda text: print(f"  note: {text}"))
-    at_end.callback(trackers.close)
-    position = Position(order, generator, rewards, teacher, updater, config)
-    if saved:
-        position.restore(saved, asked_for)
-        summary |= saved.state["summary"]
-        told |= set(saved.state["told"])
-        history += run.history()
-        watch.go_on(saved.state["seconds"])
+        return run.checkpoints.save(step, policy, card, state, states | learned, best_of(evaluations))
 
     last_step = PROBE_STEPS if config.probe else config.max_steps
     while step < last_step and not stops_early():
@@ -323,13 +306,13 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
 
         # --- Evaluate, look for alarms, and save.
         broken_off = None
-        if config.eval_steps and step % config.eval_steps == 0 and step < last_step:
+        if config.evaluates_at(step) and step < last_step:
             try:
-                answers = measure(step, f"step_{step:06d}")
+                answers = measure(step)
                 evaluations[step], verdicts[step] = answers.summary(), answers.verdicts()
                 metrics |= {f"eval/{name}": evaluations[step][name] for name in ("accuracy", "accuracy_sampled")}
                 write_summary()
-            except (KeyboardInterrupt, RewardError) as error:  # the step is done all the same
+            except (KeyboardInterrupt, RewardError, ConfigError, RunError) as error:  # the step is done all the same
                 broken_off = error
         history.append(metrics)
         found = alarms.find(history, verdicts, scores, completions, rewards, config)

@@ -1,7 +1,7 @@
 """Where memory runs out, half as much is done at a time and the work is done again; nothing of a step is lost.
 
-`rollout_batch_size` bounds the rows of a roll-out, `max_tokens_per_micro_batch` the tokens of an update. How large they are
-changes no result beyond rounding.
+`rollout_batch_size` bounds the rows of a roll-out, `max_tokens_per_micro_batch` the tokens of an update. The latter changes
+no result beyond rounding; with other rows other completions are drawn, by the same law.
 """
 
 import gc

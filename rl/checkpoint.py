@@ -29,7 +29,13 @@ from rl.policy import Policy, save_adapter
 
 FORMAT = 1  # of trainer_state.json and trainer_state.pt
 # Settings that the state of a run depends on.
-FIXED = ("model", "adapter", "load_in_4bit", "lora_r", "lora_alpha", "algorithm", "critic", "optim", "seed")
+FIXED = (
+    "model", "adapter", "load_in_4bit", "lora_r", "lora_alpha", "algorithm", "critic", "optim", "seed", "runs_on", "held_out",
+)  # fmt: skip
+# Those of which not the setting counts but what it comes to.
+TOLD_BY_DIGESTS = (
+    "rewards_file", "device", "dtype", "train_data", "eval_data", "train_questions", "eval_questions", "columns",
+)  # fmt: skip
 
 
 class Checkpoints:
@@ -41,8 +47,11 @@ class Checkpoints:
     def folder(self, step: int) -> Path:
         return self.path / f"step_{step:06d}"
 
-    def save(self, step: int, policy: Policy, card: str, state: dict, tensors: dict, is_best: bool = False) -> Path:
-        """Write the checkpoint of a step, in place of one that is there. Raises RunError where it cannot be written."""
+    def save(self, step: int, policy: Policy, card: str, state: dict, tensors: dict, best: int) -> Path:
+        """Write the checkpoint of a step, in place of one that is there. best: the step of the best evaluation so far.
+
+        Raises RunError where it cannot be written.
+        """
         folder = self.folder(step)
         unfinished, replaced = (folder.with_name(f"{folder.name}.{kind}") for kind in ("unfinished", "replaced"))
         try:
@@ -51,9 +60,13 @@ class Checkpoints:
             save_adapter(policy, unfinished)
             (unfinished / "README.md").write_text(card, encoding="utf-8")
             state = {"format": FORMAT, "step": step} | state
-            (unfinished / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(state, indent=2, default=str) + "\n"
+            (unfinished / "trainer_state.json").write_text(text, encoding="utf-8")
             torch.save(tensors, unfinished / "trainer_state.pt")
-            lines = [f"{digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir())]
+            files = [
+                file for file in sorted(unfinished.iterdir()) if file.name != "README.md"
+            ]  # a person may edit that
+            lines = [f"{digest(file)}  {file.name}\n" for file in files]
             (unfinished / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
             for file in (*unfinished.iterdir(), unfinished):
                 bring_to_disk(file)
@@ -61,9 +74,8 @@ class Checkpoints:
             if folder.exists():
                 folder.rename(replaced)
             unfinished.rename(folder)
-            self.mark("last", folder)
-            if is_best:
-                self.mark("best", folder)
+            bring_to_disk(self.path)
+            self.mark(step, best)
             shutil.rmtree(replaced, ignore_errors=True)
             self.prune()
         except (
@@ -75,9 +87,13 @@ class Checkpoints:
             raise RunError(cannot_write(folder, error)) from error
         return folder
 
-    def mark(self, name: str, folder: Path) -> None:
-        """Let checkpoints/NAME name this one. Raises OSError."""
-        write_whole(self.path / name, folder.name + "\n")
+    def mark(self, last: int, best: int) -> None:
+        """Let checkpoints/last and checkpoints/best name these steps', where there are such. Raises OSError."""
+        for name, step in (("last", last), ("best", best)):
+            if self.folder(step).is_dir():
+                write_whole(self.path / name, self.folder(step).name + "\n")
+            else:
+                (self.path / name).unlink(missing_ok=True)
 
     def marked(self, name: str) -> Path | None:
         """The checkpoint that checkpoints/NAME names, if it is there."""
@@ -106,12 +122,9 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: these steps will be made again."""
-        for folder in self.all():
+        for folder in reversed(self.all()):
             if folder > self.folder(step):
                 shutil.rmtree(folder)
-        for name in ("last", "best"):
-            if not self.marked(name):
-                (self.path / name).unlink(missing_ok=True)
 
     def to_resume(self, named: Path, drop_later: bool) -> Path | None:
         """The newest checkpoint, or the one that is named; None where there is none yet.
@@ -159,27 +172,32 @@ class Checkpoints:
         made: as by `made_with`, and where it is known, the model's fingerprint.
         """
         then = saved.state["made"]
-        if "model" in made and made["model"] != then["model"]:
-            raise ConfigError(
-                f"resume: {saved.folder} belongs to another base model than {made['config']['model']} is now; "
-                f"{self.older_than(saved.folder, made['model'])}"
-            )
         changed = {
             name: f"{name} {short(old)} -> {short(made['config'][name])}"
             for name, old in then["config"].items()
-            if name in made["config"] and name != "rewards_file" and made["config"][name] != old
+            if name in made["config"] and name not in TOLD_BY_DIGESTS and made["config"][name] != old
         }
+        if made["runs_on"] != then["runs_on"]:
+            changed["runs_on"] = f"it ran on {then['runs_on']}, and would now on {made['runs_on']}"
+        if made["held_out"] != then["held_out"]:
+            changed["held_out"] = "the held-out questions are others"
         if fixed := [text for name, text in changed.items() if name in FIXED]:
             raise ConfigError(
                 f"resume: {'; '.join(fixed)}: this cannot change in the middle of a run; to begin a new one with its LoRA: "
                 f"--adapter {saved.folder}"
             )
+        if made.get("model", then["model"]) != then["model"]:
+            raise ConfigError(
+                f"resume: {saved.folder} belongs to another base model, or reference adapter, than {made['config']['model']} is "
+                f"now; {self.older_than(saved.folder, made['model'])}"
+            )
         texts = list(changed.values())
         if made["rewards"] != then["rewards"]:
-            copy = self.run / "rewards.py"
-            texts.append(f"{made['config']['rewards_file']} is not what the run was scored with (its copy: {copy})")
+            copies = [str(copy) for copy in self.run.glob("rewards*.py") if digest(copy) == then["rewards"]]
+            hint = f" (its copy: {copies[0]})" if copies else ""
+            texts.append(f"{made['config']['rewards_file']} is not what the run was scored with{hint}")
         if made["questions"] != then["questions"]:
-            texts.append("the questions are others")
+            texts.append("the training questions are others")
         if texts and not accept:
             raise ConfigError(
                 f"resume: since {saved.folder.name}: {'; '.join(texts)}. To go on so, add --accept-changes; else put them back"
@@ -199,6 +217,13 @@ class Saved:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where all of them are as they were written."""
+    try:
+        return _damage(folder)
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+
+
+def _damage(folder: Path) -> str | None:
     if not (folder / "SHA256SUMS").is_file():
         if not (folder / "trainer_state.pt").exists() and (folder / "adapter_model.safetensors").exists():
             return f"it holds the LoRA alone, without the optimizer (to begin a new run with it: --adapter {folder})"
@@ -241,25 +266,41 @@ class Position:
         halved = {name: getattr(self.config, name) for name in ("rollout_batch_size", "max_tokens_per_micro_batch")}
         return halved, {"updater": self.updater.state_dict(), "teacher": self.teacher.state_dict()}
 
-    def restore(self, saved: Saved, config: dict) -> None:
-        """Go on from there. config: the settings that the run is made with now."""
+    def restore(self, saved: Saved) -> None:
+        """Go on from there. What was halved for want of memory stays so, unless it has been set anew."""
         state, tensors = saved.state, saved.tensors
         self.updater.load_state_dict(tensors["updater"])
         self.teacher.load_state_dict(tensors["teacher"])
         self.order.skip(state["drawn"])
         self.rewards.scored, self.rewards.errors = state["scored"], state["reward_errors"]
         for name in ("rollout_batch_size", "max_tokens_per_micro_batch"):
-            if config[name] == state["made"]["config"][name]:  # what was halved stays so, unless it was set anew
+            if getattr(self.config, name) == state["made"]["config"][name]:
                 setattr(self.config, name, state[name])
         self.generator.set_state(tensors["generator"])
         restore_random_states(tensors["random"])
         tensors.clear()  # they are large, and have been copied to where they belong
 
 
-def made_with(config: dict, rewards_file: Path, rows: list[dict]) -> dict:
-    """What a run is made with: its settings, and digests of its reward file and its questions."""
-    questions = hashlib.sha256(json.dumps(rows, default=str, sort_keys=True).encode()).hexdigest()
-    return {"config": config, "rewards": digest(rewards_file), "questions": questions}
+def made_with(config: dict, rewards_file: Path, train_rows: list[dict], eval_rows: list[dict], runs_on: str) -> dict:
+    """What a run is made with: its settings, digests of its reward file and its questions, device and dtype. As JSON has it."""
+    return {
+        "config": json.loads(json.dumps(config, default=str)), "rewards": digest(rewards_file),
+        "questions": digest_rows(train_rows), "held_out": digest_rows(eval_rows), "runs_on": runs_on,
+    }  # fmt: skip
+
+
+def digest_rows(rows: list[dict]) -> str:
+    found = hashlib.sha256()
+    for row in rows:  # of what JSON does not know the kind alone: its text may hold an address
+        found.update(json.dumps(row, default=lambda value: type(value).__name__, sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def seed_all(seed: int) -> None:
+    """The generators that reward functions may use; everything else here has generators of its own."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def random_states() -> dict:
@@ -281,10 +322,11 @@ def restore_random_states(states: dict) -> None:
 
 
 def fingerprint(policy: Policy) -> str:
-    """Of the base model: dimensions, and the weights that are numbers, of large ones samples (NF4's bytes are left out)."""
+    """Of the base model, and the frozen LoRA that is the reference: dimensions, and the weights that are numbers, of large
+    ones samples (NF4's bytes are left out)."""
     found = hashlib.sha256()
     for name, p in policy.model.named_parameters():
-        if "lora_" in name:
+        if ".default." in name or ".critic." in name:  # what is trained
             continue
         found.update(f"{name.replace('.base_layer', '')} {p.dtype.is_floating_point}".encode())
         if p.dtype.is_floating_point:
@@ -325,7 +367,7 @@ def write_whole(path: Path, text: str) -> None:
 def bring_to_disk(path: Path) -> None:
     """fsync a file, or a folder where the system can."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows syncs what it may write
         try:
             os.fsync(descriptor)
         finally:

@@ -269,6 +269,10 @@ class Config:
         """Exactly one update for each roll-out: the old policy is the policy, and its log-probabilities need no pass."""
         return self.num_iterations == 1 and self.num_mini_batches == 1
 
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the held-out questions are asked after a step; 0 is before the first one, the end is not meant."""
+        return step == 0 or (self.eval_steps > 0 and step % self.eval_steps == 0 and step < self.max_steps)
+
     def notes(self) -> list[str]:
         """Notes on settings that are valid together and perhaps not what was meant."""
         usual = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -177,8 +177,12 @@ def check_saved(policy: Policy, folder: Path, prompts: list[list[int]], config: 
     probes = prompts[:: max(1, len(prompts) // 16)]
 
     def greedy_answers():
-        generator, rows = torch.Generator(policy.device), config.rollout_batch_size
-        answers = rollout(policy, probes, 1, config.max_completion_length, Sampling(0), generator, rows)
+        generator, cut = torch.Generator(policy.device), config.max_completion_length
+
+        def work():
+            return rollout(policy, probes, 1, cut, Sampling(0), generator, config.rollout_batch_size)
+
+        answers = within_memory(work, config, "rollout_batch_size", len(probes), 1)
         return [episode.completion_ids for episode in answers]
 
     in_memory = greedy_answers()

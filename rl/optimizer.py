@@ -6,7 +6,8 @@ import warnings
 import torch
 import transformers
 
-from rl.config import Config
+from rl.budget import is_out_of_memory
+from rl.config import Config, ConfigError
 from rl.policy import Policy
 
 
@@ -41,7 +42,15 @@ class Optimizer:
             self.scaler.unscale_(self.adamw)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
             if math.isfinite(norm):
-                self.scaler.step(self.adamw)
+                try:
+                    self.scaler.step(self.adamw)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise ConfigError(  # some parameters may have been stepped and some not: back to the checkpoint
+                        "out of memory in the optimizer's step: lower lora_r or max_tokens_per_micro_batch, or set optim to "
+                        "adamw_8bit"
+                    ) from error
             self.scaler.update()
         self.discard()
         return norm if norm is None or math.isfinite(norm) else math.nan

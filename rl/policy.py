@@ -235,6 +235,11 @@ def keep_freed_memory(hidden_size: int) -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def describe_precision(config: Config) -> str:
+    device = choose_device(config)
+    return f"{device.type} in {str(choose_dtype(config, device)).removeprefix('torch.')}"
+
+
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)

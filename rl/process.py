@@ -46,17 +46,16 @@ class Stopping:
         first, self.asked = not self.asked, "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         self.exit_code = 128 + number
         if not self.held:
+            print(f"\n{self.asked}: stopping", flush=True)
             raise Stopped(self.asked, self.exit_code)
         if first:
-            print(
-                f"\n{self.asked}: this step is finished and saved first (Ctrl-C again: at once, without it)", flush=True
-            )
+            print(f"\n{self.asked}: finishing and saving first (Ctrl-C again: back to the last checkpoint)", flush=True)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
     def hold(self) -> None:
-        """From here on a first signal waits."""
-        self.held = True
+        """From here on a first signal waits, whatever came before."""
+        self.held, self.asked = True, ""
 
     def release(self) -> None:
         """Up to here. Raises Stopped where the run has been asked to stop, or a STOP file lies in its folder."""
@@ -91,7 +90,7 @@ class Lines:
     """A text stream that goes on without its terminal or pipe once that is closed. copy: a file that gets the same text."""
 
     def __init__(self, stream, copy):
-        self.stream, self.copy = stream, copy
+        self.stream, self.copy, self.is_lost = stream, copy, False
 
     def write(self, text: str) -> int:
         self._try("write", text)
@@ -102,10 +101,12 @@ class Lines:
 
     def _try(self, method: str, *args) -> None:
         try:
-            getattr(self.stream, method)(*args)
+            if not self.is_lost:
+                getattr(self.stream, method)(*args)
         except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):  # so that what it still holds can be written at the end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.is_lost = True
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # what it still holds is written there at the end
         except RuntimeError:  # a signal's handler prints while something is being printed
             pass
         if self.copy:

@@ -94,11 +94,11 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
 
     file, arguments = take(split_pairs(arguments, "--columns"), "--config")
     adapter, _ = take(arguments, "--adapter")
-    if file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
-        file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
     resume, _ = take(arguments, "--resume")
     if resume is not None:
         file = config_to_resume(resume, arguments, file)
+    elif file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
+        file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
     file = file or default_file
     known = {f.name for f in dataclasses.fields(Config)} | {"help"}
     for argument in arguments:
@@ -111,7 +111,9 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     if config.resume:
         config.output_dir = str(Path(file).parent)
         if config.eval_only:
-            raise ConfigError(f"resume: {config.output_dir} is an evaluation alone: make it again with --eval-only")
+            raise ConfigError(
+                "resume: there is nothing to go on with in an evaluation: use --eval-only alone, with --adapter"
+            )
     path = Path(file).resolve()
     return config, path.parent.name if path.name == "config.yaml" else path.stem
 

@@ -53,7 +53,9 @@ def rehearse_update(updater: Updater, prompts: list[list[int]], config: Config) 
     trained = [*policy.trainable_parameters(), *(critic.parameters if critic else ())]
 
     def work():
-        batch = next(updater.micro_batches(episodes))
+        batch = max(
+            updater.micro_batches(episodes), key=lambda b: sum(len(e.prompt_ids) + len(e.completion_ids) for e in b)
+        )
         # What a later micro-batch finds taken: the gradients so far, and AdamW's two moments.
         taken = [torch.zeros_like(p) for p in trained for _ in range(3)]
         policy.model.train()

@@ -4,6 +4,7 @@ Also the metrics of a step's completions, by TRL's names. No torch in here.
 """
 
 import math
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -182,10 +183,34 @@ Held-out accuracy, greedy, {first["n"]} questions: {first["accuracy"]:.1%} befor
 """
 
 
+def opening(config, machine: str, run: Path, policy, critic, agreement, rewards: Rewards, asked, resumed: int) -> str:
+    """What is said before a run. asked: how many questions to train on, and held out. resumed: the step that it goes on after."""
+    trainable, parameters = policy.model.get_nb_trainable_parameters()
+    lines = [f"Ponder on {machine}; everything goes into {run}"]
+    lines.append(f"model    {config.model}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)")
+    if critic:
+        kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"
+        size = sum(p.numel() for p in critic.parameters)
+        lines.append(f"critic   {kind}, {size:,} parameters, on the same base model")
+    lines.append(
+        f"sampler  differs from the trainer by {agreement.sampler:.1g} nats a token (where a LoRA of noise moves "
+        f"{agreement.shift:.1f})"
+    )
+    lines.append(f"rewards  {', '.join(f'{f.name} {f.weight:g}' for f in rewards.functions if f.weight)}")
+    lines.append(f"asks     {asked[0]:,} training questions, {asked[1]:,} held out")
+    if not config.eval_only:
+        lines.append(
+            f"plan     {config.max_steps} steps of {config.prompts_per_step} x {config.num_generations} completions"
+        )
+    if config.resume:
+        lines.append(f"resumed  after step {resumed}" if resumed else "resumed  from the beginning: no step was saved")
+    return "\n  ".join(lines)
+
+
 def stopped(step: int, max_steps: int, last: Path | None, run: Path) -> str:
     """What is said where a run ends before its time. last: its newest checkpoint."""
     saved = f"{last} is saved" if last else "no step was saved"
-    return f"\nStopped after step {step} of {max_steps}; {saved}. To go on: python train.py --resume {run}"
+    return f"\nStopped after step {step} of {max_steps}; {saved}. To go on: python train.py --resume {shlex.quote(str(run))}"
 
 
 def memory(figures: dict[str, float | None]) -> str:

@@ -38,18 +38,24 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl")  # a step adds to eac
 def choose_folder(config: Config, name: str) -> Path:
     """output_dir, else runs/NAME-TIME. Raises ConfigError where a run is there already: none is written over."""
     path = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume:
+    if config.resume or not config.output_dir:
         return path
-    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
-    if not config.output_dir and path.exists():  # begun in the same second, or the clock was set back
-        path = next(other for other in others if not other.exists())
     if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - BEFORE_A_RUN):
         hint = f", go on with it by --resume {path}" if (path / "config.yaml").exists() else ""
         raise ConfigError(f"output_dir: {path} exists already: choose another{hint}, or remove it")
     return path
 
 
-BEFORE_A_RUN = {"lock", "rewards.py", "rewards.py.unfinished", "config.yaml.unfinished"}  # config.yaml makes it a run
+# What a run that was killed at its very start leaves; config.yaml makes it a run.
+BEFORE_A_RUN = {
+    "eval",
+    "checkpoints",
+    "lock",
+    "console.log",
+    "rewards.py",
+    "rewards.py.unfinished",
+    "config.yaml.unfinished",
+}
 
 
 class RunFolder:
@@ -60,18 +66,20 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: Config):
-        self.path = path
-        self.checkpoints = Checkpoints(path, config.save_total_limit)
-        self.lock = filelock.FileLock(path / "lock", blocking=False)
-        self.console = Console(path / "console.log")
+        self.path, self.config = path, config
 
     def __enter__(self) -> "RunFolder":
-        for folder in (self.path / "eval", self.path / "checkpoints"):
-            if not folder.is_dir():
-                try:
+        try:
+            if not self.config.output_dir:
+                self.path = make_new_folder(self.path)
+            for folder in (self.path / "eval", self.path / "checkpoints"):
+                if not folder.is_dir():
                     folder.mkdir(parents=True)
-                except OSError as error:
-                    raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
+        self.checkpoints = Checkpoints(self.path, self.config.save_total_limit)
+        self.lock = filelock.FileLock(self.path / "lock", blocking=False)
+        self.console = Console(self.path / "console.log")
         with self.writing(self.path / "lock"):
             try:
                 self.lock.acquire()
@@ -102,10 +110,11 @@ class RunFolder:
         }
         for name, text in texts.items():
             path = self.path / name
-            if path.exists() and step and path.read_text(encoding="utf-8") != text:
-                with self.writing(path):
-                    path.replace(path.with_stem(f"{path.stem}_until_step_{step:06d}"))
+            before = path.with_stem(f"{path.stem}_until_step_{step:06d}")
+            if path.exists() and step and not before.exists() and path.read_text(encoding="utf-8") != text:
+                self._write(before.name, path.read_text(encoding="utf-8"))
             self._write(name, text)
+        (self.path / "STOP").unlink(missing_ok=True)  # of before
 
     def append(self, name: str, lines: list[dict]) -> None:
         """Add lines to a .jsonl file in one write, so that no reader meets half of them."""
@@ -114,12 +123,13 @@ class RunFolder:
             file.write(text)
 
     def log_sizes(self) -> dict[str, int]:
-        """The bytes of each log, brought to the disk: what belongs to the steps so far."""
-        files = [self.path / name for name in LOGS if (self.path / name).exists()]
+        """The bytes of each log and evaluation, brought to the disk: what belongs to the steps so far."""
+        names = [name for name in LOGS if (self.path / name).exists()]
+        names += [f"eval/{file.name}" for file in self.path.glob("eval/*.jsonl") if evaluated_at(file) is not None]
         with self.writing(self.path):
-            for file in files:
-                bring_to_disk(file)
-        return {file.name: file.stat().st_size for file in files}
+            for name in names:
+                bring_to_disk(self.path / name)
+        return {name: (self.path / name).stat().st_size for name in names}
 
     def cut_back(self, step: int, sizes: dict[str, int], max_steps: int) -> None:
         """Let the folder be as it was after a step: logs of these sizes, no later evaluation, no later checkpoint. A final
@@ -129,23 +139,23 @@ class RunFolder:
         """
         for name, size in sizes.items():
             present = (self.path / name).stat().st_size if (self.path / name).exists() else 0
-            if present < size:
+            if present < size or (present > size and name not in LOGS):
                 raise ConfigError(
-                    f"resume: {self.path / name} has {present} bytes, but had {size} at step {step}: put the lines back, or "
+                    f"resume: {self.path / name} has {present} bytes, but had {size} at step {step}: put back what it was, or "
                     "resume from an older checkpoint"
                 )
         with self.writing(self.path):
+            after = self.path / "eval/after.jsonl"
+            if after.exists() and self.checkpoints.all()[-1:] == [self.checkpoints.folder(step)] and step < max_steps:
+                after.replace(self.path / f"eval/step_{step:06d}.jsonl")
+            after.unlink(missing_ok=True)
+            self.checkpoints.drop_after(step)  # first: an older one does not miss what is cut off
             for name in LOGS:
                 if (self.path / name).exists():
                     os.truncate(self.path / name, sizes.get(name, 0))
-            after = self.path / "eval/after.jsonl"
-            if after.exists() and self.checkpoints.all()[-1] == self.checkpoints.folder(step) and step < max_steps:
-                after.replace(self.path / f"eval/step_{step:06d}.jsonl")
-            after.unlink(missing_ok=True)
             for file in self.path.glob("eval/*.jsonl"):
                 if (evaluated_at(file) or 0) > step:
                     file.unlink()
-            self.checkpoints.drop_after(step)
 
     def read(self, name: str) -> list[dict]:
         """The lines of a .jsonl file, none where it is not there."""
@@ -159,11 +169,21 @@ class RunFolder:
         lines = self.read("metrics.jsonl")
         return [{k: math.nan if v is None else v for k, v in line.items() if k != "alarms"} for line in lines]
 
-    def is_finished(self) -> bool:
-        """Whether the run has come to its end, final evaluation and all."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            return bool(json.loads((self.path / "summary.json").read_text(encoding="utf-8")).get("finished"))
-        return False
+    def check_unfinished(self, config: Config) -> None:
+        """Raise ConfigError where the run has come to its end, or its checkpoints are gone, unless changes are accepted."""
+        summary = {}
+        with contextlib.suppress(OSError, ValueError):
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        logged = len(self.read("metrics.jsonl"))
+        if summary.get("finished") and not config.accept_changes:
+            raise ConfigError(
+                f"resume: {self.path} has finished, with step {logged}; to train on: --max-steps N --accept-changes"
+            )
+        if not self.checkpoints.all() and not config.accept_changes and 0 < config.save_steps < logged:
+            raise ConfigError(
+                f"resume: {self.path} has {logged} steps in its logs, but no checkpoint; to begin from its first step, and "
+                "lose these: --accept-changes"
+            )
 
     def evaluations(self) -> dict[int, Answers]:
         """The evaluations in the folder by their steps, in order."""
@@ -245,6 +265,14 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         with self.writing(self.path / name):
             write_whole(self.path / name, text)
+
+
+def make_new_folder(path: Path) -> Path:
+    """Make it, under another number where another run has begun in the same second, or the clock was set back."""
+    for other in itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            other.mkdir(parents=True)
+            return other
 
 
 def evaluated_at(file: Path) -> int | None:

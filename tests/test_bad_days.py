@@ -325,14 +325,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, monkeyp
 
     (tmp_path / "checkpoints").mkdir()
     checkpoints = Checkpoints(tmp_path, keep=1)
-    first = checkpoints.save(1, policy, "card", {}, {})
+    first = checkpoints.save(1, policy, "card", {}, {}, best=0)
     for error in (
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("PytorchStreamWriter failed writing file"),
     ):
         with monkeypatch.context() as patch, pytest.raises(train.RunError, match="step_000002 cannot be written"):
             patch.setattr(torch, "save", raising(error))
-            checkpoints.save(2, policy, "card", {}, {})
+            checkpoints.save(2, policy, "card", {}, {}, best=2)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == [first.name]
         assert checkpoints.marked("last") == first
 
@@ -381,23 +381,31 @@ def test_a_pipe_that_is_closed_takes_nothing_along(tmp_path):
 
 
 def test_two_runs_begun_in_one_second_have_two_folders(tmp_path, monkeypatch):
-    from rl.run import choose_folder
+    from rl.run import RunFolder, choose_folder
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")  # a clock that stands still, or was set back
-    for expected in ("tiny-20260101-000000", "tiny-20260101-000000-2", "tiny-20260101-000000-3"):
-        folder = choose_folder(Config(), "tiny")
-        assert folder.name == expected
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").touch()
+    chosen = [RunFolder(choose_folder(Config(), "tiny"), Config()) for _ in range(3)]  # before any of them has begun
+    with chosen[0] as first, chosen[1] as second, chosen[2] as third:
+        names = [run.path.name for run in (first, second, third)]
+    assert names == ["tiny-20260101-000000", "tiny-20260101-000000-2", "tiny-20260101-000000-3"]
 
 
 def test_a_folder_in_which_no_run_has_begun_can_be_used(tmp_path):
     from rl.run import choose_folder
 
-    (tmp_path / "lock").touch()
-    (tmp_path / "config.yaml.unfinished").touch()
+    for name in ("lock", "console.log", "config.yaml.unfinished"):
+        (tmp_path / name).touch()
+    for name in ("eval", "checkpoints"):
+        (tmp_path / name).mkdir()
     assert choose_folder(Config(output_dir=str(tmp_path)), "tiny") == tmp_path
     shutil.copy("rewards.py", tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="exists already"):
         choose_folder(Config(output_dir=str(tmp_path)), "tiny")
+
+
+def test_memory_that_runs_out_in_the_optimizer_is_said_in_one_line(policy, episodes, config, monkeypatch):
+    updater = Updater(policy, config)
+    monkeypatch.setattr(updater.optimizer.adamw, "step", out_of_memory)
+    with pytest.raises(ConfigError, match="out of memory in the optimizer's step: lower lora_r"):
+        updater.update(episodes)

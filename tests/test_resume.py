@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from running import SHORT, assert_same, finish, printed, start
+from conftest import ROOT
+from running import SHORT, assert_same, finish, into, printed, processes, result, start
 
 import train
+from rl.checkpoint import digest
 
 KILL = signal.SIGKILL
 
@@ -114,7 +116,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, whole, function,
     said = printed(folder)
     assert f"To go on: python train.py --resume {folder}" in said and "Traceback" not in said
     assert (step is None or last(folder) == f"step_{step:06d}") and last(folder)[-1] in said
-    assert ("is finished and saved first" in said) == (function in ("rl.optimizer:Optimizer:step", "torch::save"))
+    assert ("finishing and saving first" in said) == (function in ("rl.optimizer:Optimizer:step", "torch::save"))
     assert finish(folder, "grpo", resume=True) == 0
     assert_same(folder, whole("grpo")[0])
 
@@ -140,7 +142,7 @@ def ctrl_c_twice(*_):
 def test_a_second_ctrl_c_leaves_the_step(tmp_path, whole):
     """In the update of step 4, of which only some mini-batches have been learned: the checkpoint is that of step 2."""
     folder, status = stopped(tmp_path, "rl.update:Updater:policy_step", 14, ctrl_c_twice)
-    assert status == 130 and last(folder) == "step_000003" or last(folder) == "step_000002"
+    assert status == 130 and last(folder) in ("step_000002", "step_000003")
     assert finish(folder, "grpo", resume=True) == 0
     assert_same(folder, whole("grpo")[0])
 
@@ -226,7 +228,10 @@ def test_a_checkpoint_of_another_model_is_refused(copy, tmp_path, monkeypatch):
         rl.policy.AutoModelForCausalLM, "from_pretrained", lambda model, **k: load(str(tmp_path / "tiny"), **k)
     )
     said = refused(copy)
-    assert "step_000005 belongs to another base model than data/tiny is now" in said and "start a new run" in said
+    assert (
+        "step_000005 belongs to another base model, or reference adapter, than data/tiny is now" in said
+        and "start a new run" in said
+    )
 
 
 def test_a_checkpoint_without_its_optimizer_is_of_an_older_version(copy):
@@ -241,7 +246,9 @@ def test_what_has_changed_is_named_and_has_to_be_confirmed(copy, capsys):
     assert "learning_rate 0.002 -> 0.001; eval_steps 3 -> 4" in said and "--accept-changes" in said
     assert "seed 0 -> 1: this cannot change" in refused(copy, "--seed 1 --accept-changes")
     assert "lora_r 16 -> 8: this cannot change" in refused(copy, "--lora-r 8")
-    assert "the questions are others" in refused(copy, "--train-questions 31")
+    assert "the training questions are others" in refused(copy, "--train-questions 31")
+    assert "the held-out questions are others: this cannot change" in refused(copy, "--eval-questions 12")
+    assert "it ran on cpu in float32, and would now on cpu in float16: this cannot" in refused(copy, "--dtype float16")
     assert "leave --config, --output-dir" in refused(copy, "--output-dir elsewhere")
     train.main(["--resume", str(copy), "--learning-rate", "1e-3", "--max-steps", "6", "--accept-changes"])
     said = capsys.readouterr().out
@@ -275,7 +282,7 @@ def test_an_older_checkpoint_drops_later_ones_only_where_that_is_confirmed(copy,
 def test_lines_that_are_gone_are_missed(copy):
     text = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(text[:3]))
-    assert "metrics.jsonl has" in refused(copy) and "put the lines back" in refused(copy)
+    assert "metrics.jsonl has" in refused(copy) and "put back what it was" in refused(copy)
 
 
 def test_names_that_are_no_run(tmp_path, copy):
@@ -295,6 +302,196 @@ def test_a_run_that_goes_on_keeps_others_out(tmp_path):
     (folder / "STOP").touch()
     process.join()
     assert process.exitcode == 0
+
+
+# --- what an independent look at it found
+
+
+def test_two_ctrl_c_in_a_roll_out_still_save(tmp_path, whole):
+    """The second one comes while the first one's checkpoint is written."""
+    folder = tmp_path / "run"
+    faults = {"rl.engine:Engine:step": (330, signal.SIGINT), "torch::save": (1, signal.SIGINT)}
+    assert finish(folder, "grpo", faults=faults, more="--save-steps 0 --eval-steps 0") == 130
+    assert int(last(folder)[-6:]) == steps_logged(folder) > 0
+    assert "Ctrl-C: stopping" in printed(folder) and "finishing and saving first" in printed(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == steps_logged(folder) and summary["completions"] == 16 * summary["steps"]
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_logs(copy):
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "checkpoints").mkdir()
+    assert "has 5 steps in its logs, but no checkpoint" in refused(copy)
+    (copy / "summary.json").write_text('{"finished": true}')
+    assert "has finished, with step 5" in refused(copy)
+
+
+def test_marks_that_were_not_made_are_made_up(copy):
+    """The run was killed between the renaming of a checkpoint and its marks. The best evaluation is that of step 3, whose
+    checkpoint is put back."""
+    evaluation = copy / "eval/step_000003.jsonl"
+    evaluation.write_text(evaluation.read_text().replace('"verdict": "wrong"', '"verdict": "right"'))
+    shutil.copytree(copy / "checkpoints/step_000004", copy / "checkpoints/step_000003")
+    (copy / "checkpoints/last").write_text("step_000004\n")
+    assert finish(copy, "grpo", resume=True, faults={"rl.engine:Engine:rehearse": (2, KILL)}) == -KILL
+    assert finish(copy, "grpo", resume=True, faults={"rl.update:Updater:update": (1, KILL)}) == -KILL
+    assert last(copy) == "step_000005" and (copy / "checkpoints/best").read_text() == "step_000003\n"
+
+
+@pytest.mark.parametrize("nth", range(1, 7))
+def test_killed_while_an_accepted_change_is_written(copy, nth):
+    more = "--max-steps 6 --accept-changes"
+    status = finish(copy, "grpo", resume=True, more=more, faults={"rl.run::write_whole": (nth, KILL)})
+    assert status == -KILL
+    assert finish(copy, "grpo", resume=True, more=more) == 0
+    assert "max_steps: 8" in (copy / "config_until_step_000005.yaml").read_text()
+    assert "max_steps: 6" in (copy / "config.yaml").read_text() and steps_logged(copy) == 6
+
+
+def test_what_a_run_was_made_with_is_kept_once(copy):
+    for rate in ("1e-3", "5e-4"):
+        faults = {"rl.rehearsal::rehearse": (1, KILL)}
+        finish(copy, "grpo", resume=True, more=f"--learning-rate {rate} --accept-changes", faults=faults)
+    assert "learning_rate: 0.002" in (copy / "config_until_step_000005.yaml").read_text()
+    assert "learning_rate: 0.0005" in (copy / "config.yaml").read_text()
+
+
+def test_killed_between_dropping_checkpoints_and_cutting_logs(copy, whole):
+    older = str(copy / "checkpoints/step_000004")
+    process = processes.Process(
+        target=into, args=(f"{copy}.txt", ["--resume", older, "--accept-changes"], {"os::truncate": (1, KILL)})
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -KILL
+    assert finish(copy, "grpo", resume=True) == 0
+    assert_same(copy, whole("grpo")[0])
+
+
+def test_an_evaluation_that_was_broken_off_is_made_up(tmp_path, whole):
+    """Ctrl-C twice in that of step 3. The step is saved; its evaluation comes first when the run goes on."""
+    folder = tmp_path / "run"
+    faults = {"rl.evaluate::marked_rollout": (6, ctrl_c_twice)}  # two for the evaluation before, and one a step
+    assert finish(folder, "grpo", faults=faults) == 130
+    assert last(folder) == "step_000003" and not (folder / "eval/step_000003.jsonl").exists()
+    assert finish(folder, "grpo", resume=True) == 0
+    found, expected = result(folder), result(whole("grpo")[0])
+    assert found["evaluations"] == expected["evaluations"] and found["adapter"] == expected["adapter"]
+
+
+def test_settings_that_json_does_not_know_are_kept(tmp_path):
+    (tmp_path / "dated.yaml").write_text("chat_template_kwargs: {date_string: 2026-01-02}\n")
+    folder, more = tmp_path / "run", f"--config {tmp_path / 'dated.yaml'} --max-steps 4"
+    assert finish(folder, "grpo", more=more, faults={"rl.optimizer:Optimizer:step": (13, signal.SIGTERM)}) == 143
+    assert finish(folder, "grpo", resume=True) == 0
+
+
+def test_evaluations_that_have_changed_are_missed(copy):
+    before = copy / "eval/before.jsonl"
+    text = before.read_text()
+    before.write_text("".join(text.splitlines(keepends=True)[:4]))
+    assert "eval/before.jsonl has" in refused(copy)
+    before.unlink()
+    assert "eval/before.jsonl has 0 bytes" in refused(copy)
+
+
+def test_killed_at_the_very_start_the_same_command_begins_anew(tmp_path, whole):
+    folder = tmp_path / "run"
+    assert finish(folder, "grpo", faults={"rl.run:RunFolder:begin": (1, KILL)}) == -KILL
+    assert folder.exists() and not (folder / "config.yaml").exists()
+    assert finish(folder, "grpo") == 0
+    assert_same(folder, whole("grpo")[0])
+
+
+def test_another_starting_adapter_is_refused(tmp_path, whole):
+    from safetensors.torch import load_file, save_file
+
+    adapter = shutil.copytree(whole("grpo")[0] / "checkpoints/step_000008", tmp_path / "adapter")
+    folder = tmp_path / "run"
+    faults = {"rl.optimizer:Optimizer:step": (9, signal.SIGTERM)}
+    assert finish(folder, "grpo", more=f"--adapter {adapter} --beta 0.1", faults=faults) == 143
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 3 * w for name, w in weights.items()}, adapter / "adapter_model.safetensors")
+    assert "belongs to another base model, or reference adapter" in refused(folder)
+
+
+def test_what_was_halved_stays_so_and_is_halved_before_the_rehearsal(copy, monkeypatch):
+    import rl.rehearsal
+
+    class Seen(Exception):
+        pass
+
+    def look(updater, train_prompts, eval_prompts, config):
+        raise Seen(config.rollout_batch_size, config.max_tokens_per_micro_batch)
+
+    state = copy / "checkpoints/step_000005/trainer_state.json"
+    state.write_text(
+        state.read_text().replace(
+            '"rollout_batch_size": 512,\n  "max_tokens', '"rollout_batch_size": 4,\n  "max_tokens'
+        )
+    )
+    sums = state.with_name("SHA256SUMS")
+    sums.write_text("".join(f"{digest(file)}  {file.name}\n" for file in state.parent.iterdir() if file != sums))
+    monkeypatch.setattr(rl.rehearsal, "rehearse", look)
+    with pytest.raises(Seen, match=r"\(4, 4096\)"):
+        train.main(["--resume", str(copy)])
+    with pytest.raises(Seen, match=r"\(64, 4096\)"):
+        train.main(["--resume", str(copy), "--rollout-batch-size", "64", "--accept-changes"])
+
+
+RANDOM_REWARD = """
+import random
+import numpy
+from grading import reward
+
+@reward
+def chance(completion):
+    return random.random() + numpy.random.rand()
+"""
+
+
+def test_rewards_left_to_chance_are_the_same_in_a_resumed_run(tmp_path):
+    """Their generators are seeded, and their states kept."""
+    (tmp_path / "mine.py").write_text(RANDOM_REWARD)
+    more = f"--rewards-file {tmp_path / 'mine.py'} --max-steps 4 --eval-steps 0"
+    assert finish(tmp_path / "whole", "grpo", more=more) == 0
+    folder = tmp_path / "run"
+    for faults in ({"rl.evaluate::evaluate": (1, KILL)}, {"rl.optimizer:Optimizer:step": (11, KILL)}):
+        assert (
+            finish(folder, "grpo", more="" if folder.exists() else more, resume=folder.exists(), faults=faults) == -KILL
+        )
+    assert finish(folder, "grpo", resume=True) == 0
+    assert (folder / "rollouts.jsonl").read_text() == (tmp_path / "whole/rollouts.jsonl").read_text()
+
+
+def test_a_probe_keeps_nothing_and_tells_no_tracker(tmp_path, monkeypatch, capsys):
+    import rl.trackers
+
+    started = []
+    monkeypatch.setattr(rl.trackers, "Trackers", lambda names, *_: started.append(names) or Silent())
+    monkeypatch.chdir(ROOT)
+    before = set(Path("runs").glob("*"))
+    train.main([*SHORT.split(), "--probe", "--report-to", "wandb"])
+    said = capsys.readouterr().out
+    assert (
+        "Probed: 2 steps, nothing is kept." in said and "MB predicted" in said and "8 steps and 4 evaluations" in said
+    )
+    assert started == [[]] and set(Path("runs").glob("*")) == before
+
+
+class Silent:
+    def log(self, *_):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_a_file_that_cannot_be_read_is_one_line(copy):
+    broken = copy / "checkpoints/step_000005/trainer_state.pt"
+    broken.unlink()
+    broken.mkdir()
+    assert "step_000005 cannot be used: " in refused(copy) and "cannot be read: Is a directory" in refused(copy)
 
 
 # --- the end before its time
