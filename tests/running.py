@@ -21,16 +21,8 @@ processes = multiprocessing.get_context(
     "forkserver"
 )  # its children have everything imported, and are forked from no threads
 processes.set_forkserver_preload(
-    [
-        "train",
-        "rl.advantages",
-        "rl.checkpoint",
-        "rl.critic",
-        "rl.run",
-        "rl.sampler_check",
-        "rl.rehearsal",
-        "rl.trackers",
-    ]
+    "train rl.advantages rl.checkpoint rl.critic rl.run rl.sampler_check rl.rehearsal rl.trackers tqdm matplotlib.pyplot "
+    "matplotlib.backends.backend_agg transformers.models.qwen3.modeling_qwen3 pydantic_monty".split()
 )
 
 

@@ -33,7 +33,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+QUICK = ("in a roll-out", "while a checkpoint is written")
+
+
+@pytest.mark.parametrize("moment", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])
 def test_killed_at_a_moment_and_resumed(tmp_path, whole, moment):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults=MOMENTS[moment]) == -KILL
@@ -41,7 +44,7 @@ def test_killed_at_a_moment_and_resumed(tmp_path, whole, moment):
     assert_same(folder, whole("grpo")[0])
 
 
-@pytest.mark.parametrize("method", ["ppo", "running"])
+@pytest.mark.parametrize("method", ["ppo", pytest.param("running", marks=pytest.mark.slow)])
 def test_other_methods_killed_and_resumed(tmp_path, whole, method):
     """In an update after the third checkpoint, then, resumed, in a roll-out."""
     folder = tmp_path / "run"
@@ -56,6 +59,7 @@ def steps_logged(folder):
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, whole):
     """The adapter that a run began with is its reference, also after it was resumed."""
     more = f"--adapter {whole('grpo')[0] / 'checkpoints/step_000008'} --beta 0.1"
@@ -105,8 +109,8 @@ def last(folder):
     "function, nth, sign, step",
     [
         ("rl.engine:Engine:step", 200, signal.SIGTERM, None),  # a roll-out is dropped
-        ("rl.evaluate:Marking:results", 5, signal.SIGINT, 2),  # of step 3: two evaluations and two steps came before
-        ("rl.optimizer:Optimizer:step", 9, signal.SIGINT, 3),  # an update is finished: the first of step 3
+        pytest.param("rl.evaluate:Marking:results", 5, signal.SIGINT, 2, marks=pytest.mark.slow),  # of step 3: two evaluations and two steps came before
+        pytest.param("rl.optimizer:Optimizer:step", 9, signal.SIGINT, 3, marks=pytest.mark.slow),  # an update is finished: the first of step 3
         ("torch::save", 2, signal.SIGTERM, 4),  # a checkpoint, too
     ],
 )  # fmt: skip
@@ -139,6 +143,7 @@ def ctrl_c_twice(*_):
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_the_step(tmp_path, whole):
     """In the update of step 4, of which only some mini-batches have been learned: the checkpoint is that of step 2."""
     folder, status = stopped(tmp_path, "rl.update:Updater:policy_step", 14, ctrl_c_twice)
@@ -338,7 +343,7 @@ def test_marks_that_were_not_made_are_made_up(copy):
     assert last(copy) == "step_000005" and (copy / "checkpoints/best").read_text() == "step_000003\n"
 
 
-@pytest.mark.parametrize("nth", range(1, 7))
+@pytest.mark.parametrize("nth", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6)), 4])
 def test_killed_while_an_accepted_change_is_written(copy, nth):
     more = "--max-steps 6 --accept-changes"
     status = finish(copy, "grpo", resume=True, more=more, faults={"rl.run::write_whole": (nth, KILL)})
@@ -356,6 +361,7 @@ def test_what_a_run_was_made_with_is_kept_once(copy):
     assert "learning_rate: 0.0005" in (copy / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_killed_between_dropping_checkpoints_and_cutting_logs(copy, whole):
     older = str(copy / "checkpoints/step_000004")
     process = processes.Process(
@@ -368,6 +374,7 @@ def test_killed_between_dropping_checkpoints_and_cutting_logs(copy, whole):
     assert_same(copy, whole("grpo")[0])
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_broken_off_is_made_up(tmp_path, whole):
     """Ctrl-C twice in that of step 3. The step is saved; its evaluation comes first when the run goes on."""
     folder = tmp_path / "run"
@@ -379,6 +386,7 @@ def test_an_evaluation_that_was_broken_off_is_made_up(tmp_path, whole):
     assert found["evaluations"] == expected["evaluations"] and found["adapter"] == expected["adapter"]
 
 
+@pytest.mark.slow
 def test_settings_that_json_does_not_know_are_kept(tmp_path):
     (tmp_path / "dated.yaml").write_text("chat_template_kwargs: {date_string: 2026-01-02}\n")
     folder, more = tmp_path / "run", f"--config {tmp_path / 'dated.yaml'} --max-steps 4"
@@ -395,6 +403,7 @@ def test_evaluations_that_have_changed_are_missed(copy):
     assert "eval/before.jsonl has 0 bytes" in refused(copy)
 
 
+@pytest.mark.slow
 def test_killed_at_the_very_start_the_same_command_begins_anew(tmp_path, whole):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.run:RunFolder:begin": (1, KILL)}) == -KILL
@@ -403,6 +412,7 @@ def test_killed_at_the_very_start_the_same_command_begins_anew(tmp_path, whole):
     assert_same(folder, whole("grpo")[0])
 
 
+@pytest.mark.slow
 def test_another_starting_adapter_is_refused(tmp_path, whole):
     from safetensors.torch import load_file, save_file
 
@@ -450,6 +460,7 @@ def chance(completion):
 """
 
 
+@pytest.mark.slow
 def test_rewards_left_to_chance_are_the_same_in_a_resumed_run(tmp_path):
     """Their generators are seeded, and their states kept."""
     (tmp_path / "mine.py").write_text(RANDOM_REWARD)
