@@ -251,7 +251,7 @@ def test_own_questions_with_own_rewards(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
-    """What a person sees: one line that names the file, line or key and what to do; no run folder."""
+    """One line that names the file, line or key and what to do; no run folder."""
     own_files(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt\n')
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -262,11 +262,17 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
     arguments = [argument.replace("TMP", str(tmp_path)) for argument in arguments]
     if "--output-dir" not in arguments:
         arguments += ["--output-dir", str(tmp_path / "run")]
-    failed = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert message.replace("TMP", str(tmp_path)) in failed.stderr
-    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1, failed.stderr
+    with pytest.raises((train.ConfigError, train.DataError, train.RewardError)) as error:
+        train.main(arguments)
+    assert message.replace("TMP", str(tmp_path)) in str(error.value) and "\n" not in str(error.value)
     assert not [path for path in sorted(tmp_path.rglob("*")) if path not in before and "__pycache__" not in str(path)]
+
+
+def test_a_mistake_is_one_line_on_the_terminal(tmp_path):
+    command = [sys.executable, "train.py", "--model", "data/tinny", "--output-dir", str(tmp_path / "run")]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stdout == "" and not (tmp_path / "run").exists()
+    assert failed.stderr.startswith("error: model: data/tinny is neither") and failed.stderr.count("\n") == 1
 
 
 def test_a_stop_during_an_evaluation_saves_what_was_trained(tmp_path, monkeypatch):
