@@ -151,7 +151,8 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
 
     def write_summary():
         measured = {"seconds": watch.summary(), "peak_memory_mb": peak_memory_mb(policy.device)}
-        summary["memory"] = memory.figures(policy.device)
+        halved = {name: getattr(config, name) for name in ("rollout_batch_size", "max_tokens_per_micro_batch")}
+        summary["memory"] = memory.figures(policy.device) | halved
         run.write_summary(summary | measured | {"reward_errors": rewards.errors})
 
     # --- What a run changes, as it is at its beginning, or as it was where it stopped.

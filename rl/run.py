@@ -104,16 +104,13 @@ class RunFolder:
 
     def begin(self, settings: dict, rewards_file: Path, step: int) -> None:
         """Keep what the run is made with; what it was made with up to this step stays beside, where it was another."""
-        texts = {
-            "rewards.py": rewards_file.read_text(encoding="utf-8"),
-            "config.yaml": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
-        }
-        for name, text in texts.items():
+        settings = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
+        for name, content in {"rewards.py": rewards_file.read_bytes(), "config.yaml": settings}.items():
             path = self.path / name
             before = path.with_stem(f"{path.stem}_until_step_{step:06d}")
-            if path.exists() and step and not before.exists() and path.read_text(encoding="utf-8") != text:
-                self._write(before.name, path.read_text(encoding="utf-8"))
-            self._write(name, text)
+            if path.exists() and step and not before.exists() and path.read_bytes() != content:
+                self._write(before.name, path.read_bytes())
+            self._write(name, content)
         (self.path / "STOP").unlink(missing_ok=True)  # of before
 
     def append(self, name: str, lines: list[dict]) -> None:
@@ -174,7 +171,8 @@ class RunFolder:
         summary = {}
         with contextlib.suppress(OSError, ValueError):
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        logged = len(self.read("metrics.jsonl"))
+        metrics = self.path / "metrics.jsonl"
+        logged = metrics.read_bytes().count(b"\n") if metrics.exists() else 0  # its last line may be cut short
         if summary.get("finished") and not config.accept_changes:
             raise ConfigError(
                 f"resume: {self.path} has finished, with step {logged}; to train on: --max-steps N --accept-changes"
@@ -262,9 +260,9 @@ class RunFolder:
             os.replace(self.path / "curve.png.unfinished", self.path / "curve.png")
         pyplot.close(figure)
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, name: str, content: str | bytes) -> None:
         with self.writing(self.path / name):
-            write_whole(self.path / name, text)
+            write_whole(self.path / name, content)
 
 
 def make_new_folder(path: Path) -> Path:

@@ -212,6 +212,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(copy, har
 
 def test_the_offered_checkpoint_works(copy, whole):
     flip(copy / "checkpoints/step_000005/trainer_state.pt")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "accura')  # the machine was switched off
     assert finish(copy, "grpo", resume=True) == 1
     offered = printed(copy).rpartition("--resume ")[2].strip()
     train.main(["--resume", offered])
