@@ -33,7 +33,7 @@ MOMENTS = {
 }
 
 
-QUICK = ("in a roll-out", "while a checkpoint is written")
+QUICK = ("while a checkpoint is written",)
 
 
 @pytest.mark.parametrize("moment", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])
@@ -46,12 +46,21 @@ def test_killed_at_a_moment_and_resumed(tmp_path, whole, moment):
 
 @pytest.mark.parametrize("method", ["ppo", pytest.param("running", marks=pytest.mark.slow)])
 def test_other_methods_killed_and_resumed(tmp_path, whole, method):
-    """In an update after the third checkpoint, then, resumed, in a roll-out."""
+    """In an update after the third checkpoint."""
     folder = tmp_path / "run"
     assert finish(folder, method, faults={"rl.update:Updater:update": (7, KILL)}) == -KILL
-    assert finish(folder, method, faults={"rl.engine:Engine:step": (60, KILL)}, resume=True) == -KILL
     assert finish(folder, method, resume=True) == 0
     assert_same(folder, whole(method)[0])
+
+
+@pytest.mark.slow
+def test_killed_resumed_and_killed_again(tmp_path, whole):
+    """Once more in a roll-out."""
+    folder = tmp_path / "run"
+    assert finish(folder, "ppo", faults={"rl.update:Updater:update": (7, KILL)}) == -KILL
+    assert finish(folder, "ppo", faults={"rl.engine:Engine:step": (60, KILL)}, resume=True) == -KILL
+    assert finish(folder, "ppo", resume=True) == 0
+    assert_same(folder, whole("ppo")[0])
 
 
 def steps_logged(folder):
@@ -108,7 +117,7 @@ def last(folder):
 @pytest.mark.parametrize(
     "function, nth, sign, step",
     [
-        ("rl.engine:Engine:step", 200, signal.SIGTERM, None),  # a roll-out is dropped
+        pytest.param("rl.engine:Engine:step", 200, signal.SIGTERM, None, marks=pytest.mark.slow),  # a roll-out is dropped
         pytest.param("rl.evaluate:Marking:results", 5, signal.SIGINT, 2, marks=pytest.mark.slow),  # of step 3: two evaluations and two steps came before
         pytest.param("rl.optimizer:Optimizer:step", 9, signal.SIGINT, 3, marks=pytest.mark.slow),  # an update is finished: the first of step 3
         ("torch::save", 2, signal.SIGTERM, 4),  # a checkpoint, too
