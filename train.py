@@ -69,6 +69,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     from rl import alarms, report
     from rl.advantages import Advantages, learned_rewards, teaching_groups
     from rl.algorithms import varied_groups
+    from rl.budget import HALVED
     from rl.checkpoint import Position, fingerprint, made_with, seed_all
     from rl.critic import Critic
     from rl.evaluate import best_of, check_saved, evaluate, marked_rollout
@@ -151,8 +152,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
 
     def write_summary():
         measured = {"seconds": watch.summary(), "peak_memory_mb": peak_memory_mb(policy.device)}
-        halved = {name: getattr(config, name) for name in ("rollout_batch_size", "max_tokens_per_micro_batch")}
-        summary["memory"] = memory.figures(policy.device) | halved
+        summary["memory"] = memory.figures(policy.device) | {name: getattr(config, name) for name in HALVED}
         run.write_summary(summary | measured | {"reward_errors": rewards.errors})
 
     # --- What a run changes, as it is at its beginning, or as it was where it stopped.

@@ -13,6 +13,7 @@ import torch
 from rl.config import Config, ConfigError
 
 T = TypeVar("T")
+HALVED = ("rollout_batch_size", "max_tokens_per_micro_batch")  # settings that are, where memory runs out
 
 
 def is_out_of_memory(error: Exception) -> bool:

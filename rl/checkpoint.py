@@ -24,6 +24,7 @@ import numpy
 import torch
 from safetensors import SafetensorError
 
+from rl.budget import HALVED
 from rl.config import Config, ConfigError, RunError
 from rl.policy import Policy, save_adapter
 
@@ -63,9 +64,8 @@ class Checkpoints:
             text = json.dumps(state, indent=2, default=str) + "\n"
             (unfinished / "trainer_state.json").write_text(text, encoding="utf-8")
             torch.save(tensors, unfinished / "trainer_state.pt")
-            files = [
-                file for file in sorted(unfinished.iterdir()) if file.name != "README.md"
-            ]  # a person may edit that
+            # A person may edit the card.
+            files = [file for file in sorted(unfinished.iterdir()) if file.name != "README.md"]
             lines = [f"{digest(file)}  {file.name}\n" for file in files]
             (unfinished / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
             for file in (*unfinished.iterdir(), unfinished):
@@ -82,7 +82,7 @@ class Checkpoints:
             OSError,
             RuntimeError,
             SafetensorError,
-        ) as error:  # of these torch and safetensors make their I/O errors
+        ) as error:  # torch and safetensors have their own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
             raise RunError(cannot_write(folder, error)) from error
         return folder
@@ -263,7 +263,7 @@ class Position:
 
     def after_update(self) -> tuple[dict, dict]:
         """What an update changes; and the settings that were halved where memory ran out."""
-        halved = {name: getattr(self.config, name) for name in ("rollout_batch_size", "max_tokens_per_micro_batch")}
+        halved = {name: getattr(self.config, name) for name in HALVED}
         return halved, {"updater": self.updater.state_dict(), "teacher": self.teacher.state_dict()}
 
     def restore(self, saved: Saved) -> None:
@@ -273,7 +273,7 @@ class Position:
         self.teacher.load_state_dict(tensors["teacher"])
         self.order.skip(state["drawn"])
         self.rewards.scored, self.rewards.errors = state["scored"], state["reward_errors"]
-        for name in ("rollout_batch_size", "max_tokens_per_micro_batch"):
+        for name in HALVED:
             if getattr(self.config, name) == state["made"]["config"][name]:
                 setattr(self.config, name, state[name])
         self.generator.set_state(tensors["generator"])

@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 import train
 
 SHORT = "--max-steps 8 --prompts-per-step 4 --num-generations 4 --eval-questions 8 --eval-steps 3 --save-steps 2 --train-questions 30 --max-completion-length 40 --learning-rate 2e-3 --lr-scheduler-type linear --log-completions-steps 0 --device cpu"
@@ -116,3 +118,28 @@ def assert_same(folder: Path, expected: Path):
     found, wanted = result(folder), result(expected)
     for part in wanted:
         assert found[part] == wanted[part], part
+
+
+def steps_logged(folder):
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def last(folder):
+    return (folder / "checkpoints/last").read_text().strip()
+
+
+def refused(folder, more="", resume=None):
+    """What --resume says where it refuses; the folder stays as it was."""
+
+    def contents():
+        return {
+            str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("console.log", "lock")
+        }
+
+    before = contents()
+    with pytest.raises((train.ConfigError, train.RunError, train.RewardError)) as error:
+        train.main(["--resume", str(resume or folder), *more.split()])
+    assert contents() == before
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -337,7 +336,7 @@ def raising(error):
     return raises
 
 
-# --- a terminal that goes away, a clock that jumps
+# --- a terminal that goes away
 
 
 @pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
@@ -372,30 +371,6 @@ def test_a_pipe_that_is_closed_takes_nothing_along(tmp_path):
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert len(metrics(folder)) == 3 and "Next: python train.py" in (folder / "console.log").read_text()
-
-
-def test_two_runs_begun_in_one_second_have_two_folders(tmp_path, monkeypatch):
-    from rl.run import RunFolder, choose_folder
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")  # a clock that stands still, or was set back
-    chosen = [RunFolder(choose_folder(Config(), "tiny"), Config()) for _ in range(3)]  # before any of them has begun
-    with chosen[0] as first, chosen[1] as second, chosen[2] as third:
-        names = [run.path.name for run in (first, second, third)]
-    assert names == ["tiny-20260101-000000", "tiny-20260101-000000-2", "tiny-20260101-000000-3"]
-
-
-def test_a_folder_in_which_no_run_has_begun_can_be_used(tmp_path):
-    from rl.run import choose_folder
-
-    for name in ("lock", "console.log", "config.yaml.unfinished"):
-        (tmp_path / name).touch()
-    for name in ("eval", "checkpoints"):
-        (tmp_path / name).mkdir()
-    assert choose_folder(Config(output_dir=str(tmp_path)), "tiny") == tmp_path
-    shutil.copy("rewards.py", tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match="exists already"):
-        choose_folder(Config(output_dir=str(tmp_path)), "tiny")
 
 
 def test_memory_that_runs_out_in_the_optimizer_is_said_in_one_line(policy, episodes, config, monkeypatch):

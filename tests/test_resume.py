@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped go on as if nothing had been; damaged checkpoints are refused."""
+"""Runs that are killed or stopped go on as if nothing had been."""
 
 import json
 import os
@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from running import SHORT, assert_same, finish, into, printed, processes, result, start
+from running import SHORT, assert_same, finish, last, printed, refused, result, start, steps_logged
 
 import train
-from rl.checkpoint import digest
 
 KILL = signal.SIGKILL
 
@@ -63,11 +62,6 @@ def test_killed_resumed_and_killed_again(tmp_path, whole):
     assert_same(folder, whole("ppo")[0])
 
 
-def steps_logged(folder):
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
 @pytest.mark.slow
 def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, whole):
     """The adapter that a run began with is its reference, also after it was resumed."""
@@ -108,10 +102,6 @@ def test_killed_at_twenty_random_moments(tmp_path, whole, method):
 def stopped(tmp_path, function, nth, sign, method="grpo"):
     folder = tmp_path / "run"
     return folder, finish(folder, method, faults={function: (nth, sign)})
-
-
-def last(folder):
-    return (folder / "checkpoints/last").read_text().strip()
 
 
 @pytest.mark.parametrize(
@@ -161,165 +151,6 @@ def test_a_second_ctrl_c_leaves_the_step(tmp_path, whole):
     assert_same(folder, whole("grpo")[0])
 
 
-# --- damaged, changed, in use
-
-
-@pytest.fixture(scope="session")
-def halfway(tmp_path_factory):
-    """A run that was stopped after step 5, with the checkpoints of steps 4 and 5."""
-    folder = tmp_path_factory.mktemp("halfway") / "run"
-    assert finish(folder, "grpo", faults={"rl.optimizer:Optimizer:step": (17, signal.SIGTERM)}) == 143
-    assert last(folder) == "step_000005"
-    return folder
-
-
-@pytest.fixture
-def copy(halfway, tmp_path):
-    return Path(shutil.copytree(halfway, tmp_path / "run"))
-
-
-def refused(folder, more="", resume=None):
-    """What --resume says where it refuses; the folder stays as it was."""
-
-    def contents():
-        return {
-            str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("console.log", "lock")
-        }
-
-    before = contents()
-    with pytest.raises((train.ConfigError, train.RunError, train.RewardError)) as error:
-        train.main(["--resume", str(resume or folder), *more.split()])
-    assert contents() == before
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def empty(file):
-    file.write_bytes(b"")
-
-
-def flip(file):
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-@pytest.mark.parametrize("harm", [cut, empty, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.pt", "trainer_state.json", "SHA256SUMS"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(copy, harm, name):
-    newest, older = (copy / f"checkpoints/step_00000{step}" for step in (5, 4))
-    harm(newest / name)
-    said = refused(copy)
-    assert f"{newest} cannot be used: " in said and f"python train.py --resume {older}" in said
-    if name != "SHA256SUMS":
-        assert name in said
-
-
-def test_the_offered_checkpoint_works(copy, whole):
-    flip(copy / "checkpoints/step_000005/trainer_state.pt")
-    with (copy / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "accura')  # the machine was switched off
-    assert finish(copy, "grpo", resume=True) == 1
-    offered = printed(copy).rpartition("--resume ")[2].strip()
-    train.main(["--resume", offered])
-    assert_same(copy, whole("grpo")[0])
-
-
-def test_a_checkpoint_of_another_model_is_refused(copy, tmp_path, monkeypatch):
-    """The base model was made anew under the same name: same shapes, other weights. An older checkpoint does not fit either."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree("data/tiny", tmp_path / "tiny")
-    weights = load_file(tmp_path / "tiny/model.safetensors")
-    weights["model.norm.weight"][3] += 0.5
-    import rl.policy
-
-    save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
-    load = rl.policy.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        rl.policy.AutoModelForCausalLM, "from_pretrained", lambda model, **k: load(str(tmp_path / "tiny"), **k)
-    )
-    said = refused(copy)
-    assert (
-        "step_000005 belongs to another base model, or reference adapter, than data/tiny is now" in said
-        and "start a new run" in said
-    )
-
-
-def test_a_checkpoint_without_its_optimizer_is_of_an_older_version(copy):
-    newest = copy / "checkpoints/step_000005"
-    for name in ("SHA256SUMS", "trainer_state.pt"):
-        (newest / name).unlink()
-    assert f"without the optimizer (to begin a new run with it: --adapter {newest})" in refused(copy)
-
-
-def test_what_has_changed_is_named_and_has_to_be_confirmed(copy, capsys):
-    said = refused(copy, "--learning-rate 1e-3 --eval-steps 4")
-    assert "learning_rate 0.002 -> 0.001; eval_steps 3 -> 4" in said and "--accept-changes" in said
-    assert "seed 0 -> 1: this cannot change" in refused(copy, "--seed 1 --accept-changes")
-    assert "lora_r 16 -> 8: this cannot change" in refused(copy, "--lora-r 8")
-    assert "the training questions are others" in refused(copy, "--train-questions 31")
-    assert "the held-out questions are others: this cannot change" in refused(copy, "--eval-questions 12")
-    assert "it ran on cpu in float32, and would now on cpu in float16: this cannot" in refused(copy, "--dtype float16")
-    assert "leave --config, --output-dir" in refused(copy, "--output-dir elsewhere")
-    train.main(["--resume", str(copy), "--learning-rate", "1e-3", "--max-steps", "6", "--accept-changes"])
-    said = capsys.readouterr().out
-    assert "note     changed since step_000005: learning_rate 0.002 -> 0.001" in said
-    metrics = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
-    assert metrics[5]["learning_rate"] == pytest.approx(1e-3 / 6)  # the last of six steps of the linear schedule
-    assert "learning_rate: 0.001" in (copy / "config.yaml").read_text()
-    assert "learning_rate: 0.002" in (copy / "config_until_step_000005.yaml").read_text()
-    # It has finished now.
-    assert "has finished, with step 6" in refused(copy)
-
-
-def test_a_changed_reward_file_is_named(copy, tmp_path):
-    changed = tmp_path / "mine.py"
-    changed.write_text(Path("rewards.py").read_text() + "\n# changed\n")
-    said = refused(copy, f"--rewards-file {changed}")
-    assert f"{changed} is not what the run was scored with (its copy: {copy / 'rewards.py'})" in said
-    moved = tmp_path / "moved.py"
-    shutil.copy("rewards.py", moved)
-    train.main(["--resume", str(copy), "--rewards-file", str(moved)])  # the same text elsewhere is no change
-
-
-def test_an_older_checkpoint_drops_later_ones_only_where_that_is_confirmed(copy, whole):
-    older = copy / "checkpoints/step_000004"
-    assert "step_000005 came after step_000004 and would be lost" in refused(copy, resume=older)
-    train.main(["--resume", str(older), "--accept-changes"])
-    assert_same(copy, whole("grpo")[0])
-
-
-def test_lines_that_are_gone_are_missed(copy):
-    text = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(text[:3]))
-    assert "metrics.jsonl has" in refused(copy) and "put back what it was" in refused(copy)
-
-
-def test_names_that_are_no_run(tmp_path, copy):
-    assert "is not the folder of a run" in refused(copy, resume=tmp_path / "nothing")
-    assert "there is no checkpoint" in refused(copy, resume=copy / "checkpoints/step_000003")
-
-
-def test_a_run_that_goes_on_keeps_others_out(tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder, "grpo", more="--max-steps 400 --eval-steps 0")
-    while not (folder / "metrics.jsonl").exists():
-        time.sleep(0.05)
-    with pytest.raises(train.RunError, match="is in use by a run that goes on; to end that one: touch"):
-        train.main(["--resume", str(folder)])
-    with pytest.raises(train.ConfigError, match="exists already: choose another, go on with it by --resume"):
-        train.main(["--output-dir", str(folder)])
-    (folder / "STOP").touch()
-    process.join()
-    assert process.exitcode == 0
-
-
 # --- what an independent look at it found
 
 
@@ -332,57 +163,6 @@ def test_two_ctrl_c_in_a_roll_out_still_save(tmp_path, whole):
     assert "Ctrl-C: stopping" in printed(folder) and "finishing and saving first" in printed(folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == steps_logged(folder) and summary["completions"] == 16 * summary["steps"]
-
-
-def test_a_finished_run_without_checkpoints_keeps_its_logs(copy):
-    shutil.rmtree(copy / "checkpoints")
-    (copy / "checkpoints").mkdir()
-    assert "has 5 steps in its logs, but no checkpoint" in refused(copy)
-    (copy / "summary.json").write_text('{"finished": true}')
-    assert "has finished, with step 5" in refused(copy)
-
-
-def test_marks_that_were_not_made_are_made_up(copy):
-    """The run was killed between the renaming of a checkpoint and its marks. The best evaluation is that of step 3, whose
-    checkpoint is put back."""
-    evaluation = copy / "eval/step_000003.jsonl"
-    evaluation.write_text(evaluation.read_text().replace('"verdict": "wrong"', '"verdict": "right"'))
-    shutil.copytree(copy / "checkpoints/step_000004", copy / "checkpoints/step_000003")
-    (copy / "checkpoints/last").write_text("step_000004\n")
-    assert finish(copy, "grpo", resume=True, faults={"rl.engine:Engine:rehearse": (2, KILL)}) == -KILL
-    assert finish(copy, "grpo", resume=True, faults={"rl.update:Updater:update": (1, KILL)}) == -KILL
-    assert last(copy) == "step_000005" and (copy / "checkpoints/best").read_text() == "step_000003\n"
-
-
-@pytest.mark.parametrize("nth", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6)), 4])
-def test_killed_while_an_accepted_change_is_written(copy, nth):
-    more = "--max-steps 6 --accept-changes"
-    status = finish(copy, "grpo", resume=True, more=more, faults={"rl.run::write_whole": (nth, KILL)})
-    assert status == -KILL
-    assert finish(copy, "grpo", resume=True, more=more) == 0
-    assert "max_steps: 8" in (copy / "config_until_step_000005.yaml").read_text()
-    assert "max_steps: 6" in (copy / "config.yaml").read_text() and steps_logged(copy) == 6
-
-
-def test_what_a_run_was_made_with_is_kept_once(copy):
-    for rate in ("1e-3", "5e-4"):
-        faults = {"rl.rehearsal::rehearse": (1, KILL)}
-        finish(copy, "grpo", resume=True, more=f"--learning-rate {rate} --accept-changes", faults=faults)
-    assert "learning_rate: 0.002" in (copy / "config_until_step_000005.yaml").read_text()
-    assert "learning_rate: 0.0005" in (copy / "config.yaml").read_text()
-
-
-@pytest.mark.slow
-def test_killed_between_dropping_checkpoints_and_cutting_logs(copy, whole):
-    older = str(copy / "checkpoints/step_000004")
-    process = processes.Process(
-        target=into, args=(f"{copy}.txt", ["--resume", older, "--accept-changes"], {"os::truncate": (1, KILL)})
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -KILL
-    assert finish(copy, "grpo", resume=True) == 0
-    assert_same(copy, whole("grpo")[0])
 
 
 @pytest.mark.slow
@@ -405,15 +185,6 @@ def test_settings_that_json_does_not_know_are_kept(tmp_path):
     assert finish(folder, "grpo", resume=True) == 0
 
 
-def test_evaluations_that_have_changed_are_missed(copy):
-    before = copy / "eval/before.jsonl"
-    text = before.read_text()
-    before.write_text("".join(text.splitlines(keepends=True)[:4]))
-    assert "eval/before.jsonl has" in refused(copy)
-    before.unlink()
-    assert "eval/before.jsonl has 0 bytes" in refused(copy)
-
-
 @pytest.mark.slow
 def test_killed_at_the_very_start_the_same_command_begins_anew(tmp_path, whole):
     folder = tmp_path / "run"
@@ -434,30 +205,6 @@ def test_another_starting_adapter_is_refused(tmp_path, whole):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 3 * w for name, w in weights.items()}, adapter / "adapter_model.safetensors")
     assert "belongs to another base model, or reference adapter" in refused(folder)
-
-
-def test_what_was_halved_stays_so_and_is_halved_before_the_rehearsal(copy, monkeypatch):
-    import rl.rehearsal
-
-    class Seen(Exception):
-        pass
-
-    def look(updater, train_prompts, eval_prompts, config):
-        raise Seen(config.rollout_batch_size, config.max_tokens_per_micro_batch)
-
-    state = copy / "checkpoints/step_000005/trainer_state.json"
-    state.write_text(
-        state.read_text().replace(
-            '"rollout_batch_size": 512,\n  "max_tokens', '"rollout_batch_size": 4,\n  "max_tokens'
-        )
-    )
-    sums = state.with_name("SHA256SUMS")
-    sums.write_text("".join(f"{digest(file)}  {file.name}\n" for file in state.parent.iterdir() if file != sums))
-    monkeypatch.setattr(rl.rehearsal, "rehearse", look)
-    with pytest.raises(Seen, match=r"\(4, 4096\)"):
-        train.main(["--resume", str(copy)])
-    with pytest.raises(Seen, match=r"\(64, 4096\)"):
-        train.main(["--resume", str(copy), "--rollout-batch-size", "64", "--accept-changes"])
 
 
 RANDOM_REWARD = """
@@ -507,13 +254,6 @@ class Silent:
 
     def close(self):
         pass
-
-
-def test_a_file_that_cannot_be_read_is_one_line(copy):
-    broken = copy / "checkpoints/step_000005/trainer_state.pt"
-    broken.unlink()
-    broken.mkdir()
-    assert "step_000005 cannot be used: " in refused(copy) and "cannot be read: Is a directory" in refused(copy)
 
 
 # --- the end before its time
