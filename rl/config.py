@@ -30,6 +30,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: fp32 on CPU, else bf16, fp16 on old cards
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"  # auto: Unsloth on a GPU where it is installed
 
     # --- the questions
     train_data: list[str] = field(default_factory=lambda: ["sums", "words", "functions"])  # built-in families or files
