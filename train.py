@@ -63,7 +63,10 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     if config.control == "random-reward":
         warnings.append("CONTROL: learning from random rewards")
 
-    import torch  # late: --help and the checks above answer at once
+    from rl.backends import describe_precision, import_backend  # late: --help and the checks above answer at once
+
+    notes += import_backend(config)  # Unsloth has to come before transformers
+    import torch
     from tqdm import tqdm
 
     from rl import alarms, report
@@ -73,7 +76,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     from rl.checkpoint import Position, fingerprint, made_with, seed_all
     from rl.critic import Critic
     from rl.evaluate import best_of, check_saved, evaluate, marked_rollout
-    from rl.policy import check_model, describe_precision, load_policy, restore_adapter
+    from rl.policy import check_model, load_policy, restore_adapter
     from rl.rehearsal import rehearse
     from rl.run import MemoryUse, RunFolder, Stopwatch, choose_folder, describe_machine, peak_memory_mb, versions
     from rl.sampler_check import check_sampler

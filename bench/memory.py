@@ -31,6 +31,10 @@ ON_CPU = {  # model type, dimensions, further settings; they differ in vocabular
     "llama": ("llama", (8192, 640, 1728, 24, 10, 10, 64, False), ["--algorithm", "ppo", "--gradient-checkpointing"]),
     "qwen2": ("qwen2", (50304, 1536, 4096, 5, 12, 2, 128, True), ["--lora-r", "32"]),
 }
+REHEARSAL = (
+    "qwen3",
+    (512, 64, 128, 2, 4, 2, 16, True),
+)  # of bench/gpu_check.py: so small that nothing can be said of it
 ON_CUDA = (
     "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B",
     "meta-llama/Llama-3.2-1B",
@@ -43,6 +47,8 @@ CUDA_SETTINGS = (
 
 def dimensions(name: str) -> tuple[str, tuple]:
     """Model type, and vocabulary, hidden, intermediate, layers, heads, KV heads, head_dim, tied."""
+    if name == "rehearsal":
+        return REHEARSAL
     if name in ON_CPU:
         return ON_CPU[name][:2]
     from rl.shapes import KNOWN
@@ -91,11 +97,14 @@ def run(arguments: list[str]) -> dict:
 
     import train
 
-    for module in ("tqdm", "rl.critic", "rl.evaluate", "rl.policy", "rl.rollout", "rl.run", "rl.update"):
+    cuda = torch.cuda.is_available()
+    # On a CPU what the imports take is not counted; on CUDA Unsloth is to be imported before them.
+    for module in (
+        () if cuda else ("tqdm", "rl.critic", "rl.evaluate", "rl.policy", "rl.rollout", "rl.run", "rl.update")
+    ):
         importlib.import_module(module)
     before = resident("VmRSS")
     train.main(arguments)
-    cuda = torch.cuda.is_available()
     measured = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM") - before
     prediction = predicted(arguments, cuda)
     return {"measured": measured, "peak": prediction.peak_mb} | {
@@ -103,12 +112,13 @@ def run(arguments: list[str]) -> dict:
     }
 
 
-def predicted(arguments: list[str], cuda: bool):
+def predicted(arguments: list[str], cuda: bool, free: float | None = None):
+    """The prediction of rl/memory.py for these arguments of train.py. free: bytes that the run finds, None: enough."""
     from transformers import AutoTokenizer
 
     from data import load_questions
+    from rl.backends import choose_device, choose_dtype
     from rl.memory import predict
-    from rl.policy import choose_device, choose_dtype
     from rl.read_config import read_config
     from rl.shapes import find_shape
 
@@ -125,7 +135,7 @@ def predicted(arguments: list[str], cuda: bool):
 
     dtype = str(choose_dtype(config, choose_device(config))).removeprefix("torch.")
     longest = max(map(tokens, train_rows + eval_rows))
-    return predict(config, find_shape(config.model), "cuda" if cuda else "cpu", dtype, longest)
+    return predict(config, find_shape(config.model), "cuda" if cuda else "cpu", dtype, longest, free)
 
 
 def measure(name: str, settings: list[str]) -> dict:

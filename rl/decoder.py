@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-FAMILIES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+from rl.backends import checkpoint
+
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the batch
 LINEAR_MAPS = ("query_key_value", "output", "gate_up", "down")  # of a Layer
 
@@ -44,7 +45,7 @@ class Layer:
 def unsupported(model) -> str | None:
     """Why this (PEFT) model cannot be run by a Decoder, or None where it can."""
     model = base_of(model)
-    if type(model) not in FAMILIES:
+    if type(model).__name__ not in FAMILIES:
         return f"{type(model).__name__} is not of the Llama, Qwen2 and Qwen3 families"
     rope = model.config.rope_parameters.get("rope_type", "default")
     if rope in CHANGING_ROPE:
@@ -64,7 +65,7 @@ class Decoder:
         config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.embedding, self.norm, self.rotary = model.model.embed_tokens, model.model.norm, model.model.rotary_emb
+        self.config, self.embedding, self.norm = config, model.model.embed_tokens, model.model.norm
         self.head = Linears(model.lm_head)
         self.layers = [self._layer(index, layer) for index, layer in enumerate(model.model.layers)]
         self.checkpointing = model.model  # says whether gradient checkpointing is on
@@ -145,10 +146,27 @@ class Decoder:
     def prepare(self, length: int) -> None:
         """Make the rotary embedding's table for positions below `length`, unless there is one."""
         if self._cos_sin is None or len(self._cos_sin[0]) < length:
-            positions = torch.arange(length, device=self.embedding.weight.device)[None]
-            cos, sin = (table[0] for table in self.rotary(self.norm.weight, positions))  # (length, d)
+            frequencies, scaling = rope_frequencies(self.config, self.embedding.weight.device)  # (d / 2,)
+            positions = torch.arange(length, device=frequencies.device).float()
+            angles = torch.outer(positions, frequencies).repeat(1, 2)  # (length, d)
+            cos, sin = angles.cos() * scaling, angles.sin() * scaling
             sin[:, : self.head_dim // 2] *= -1  # see `rotate`
-            self._cos_sin = cos, sin
+            self._cos_sin = cos.to(self.dtype), sin.to(self.dtype)
+
+
+def rope_frequencies(config, device: torch.device) -> tuple[torch.Tensor, float]:
+    """Of the rotary embedding (arXiv 2104.09864), fp32 (d / 2,), and what cosines and sines are multiplied with.
+
+    From the settings, not from the model's module: Unsloth puts one there that answers differently.
+    """
+    rope, size = (
+        config.rope_parameters,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        return ROPE_INIT_FUNCTIONS[kind](config, device)
+    return 1 / rope["rope_theta"] ** (torch.arange(0, size, 2, device=device).float() / size), 1.0
 
 
 class Linears:

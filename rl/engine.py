@@ -297,6 +297,8 @@ def uses_graphs(device: torch.device) -> bool:
 def fits(needed: int, device: torch.device) -> bool:
     """Whether so many bytes leave at least a fifth of the free memory unused."""
     if device.type == "cuda":  # what PyTorch's allocator holds and does not use is free, too
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return needed < 0.8 * (torch.cuda.mem_get_info(device)[0] + held)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total - allocated
+        return needed < 0.8 * min(free + reserved - allocated, allowed)
     return needed < 0.8 * psutil.virtual_memory().available

@@ -1,14 +1,14 @@
 """Log-probabilities of completion tokens under the model as it is, in one differentiable pass.
 
 The hidden states before each completion token are computed by rl/decoder.py, each prompt once, or by the model's own
-forward where it does not know the architecture. The head runs on these alone, in chunks, whose logits are computed again
-in the backward: memory does not grow with completion x vocabulary.
+forward where that does not know the architecture or Unsloth has loaded it. The head runs on these alone, in chunks, whose
+logits are computed again in the backward: memory does not grow with completion x vocabulary.
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from rl.attention import Rows, SharedPrompts
+from rl.backends import checkpoint, unsloth_states
 from rl.policy import Policy
 
 LOGITS_AT_A_TIME = 2**24  # elements of a chunk's logits: 64 MB in fp32; a few tensors of this size live at a time
@@ -28,7 +28,7 @@ def completion_logprobs(
     if policy.plain_head:
         before, head = states_before(policy, prompts, completions), policy.head
     else:
-        before = _by_own_forward(policy, policy.model, prompts, completions, after_last=False)  # logits (N, V) already
+        before = _by_own_forward(policy, prompts, completions, False, policy.model)  # logits (N, V) already
         head = torch.nn.Identity()  # it does more than multiply: a soft cap, a scale
 
     def of_chunk(states, ids):  # (n, H), (n,) -> (n,), (n,)
@@ -70,23 +70,26 @@ def states_before(
 
     after_last: of each row also the state after its last token; else that token is not computed at all.
     """
-    if not policy.decoder:
-        decoder = policy.model.get_base_model().get_decoder()
-        return _by_own_forward(policy, decoder, prompts, completions, after_last)
+    if not policy.shares_prompts:
+        return _by_own_forward(policy, prompts, completions, after_last)
     known = completions if after_last else [completion[:-1] for completion in completions]
     packed = SharedPrompts(policy.decoder, prompts, known)
     hidden = policy.decoder.forward(packed.ids, packed.positions, packed.attend)
     return hidden.index_select(0, packed.before())
 
 
-def _by_own_forward(policy: Policy, module, prompts, completions, after_last: bool) -> torch.Tensor:
-    """What the module gives for right-padded rows, at the places before the completions' tokens."""
+def _by_own_forward(policy: Policy, prompts, completions, after_last: bool, module=None) -> torch.Tensor:
+    """What the module (None: the model without its head) gives for right-padded rows, before the completions' tokens."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
     rows = Rows([len(text) for text in texts], policy.device)
     packed = torch.tensor([token for text in texts for token in text], device=policy.device)  # (N,)
     ids = torch.where(rows.mask, rows.pad(packed), policy.pad_id)  # (B, T)
-    output = module(input_ids=ids, attention_mask=rows.mask.long(), use_cache=False)
-    values = output.logits if "logits" in output else output.last_hidden_state
+    if policy.by_unsloth:
+        values = unsloth_states(policy.model, ids, policy.dtype)  # (B, T, H)
+    else:
+        module = module or policy.model.get_base_model().get_decoder()
+        output = module(input_ids=ids, attention_mask=rows.mask.long(), use_cache=False)
+        values = output.logits if "logits" in output else output.last_hidden_state
     of_row = [len(completion) + after_last for completion in completions]
     taken = [
         i * rows.width + len(prompt) - 1 + t for i, (prompt, n) in enumerate(zip(prompts, of_row)) for t in range(n)

@@ -1,7 +1,7 @@
 """The policy: a language model with a LoRA on every linear layer, its tokenizer, and log-probabilities.
 
-With the LoRA switched on the model is the policy, switched off it is the reference: one set of weights for both. Runs on
-transformers + peft, on CPU or CUDA, with 4-bit NF4 weights by bitsandbytes where asked for.
+With the LoRA switched on the model is the policy, switched off it is the reference: one set of weights for both. Loaded
+through Unsloth or through transformers + peft (rl/backends.py), with 4-bit NF4 weights by bitsandbytes where asked for.
 """
 
 import contextlib
@@ -22,8 +22,18 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
+from rl.backends import (  # noqa: E402
+    FAMILIES,
+    LINEAR_LAYERS,
+    choose_device,
+    choose_dtype,
+    import_backend,
+    load_by_unsloth,
+    lora_by_unsloth,
+    set_mode,
+)
 from rl.config import Config, ConfigError  # noqa: E402
 from rl.decoder import Decoder, unsupported  # noqa: E402
 from rl.memory import KEPT_BELOW  # noqa: E402
@@ -44,6 +54,7 @@ class Policy:
     chat_template_kwargs: dict
     continues_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
     decoder: Decoder | None  # the forward pass written out; None: the model's own is used
+    by_unsloth: bool = False  # loaded by Unsloth, through whose forward it is trained
     own_forward_because: str | None = None  # why there is no decoder
     plain_head: bool = True  # logits are the head's product with the last hidden state, and nothing more
     entropy_gradient: bool = False  # the entropy is part of the loss
@@ -59,10 +70,28 @@ class Policy:
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """The longest text the model takes, in tokens; Unsloth cuts what is longer than its max_seq_length."""
+        limits = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), None
+        if self.by_unsloth:
+            limits = limits[0], getattr(self.model, "max_seq_length", None)
+        return min((limit for limit in limits if limit), default=None)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """In the update a prompt is computed once for its group: not by a forward that is not our own."""
+        return self.decoder is not None and not self.by_unsloth
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def training(self):
+        """Within this context a forward pass can be followed by its backward; outside of it the model answers."""
+        set_mode(self.model, True, self.by_unsloth)
+        try:
+            yield
+        finally:
+            set_mode(self.model, False, self.by_unsloth)
 
     @contextlib.contextmanager
     def reference(self):
@@ -131,40 +160,32 @@ class Policy:
 
 def load_policy(config: Config) -> Policy:
     """Load model, tokenizer and LoRA as the settings say. Raises ConfigError for a model or adapter that cannot be used."""
+    import_backend(config)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization if config.load_in_4bit else None,
-            output_loading_info=True,
-        )
+        by_unsloth = config.backend == "unsloth" and AutoConfig.from_pretrained(config.model).model_type in FAMILIES
+        model = load_by_unsloth(config, dtype) if by_unsloth else load_by_transformers(config, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {config.model} cannot be loaded: {_first_line(error)}") from error
-    if loading["missing_keys"]:  # they would be random numbers
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise ConfigError(f"model: the weights of {config.model} lack {missing}: the files are not whole")
-    model.requires_grad_(False)
+    config.backend = "unsloth" if by_unsloth else "transformers"
     if device.type == "cpu":
         keep_freed_memory(model.config.get_text_config().hidden_size)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     torch.manual_seed(config.seed)  # of the LoRA's random half
     if config.adapter:
         model = load_adapter(model, config)
+    elif by_unsloth:
+        model = lora_by_unsloth(
+            model, config, {"r": config.lora_r, "lora_alpha": config.lora_alpha, "target_modules": LINEAR_LAYERS}
+        )
     else:
         model = peft.get_peft_model(model, lora_settings(config))
     make_deterministic(model)
-    model.eval()
+    set_mode(model, False, by_unsloth)
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -177,10 +198,32 @@ def load_policy(config: Config) -> Policy:
         chat_template_kwargs=config.chat_template_kwargs,
         continues_adapter=config.adapter is not None,
         decoder=None if unsupported(model) else Decoder(model),
+        by_unsloth=by_unsloth,
         own_forward_because=unsupported(model),
         plain_head=not unsupported(model) or has_plain_head(model),
         entropy_gradient=config.entropy_coef > 0,
     )
+
+
+def load_by_transformers(config: Config, device: torch.device, dtype: torch.dtype):
+    """The base model, frozen. Raises ConfigError where weights are missing: they would be random numbers."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization if config.load_in_4bit else None,
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ConfigError(f"model: the weights of {config.model} lack {missing}: the files are not whole")
+    model.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def lora_settings(config: Config) -> peft.LoraConfig:
@@ -207,21 +250,18 @@ def make_deterministic(model) -> None:
 def load_adapter(model, config: Config) -> peft.PeftModel:
     """Put a saved LoRA on the model, and its frozen copy as the reference."""
     try:
-        model = peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        if config.backend == "unsloth":
+            saved = peft.PeftConfig.from_pretrained(config.adapter)
+            names = ("r", "lora_alpha", "target_modules", "use_rslora")
+            model = lora_by_unsloth(model, config, {name: getattr(saved, name) for name in names})
+            read_adapter(model, Path(config.adapter))
+        else:
+            model = peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
         model.load_adapter(config.adapter, "reference", is_trainable=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"adapter: {config.adapter} does not fit {config.model}: {_first_line(error)}") from error
     model.set_adapter("default")
     return model
-
-
-def choose_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no NVIDIA GPU here: set device to auto or cpu")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if device == "cpu" and config.optim != "adamw_torch":
-        raise ConfigError(f"optim is {config.optim}, which needs an NVIDIA GPU: set it to adamw_torch")
-    return torch.device(device)
 
 
 def keep_freed_memory(hidden_size: int) -> None:
@@ -233,19 +273,6 @@ def keep_freed_memory(hidden_size: int) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, (32 if hidden_size < KEPT_BELOW else 1) * 2**20)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def describe_precision(config: Config) -> str:
-    device = choose_device(config)
-    return f"{device.type} in {str(choose_dtype(config, device)).removeprefix('torch.')}"
-
-
-def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @torch.no_grad()
@@ -309,13 +336,19 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
 def restore_adapter(policy: Policy, folder: Path) -> None:
     """Let the policy's LoRA be the one that was saved in `folder`. Raises ConfigError where that is of another shape."""
+    try:
+        read_adapter(policy.model, folder)
+    except ValueError as error:
+        raise ConfigError(f"adapter: {folder} does not fit {policy.model.config.name_or_path}: {error}") from None
+
+
+def read_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """The weights of the LoRA saved in `folder`, into the one that is there. Raises ValueError where the shapes differ."""
     weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    expected = peft.get_peft_model_state_dict(policy.model, adapter_name="default")
+    expected = peft.get_peft_model_state_dict(model, adapter_name="default")
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise ConfigError(
-            f"adapter: {folder} does not fit {policy.model.config.name_or_path}: its LoRA has other shapes"
-        )
-    peft.set_peft_model_state_dict(policy.model, weights, adapter_name="default")
+        raise ValueError("its LoRA has other shapes")
+    peft.set_peft_model_state_dict(model, weights, adapter_name="default")
 
 
 @contextlib.contextmanager

@@ -58,14 +58,13 @@ def rehearse_update(updater: Updater, prompts: list[list[int]], config: Config) 
         )
         # What a later micro-batch finds taken: the gradients so far, and AdamW's two moments.
         taken = [torch.zeros_like(p) for p in trained for _ in range(3)]
-        policy.model.train()
         try:
-            completion_logprobs(policy, *ids_of(batch), with_entropy=True)[0].sum().backward()
-            if critic:
-                with critic.active():
-                    critic.values(*ids_of(batch))[0].sum().backward()
+            with policy.training():
+                completion_logprobs(policy, *ids_of(batch), with_entropy=True)[0].sum().backward()
+                if critic:
+                    with critic.active():
+                        critic.values(*ids_of(batch))[0].sum().backward()
         finally:
-            policy.model.eval()
             for p in trained:
                 p.grad = None
         del taken

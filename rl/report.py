@@ -187,7 +187,10 @@ def opening(config, machine: str, run: Path, policy, critic, agreement, rewards:
     """What is said before a run. asked: how many questions to train on, and held out. resumed: the step that it goes on after."""
     trainable, parameters = policy.model.get_nb_trainable_parameters()
     lines = [f"Ponder on {machine}; everything goes into {run}"]
-    lines.append(f"model    {config.model}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)")
+    through = " through Unsloth" if policy.by_unsloth else ""
+    lines.append(
+        f"model    {config.model}{through}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)"
+    )
     if critic:
         kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"
         size = sum(p.numel() for p in critic.parameters)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from rl import own_forward
+from rl.backends import set_mode
 from rl.engine import Engine
 from rl.policy import Policy
 from rl.sampling import Sampling
@@ -53,8 +54,8 @@ def rollout(
     prompts: token ids. rows_at_a_time: completions generated together. on_finished is given the completions that have
     just ended, by their place in the result, so that they can be scored while the others go on.
     """
-    policy.model.eval()  # the KV cache stays on where training would recompute activations
-    generating = Engine if policy.decoder else own_forward.Batches
+    set_mode(policy.model, False, policy.by_unsloth)  # the KV cache stays on where training would recompute activations
+    generating = Engine if policy.decoder else own_forward.Generated if policy.by_unsloth else own_forward.Batches
     asked = prompts, num_generations, max_completion_length, sampling, generator, rows_at_a_time
     episodes = {}
     for ended in generating(policy, *asked).run():

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -390,5 +391,6 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "pydantic-monty")
+    packages = ["torch", "transformers", "peft", "bitsandbytes", "pydantic-monty"]
+    packages += [name for name in ("unsloth", "unsloth_zoo") if name in sys.modules]
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

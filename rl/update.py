@@ -182,11 +182,8 @@ class Updater:
         def work():
             optimizer.clear()
             totals = Counter()
-            self.policy.model.train()
-            try:
+            with self.policy.training():
                 backward(episodes, totals)
-            finally:
-                self.policy.model.eval()
             return totals
 
         return self.within_memory(work, episodes)
@@ -285,7 +282,7 @@ class Updater:
         self.within_memory(score, episodes)
 
     def micro_batches(self, items: list) -> Iterator[list]:
-        return micro_batches(items, self.config.max_tokens_per_micro_batch, self.policy.decoder is not None)
+        return micro_batches(items, self.config.max_tokens_per_micro_batch, self.policy.shares_prompts)
 
     def within_memory(self, work: Callable, episodes: list[Episode]):
         """What work() on these episodes returns, with fewer tokens in a micro-batch where memory runs out."""
