@@ -2,6 +2,7 @@
 
     python train.py                                       the bundled tiny model, configs/tiny.yaml
     python train.py --config FILE --learning-rate 2e-5    another recipe, with settings replaced
+    python train.py --config auto                         the largest recipe that this machine has room for
     python train.py --dry-run --gpu-memory 12             does it fit? and what to change if not; loads nothing
     python train.py --probe                               two steps of it: seconds and memory, measured
     python train.py --resume runs/NAME                    go on with a run that was stopped

@@ -1,5 +1,7 @@
 """Questions of reasoning_gym, a package of over 100 families of puzzles made from a seed: `reasoning_gym:NAME`.
 
+`reasoning_gym:NAME@1-4` makes as many of each of these levels, by the family's own curriculum; a row's `level` says which.
+
 They are graded by the package's own `score_answer` (grading/gym.py), which needs the whole *entry* that the package made.
 The questions are made in a process of their own with a fixed hash seed: some families go by the order of a set, draw
 from the global random numbers or print, and a run must be reproducible to the bit.
@@ -27,7 +29,8 @@ NONSENSE = ("?", "qwertz", "no answer at all")  # a family that takes all of the
 def read_gym(source: str, n: int, split: str, seed: int) -> list[dict]:
     """`n` rows of a family, no question twice; a question's hash decides its split, so they are disjoint.
 
-    Columns: grader, family, answer (None where the family gives none), entry (plain data). Raises DataError.
+    Columns: grader, family, answer (None where the family gives none), entry (plain data), and level where levels are
+    asked for. Raises DataError.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise DataError(f"{source}: the package reasoning_gym is missing: pip install reasoning-gym==0.1.25")
@@ -57,17 +60,45 @@ def _main() -> None:
 
 
 def _make(name: str, split: str, n: int, seed: int) -> list[dict]:
-    import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
+    name, at, levels = name.partition("@")
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"did you mean {PREFIX}{near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}"
         raise DataError(f"reasoning_gym has no family {name}; {hint}")
-    rows, seen, repeats = [], set(), 0
+    if not at:
+        return _make_level(name, None, split, n, seed, set())
+    first, _, last = levels.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+        raise DataError(f"levels are written {PREFIX}{name}@1-4, not @{levels}")
+    asked, rows, seen = range(int(first), int(last or first) + 1), [], set()
+    for i, level in enumerate(asked):
+        share = n * (i + 1) // len(asked) - len(rows)
+        rows += _make_level(name, level, split, share, seed, seen) if share else []
+    return rows
+
+
+def _make_level(name: str, level: int | None, split: str, n: int, seed: int, seen: set[str]) -> list[dict]:
+    """n questions of a level, of none that is in `seen`, where they are put. level None: the family as it is by itself."""
+    from reasoning_gym.factory import create_curriculum, create_dataset, has_curriculum
+
+    settings, label = {}, split
+    if level is not None:
+        if not has_curriculum(name):
+            raise DataError(f"the family {name} has no levels: leave @ out")
+        curriculum = create_curriculum(name)
+        highest = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
+        if level > highest:
+            raise DataError(f"the family {name} has levels up to {highest}, not {level}")
+        curriculum.set_global_level(level)
+        made = vars(curriculum.generate_configuration())
+        settings = {key: value for key, value in made.items() if key not in ("seed", "size")}
+        label = f"{split}-level{level}"
+    rows, repeats = [], 0
     for batch in itertools.count():
-        batch_seed = random.Random(f"{name}/{split}/{seed}/{batch}").getrandbits(31)
-        dataset = reasoning_gym.create_dataset(name, seed=batch_seed, size=BATCH)
+        batch_seed = random.Random(f"{name}/{label}/{seed}/{batch}").getrandbits(31)
+        dataset = create_dataset(name, seed=batch_seed, size=BATCH, **settings)
         for i in range(BATCH):
             entry = dataset[i]
             question = entry["question"]
@@ -76,7 +107,7 @@ def _make(name: str, split: str, n: int, seed: int) -> list[dict]:
             if question in seen:
                 repeats += 1
                 if repeats > 3 * n + 1000:
-                    raise DataError(f"the family does not have {n} different {split} questions: ask for fewer")
+                    raise DataError(f"the family does not have {n} different {label} questions: ask for fewer")
                 continue
             seen.add(question)
             if not rows and all(_score(dataset, text, entry) >= 1 for text in NONSENSE):
@@ -85,9 +116,10 @@ def _make(name: str, split: str, n: int, seed: int) -> list[dict]:
                 )
             rows.append(
                 {
-                    "id": f"{PREFIX}{name}-{split}-{seed}-{len(rows)}", "prompt": question, "task": PREFIX + name,
+                    "id": f"{PREFIX}{name}-{label}-{seed}-{len(rows)}", "prompt": question, "task": PREFIX + name,
                     "grader": "reasoning_gym", "family": name, "answer": _gold(dataset, entry), "entry": plain(entry),
                 }
+                | ({} if level is None else {"level": level})
             )  # fmt: skip
             if len(rows) == n:
                 return rows

@@ -158,14 +158,26 @@ def evaluate(
 
     prompts: the rows' prompts as token ids.
     """
-    answers = {}
-    for name, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
-        generator = torch.Generator(policy.device).manual_seed(EVAL_SEED)
-        _, marking = marked_rollout(
-            policy, rows, prompts, 1, Sampling(temperature), generator, rewards, config, step, on_finished
-        )
-        answers[name] = [record(*answer) for answer in zip(*marking.results())]
-    return Answers(**answers)
+    asked = policy, rows, prompts, rewards, config, step
+    return Answers(answer(*asked, 0.0, on_finished), answer(*asked, config.temperature, on_finished))
+
+
+def answer(
+    policy: Policy,
+    rows: list[dict],
+    prompts: list[list[int]],
+    rewards: Rewards,
+    config: Config,
+    step: int,
+    temperature: float,
+    on_finished: Callable[[int], None] = lambda n: None,
+) -> list[dict]:
+    """One record a question, answered at this temperature; 0 is greedily."""
+    generator = torch.Generator(policy.device).manual_seed(EVAL_SEED)
+    _, marking = marked_rollout(
+        policy, rows, prompts, 1, Sampling(temperature), generator, rewards, config, step, on_finished
+    )
+    return [record(*scored) for scored in zip(*marking.results())]
 
 
 def check_saved(policy: Policy, folder: Path, prompts: list[list[int]], config: Config) -> tuple[int, int]:

@@ -5,30 +5,29 @@
 Roll-out and update do not add: the one is over when the other begins. (Small models on a CPU are an exception: for the
 sake of speed what the one has freed is kept, `keep_freed_memory` in rl/policy.py, in pieces that the other cannot use.)
 The sizes are those of what the code makes: the roll-out of rl/engine.py and rl/sampling.py, and in the update what
-autograd keeps of rl/decoder.py and rl/logprobs.py for the fullest micro-batch. On a CPU the prediction is of resident
-memory above that after the imports, and has been measured (bench/memory.py, within 15 %). On CUDA it is of what PyTorch
-has allocated, without the CUDA context; that has not been measured. Imports no torch.
+autograd keeps of rl/decoder.py and rl/logprobs.py for the fullest micro-batch, or on CUDA by Unsloth what its layers
+keep. On a CPU the prediction is of resident memory above that after the imports, and has been measured (bench/memory.py,
+within 15 %). On CUDA it is of what PyTorch has allocated, without the CUDA context; that has not been measured. Imports no
+torch.
 """
 
 import dataclasses
+import importlib.util
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rl.config import Config, ConfigError
+from rl.config import Config
+from rl.machine import GB, MB, Machine, find_machine
 from rl.shapes import KNOWN, Shape, find_shape
+from rl.timing import time_line
 
-MB, GB = 2**20, 2**30
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a parameter: 4 bits, 8 bits more for 64, and 32 bits for 256 of these
 LOGITS_AT_A_TIME = 2**24  # as in rl/logprobs.py, which imports torch
 PREFILL_TOKENS = 16384  # as in rl/engine.py
 GROWTH = 64  # the same
 SHARE_THAT_FITS = 0.8  # of the free memory, as in rl/engine.py
-CONTEXT = 0.5 * GB  # of CUDA, outside of what PyTorch counts
-FRAGMENTATION = 1.08  # of PyTorch's allocator on CUDA
 FIXED_CUDA = 64 * MB  # workspaces of the matrix products
-IMPORTS = 0.4 * GB  # resident after the imports, on a CPU
 KEPT_BELOW = 512  # hidden size: on a CPU, what models below it have freed is kept
 FIXED_CPU = 90 * MB  # what is loaded when first used: graders, kernels, the model's classes (with the tiny model 94 MB)
 TOKENIZER = 14  # resident bytes for each byte of tokenizer.json (byte-level BPE of 50,000 and 150,000 tokens)
@@ -53,6 +52,9 @@ class Prediction:
     kept: bool  # what has been freed is kept: roll-out and update add
     rows: int  # of the roll-out at a time
     rows_wanted: int  # the same, were there room enough
+    folded: bool  # there is room for scratch weights of the roll-out
+    tokens: int  # of the update at a time
+    by_unsloth: bool  # who makes the update
 
     @property
     def peak(self) -> float:
@@ -90,26 +92,45 @@ def predict(
         free = SHARE_THAT_FITS * (free - weights - lora - trained * moments - critic - fixed)
     asked = (config.prompts_per_step, config.num_generations), (config.eval_questions, 1)
     rollouts = [rollout_bytes(config, shape, cuda, width, prompt_length, *questions, free) for questions in asked]
-    rollout, rows, rows_wanted = max(rollouts)
+    rollout, rows, rows_wanted, folded = max(rollouts)
+    unsloth = by_unsloth(config, shape, device, dtype)
+    if unsloth:
+        update = unsloth_update_bytes(config, shape, width, four_bit, prompt_length)
+    else:
+        update = update_bytes(config, shape, cuda, width, four_bit, prompt_length)
     return Prediction(
         weights=weights,
         lora=lora,
         optimizer=trained * moments,
         critic=critic,
         rollout=rollout,
-        update=update_bytes(config, shape, cuda, width, four_bit, prompt_length),
+        update=update,
         fixed=fixed,
         load=load,
         kept=not cuda and shape.hidden < KEPT_BELOW,
         rows=rows,
         rows_wanted=rows_wanted,
+        folded=folded,
+        tokens=micro_batch_tokens(config, prompt_length, shape.own_decoder and not unsloth),
+        by_unsloth=unsloth,
     )
+
+
+def by_unsloth(config: Config, shape: Shape, device: str, dtype: str) -> bool:
+    """Whether Unsloth makes the update, as in rl/backends.py. For a card that is not here it counts as installed."""
+    if device != "cuda" or dtype == "float32" or not shape.own_decoder or config.backend == "transformers":
+        return False
+    elsewhere = config.gpu_memory is not None
+    return config.backend == "unsloth" or elsewhere or importlib.util.find_spec("unsloth") is not None
 
 
 def rollout_bytes(
     config: Config, shape: Shape, cuda: bool, width: int, prompt: int, prompts: int, group: int, free: float | None
-) -> tuple[float, int, int]:
-    """What a roll-out of `prompts` questions takes beside the weights; its rows at a time, and those wanted (rl/engine.py)."""
+) -> tuple[float, int, int, bool]:
+    """What a roll-out of `prompts` questions takes beside the weights (rl/engine.py).
+
+    Then its rows at a time, those wanted, and whether there are scratch weights.
+    """
     length = prompt + config.max_completion_length
     token = 2 * shape.layers * shape.kv_size * width  # its keys and values
     slots = wanted = max(min(config.rollout_batch_size, prompts * group), group)
@@ -131,7 +152,7 @@ def rollout_bytes(
     begun = length if cuda else min(prompt + GROWTH, length)  # on a CPU the cache grows, layer by layer
     begin = slots * begun * token + max(prefill, logits + first)
     end = slots * length * token * (1 if cuda or begun == length else 1 + 1 / shape.layers) + decode
-    return scratch + seen + max(begin, end), slots, wanted
+    return scratch + seen + max(begin, end), slots, wanted, scratch > 0
 
 
 def forward_bytes(shape: Shape, width: int) -> float:
@@ -140,23 +161,43 @@ def forward_bytes(shape: Shape, width: int) -> float:
     return width * max(feed_forward, 2 * shape.hidden + 4 * (shape.query_size + 2 * shape.kv_size))
 
 
-def least_tokens(config: Config, prompt: int) -> int:
+def least_tokens(config: Config, prompt: int, shared: bool = True) -> int:
     """Of a micro-batch: one completion behind its prompt, or in dpo, where they stay together, a pair."""
-    return prompt + config.max_completion_length * (2 if config.algorithm == "dpo" else 1)
+    completions = 2 if config.algorithm == "dpo" else 1
+    return prompt * (1 if shared else completions) + config.max_completion_length * completions
 
 
-def micro_batch_tokens(config: Config, shape: Shape, prompt: int) -> int:
-    """Of the fullest micro-batch: what the budget allows, if the step has as many."""
+def micro_batch_tokens(config: Config, prompt: int, shared: bool) -> int:
+    """Of the fullest micro-batch: what the budget allows, if the step has as many. shared: a group computes its prompt once."""
     rows = config.prompts_per_step * config.num_generations
-    prompts = config.prompts_per_step if shape.own_decoder else rows  # how often a prompt is computed
-    of_step = rows * config.max_completion_length + prompts * prompt
-    return min(max(config.max_tokens_per_micro_batch, least_tokens(config, prompt)), of_step)
+    of_step = rows * config.max_completion_length + (config.prompts_per_step if shared else rows) * prompt
+    return min(max(config.max_tokens_per_micro_batch, least_tokens(config, prompt, shared)), of_step)
+
+
+def unsloth_update_bytes(config: Config, shape: Shape, width: int, four_bit: bool, prompt: int) -> float:
+    """As update_bytes, where Unsloth computes the hidden states: rows padded to the longest, flash attention, no mask.
+
+    With gradient_checkpointing the layers' inputs wait in the host's memory, and two of them are on the card.
+    """
+    tokens = micro_batch_tokens(config, prompt, shared=False)
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size
+    layer = width * tokens * (5 * h + 4 * q + 5 * kv + 4 * f)
+    dequantised = h * f * width if four_bit else 0  # the largest matrix
+    head = hidden_and_head_bytes(shape, tokens, width)
+    if config.gradient_checkpointing:
+        return 2 * tokens * h * width + max(layer + dequantised, head)
+    return shape.layers * layer + max(dequantised, head)
+
+
+def hidden_and_head_bytes(shape: Shape, tokens: int, width: int) -> float:
+    """The last hidden states with their gradient, and the head on a chunk of them (rl/logprobs.py)."""
+    return 5 * 4 * min(LOGITS_AT_A_TIME, tokens * shape.vocabulary) + 3 * tokens * shape.hidden * width
 
 
 def update_bytes(config: Config, shape: Shape, cuda: bool, width: int, four_bit: bool, prompt: int) -> float:
     """What the fullest micro-batch takes, forward and backward, beside weights, gradients and optimizer (rl/update.py)."""
     length = prompt + config.max_completion_length
-    tokens = micro_batch_tokens(config, shape, prompt)
+    tokens = micro_batch_tokens(config, prompt, shape.own_decoder)
     # Each completion has its prompt's keys and values beside its own.
     keys = min(2 * tokens, config.prompts_per_step * config.num_generations * length)
 
@@ -177,53 +218,10 @@ def update_bytes(config: Config, shape: Shape, cuda: bool, width: int, four_bit:
         layers, layer = shape.layers * kept, working
     if four_bit:
         layer += h * f * width  # the largest matrix, dequantised
-    head = 5 * 4 * min(LOGITS_AT_A_TIME, tokens * shape.vocabulary) + 3 * tokens * h * width
-    return layers + mask + max(layer, head)
+    return layers + mask + max(layer, hidden_and_head_bytes(shape, tokens, width))
 
 
 # --- the dry run
-
-
-@dataclass
-class Machine:
-    """Where a run is to fit."""
-
-    device: str  # cpu or cuda
-    dtype: str
-    memory: float  # bytes
-    name: str
-
-    def free(self) -> float:
-        """What the engine finds there before anything of the run is loaded."""
-        return self.memory - (CONTEXT if self.device == "cuda" else IMPORTS)
-
-    def needed(self, peak: float) -> float:
-        """What must be there for a predicted peak."""
-        return peak * FRAGMENTATION + CONTEXT if self.device == "cuda" else peak + IMPORTS
-
-
-def find_machine(config: Config) -> Machine:
-    """The card of `gpu_memory` GB, else what is here. Raises ConfigError."""
-    if config.gpu_memory is not None:
-        if not config.gpu_memory > 0:
-            raise ConfigError(f"gpu_memory is {config.gpu_memory:g}, but is that of the card in GB, such as 12")
-        dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-        return Machine("cuda", dtype, config.gpu_memory * GB, f"a CUDA card of {config.gpu_memory:g} GB")
-    if config.device != "cpu" and shutil.which("nvidia-smi"):  # else torch has none to see, and takes seconds to import
-        import torch
-
-        if torch.cuda.is_available():
-            auto = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-            memory = torch.cuda.mem_get_info()[0] + CONTEXT  # of which this look at it has taken the context
-            name = f"{torch.cuda.get_device_name()} with {memory / GB:.1f} GB free"
-            return Machine("cuda", auto if config.dtype == "auto" else config.dtype, memory, name)
-    if config.device == "cuda":
-        raise ConfigError("device is cuda, but no NVIDIA GPU is seen here: name a card's memory, --gpu-memory 12")
-    import psutil
-
-    memory = psutil.virtual_memory().available
-    dtype = "float32" if config.dtype == "auto" else config.dtype
-    return Machine("cpu", dtype, memory, f"the CPU, with {memory / GB:.1f} GB of memory free")
 
 
 def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[str] = ()) -> str:
@@ -244,20 +242,19 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
     found = predict(config, shape, machine.device, machine.dtype, longest, machine.free())
     trained = shape.lora_parameters(config.lora_r)
     four_bit = config.load_in_4bit or shape.four_bit
-    tokens = micro_batch_tokens(config, shape, longest)
     rows = str(found.rows) if found.rows == found.rows_wanted else f"{found.rows} (wanted: {found.rows_wanted})"
     lines = [
         "Dry run: arithmetic, nothing was loaded.",
         f"  model      {config.model}, {shape.parameters():,} parameters; {trained:,} more are trained (LoRA)",
         f"  prompts    {longest} tokens ({how}); completions up to {config.max_completion_length}",
-        f"  runs on    {machine.name}, in {machine.dtype}{' and 4-bit NF4' if four_bit else ''}",
+        f"  runs on    {machine.name}, in {machine.dtype}{' and 4-bit NF4' if four_bit else ''}{', by Unsloth' if found.by_unsloth else ''}",
         "",
         f"  weights    {size(found.weights)}",
         f"  LoRA       {size(found.lora)}   with its gradients",
         f"  optimizer  {size(found.optimizer)}   {config.optim}",
         f"  critic     {size(found.critic)}   with gradients and optimizer" if config.has_critic else "",
         f"  roll-out   {size(found.rollout)}   {rows} rows at a time",
-        f"  update     {size(found.update)}   {tokens:,} tokens at a time",
+        f"  update     {size(found.update)}   {found.tokens:,} tokens at a time",
         f"  fixed      {size(found.fixed)}",
         f"  loading    {size(found.load)}   instead of all of these" if found.load else "",
     ]
@@ -268,7 +265,10 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
         "small models keep what they free: roll-out and update add" if found.kept else "roll-out and update do not add"
     )
     text += f"\n  peak       {size(found.peak)}   {counts}"
-    text += f"\n  needed     {size(needed)}   with {beside}\n\n"
+    text += f"\n  needed     {size(needed)}   with {beside}\n"
+    if needed <= machine.memory:
+        text += time_line(config, shape, machine, longest, found)
+    text += "\n"
     if not shape.own_decoder:
         text += "This architecture runs through its own forward, for which these are rough figures.\n"
     if needed <= machine.memory:
@@ -333,7 +333,8 @@ def mild_changes(config: Config, shape: Shape, machine: Machine, prompt: int) ->
         options["load_in_4bit"] = [True]
     if not config.gradient_checkpointing:
         options["gradient_checkpointing"] = [True]
-    least = least_tokens(config, prompt)  # less than one item helps nothing
+    shared = shape.own_decoder and not by_unsloth(config, shape, machine.device, machine.dtype)
+    least = least_tokens(config, prompt, shared)  # less than one item helps nothing
     options["max_tokens_per_micro_batch"] = list(halved(config.max_tokens_per_micro_batch, least))
     options["rollout_batch_size"] = list(halved(config.rollout_batch_size, config.num_generations))
     if machine.device == "cuda" and config.optim == "adamw_torch":

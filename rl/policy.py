@@ -286,13 +286,33 @@ def has_plain_head(model) -> bool:
 
 
 def find_eos_ids(tokenizer, model) -> frozenset[int]:
-    """The union of what tokenizer, model and generation_config call end of sequence; some models have several."""
+    """The union of what tokenizer, model and generation_config call end of sequence, and of what ends a turn.
+
+    Some models have several; of a base model, such as Qwen3-4B-Base, none of the three names the <|im_end|> of its chat
+    template, behind which it would write on up to the limit of length.
+    """
     configs = (tokenizer, model.config, model.config.get_text_config(), model.generation_config)
     sources = [getattr(c, "eos_token_id", None) for c in configs]
+    sources.append(end_of_turn(tokenizer))
     ids = frozenset(i for s in sources for i in (s if isinstance(s, (list, tuple)) else [s]) if i is not None)
     if not ids:
         raise ConfigError("the model has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     return ids
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template puts right behind an answer; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "xyzzy"
+    try:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may raise what it likes; it will say so of the prompts
+        return None
+    ids = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids
+    known = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
 
 
 def check_model(config: Config) -> None:

@@ -15,6 +15,7 @@ from typing import Literal
 import yaml
 
 from rl.config import COMMANDS, Config, ConfigError
+from rl.recipes import choose_recipe
 
 # Settings of TRL and Unsloth that do not exist here, each with what to use instead.
 ELSEWHERE = {
@@ -86,8 +87,8 @@ def unknown_setting(name: str, where: str) -> ConfigError:
 def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     """The settings with command-line overrides, and a name for the run.
 
-    They come from `--config FILE`, from the run that `--resume` names, from the one that `--adapter` was saved by, or else
-    from the default file.
+    They come from `--config FILE`, with `--config auto` from the recipe that fits this machine (which is printed), from the
+    run that `--resume` names, from the one that `--adapter` was saved by, or else from the default file.
     Raises ConfigError; leaves with tyro's own message for a value on the command line that cannot be read.
     """
     import tyro
@@ -105,8 +106,16 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
         name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
         if argument.startswith("--") and name not in known and name.removeprefix("no_") not in known:
             raise unknown_setting(name, "command line")
+
+    def settings(file: str) -> Config:
+        return tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
+
+    description = "Settings come from the recipe that fits (--config auto); what is given here replaces them."
+    if file == "auto":
+        file, why = choose_recipe(settings)
+        print(why, end="\n\n", flush=True)
     description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
-    config = tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
+    config = settings(file)
     config.check()
     if config.resume:
         config.output_dir = str(Path(file).parent)

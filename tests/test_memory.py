@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from rl import memory
 from rl.config import Config, ConfigError
-from rl.memory import GB, MB, NF4, Machine, advise, dry_run, predict, update_bytes
+from rl.machine import GB, MB, Machine
+from rl.memory import NF4, advise, dry_run, predict, update_bytes
 from rl.shapes import KNOWN, find_shape, known_shape, shape_of
 
 TINY_SHAPE = dict(
@@ -245,11 +247,14 @@ GROWING = {
     st.sampled_from(sorted(KNOWN)),
     st.sampled_from([("cpu", "float32"), ("cuda", "bfloat16")]),
     st.sampled_from(["grpo", "ppo", "dpo"]),
+    st.sampled_from(["unsloth", "transformers"]),
     st.booleans(),
 )
-def test_more_never_needs_less(values, name, more, model, place, algorithm, flag):
+def test_more_never_needs_less(values, name, more, model, place, algorithm, backend, flag):
     def peak(prompt, **values):
-        config = Config(algorithm=algorithm, beta=0.1, gradient_checkpointing=flag, load_in_4bit=not flag, **values)
+        config = Config(
+            algorithm=algorithm, beta=0.1, gradient_checkpointing=flag, load_in_4bit=not flag, backend=backend, **values
+        )
         return predict(config, KNOWN[model], *place, prompt).peak
 
     assert peak(**values) <= peak(**values | {name: values[name] + more})
@@ -308,16 +313,22 @@ def test_the_text():
     for part in (
         "4,022,468,096 parameters; 33,030,144 more are trained (LoRA)",
         "256 tokens (assumed",
-        "a CUDA card of 12 GB, in bfloat16",
+        "a CUDA card of 12 GB, in bfloat16, by Unsloth",
         "weights      7.49 GB",
         "roll-out and update do not add",
         "It does not fit",
-        "--load-in-4bit --gradient-checkpointing",
+        "    --gradient-checkpointing",
     ):
         assert part in text
-    assert "critic" not in text
+    assert "critic" not in text and "modelled" not in text
+    text = dry_run(Config(model="unsloth/Qwen3-4B-Base", gpu_memory=12, backend="transformers"))
+    assert "--load-in-4bit --gradient-checkpointing" in text and "Unsloth" not in text
     text = dry_run(Config(model="unsloth/Qwen3-4B-Base", gpu_memory=80, load_in_4bit=True, algorithm="ppo"), 90)
     assert "90 tokens (the longest)" in text and "critic" in text and "and 4-bit NF4" in text and "It fits: " in text
+    assert re.search(
+        r"  time       about [0-9,]+ minutes modelled for RTX 4090 \([0-9.]+ s a step\); measure it with --probe\n",
+        text,
+    )
     assert "float16" in dry_run(Config(model="Qwen/Qwen3-0.6B", gpu_memory=8, dtype="float16"))
     text = dry_run(Config(device="cpu", system_prompt="x" * 30), prompts=["y" * 10, "y" * 60])
     assert f"{30 + memory.TEMPLATE_TOKENS} tokens (the longest, estimated from its 90 characters)" in text

@@ -314,6 +314,22 @@ def test_a_family_that_is_not_there(make):
         make("chain_summ", "train", 1, 0)
 
 
+def test_levels_of_a_family(make):
+    rows = make("chain_sum@1-3", "train", 7, 0)
+    assert [row["level"] for row in rows] == [1, 1, 2, 2, 3, 3, 3] and {row["family"] for row in rows} == {"chain_sum"}
+    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == 7
+    assert rows == make("chain_sum@1-3", "train", 7, 0)
+    assert [row["level"] for row in make("chain_sum@2", "eval", 2, 0)] == [2, 2]
+    assert "level" not in make("chain_sum", "train", 1, 0)[0]
+    for levels, problem in (
+        ("x", "levels are written"),
+        ("3-1", "levels are written"),
+        ("1-99", "chain_sum has levels up to 10, not 11"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            make(f"chain_sum@{levels}", "train", 500, 0)
+
+
 def test_a_family_that_takes_nonsense_for_right_is_refused(make):
     with pytest.raises(DataError, match="takes any nonsense for right"):
         make("game_of_life_halting", "train", 1, 0)
