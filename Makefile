@@ -2,17 +2,22 @@
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
 # make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: an hour)
 # make bench   set up .venv, and .venv-trl, and time a step beside TRL's    (ARGS="--reward task")
+# make test-unsloth   set up .venv-unsloth and run the calls into Unsloth against its fallback on a CPU
+# make gpu-check      what only a machine with an NVIDIA GPU can show, in parts      (PART="sampler grpo0"; none: a list)
 #
-# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip.
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip. On a machine with an NVIDIA
+# card .venv gets Unsloth as well (requirements.txt); REQUIREMENTS=requirements-cpu.txt leaves it out.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-REQUIREMENTS ?= requirements-cpu.txt
+REQUIREMENTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),requirements.txt,requirements-cpu.txt)
 GYM = reasoning-gym==0.1.25
+# The first Unsloth that runs on a CPU asks for a newer certifi than the rest has: without dependencies, all of which are there.
+UNSLOTH_ON_CPU = unsloth==2026.10.9 unsloth_zoo==2026.10.9
 PY = .venv/bin/python
 
-.PHONY: train test test-all compare bench clean
+.PHONY: train test test-all test-unsloth compare bench gpu-check clean
 
 train: .venv/installed
 	@$(PY) train.py $(ARGS)
@@ -29,9 +34,21 @@ compare: .venv/installed
 bench: .venv/installed
 	@PIP_ARGS="$(PIP_ARGS)" $(PY) bench/step.py --peer trl $(ARGS)
 
+gpu-check: .venv/installed
+	@$(PY) bench/gpu_check.py $(PART) $(ARGS)
+
+test-unsloth: .venv-unsloth/installed
+	@TEST_UNSLOTH=1 .venv-unsloth/bin/python -m pytest tests/test_unsloth.py $(ARGS)
+
+.venv-unsloth/installed: requirements-cpu.txt
+	@$(PYTHON) -m venv .venv-unsloth
+	@.venv-unsloth/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-cpu.txt
+	@.venv-unsloth/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps $(UNSLOTH_ON_CPU)
+	@touch $@
+
 .venv/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ponder needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
-	@echo "Setting up .venv: PyTorch, transformers, peft and a few more, one to two minutes with a fast connection ..."
+	@echo "Setting up .venv from $(REQUIREMENTS): PyTorch, transformers, peft and more, one to two minutes with a fast connection ..."
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $(REQUIREMENTS)
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(GYM) 2>/dev/null || \

@@ -13,6 +13,7 @@ from grading.registry import RewardFunction
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests are of the CPU; bench/gpu_check.py is for a GPU
 
 
 @pytest.fixture(autouse=True)

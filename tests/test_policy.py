@@ -310,7 +310,6 @@ def test_models_and_adapters_that_are_not_there(tmp_path):
         check_model(Config(adapter=str(tmp_path)))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_what_needs_a_gpu_says_so():
     with pytest.raises(ConfigError, match="device is cuda, but torch sees no NVIDIA GPU"):
         choose_device(Config(device="cuda"))

@@ -16,6 +16,7 @@ import dataclasses  # noqa: E402
 import json  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from rl.backends import import_backend, set_mode  # noqa: E402
 from rl.config import Config, ConfigError  # noqa: E402
@@ -241,3 +242,21 @@ def test_a_whole_run_and_going_on_with_it(tmp_path, settings):
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
+
+
+def test_requirements_txt_can_be_installed_together(tmp_path):
+    """pip finds versions of everything for a GPU; nothing is installed, and of most packages only the metadata is fetched."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    done = subprocess.run(
+        [*command, "--report", str(tmp_path / "found.json"), "-r", "requirements.txt"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    packages = [item["metadata"] for item in json.loads((tmp_path / "found.json").read_text())["install"]]
+    found = {package["name"].lower(): package["version"] for package in packages}
+    asked = dict(
+        line.split("==")
+        for name in ("requirements.txt", "requirements-cpu.txt")
+        for line in Path(name).read_text().splitlines()
+        if "==" in line
+    )
+    assert {name: found[name.lower()].partition("+")[0] for name in asked} == asked
