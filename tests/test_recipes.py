@@ -82,6 +82,20 @@ def test_the_header_says_what_the_dry_run_says(file):
     assert len(text.splitlines()) <= 40
 
 
+def test_the_readme_says_what_the_headers_say():
+    rows = dict(
+        re.findall(
+            r"^\| `([\w.]+)`.*?\| \w+ \| ([\d.]+ \| \d+ \([\w ]+\)) \|", Path("README.md").read_text(), re.MULTILINE
+        )
+    )
+    assert rows.keys() == {Path(file).stem for file in RECIPES}
+    for file in RECIPES:
+        fields, _ = header(file)
+        needed = re.search(r"It fits: ([\d.]+)", fields["Memory"])[1]
+        minutes, card = re.search(r"about (\d+) minutes modelled for ([\w ]+) \(", fields["Time"]).groups()
+        assert rows[Path(file).stem] == f"{needed} | {minutes} ({card})", file
+
+
 @pytest.mark.parametrize("file", RECIPES)
 def test_settings_that_every_recipe_must_have(file):
     config, name = read_config(["--config", file], "")
