@@ -2,7 +2,7 @@
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
 # make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: an hour)
 # make bench   set up .venv, and .venv-trl, and time a step beside TRL's    (ARGS="--reward task")
-# make test-unsloth   set up .venv-unsloth and run the calls into Unsloth against its fallback on a CPU
+# make test-unsloth   set up .venv-unsloth-cpu and run the calls into Unsloth against its fallback on a CPU
 # make gpu-check      what only a machine with an NVIDIA GPU can show, in parts      (PART="sampler grpo0"; none: a list)
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip. On a machine with an NVIDIA
@@ -34,16 +34,16 @@ compare: .venv/installed
 bench: .venv/installed
 	@PIP_ARGS="$(PIP_ARGS)" $(PY) bench/step.py --peer trl $(ARGS)
 
-gpu-check: .venv/installed
+gpu-check: .venv/installed-unsloth
 	@$(PY) bench/gpu_check.py $(PART) $(ARGS)
 
-test-unsloth: .venv-unsloth/installed
-	@TEST_UNSLOTH=1 .venv-unsloth/bin/python -m pytest tests/test_unsloth.py $(ARGS)
+test-unsloth: .venv-unsloth-cpu/installed
+	@TEST_UNSLOTH=1 .venv-unsloth-cpu/bin/python -m pytest tests/test_unsloth.py $(ARGS)
 
-.venv-unsloth/installed: requirements-cpu.txt
-	@$(PYTHON) -m venv .venv-unsloth
-	@.venv-unsloth/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-cpu.txt
-	@.venv-unsloth/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps $(UNSLOTH_ON_CPU)
+.venv-unsloth-cpu/installed: requirements-cpu.txt
+	@$(PYTHON) -m venv .venv-unsloth-cpu
+	@.venv-unsloth-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-cpu.txt
+	@.venv-unsloth-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps $(UNSLOTH_ON_CPU)
 	@touch $@
 
 .venv/installed: $(REQUIREMENTS)
@@ -53,6 +53,11 @@ test-unsloth: .venv-unsloth/installed
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $(REQUIREMENTS)
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(GYM) 2>/dev/null || \
 		echo "Without reasoning_gym, since one of its packages needs a C compiler here; everything else works."
+	@touch $@
+
+# A .venv made without a card in sight lacks Unsloth.
+.venv/installed-unsloth: .venv/installed requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
 clean:

@@ -108,7 +108,7 @@ def run(arguments: list[str]) -> dict:
     measured = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM") - before
     prediction = predicted(arguments, cuda)
     return {"measured": measured, "peak": prediction.peak_mb} | {
-        name: value / 2**20 for name, value in vars(prediction).items() if name not in ("kept", "rows", "rows_wanted")
+        name: value / 2**20 for name, value in vars(prediction).items() if isinstance(value, float)
     }
 
 

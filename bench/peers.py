@@ -136,15 +136,31 @@ def load_model(job: dict):
 
 def load_unsloth(job: dict):
     """The same by Unsloth: its CUDA graphs, packing and shared prefix are on by default; no vLLM, so no standby."""
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # nothing is fetched from the Hub
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = job["folder"] + "-compiled"  # the trainers that it writes
     from unsloth import FastLanguageModel  # before trl, whose trainers it replaces
 
     return FastLanguageModel.from_pretrained(
         job["adapter"],
+        use_exact_model_name=True,
         max_seq_length=job["max_prompt"] + job["max_completion_length"],
         load_in_4bit=job["load_in_4bit"],
         fast_inference=False,
         use_gradient_checkpointing=False,  # memory is not short here, and it costs time
     )
+
+
+def of_completions(
+    rows: list[list[float]], prompts: list[list[int]], completions: list[list[int]]
+) -> list[list[float]]:
+    """What a trainer gave for completions, out of its rows for prompts of several lengths.
+
+    TRL's rows begin with the completion. Unsloth's are wider by the most padding that a prompt had, which it has moved behind
+    the row: a completion begins as many places later as its prompt is longer than the shortest one.
+    """
+    width, more = max(map(len, prompts)), len(rows[0]) - max(map(len, completions))
+    firsts = [max(0, more - (width - len(prompt))) for prompt in prompts]
+    return [row[first : first + len(c)] for row, first, c in zip(rows, firsts, completions)]
 
 
 def serve_trainer(channel: Channel) -> None:
@@ -230,7 +246,7 @@ def serve_trainer(channel: Channel) -> None:
             mask.append([0] * before + [1] * len(p + c) + [0] * after)
         ids, mask = (torch.tensor(x, device=parts.device) for x in (rows, mask))
         found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)[0]
-        return [row[: len(c)].tolist() for row, c in zip(found, completions)]
+        return of_completions(found.tolist(), prompts, completions)
 
     on_gpu = parts.device.type == "cuda"
     config = GRPOConfig(
@@ -240,6 +256,7 @@ def serve_trainer(channel: Channel) -> None:
         num_generations=job["num_generations"], max_completion_length=job["max_completion_length"],
         max_steps=job["max_steps"], learning_rate=job["learning_rate"], lr_scheduler_type="constant",
         loss_type="dapo", beta=0.0, num_iterations=1, scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
+        mask_truncated_completions=False, optim="adamw_torch", weight_decay=0.0, warmup_steps=0,  # Unsloth's defaults differ
         shuffle_dataset=False, gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
         disable_tqdm=True, dataloader_pin_memory=on_gpu,
         use_transformers_continuous_batching=job["peer"] == "trl-cb",

@@ -6,6 +6,7 @@ bench/peers.py in an environment of its own, `.venv-trl` or `.venv-unsloth` besi
 Imports no torch but in the sides, so that the script itself stays small.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ TRL = "torch==2.13.0 transformers==5.17.0 peft==0.21.2 accelerate==1.15.0 bitsan
 # Rows in one forward and backward pass of the peer: TRL's best. Its update of the tiny model took 6.1, 5.9, 6.8 and 11.8 s with
 # 32, 64, 128 and 256 of them (medians of three steps, one thread each).
 MICRO_BATCH = 64
-UNSLOTH = "unsloth==2026.10.9 unsloth_zoo==2026.10.9 trl==1.15.0"
+UNSLOTH = "unsloth==2026.10.5 unsloth_zoo==2026.10.7 trl==1.15.0"
 PEERS = {  # title, environment, packages
     "trl": ("TRL", ".venv-trl", TRL),
     "trl-cb": ("TRL, continuous batching", ".venv-trl", TRL),
@@ -83,9 +84,13 @@ def start_ours(job: dict, folder: Path, name: str = "Ponder") -> Side:
     return Side(name, [sys.executable, "-m", "bench.sides"], job, folder / f"{name.lower()}.log")
 
 
-def start_peer(job: dict, folder: Path) -> Side:
+def start_peer(job: dict, folder: Path, here: bool = False) -> Side:
+    """here: the peer as it is installed beside Ponder, whatever its version."""
     name, environment, packages = PEERS[job["peer"]]
-    python = make_environment(ROOT / environment, packages.split())
+    package = job["peer"].removesuffix("-cb")
+    if here and not importlib.util.find_spec(package):
+        raise BenchError(f"{package} is not installed here: without --here it gets an environment of its own")
+    python = sys.executable if here else make_environment(ROOT / environment, packages.split())
     return Side(name, [str(python), "-m", "bench.peers"], job, folder / "peer.log")
 
 
@@ -152,10 +157,8 @@ class Ponder:
 
     def __init__(self, job: dict):
         from grading import Rewards, reward
-        from rl.advantages import Advantages
+        from rl.backends import import_backend
         from rl.config import Config
-        from rl.policy import load_policy
-        from rl.update import Updater
 
         self.config = config = Config(
             model=job["model"], adapter=job["adapter"], load_in_4bit=job["load_in_4bit"], seed=job["seed"],
@@ -165,6 +168,11 @@ class Ponder:
             max_tokens_per_micro_batch=job["max_tokens_per_micro_batch"], num_iterations=1, num_mini_batches=1, loss_type="dapo", beta=0.0,
         )  # fmt: skip
         config.check()
+        import_backend(config)  # before what imports transformers
+
+        from rl.advantages import Advantages
+        from rl.policy import load_policy
+        from rl.update import Updater
 
         rate = CheapReward(job["reward"], job["seed"])
 
@@ -188,7 +196,7 @@ class Ponder:
     def about(self) -> dict:
         texts = [self.policy.render_prompt(row["prompt"]) for row in self.rows]
         return {
-            "versions": versions("torch", "transformers", "peft"),
+            "versions": versions("torch", "transformers", "peft", *(["unsloth"] if self.policy.by_unsloth else [])),
             "device": self.policy.device.type,
             "dtype": str(self.policy.dtype).removeprefix("torch."),
             "prompts": [{"text": text, "ids": ids} for text, ids in zip(texts, self.prompts)],
@@ -246,17 +254,9 @@ class Ponder:
     def check(self) -> dict:
         """Completions of eight prompts, their log-probabilities by a plain forward pass for each row, and how far those of
         the roll-out and of the update are from them at the most."""
-        import torch
-
         episodes, _ = self.roll_out(slice(GROUP), self.new_generator(), group=1)
         _, inspected = self.updater.inspect(episodes)
-        plain = []
-        with torch.no_grad():
-            for episode in episodes:
-                ids = torch.tensor([episode.prompt_ids + episode.completion_ids], device=self.policy.device)
-                logprobs = self.policy.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-                of_tokens = logprobs.gather(1, ids[0, 1:, None]).squeeze(1)
-                plain.append(of_tokens[len(episode.prompt_ids) - 1 :].tolist())
+        plain = [plain_logprobs(self.policy, e.prompt_ids, e.completion_ids) for e in episodes]
         return {
             "prompts": [e.prompt_ids for e in episodes],
             "completions": [e.completion_ids for e in episodes],
@@ -283,6 +283,16 @@ def serve_ponder(channel: Channel) -> None:
     while True:
         request = channel.next_request()
         channel.answer(getattr(ponder, request.pop("do"))(**request))
+
+
+def plain_logprobs(policy, prompt: list[int], completion: list[int]) -> list[float]:
+    """Of a completion's tokens, by the model's own forward pass of this row alone, at temperature 1."""
+    import torch
+
+    ids = torch.tensor([prompt + completion], device=policy.device)
+    with torch.no_grad():
+        logprobs = policy.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(prompt) - 1 :].tolist()
 
 
 # --- arithmetic and output

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import learn, sides, step
-from bench.peers import CheapReward
+from bench.peers import CheapReward, of_completions
 
 
 def taken(seconds, tokens=1000, trained=32):
@@ -70,6 +70,20 @@ def test_log_probabilities_that_are_off_stop_the_comparison():
     assert found == {"Ponder's roll-out": 1e-6, "Ponder's update": 2e-6, "TRL": pytest.approx(5e-5)}
     with pytest.raises(sides.BenchError, match="TRL: log-probabilities are off by 0.01 nats; 0.0001 is allowed"):
         step.check_both(ours, Answers("TRL", [[-1.0, -2.01], [-3.0]]))
+
+
+def test_log_probabilities_are_found_in_the_rows_of_either_trainer():
+    prompts, completions = [[1, 2, 3], [1]], [[7, 8], [7, 8, 9]]
+    trl = [[-1.0, -2.0, 0.0], [-3.0, -4.0, -5.0]]
+    unsloth = [[0.0, 0.0, -1.0, -2.0, 0.0], [-3.0, -4.0, -5.0, 0.0, 0.0]]  # two places of padding are behind the second
+    expected = [[-1.0, -2.0], [-3.0, -4.0, -5.0]]
+    assert of_completions(trl, prompts, completions) == of_completions(unsloth, prompts, completions) == expected
+
+
+def test_a_peer_that_is_not_installed_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(sides.importlib.util, "find_spec", {}.get)
+    with pytest.raises(sides.BenchError, match="trl is not installed here: without --here it gets an environment"):
+        sides.start_peer({"peer": "trl-cb"}, tmp_path, here=True)
 
 
 def test_the_coin_is_seeded_and_even_and_never_the_same_for_a_whole_group():
