@@ -23,7 +23,7 @@ train: .venv/installed
 	@$(PY) train.py $(ARGS)
 
 test: .venv/installed
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-all: .venv/installed
 	@$(PY) -m pytest $(ARGS)
@@ -34,7 +34,7 @@ compare: .venv/installed
 bench: .venv/installed
 	@PIP_ARGS="$(PIP_ARGS)" $(PY) bench/step.py --peer trl $(ARGS)
 
-gpu-check: .venv/installed-unsloth
+gpu-check: $(if $(PART)$(ARGS),.venv/installed-unsloth,.venv/installed)
 	@$(PY) bench/gpu_check.py $(PART) $(ARGS)
 
 test-unsloth: .venv-unsloth-cpu/installed
@@ -46,7 +46,7 @@ test-unsloth: .venv-unsloth-cpu/installed
 	@.venv-unsloth-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps $(UNSLOTH_ON_CPU)
 	@touch $@
 
-.venv/installed: $(REQUIREMENTS)
+.venv/installed: $(REQUIREMENTS) requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ponder needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	@echo "Setting up .venv from $(REQUIREMENTS): PyTorch, transformers, peft and more, one to two minutes with a fast connection ..."
 	@$(PYTHON) -m venv .venv

@@ -14,8 +14,8 @@ import contextlib
 import difflib
 import gc
 import json
+import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -74,6 +74,7 @@ def export(asked: Settings, at_end: contextlib.ExitStack) -> None:
         _, rows, _ = load_questions(config.train_data, config.eval_data, *asked_in_run)
         rows = rows[:: -(-len(rows) // asked.eval_questions)]
 
+    import transformers  # late: --help and the checks above answer at once
 
     from rl.backends import describe_precision
     from rl.checkpoint import Checkpoints, cannot_write, damage, fingerprint, write_whole
@@ -117,16 +118,20 @@ def export(asked: Settings, at_end: contextlib.ExitStack) -> None:
     policy = load(model=base, **in_16_bits)
     matrices = merge.check_landed(policy.model, checkpoint)
     # The fingerprint is of numbers: comparable where the run had these very weights, as they are or widened to fp32.
-    if made and made["runs_on"].endswith(("float32", dtype)) and not (config.load_in_4bit or began_with):
+    comparable = made and made["runs_on"].removesuffix(" by Unsloth").endswith(("float32", dtype))
+    if comparable and not (config.load_in_4bit or began_with):
         if fingerprint(policy) != made["model"]:
             raise ConfigError(f"{base} is not the base model that {checkpoint} was trained on: its weights are others")
     texts = probes(policy, run)
     expected = merge.Expected.of(policy.model, texts)
-    tokenizer, (merged, changed) = policy.tokenizer, merge.merge(policy.model)
+    tokenizer, ends, pad = policy.tokenizer, sorted(policy.eos_ids), policy.pad_id
+    merged, changed = merge.merge(policy.model)
     print(f"merge       {matrices} LoRA matrices into {changed} of {base}, summed in fp32, rounded to {dtype}")
     if merge.lost_by_rounding(expected):
         print(f"  note: much of this LoRA is lost in rounding to {dtype}: better use base and LoRA as they are")
     with merge.whole_folder(out / "merged") as folder:
+        # It ends where the policy did; the base's own way of sampling (a top_k, a penalty) is not how it was trained.
+        merged.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         merge.copy_sentencepiece(base, folder)
@@ -152,12 +157,16 @@ def export(asked: Settings, at_end: contextlib.ExitStack) -> None:
         told = "not compared, since transformers needs the package gguf for it: pip install gguf"
         with merge.whole_folder(file.parent) as folder:
             merge.convert(tools, asked.gguf, out / "merged", folder / file.name)
-            ollama = merge.modelfile(file.name, config.temperature, config.system_prompt)
+            settings = config.temperature, config.system_prompt, config.chat_template_kwargs
+            ollama = merge.modelfile(file.name, *settings)
             (folder / "Modelfile").write_text(ollama, encoding="utf-8")
             if merge.reads_gguf():
-                unpacked = at_end.enter_context(tempfile.TemporaryDirectory(prefix="unpacked-", dir=out))
+                unpacked = out / "unpacked"
+                at_end.callback(shutil.rmtree, unpacked, ignore_errors=True)
+                shutil.rmtree(unpacked, ignore_errors=True)  # of an export that was killed
                 merge.unpack(folder / file.name, out / "merged", unpacked)
-                logits = merge.logits_of(load(model=unpacked, adapter=None, load_in_4bit=False).model, texts)
+                as_it_is = {"load_in_4bit": False, "dtype": "float32", "device": "cpu"}  # what the file says
+                logits = merge.logits_of(load(model=str(unpacked), adapter=None, **as_it_is).model, texts)
                 found = merge.Difference.between(logits, read_back)
                 if asked.gguf in ("f32", "f16", "bf16"):
                     expected.check_explained(found, f"the {asked.gguf} file")
@@ -174,7 +183,7 @@ def export(asked: Settings, at_end: contextlib.ExitStack) -> None:
         is_there = Path(config.model).is_dir() or is_cached(config.model)  # else it has moved, to --base-model
         ways = {as_trained: {"model": config.model if is_there else base}, "merged": merged}
         if unpacked:
-            ways[f"GGUF {asked.gguf}"] = merged | {"model": unpacked}
+            ways[f"GGUF {asked.gguf}"] = merged | {"model": str(unpacked)}
         for name, changes in ways.items():
             policy = load(**changes)
             prompts = policy.encode_prompts(rows, config.max_completion_length)
@@ -269,7 +278,12 @@ def model_card(config: Config, base: str, checkpoint: Path, run: Path | None, ac
         before = json.loads((run / "summary.json").read_text(encoding="utf-8"))["eval"]["before"]
         asked = ", ".join(config.train_data)
         lines += [f"{config.algorithm.upper()}, step {state['step']}, seed {config.seed}, on {asked}."]
-        lines += [f"System prompt: {config.system_prompt or 'none'}", "", "Held-out accuracy, greedy:", ""]
+        lines += [f"System prompt: {config.system_prompt or 'none'}"]
+        if config.chat_template_kwargs:
+            lines += [
+                f"Settings of the chat template (chat_template_kwargs): {json.dumps(config.chat_template_kwargs)}"
+            ]
+        lines += ["", "Held-out accuracy, greedy:", ""]
         measured = {"before training": before} | (accuracy or {"when the run last measured it": state["eval"]})
         lines += [f"* {name}: {rates['accuracy']:.1%} of {rates['n']} questions" for name, rates in measured.items()]
     return "\n".join(lines) + HOW_TO_USE

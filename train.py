@@ -366,7 +366,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     print(f"Memory: {report.memory(summary['memory'])}.")
     for warning in warnings:
         print(f"  WARNING  {warning}")
-    print(f"Next: python train.py --eval-only --adapter {checkpoint}")
+    print(report.next_steps(run.path, checkpoint))
 
 
 def coin_flips(n: int, seed: int, step: int) -> list[float]:

@@ -8,7 +8,7 @@ line asks for. Between two requests it sleeps. TRL does all this from within `tr
 here changes nothing; it only takes the time of `_generate` (tokenizing, generating, decoding), `_calculate_rewards`, and
 the log-probabilities that are computed without a gradient. All else of a step is its update.
 
-Unsloth's side has not been run yet.
+Unsloth's side has only been run on its CPU fallback.
 """
 
 import contextlib

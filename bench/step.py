@@ -12,8 +12,7 @@ Every ratio is Ponder's advantage: more than 1 is better for Ponder, in time (pe
 memory (peer / ours). It is that of a round's medians; what is shown is the median of the rounds with the least and the
 greatest. Ponder's roll-out holds most of its scoring, for completions are scored as they end.
 
-All cores are used, unless OMP_NUM_THREADS says otherwise. --peer none: Ponder alone. Not run yet: --peer unsloth and
-everything on a GPU.
+All cores are used, unless OMP_NUM_THREADS says otherwise. --peer none: Ponder alone. Not run yet: anything on a GPU, and so --peer unsloth.
 """
 
 import argparse

@@ -95,18 +95,17 @@ def _make_level(name: str, level: int | None, split: str, n: int, seed: int, see
         made = vars(curriculum.generate_configuration())
         settings = {key: value for key, value in made.items() if key not in ("seed", "size")}
         label = f"{split}-level{level}"
-    rows, repeats = [], 0
+    rows, others = [], 0  # others: questions that were not taken
     for batch in itertools.count():
         batch_seed = random.Random(f"{name}/{label}/{seed}/{batch}").getrandbits(31)
         dataset = create_dataset(name, seed=batch_seed, size=BATCH, **settings)
         for i in range(BATCH):
             entry = dataset[i]
             question = entry["question"]
-            if (split_of(name, question) == "eval") != (split == "eval"):  # two tenths are held out
-                continue
-            if question in seen:
-                repeats += 1
-                if repeats > 3 * n + 1000:
+            of_split = (split_of(name, question) == "eval") == (split == "eval")  # two tenths are held out
+            if not of_split or question in seen:
+                others += 1
+                if others > 15 * n + 5000:
                     raise DataError(f"the family does not have {n} different {label} questions: ask for fewer")
                 continue
             seen.add(question)

@@ -7,9 +7,9 @@ the roll-out is that of rl/engine.py. Llama, Qwen2 and Qwen3 go through Unsloth,
 
 import contextlib
 import importlib.util
+import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint as checkpoint
 
 from rl.config import Config, ConfigError
 
-FAMILIES = ("llama", "qwen2", "qwen3")  # model types that are loaded through Unsloth
 LINEAR_LAYERS = [
     "q_proj",
     "k_proj",
@@ -76,7 +75,7 @@ def import_backend(config: Config) -> list[str]:
         return []
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would fetch a file from the Hub to be counted
     # It writes trainers that nothing here uses into a folder of the working directory.
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache/unsloth_compiled_cache"))
     notes = []
     if "transformers" in sys.modules:
         notes.append(
@@ -101,8 +100,17 @@ def describe_precision(config: Config) -> str:
 # --- what is Unsloth's own
 
 
+def is_for_unsloth(model_config) -> bool:
+    """Whether a model (its config) is trained through Unsloth: without a mask its forward knows no sliding window."""
+    families = ("llama", "qwen2", "qwen3")
+    return model_config.model_type in families and not getattr(model_config, "use_sliding_window", False)
+
+
 def load_by_unsloth(config: Config, dtype: torch.dtype):
-    """The base model as Unsloth loads and patches it: in 4-bit NF4 with double quantisation where asked for."""
+    """The base model as Unsloth loads and patches it: in 4-bit NF4 with double quantisation where asked for.
+
+    Raises ConfigError where weights are missing: they would be random numbers.
+    """
     from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
@@ -118,7 +126,30 @@ def load_by_unsloth(config: Config, dtype: torch.dtype):
         offload_embedding=False,  # the engine reads it where it is
         random_state=config.seed,
     )
+    saved = saved_names(config.model)
+    if missing := sorted(name for name, _ in model.named_parameters() if saved and name not in saved):
+        raise ConfigError(missing_weights(config.model, missing))
     return model
+
+
+def saved_names(model: str) -> set[str]:
+    """The names of the weights in a model's safetensors files, of a folder or in the Hub's cache; empty without such files."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    def find(name):
+        return cached_file(model, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+
+    if index := find("model.safetensors.index.json"):
+        return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    if file := find("model.safetensors"):
+        with safe_open(file, "pt") as opened:
+            return set(opened.keys())
+    return set()
+
+
+def missing_weights(model: str, names: list[str]) -> str:
+    return f"model: the weights of {model} lack {', '.join(names[:3])}: the files are not whole"
 
 
 def lora_by_unsloth(model, config: Config, adapter: dict):

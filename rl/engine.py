@@ -36,7 +36,7 @@ class Row:
 
 
 class Engine:
-    """Slots for the rows of one roll-out. To be used once: `run`."""
+    """Slots for the rows of one roll-out. To be used once: `run`, or `steps`."""
 
     def __init__(
         self,
@@ -88,6 +88,12 @@ class Engine:
 
     def run(self) -> Iterator[Ended]:
         """Yield the completions that have just ended, by their place: prompt i's are i * num_generations and on."""
+        for ended in self.steps():
+            if ended:
+                yield ended
+
+    def steps(self) -> Iterator[Ended]:
+        """The same after every decode step, also where nothing has ended: `rows` holds what the others have so far."""
         waiting = deque(enumerate(self.prompts))
         while waiting or self.rows:
             free = self.slots - len(self.rows)
@@ -98,8 +104,7 @@ class Engine:
             else:
                 first = 0
                 tokens, logprobs = self.step()
-            if ended := self.leave(first, tokens, logprobs):
-                yield ended
+            yield self.leave(first, tokens, logprobs)
 
     def rehearse(self) -> None:
         """Fill the slots with these prompts' groups, and make one step at the full length: as much memory as a run takes."""
@@ -296,9 +301,14 @@ def uses_graphs(device: torch.device) -> bool:
 
 def fits(needed: int, device: torch.device) -> bool:
     """Whether so many bytes leave at least a fifth of the free memory unused."""
-    if device.type == "cuda":  # what PyTorch's allocator holds and does not use is free, too
-        free, total = torch.cuda.mem_get_info(device)
-        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        allowed = torch.cuda.get_per_process_memory_fraction(device) * total - allocated
-        return needed < 0.8 * min(free + reserved - allocated, allowed)
-    return needed < 0.8 * psutil.virtual_memory().available
+    return needed < 0.8 * free_memory(device)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes. What PyTorch's allocator holds on a GPU and does not use is free, too."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - allocated
+    return min(free + reserved - allocated, allowed)

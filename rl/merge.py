@@ -8,6 +8,7 @@ an 8B model that needs the 16 GB of its weights and one matrix more.
 """
 
 import contextlib
+import json
 import math
 import shutil
 import subprocess
@@ -241,9 +242,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 replaced.rename(folder)
             raise
         bring_to_disk(folder.parent)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         raise RunError(cannot_write(folder, error)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -326,9 +325,13 @@ def convert(tools: dict[str, list[str]], kind: str, merged: Path, file: Path) ->
         first.unlink()
 
 
-def modelfile(name: str, temperature: float, system_prompt: str | None) -> str:
-    """What `ollama create` reads, beside the GGUF file of this name."""
+def modelfile(name: str, temperature: float, system_prompt: str | None, template_settings: dict) -> str:
+    """What `ollama create` reads, beside the GGUF file of this name. template_settings: chat_template_kwargs."""
     system = f'SYSTEM """{system_prompt}"""\n' if system_prompt else ""
+    if template_settings:
+        system = (
+            f"# It was trained with these settings of the chat template: {json.dumps(template_settings)}\n" + system
+        )
     return f"""\
 # Ollama takes, of the chat templates it knows, the one that is like that in the file. Where there is none, and
 # `ollama show --template` says {{{{ .Prompt }}}} alone, write it here as TEMPLATE, in Ollama's form.

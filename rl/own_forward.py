@@ -130,6 +130,8 @@ class Generated(Batches):
 
     def _decode(self) -> Iterator[Ended]:
         policy = self.policy
+        with policy.training():
+            pass  # Unsloth's decoding keeps copies of the LoRA until the next training: they may be of an older one
         self._begin()
         ids, attention_mask = (x.repeat_interleave(self.num_generations, 0) for x in self._left_padded())
         settings = GenerationConfig(

@@ -25,18 +25,22 @@ from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 from rl.backends import (  # noqa: E402
-    FAMILIES,
     LINEAR_LAYERS,
     choose_device,
     choose_dtype,
     import_backend,
+    is_for_unsloth,
     load_by_unsloth,
     lora_by_unsloth,
+    missing_weights,
     set_mode,
 )
 from rl.config import Config, ConfigError  # noqa: E402
 from rl.decoder import Decoder, unsupported  # noqa: E402
 from rl.memory import KEPT_BELOW  # noqa: E402
+
+# Settings of a saved LoRA that is more than A and B on linear layers.
+OTHER_LORAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
 
 
 @dataclass
@@ -167,7 +171,7 @@ def load_policy(config: Config) -> Policy:
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        by_unsloth = config.backend == "unsloth" and AutoConfig.from_pretrained(config.model).model_type in FAMILIES
+        by_unsloth = config.backend == "unsloth" and is_for_unsloth(AutoConfig.from_pretrained(config.model))
         model = load_by_unsloth(config, dtype) if by_unsloth else load_by_transformers(config, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {config.model} cannot be loaded: {_first_line(error)}") from error
@@ -218,8 +222,7 @@ def load_by_transformers(config: Config, device: torch.device, dtype: torch.dtyp
         output_loading_info=True,
     )
     if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise ConfigError(f"model: the weights of {config.model} lack {missing}: the files are not whole")
+        raise ConfigError(missing_weights(config.model, sorted(loading["missing_keys"])))
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -252,7 +255,9 @@ def load_adapter(model, config: Config) -> peft.PeftModel:
     try:
         if config.backend == "unsloth":
             saved = peft.PeftConfig.from_pretrained(config.adapter)
-            names = ("r", "lora_alpha", "target_modules", "use_rslora")
+            if others := [name for name in OTHER_LORAS if getattr(saved, name, None) not in (None, False, "none")]:
+                raise ValueError(f"it is not a plain LoRA ({', '.join(others)}): set backend to transformers")
+            names = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
             model = lora_by_unsloth(model, config, {name: getattr(saved, name) for name in names})
             read_adapter(model, Path(config.adapter))
         else:

@@ -210,6 +210,17 @@ def opening(config, machine: str, run: Path, policy, critic, agreement, rewards:
     return "\n  ".join(lines)
 
 
+def next_steps(run: Path, checkpoint: Path) -> str:
+    """What can be done with a run that has ended."""
+    commands = {
+        f"python train.py --eval-only --adapter {shlex.quote(str(checkpoint))}": "ask it the held-out questions again",
+        f"python export.py {shlex.quote(str(run))}": "take the model away: for transformers, vLLM, llama.cpp, Ollama",
+        "python train.py --config auto": "the largest recipe that this machine has room for",
+    }
+    width = max(map(len, commands))
+    return "Next:\n" + "\n".join(f"  {command:{width}}   {what}" for command, what in commands.items())
+
+
 def stopped(step: int, max_steps: int, last: Path | None, run: Path) -> str:
     """What is said where a run ends before its time. last: its newest checkpoint."""
     saved = f"{last} is saved" if last else "no step was saved"

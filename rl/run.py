@@ -27,6 +27,7 @@ import yaml
 from grading import Completion, RewardError, Rewards, Score
 from rl.checkpoint import Checkpoints, bring_to_disk, cannot_write, write_whole
 from rl.config import Config, ConfigError, RunError
+from rl.engine import free_memory
 from rl.evaluate import Answers
 from rl.memory import find_shape, predict
 from rl.policy import Policy
@@ -362,10 +363,13 @@ class MemoryUse:
     def predict(self, config: Config, policy: Policy, train_prompts: list[list[int]], eval_prompts: list[list[int]]):
         """Nothing is predicted for a model whose dimensions cannot be told. The prompts are token ids."""
         dtype, longest = str(policy.dtype).removeprefix("torch."), max(map(len, train_prompts + eval_prompts))
-        config = dataclasses.replace(config, eval_questions=len(eval_prompts))
+        config, device = dataclasses.replace(config, eval_questions=len(eval_prompts)), policy.device
+        resident = psutil.Process().memory_info().rss - self.before_mb * 2**20
+        own = torch.cuda.memory_allocated() if device.type == "cuda" else resident
+        free = free_memory(device) + own  # as it was before the policy was loaded
         with contextlib.suppress(ConfigError):
-            shape = find_shape(config.model)
-            self.predicted_mb = round(predict(config, shape, policy.device.type, dtype, longest).peak_mb, 1)
+            found = predict(config, find_shape(config.model), device.type, dtype, longest, free)
+            self.predicted_mb = round(found.peak_mb, 1)
 
     def figures(self, device: torch.device) -> dict[str, float | None]:
         """As they stand in the summary."""

@@ -68,12 +68,10 @@ def test_an_export_of_a_run(small_run, capsys):
     assert report["logits"]["merged"]["largest"] < 0.1 < report["logits"]["by_lora"]["largest"]
     trained, merged = report["accuracy"].values()
     assert trained["n"] == merged["n"] <= 8 and trained["same_as_trained"] == trained["n"]
-    assert f"merged                                  {merged['n']:>1}" in said.replace(
-        "merged        ", "merged        "
-    )
+    assert f"merged                                  {merged['n']:>1}" in said
     # What plain transformers loads is base and LoRA, rounded to 16 bits.
     model, tokenizer = loaded(out / "merged", "auto"), transformers.AutoTokenizer.from_pretrained(out / "merged")
-    assert model.dtype == torch.bfloat16 and tokenizer.chat_template and model.generation_config.eos_token_id == 1
+    assert model.dtype == torch.bfloat16 and tokenizer.chat_template and model.generation_config.eos_token_id == [1]
     by_peft = peft.PeftModel.from_pretrained(loaded("data/tiny"), last).merge_and_unload().state_dict()
     for name, weight in model.state_dict().items():
         assert weight.equal(by_peft[name].bfloat16()), name
@@ -293,9 +291,10 @@ def test_a_quantised_file_goes_through_a_16_bit_one(tmp_path):
 
 
 def test_the_modelfile_has_temperature_and_system_prompt():
-    lines = merge.modelfile("m.gguf", 0.7, "Think.\nThen answer.").splitlines()
+    lines = merge.modelfile("m.gguf", 0.7, "Think.\nThen answer.", {}).splitlines()
     assert lines[2:] == ["FROM ./m.gguf", "PARAMETER temperature 0.7", 'SYSTEM """Think.', 'Then answer."""']
-    assert merge.modelfile("m.gguf", 1.0, None).endswith("PARAMETER temperature 1\n")
+    assert merge.modelfile("m.gguf", 1.0, None, {}).endswith("PARAMETER temperature 1\n")
+    assert '{"enable_thinking": false}' in merge.modelfile("m.gguf", 1.0, None, {"enable_thinking": False})
 
 
 @pytest.mark.slow

@@ -246,6 +246,7 @@ def test_countdown_as_the_recipe_asks_for_it(rewards):
     check_rows(load("countdown", 5), read_config(["--config", "configs/countdown.yaml"], "")[0], rewards)
 
 
+@pytest.mark.slow
 def test_reasoning_gym_as_the_recipe_asks_for_it(rewards):
     pytest.importorskip("reasoning_gym")
     config, _ = read_config(["--config", "configs/reasoning_gym.yaml"], "")

@@ -166,7 +166,7 @@ def of_ours(numbers: Numbers, config: Config):
 
     updater = object.__new__(Updater)
     updater.config = config
-    updater.policy = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, decoder=None)
+    updater.policy = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, shares_prompts=False)
     updater.optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
     totals = Counter()
     with mock.patch("rl.update.completion_logprobs", logprobs):

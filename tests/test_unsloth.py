@@ -1,7 +1,8 @@
 """The calls into Unsloth, against the real package: on a machine without a GPU its fallback runs them (`make test-unsloth`).
 
 It has to be imported before transformers and changes it for good, so these tests have a process and an environment of
-their own. Both backends load the same model with the same seed, and everything that they compute has to be the same.
+their own, with the first version that runs on a CPU (requirements.txt has one that does not, until its dependencies are
+there). Both backends load the same model with the same seed, and everything that they compute has to be the same.
 """
 
 import os
@@ -14,6 +15,7 @@ if not os.environ.get("TEST_UNSLOTH"):
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
 import json  # noqa: E402
+import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -25,6 +27,7 @@ import_backend(Config(backend="unsloth"))
 
 import torch  # noqa: E402
 from conftest import fill_lora  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rl.critic import Critic  # noqa: E402
 from rl.logprobs import completion_logprobs  # noqa: E402
@@ -213,12 +216,37 @@ def test_other_families_go_through_transformers(config, tmp_path):
     assert not policy.by_unsloth and "GPTNeoX" in policy.own_forward_because
 
 
-def test_padding_side_and_cache_are_as_the_mode_wants_them(both):
-    """Unsloth flips both with its modes; a roll-out in between must leave the policy as it was."""
+def test_a_roll_out_answers_whatever_the_mode_was(both):
+    """Unsloth flips the cache with its modes."""
     policy = both[0]
     set_mode(policy.model, True, by_unsloth=True)
     rollout(policy, [policy.encode_prompt(QUESTIONS[0])], 2, 4, Sampling(), torch.Generator(), 2)
-    assert not policy.model.training
+    assert not policy.model.training and policy.model.config.use_cache
+
+
+def test_missing_weights_are_not_random_numbers(config, tmp_path):
+    folder = shutil.copytree("data/tiny", tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="lack model.layers.1.mlp.down_proj.weight: the files are not whole"):
+        load_policy(dataclasses.replace(config, backend="unsloth", model=str(folder)))
+
+
+def test_an_adapter_with_patterns_is_taken_as_it_is(both, config, tmp_path):
+    """Policy and frozen reference are the same at the start; what Unsloth would not take is refused."""
+    save_adapter(both[0], tmp_path / "a")
+    file = tmp_path / "a/adapter_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"alpha_pattern": {"down_proj": 64}}))
+    policy = loaded(dataclasses.replace(config, adapter=str(tmp_path / "a")), "unsloth", noise=0)
+    with torch.no_grad():
+        trained = completion_logprobs(policy, *BATCH)[0]
+        with policy.reference():
+            torch.testing.assert_close(completion_logprobs(policy, *BATCH)[0], trained)
+    file.write_text(json.dumps(saved | {"use_dora": True}))
+    with pytest.raises(ConfigError, match=r"not a plain LoRA \(use_dora\): set backend to transformers"):
+        loaded(dataclasses.replace(config, adapter=str(tmp_path / "a")), "unsloth")
 
 
 @pytest.mark.parametrize("settings", [[], ["--algorithm", "ppo"]], ids=["grpo", "ppo"])
