@@ -184,8 +184,8 @@ def run_part(name: str, folder: Path, seconds: float = LIMIT, rehearsal: bool = 
     }  # fmt: skip
     write_json(str(file), begun)
     started, late = time.monotonic(), False
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-u", str(Path(__file__).resolve()), *arguments]  # a crash loses no lines
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -199,7 +199,8 @@ def run_part(name: str, folder: Path, seconds: float = LIMIT, rehearsal: bool = 
             with contextlib.suppress(OSError, AttributeError):  # what it has left behind; Windows has no such groups
                 os.killpg(process.pid, signal.SIGKILL)
         log.seek(0)
-        lines = [line.rstrip()[:400] for line in log.read().splitlines() if line.strip()][-LAST_LINES:]
+        text = log.read().decode(errors="replace")
+        lines = [line.rstrip()[:400] for line in text.splitlines() if line.strip()][-LAST_LINES:]
     found = json.loads(file.read_text()) | {"seconds": round(time.monotonic() - started, 1)}
     if late and found["status"] == "unfinished":
         found["why"] = f"{seconds:.0f} s were not enough"

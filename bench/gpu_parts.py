@@ -42,7 +42,7 @@ def run(arguments: list[str], seconds: float | None = None, on_figures=None) -> 
     Raises Failed where it ends with an error, or is killed after so many seconds.
     """
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-u", *arguments], cwd=ROOT, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )  # fmt: skip
     late = threading.Event()
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -264,7 +265,16 @@ def small_disk(tmp_path):
         or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4500k", "tmpfs", disk], capture_output=True).returncode
     ):
         pytest.skip("no rights to mount a disk")
-    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,{size}", disk], check=True)
+
+    def remount(size):
+        command = ["mount", "-o", f"remount,{size}", disk]
+        for _ in range(50):  # a process that was just killed may still hold a file
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                return
+            time.sleep(0.2)
+        subprocess.run(command, check=True)
+
+    yield disk, remount
     subprocess.run(["umount", "-l", disk], check=True)
 
 
