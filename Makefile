@@ -2,6 +2,8 @@
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
 # make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: an hour)
 # make bench   set up .venv, and .venv-trl, and time a step beside TRL's    (ARGS="--reward task")
+# make ui             set up .venv and open the page over runs/ in a browser          (ARGS="--port 7861")
+# make screenshots    the README's pictures of the page, of the newest run; needs chromium
 # make test-unsloth   set up .venv-unsloth-cpu and run the calls into Unsloth against its fallback on a CPU
 # make gpu-check      what only a machine with an NVIDIA GPU can show, in parts      (PART="sampler grpo0"; none: a list)
 #
@@ -17,10 +19,16 @@ GYM = reasoning-gym==0.1.25
 UNSLOTH_ON_CPU = unsloth==2026.10.9 unsloth_zoo==2026.10.9
 PY = .venv/bin/python
 
-.PHONY: train test test-all test-unsloth compare bench gpu-check clean
+.PHONY: train ui screenshots test test-all test-unsloth compare bench gpu-check clean
 
 train: .venv/installed
 	@$(PY) train.py $(ARGS)
+
+ui: .venv/installed
+	@$(PY) ui/app.py $(ARGS)
+
+screenshots: .venv/installed
+	@$(PY) tests/test_ui_page.py $(ARGS)
 
 test: .venv/installed
 	@$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)

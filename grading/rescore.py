@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from grading.registry import Completion, RewardError, Score, did_you_mean, shorten
-from grading.reward_file import load_rewards
+from grading.reward_file import Rewards, load_rewards
 
 SHOWN = 8  # of the completions whose reward changes most
 
@@ -20,14 +20,9 @@ def rescore(rewards_file: str, target: str) -> None:
     started = time.perf_counter()
     file = Path(target) / "rollouts.jsonl" if Path(target).is_dir() else Path(target)
     lines = _read_lines(file, target)
-    settings = _read_settings(file.parent)
-    rewards = load_rewards(rewards_file)
-    present = {f.name for f in rewards.functions}
-    chosen = [name for name in settings.get("reward_funcs") or [] if name in present]
-    weights = {name: w for name, w in (settings.get("reward_weights") or {}).items() if name in present}
-    if chosen or weights:
-        rewards = load_rewards(rewards_file, chosen, weights)
-    by_id = {} if all("row" in line for line in lines) else _questions(settings, file)
+    settings = read_settings(file.parent)
+    rewards = as_in_run(rewards_file, settings)
+    by_id = {} if all("row" in line for line in lines) else questions(settings, file)
     known = [line for line in lines if "row" in line or line["prompt_id"] in by_id]
     known.sort(key=lambda line: line.get("step", 0))
     if len(known) < len(lines):
@@ -39,15 +34,30 @@ def rescore(rewards_file: str, target: str) -> None:
     scores = []
     for step in dict.fromkeys(line.get("step", 0) for line in known):  # batch functions see a step, as in the run
         completions = [
-            Completion(
-                prompt=line["prompt"], text=line["completion"], row=line.get("row") or by_id[line["prompt_id"]],
-                tokens=line.get("tokens", 0), truncated=line.get("finish_reason") == "length", step=step,
-            )
-            for line in known if line.get("step", 0) == step
-        ]  # fmt: skip
+            saved_completion(line, line.get("row") or by_id[line["prompt_id"]])
+            for line in known
+            if line.get("step", 0) == step
+        ]
         scores += rewards.score_all(completions)
-    _report(rewards, known, scores)
+    report(rewards, known, scores)
     print(f"rescored {len(known):,} completions of {file} in {time.perf_counter() - started:.1f} s")
+
+
+def as_in_run(rewards_file: str, settings: dict) -> Rewards:
+    """The rewards of a file as they would count in the run: its reward_funcs and reward_weights, as far as the file has them."""
+    rewards = load_rewards(rewards_file)
+    present = {f.name for f in rewards.functions}
+    chosen = [name for name in settings.get("reward_funcs") or [] if name in present]
+    weights = {name: w for name, w in (settings.get("reward_weights") or {}).items() if name in present}
+    return load_rewards(rewards_file, chosen, weights) if chosen or weights else rewards
+
+
+def saved_completion(line: dict, row: dict) -> Completion:
+    """The completion of a line of rollouts.jsonl; row: its question."""
+    return Completion(
+        prompt=line["prompt"], text=line["completion"], row=row, tokens=line.get("tokens", 0),
+        truncated=line.get("finish_reason") == "length", step=line.get("step", 0),
+    )  # fmt: skip
 
 
 def _read_lines(file: Path, target: str) -> list[dict]:
@@ -69,14 +79,14 @@ def _read_lines(file: Path, target: str) -> list[dict]:
     return lines
 
 
-def _read_settings(folder: Path) -> dict:
+def read_settings(folder: Path) -> dict:
     import yaml
 
     config = folder / "config.yaml"
     return yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
-def _questions(settings: dict, file: Path) -> dict[str, dict]:
+def questions(settings: dict, file: Path) -> dict[str, dict]:
     """The rows of a run's data, by id."""
     from data import load_questions
 
@@ -89,7 +99,8 @@ def _questions(settings: dict, file: Path) -> dict[str, dict]:
     return {row["id"]: row for row in train_rows + eval_rows}
 
 
-def _report(rewards, lines: list[dict], scores: list[Score]) -> None:
+def report(rewards: Rewards, lines: list[dict], scores: list[Score], shown: int = SHOWN) -> None:
+    """Print the means old and new, the verdicts that turn, and so many of the completions that change most."""
     print(f"{'':<24}{'old mean':>12}{'new mean':>12}{'changed':>10}")
     old_names = {name for line in lines for name in line.get("rewards", {})}
     for name in [*rewards.names, *sorted(old_names - set(rewards.names))]:
@@ -106,25 +117,25 @@ def _report(rewards, lines: list[dict], scores: list[Score]) -> None:
             turned[turn] = turned.get(turn, 0) + 1
     print(f"  verdicts: {', '.join(f'{n:,} {turn}' for turn, n in turned.items()) or 'as they were'}")
     by_change = sorted(range(len(lines)), key=lambda i: -abs((new[i] or 0) - (old[i] or 0)))
-    by_change = [i for i in by_change[:SHOWN] if _differ(old[i], new[i])]
+    by_change = [i for i in by_change[:shown] if differ(old[i], new[i])]
     if by_change:
         print("the largest changes:")
     for i in by_change:
         line, score = lines[i], scores[i]
         reason = "; ".join(score.reasons.values())
         start = (
-            f"  {shorten(str(line['prompt_id']), 24):<24} {_number(old[i])} -> {_number(new[i])}  {shorten(reason, 30)}"
+            f"  {shorten(str(line['prompt_id']), 24):<24} {number(old[i])} -> {number(new[i])}  {shorten(reason, 30)}"
         )
         tail = repr(line["completion"][-80:])
         print(f"{start:<74} {'...' + tail[-31:] if len(tail) > 34 else tail}")
 
 
-def _differ(old: float | None, new: float | None) -> bool:
+def differ(old: float | None, new: float | None) -> bool:
     return (old is None) != (new is None) or (old is not None and abs(old - new) > 1e-5)  # saved with some digits
 
 
 def _changed(old: list, new: list) -> int:
-    return sum(map(_differ, old, new))
+    return sum(map(differ, old, new))
 
 
 def _mean(values: list[float | None]) -> str:
@@ -132,5 +143,5 @@ def _mean(values: list[float | None]) -> str:
     return f"{sum(values) / len(values):.4f}" if values else "-"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "ungraded" if value is None else f"{value:.3g}"

@@ -212,7 +212,9 @@ def opening(config, machine: str, run: Path, policy, critic, agreement, rewards:
 
 def next_steps(run: Path, checkpoint: Path) -> str:
     """What can be done with a run that has ended."""
+    folder = "" if run.parent == Path("runs") else f" --runs {shlex.quote(str(run.parent))}"
     commands = {
+        f"python ui/app.py{folder}": "a page in the browser: chat with the model before and after",
         f"python train.py --eval-only --adapter {shlex.quote(str(checkpoint))}": "ask it the held-out questions again",
         f"python export.py {shlex.quote(str(run))}": "take the model away: for transformers, vLLM, llama.cpp, Ollama",
         "python train.py --config auto": "the largest recipe that this machine has room for",

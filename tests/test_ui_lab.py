@@ -1,0 +1,390 @@
+"""The tabs Rewards and Learn: what their buttons answer, files that do not work, and what a page for others refuses."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import gradio as gr
+import pytest
+import yaml
+
+from ui import lab, learn
+from ui.runs import Page, Runs, UiError
+
+REWARDS = """
+from grading import grade_math, metric, reward
+
+@reward(when="math")
+def correct(completion):
+    return grade_math(completion.answer, completion.row["answer"])
+
+@reward(weight=0.2)
+def short(completion):
+    return completion.tokens <= 3, f"{completion.tokens} tokens"
+
+@metric
+def thinks(completion):
+    return bool(completion.thinking)
+""".lstrip()
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A run of one step on three questions, four completions; its reward was lax: it paid for any box."""
+    questions = tmp_path / "q.jsonl"
+    rows = [{"id": f"q{i}", "prompt": f"{i} + 1?", "answer": str(i + 1), "task": "t"} for i in range(5)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    settings = {
+        "train_data": [str(questions)], "train_questions": 100, "eval_questions": 1, "num_generations": 2,
+        "reward_weights": {"correct": 2.0},
+    }  # fmt: skip
+    defaults = {"eval_data": [], "columns": {}, "seed": 0, "reward_funcs": []}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | defaults))
+    lines = [
+        {
+            "step": 3, "prompt_id": row["id"], "task": "t", "prompt": row["prompt"], "completion": text,
+            "finish_reason": "stop", "tokens": tokens, "reward": 2.0, "rewards": {"correct": 1.0}, "metrics": {},
+            "verdict": "right", "reasons": {"correct": "right"}, "advantage": 0.0,
+        }
+        for row, text, tokens in (
+            (rows[0], "\\boxed{1}", 9), (rows[0], "\\boxed{2}", 3), (rows[1], "\\boxed{2}", 9),
+            (rows[1], "x" * 50_000 + SCRIPT + "\\boxed{7}", 9),
+        )
+    ]  # fmt: skip
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "rewards.py").write_text("from grading import reward\n@reward\ndef correct(completion):\n    return 1\n")
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    return Page(Runs(tmp_path / "runs"), None, True, tmp_path / "rewards.py")
+
+
+def score(page, text, given="", source=REWARDS, which=lab.OURS, seconds=20, **asked):
+    asked = {"name": None, "step": None, "number": None, "question": "1 + 1?", "cut": False} | asked
+    places = (asked[name] for name in ("name", "step", "number", "question"))
+    return lab.score(page, *places, given, text, asked["cut"], which, source, seconds)
+
+
+def cells(table):
+    return {row[0]: row[1:] for row in table}
+
+
+# --- one completion
+
+
+def test_a_pasted_completion_is_scored_with_weights_total_and_verdict(page):
+    words, table = score(page, "<think>1+1=2</think>\\boxed{2}", "2")
+    assert words.startswith("By rewards.py: total 1, right (by correct).")
+    assert cells(table) == {
+        "correct": ["1", "1", "1", "right"],
+        "short": ["0", "0.2", "0", "29 tokens"],  # what no model wrote: its bytes
+        "thinks": ["1", "metric", "", ""],
+    }
+    words, table = score(page, "\\boxed{3}", '{"answer": 2, "level": 1}')
+    assert "total 0, wrong (by correct)" in words and cells(table)["correct"][-1] == "wrong: 3 is not 2"
+    words, table = score(page, "\\boxed{3}")
+    assert "no verdict" in words and "give the expected answer" in words and cells(table)["correct"][0] == "-"
+    with pytest.raises(UiError, match="The row is not JSON"):
+        score(page, "x", '{"answer": 2,}')
+    assert "right" in score(page, "\\boxed{\\{1,2\\}}", "{1, 2}")[0]  # a set is no row
+
+
+def test_a_completion_of_a_run_is_taken_and_scored_as_the_run_did(page):
+    words, table, question, given, text, cut = lab.pick(page, "mine", 3, 2)
+    assert words == "In the run: total 2, right." and cells(table)["correct"] == ["1", "", "", "right"]
+    assert (question, text, cut) == ("0 + 1?", "\\boxed{2}", False) and json.loads(given)["answer"] == "1"
+    place = {"name": "mine", "step": 3, "number": 2, "question": question}
+    words, table = score(page, text, given, **place)
+    assert words.startswith("By rewards.py: total 0.2, wrong (by correct). In the run: total 2, right.")
+    assert cells(table)["correct"][1] == "2", "the run's weight"
+    assert cells(table)["short"] == ["1", "0.2", "0.2", "3 tokens"], "the run's number of tokens"
+    words, _ = score(page, text, given, which=lab.THE_RUNS, **place)
+    assert "total 2, right (by correct)" in words
+
+
+def test_a_very_long_completion_is_cut_for_display_and_scored_whole(page):
+    _, _, question, given, text, _ = lab.pick(page, "mine", 3, 4)
+    assert len(text) < 21_000 and "more characters are not shown" in text and SCRIPT not in text
+    words, table = score(page, text, given, name="mine", step=3, number=4, question=question)
+    assert cells(table)["correct"][-1] == "wrong: 7 is not 2"
+
+
+def test_what_is_not_there_is_said(page):
+    for place, expected in (
+        (("mine", 3, 5), "has the completions 1 to 4"), (("mine", 9, 1), "no completions of step 9"),
+        (("../mine", 3, 1), "There is no run"), ((None, None, None), "There is no run"),
+    ):  # fmt: skip
+        with pytest.raises(UiError, match=expected):
+            lab.pick(page, *place)
+    (page.runs.folder.parent / "q.jsonl").unlink()
+    words, _, _, given, text, _ = lab.pick(page, "mine", 3, 1)
+    assert "q.jsonl" in words and given == "" and text == "\\boxed{1}"
+
+
+# --- files that do not work
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ("def broken(:\n", "rewards.draft.py:14: SyntaxError"),
+        ("1 / 0\n", "rewards.draft.py:14: ZeroDivisionError"),
+        ("@reward\ndef fails(c):\n    return 1 / 0\n", "'fails' (rewards.draft.py:16), row pasted: ZeroDivisionError"),
+        ("@reward\ndef odd(c):\n    return 'x'\n", "'odd' (rewards.draft.py:14), row pasted: returned 'x'"),
+        ("import os\nos._exit(7)\n", "ended its process (status 7)"),
+        ("raise SystemExit('enough')\n", "It printed last: enough"),
+    ],
+)
+def test_a_file_that_fails_is_said_with_its_line(page, more, expected):
+    words, table = score(page, "\\boxed{2}", "2", source=REWARDS + more)
+    assert expected in words and table == []
+
+
+@pytest.mark.parametrize("loop", ["while True: print('<b>on and on</b>' * 99)", "import time; time.sleep(99)"])
+def test_a_function_that_hangs_is_ended_and_named(page, loop):
+    started = time.monotonic()
+    words, table = score(page, "x", source=f"{REWARDS}@reward\ndef endless(c):\n    {loop}\n", seconds=1)
+    assert time.monotonic() - started < 10
+    assert "gave no answer within 1 s, it was in endless, line 16" in words and table == []
+
+
+def test_what_a_function_starts_does_not_outlive_it(page, tmp_path):
+    pid = tmp_path / "pid"
+    more = f"""
+import subprocess
+@reward
+def starts(c):
+    child = subprocess.Popen(["sleep", "60"])
+    open({str(pid)!r}, "w").write(str(child.pid))
+    child.wait()
+"""
+    assert "gave no answer within 2 s" in score(page, "x", source=REWARDS + more, seconds=2)[0]
+    time.sleep(0.3)
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True).stdout.strip()
+    assert state == "" or state.startswith("Z")
+
+
+def test_html_that_is_printed_or_given_as_a_reason_stays_text(page):
+    more = f"@reward\ndef loud(c):\n    print({SCRIPT!r})\n    return 1, {SCRIPT!r}\n"
+    words, table = score(page, SCRIPT + "\\boxed{2}", "2", source=REWARDS + more)
+    assert words.endswith(f"It printed: {SCRIPT}") and cells(table)["loud"][-1] == SCRIPT
+    blocks = built(page)
+    for kind in (gr.HTML, gr.Chatbot):
+        assert not [c for c in blocks.blocks.values() if isinstance(c, kind)]
+    for table in (c for c in blocks.blocks.values() if isinstance(c, gr.Dataframe)):
+        assert not {"markdown", "html"} & set([table.datatype] if isinstance(table.datatype, str) else table.datatype)
+    outputs = {id(out) for f in blocks.fns.values() for out in f.outputs}
+    assert not [c for c in blocks.blocks.values() if isinstance(c, gr.Markdown) and id(c) in outputs]
+
+
+# --- a step once more
+
+
+def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
+    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS, 20)
+    assert words.startswith("4 completions of step 3 by rewards.py, 2 verdicts flip:")
+    figures = {line.split()[0]: line.split()[1:] for line in words.splitlines() if line.startswith("  ")}
+    assert figures["correct"] == ["1.0000", "0.5000", "2"]
+    assert figures["short"] == ["-", "0.2500", "4"]
+    assert figures["total"] == ["2.0000", "1.0500", "2"]  # (2 + 0.2 + 2 + 0) / 4
+    assert figures["verdicts:"] == ["2", "right", "->", "wrong"]
+    assert [row[0] for row in table] == [4, 2, 1, 3], "the largest change first"
+    assert table[1][2:7] == [
+        "2",
+        "0.2",
+        "right -> wrong",
+        "correct 1 -> 0; short - -> 1",
+        "wrong: 2 is not 1; 3 tokens",
+    ]
+    assert table[2][2:5] == ["2", "2", "right"]
+    assert SCRIPT in table[0][7] and len(table[0][7]) == 80
+    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS.replace('"math"', '"math", weight=9'), 20)
+    assert "2.0000      1.0500" in words, "the run's weight counts"
+    monkeypatch.setattr(lab, "SHOWN_ROWS", 2)
+    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS, 20)
+    assert "The 2 that change most are shown" in words and [row[0] for row in table] == [4, 2]
+    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS + "1 / 0\n", 20)
+    assert "ZeroDivisionError" in words and table == []
+
+
+def test_questions_that_are_gone_are_left_out(page):
+    rollouts = page.runs.get("mine").path / "rollouts.jsonl"
+    rollouts.write_text(rollouts.read_text().replace('"q0"', '"gone"'))
+    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS, 20)
+    assert "2 are left out" in words and [row[0] for row in table] == [4, 3]
+    assert "not in the run's data" in lab.pick(page, "mine", 3, 1)[0]
+
+
+def test_the_self_test_shows_its_table(page):
+    words, _ = lab.try_out(page, "mine", lab.OURS, REWARDS, 30)
+    assert words.startswith("rewards.py passed the self-test") and "ideal, thinks" in words and "q.jsonl" in words
+    lax = "from grading import reward\n@reward\ndef any_box(c):\n    return 'boxed' in c.text\n"
+    words, _ = lab.try_out(page, None, lab.OURS, lax, 30)
+    assert words.startswith("rewards.draft.py FAILED the self-test") and "FAIL: sums: 'wrong answer'" in words
+
+
+# --- the editor
+
+
+def test_the_file_is_saved_whole_and_what_does_not_import_is_kept_beside(page):
+    file, draft = lab.places(page)
+    os.chmod(file, 0o640)
+    _, shown, loaded = lab.read_file(page)
+    assert shown == loaded == REWARDS and "nothing to save" in lab.save(page, shown.strip(), loaded, 20)[0]
+    words, loaded = lab.save(page, REWARDS + "def broken(:", loaded, 20)
+    assert "Not saved: rewards.draft.py:14: SyntaxError" in words and file.read_text() == loaded == REWARDS
+    words, shown, loaded = lab.read_file(page)  # another visit
+    assert "changes that are not in rewards.py" in words and shown == REWARDS + "def broken(:\n"
+    assert loaded == REWARDS
+    better = REWARDS.replace("<= 3", "<= 4")
+    words, loaded = lab.save(page, better, loaded, 20)
+    assert words.startswith("Saved. Its rewards: correct 1, short 0.2.") and file.read_text() == loaded == better
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640 and not draft.exists()
+    assert sorted(f.name for f in file.parent.iterdir()) == ["q.jsonl", "rewards.py", "runs"]
+
+
+def test_a_file_that_changed_meanwhile_is_not_written_over(page):
+    file, draft = lab.places(page)
+    file.write_text(REWARDS + "# by another editor\n")
+    words, _ = lab.save(page, REWARDS + "# mine\n", REWARDS, 20)
+    assert "has changed since it was read" in words and "another" in file.read_text() and "mine" in draft.read_text()
+    words, shown, loaded = lab.drop(page)
+    assert shown == loaded == file.read_text() and not draft.exists()
+
+
+def test_what_is_not_saved_scores_and_changes_no_file(page):
+    file, draft = lab.places(page)
+    words, _ = score(page, "\\boxed{2}", "2", source=REWARDS.replace("weight=0.2", "weight=0.25"))
+    assert "By rewards.draft.py" in words and file.read_text() == REWARDS and draft.exists()
+    assert "By rewards.py" in score(page, "\\boxed{2}", "2")[0] and not draft.exists(), "as in the file again"
+
+
+def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
+    page.editable = False
+    monkeypatch.setattr(subprocess, "Popen", None)
+    words, table, _, _, text, _ = lab.pick(page, "mine", 3, 2)  # what the run has saved
+    assert "total 2, right" in words and text == "\\boxed{2}"
+    for refused in (
+        lambda: score(page, "x", source="print(1)"),
+        lambda: score(page, "x", which=lab.THE_RUNS, name="mine"),
+        lambda: lab.rescore(page, "mine", 3, lab.OURS, "print(1)", 1),
+        lambda: lab.try_out(page, "mine", lab.THE_RUNS, "print(1)", 1),
+        lambda: lab.save(page, "print(1)", None, 1),
+        lambda: lab.drop(page),
+        lambda: lab.read_file(page),
+    ):
+        with pytest.raises(UiError, match="open to other machines"):
+            refused()
+    assert not lab.places(page)[1].exists()
+    offered = {f.api_name for f in built(page).fns.values()}
+    assert "pick" in offered and not {"score", "rescore", "self_test", "save", "reload"} & offered
+
+
+# --- Learn
+
+
+def test_gae_moves_from_the_td_error_to_the_whole_return():
+    episode = [["a", 0, 0.5], ["b", 1, 0.25]]
+    words, table, advantages, errors = learn.gae(episode, 1.0, 0.5, 0.0)
+    # delta = 0 + 0.25 - 0.5, 1 - 0.25; A_1 = -0.25 + 0.5 x 0.75; lambda 1: 1 - 0.5
+    assert table == [[1, -0.25, 0.125, 0.5, 0.625, 1.0], [2, 0.75, 0.75, 0.75, 1.0, 1.0]]
+    chosen = advantages[advantages["line"] == "the chosen lambda"]
+    assert chosen["y"].tolist() == [0.125, 0.75] and len(advantages) == 6
+    bias = dict(errors[errors["line"] == "bias"][["x", "y"]].values)
+    assert (
+        bias[0.0] == pytest.approx(0.75)
+        and bias[0.5] == pytest.approx(0.375)
+        and bias[1.0] == pytest.approx(0, abs=1e-6)
+    )
+    assert "lambda 0.5: bias 0.375, spread 0.000" in words
+    discounted = learn.gae(episode, 0.5, 1.0, 0.0)[1]
+    assert [row[3] for row in discounted] == [0.0, 0.75]
+
+
+def test_more_lambda_is_less_bias_and_more_spread():
+    _, _, _, errors = learn.gae(learn.EPISODE, 1.0, 0.95, 1.0)
+    of = {name: errors[errors["line"] == name]["y"].tolist() for name in ("bias", "spread")}
+    assert of["bias"][-1] == pytest.approx(0, abs=1e-5) and of["bias"][0] == pytest.approx(0.3, abs=1e-5)
+    assert of["spread"] == sorted(of["spread"])
+    assert of["spread"][0] == pytest.approx(1, abs=0.1) and of["spread"][-1] == pytest.approx(5**0.5, abs=0.2)
+
+
+def test_an_episode_with_a_hole_is_refused():
+    for row in (["a", "x", 1], ["a", 1, None], ["a", 1, ""], ["a", float("nan"), 0], ["a"]):
+        with pytest.raises(UiError, match="where a number belongs"):
+            learn.gae([["b", 0, 0], row], 1.0, 1.0, 0.1)
+    for episode, expected in (([], "where a number belongs"), ([["a", 0, 0]] * 51, "at most 50")):
+        with pytest.raises(UiError, match=expected):
+            learn.gae(episode, 1.0, 1.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, expected, objective, slope",
+    [
+        (1.5, 1, "CUT: A > 0 and the ratio is above 1.28", "1.280", "0"),
+        (1.2, 1, "not cut.", "1.200", "1"),
+        (0.5, -1, "CUT: A < 0 and the ratio is below 0.8", "-0.800", "0"),
+        (0.5, 1, "not cut although", "0.500", "1"),
+        (2.5, -2, "not cut although", "-5.000", "-2"),
+        (1.0, 0, "not cut.", "0.000", "0"),
+    ],
+)
+def test_the_clip_says_whether_the_gradient_is_cut(ratio, advantage, expected, objective, slope):
+    words, drawn = learn.clip(ratio, advantage, 0.2, 0.28)
+    assert expected in words and f"Objective {objective}" in words.replace("-0.000", "0.000")
+    assert words.replace("-0.", "0.").endswith(f"by the ratio {slope}.")
+    point = drawn[drawn["line"] == "your token"]
+    assert point["x"].tolist() == [ratio, ratio] and point["y"].tolist()[1] == pytest.approx(float(objective), abs=1e-3)
+
+
+def test_each_playground_has_its_entry_of_the_terms():
+    assert "A_t = delta_t + gamma lam A_{t+1}" in learn.term("GAE") and "###" not in learn.term("GAE")
+    assert "clip(ratio, 1 - epsilon, 1 + epsilon_high)" in learn.term("PPO clip")
+
+
+# --- the page itself
+
+
+def built(page):
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        lab.build(page)
+    return blocks
+
+
+def test_neither_the_page_nor_reward_code_waits_for_imports_it_does_not_need():
+    code = "import sys; from ui import apart; print({'gradio', 'pandas'} & set(sys.modules))\n"
+    code += "from ui import lab; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["set()", "set()"], done.stderr
+
+
+def test_the_tabs_answer_over_http(page):
+    gradio_client = pytest.importorskip("gradio_client")
+    blocks = built(page)
+    _, url, _ = blocks.queue().launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        client = gradio_client.Client(url, verbose=False)
+        run, step, number = client.predict(None, None, 1, api_name="/choose")
+        assert run["choices"] == [["mine", "mine"]] and (run["value"], step["value"], number) == ("mine", 3, 1)
+        words, table, *fields = client.predict("mine", 3, 2, api_name="/pick")
+        assert words == "In the run: total 2, right." and fields[2] == "\\boxed{2}"
+        words, table = client.predict("mine", 3, 2, *fields, lab.OURS, REWARDS, 20, api_name="/score")
+        assert "total 0.2, wrong" in words and table["data"][0][0] == "correct"
+        words, _ = client.predict("mine", 3, lab.OURS, REWARDS, 20, api_name="/rescore")
+        assert "2 verdicts flip" in words
+        endless = REWARDS + "@reward\ndef endless(c):\n    while True: pass\n"
+        job = client.submit("mine", 3, 2, *fields, lab.OURS, endless, 3, api_name="/score")
+        assert client.predict(1.5, 1, 0.2, 0.28, api_name="/clip")[0].startswith("The gradient is CUT")
+        assert not job.done(), "a function that hangs does not hold up the page"
+        assert "was in endless" in job.result()[0]
+        episode = {"headers": ["token", "reward", "value"], "data": [["a", "0", 0.5], ["b", 1, 0.25]]}
+        words, table, drawn, _ = client.predict(episode, 1.0, 0.5, 0.0, api_name="/gae")
+        assert table["data"][0][2] == 0.125 and drawn["columns"] == ["x", "y", "line"]
+        with pytest.raises(Exception, match="no completions of step 9"):
+            client.predict("mine", 9, 2, api_name="/pick")
+    finally:
+        blocks.close()

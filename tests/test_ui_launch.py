@@ -1,0 +1,157 @@
+"""Runs that are started and stopped from the page: really, and with commands that are refused."""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+
+import filelock
+import pytest
+
+pytest.importorskip("gradio")
+
+from watching import followed, serving, stopped_run, until, watched  # noqa: E402
+
+from ui.launch import Launcher, header, recipes  # noqa: E402
+from ui.runs import Runs, UiError  # noqa: E402
+
+SHORT = (
+    "--prompts-per-step 2 --num-generations 2 --eval-questions 4 --eval-steps 0 --save-steps 0 --train-questions 20 "
+    "--max-completion-length 16 --log-completions-steps 0 --device cpu"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return stopped_run(tmp_path)
+
+
+@pytest.fixture
+def launcher(folder):
+    return Launcher(Runs(folder), editable=True)
+
+
+@pytest.fixture
+def served(folder):
+    with serving(folder) as client:
+        yield client
+
+
+def test_the_command(launcher):
+    command = launcher.command("configs/tiny.yaml", "--max-steps 20 --system-prompt 'a b; $(rm) `x` && y'")
+    assert command == [
+        sys.executable, "train.py", "--config", "configs/tiny.yaml", "--max-steps", "20",
+        "--system-prompt", "a b; $(rm) `x` && y", "--output-dir", str(launcher.runs.folder / "tiny-1"),
+    ]  # fmt: skip
+    (launcher.runs.folder / "tiny-1").mkdir()
+    assert launcher.command("configs/tiny.yaml", "")[-1] == str(launcher.runs.folder / "tiny-2")
+    own = launcher.runs.folder / "own"
+    for settings in (f"--output-dir {own}", f"--output_dir={own}"):
+        command = launcher.command("configs/tiny.yaml", settings)
+        assert command[4:] == settings.split()
+    assert launcher.resume_command("a", "--max-steps 30")[2:] == [
+        "--resume",
+        str(launcher.runs.folder / "a"),
+        "--max-steps",
+        "30",
+    ]
+
+
+@pytest.mark.parametrize(
+    "recipe, settings, says",
+    [
+        ("configs/../train.py", "", "no recipe"),
+        ("/etc/passwd", "", "no recipe"),
+        (None, "", "no recipe"),
+        ("configs/tiny.yaml", "--output-dir /tmp/x", "has to be a folder in"),
+        ("configs/tiny.yaml", "--output-dir RUNS/../x", "has to be a folder in"),
+        ("configs/tiny.yaml", "--output-dir RUNS/a/b", "has to be a folder in"),
+        ("configs/tiny.yaml", "--output_dir=RUNS", "has to be a folder in"),
+        ("configs/tiny.yaml", "--output-dir RUNS/b --output-dir /tmp/x", "has to be a folder in"),
+        ("configs/tiny.yaml", "--output-dir", "has to be a folder in"),
+        ("configs/tiny.yaml", "--config x.yaml", "chosen by the controls"),
+        ("configs/tiny.yaml", "--resume=runs/a", "chosen by the controls"),
+        ("configs/tiny.yaml", "--system-prompt 'a", "Close the quotes"),
+    ],
+)
+def test_commands_that_are_refused(launcher, recipe, settings, says):
+    with pytest.raises(UiError, match=says):
+        launcher.command(recipe, settings.replace("RUNS", str(launcher.runs.folder)))
+
+
+def test_what_cannot_be_started_or_stopped(folder, launcher):
+    with filelock.FileLock(folder / "a/lock"):
+        with pytest.raises(UiError, match="a is running, and has the machine. Stop it first"):
+            launcher.start(["never"])
+        with pytest.raises(UiError, match="it is running"):
+            launcher.resume_command("a", "")
+        assert "asked to stop" in launcher.stop("a") and (folder / "a/STOP").exists()
+    for name in ("a", None):
+        with pytest.raises(UiError, match="is not running"):
+            launcher.stop(name)
+    others = Launcher(Runs(folder), editable=False)
+    for call in (lambda: others.start(["never"]), lambda: others.stop("a")):
+        with pytest.raises(UiError, match="on the machine itself"):
+            call()
+
+
+def test_every_recipe_has_a_header():
+    assert "configs/tiny.yaml" in recipes()
+    assert all("python train.py" in header(recipe) for recipe in recipes())
+    with pytest.raises(UiError):
+        header("configs/../README.md")
+
+
+def test_a_run_is_started_watched_found_again_and_stopped(folder, served):
+    client = served()
+    _, command = client.predict("configs/tiny.yaml", SHORT, api_name="/show_command")
+    assert command.endswith(f"--device cpu --output-dir {folder}/tiny-1")
+    became, timer = client.predict("configs/tiny.yaml", f"--max-steps 2000 {SHORT}", api_name="/start_run")
+    assert became.startswith(command.split(" --prompts")[0]) and timer["active"]
+    with pytest.raises(Exception, match="is running, and has the machine"):
+        client.predict("configs/tiny.yaml", SHORT, api_name="/start_run")
+    found = until(client, lambda f: "Running: step" in f["status"] and "step 0 of" not in f["status"])
+    assert found["timer"]["active"] and "of 2000, about" in found["status"]
+    assert os.getsid(pid := int(found["became"].split("process ")[1].split(".")[0])) == pid, "outlives the page"
+
+    again = served()  # the page is loaded anew
+    found = watched(again)
+    assert found["name"]["value"] == "tiny-1" and "Running" in found["status"] and "step" in found["log"]
+    shown = again.predict("tiny-1", 1, "entropy", api_name="/show_step")
+    assert len(shown[0]["data"]) == 2 and shown[6].startswith("entropy, in this group") and shown[7]
+    with pytest.raises(Exception, match="a is not running"):
+        again.predict("a", api_name="/stop_run")
+    assert "it ends after the step it is at, and saves" in again.predict("tiny-1", api_name="/stop_run")
+    found = until(client, lambda f: "Stopped before its end" in f["status"] and not f["timer"]["active"])
+    assert "ended with exit code 0" in found["became"] and Runs(folder).get("tiny-1").checkpoints()
+    assert "step_" in found["log"]
+
+
+def test_a_wrong_setting_is_shown_with_the_exit_code(folder, served):
+    client = served()
+    client.predict("configs/tiny.yaml", "--lerning-rate 1", api_name="/start_run")
+    found = until(client, lambda f: "exit code" in f["became"])
+    assert "exit code 1" in found["became"] and "did you mean learning_rate?" in found["became"]
+    assert not (folder / "tiny-1").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed(folder, launcher):
+    launcher.start(launcher.command("configs/tiny.yaml", f"--max-steps 2000 {SHORT}"))
+    end = time.monotonic() + 60
+    while not (folder / "tiny-1/metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.kill(launcher.process.pid, signal.SIGKILL)
+    launcher.process.wait()
+    assert "ended with exit code -9. Its last lines:\n" in launcher.words()
+    found = followed(launcher, "tiny-1")
+    assert found["status"].startswith("Stopped before its end: step")
+    assert launcher.resume_command("tiny-1", "")[2] == "--resume"
+
+
+def test_a_run_that_has_not_begun_is_stopped_by_a_signal(launcher):
+    launcher.start([sys.executable, "-c", "import time; time.sleep(60)", "--output-dir", "runs/x"])
+    assert "had not begun" in launcher.stop("a"), "the run that is chosen is another one, which is not running"
+    assert launcher.process.wait(10) == -signal.SIGTERM

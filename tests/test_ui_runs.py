@@ -1,0 +1,323 @@
+"""The reader of the runs folder: runs under way, cut back, damaged, hostile or huge."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import filelock
+import pytest
+
+from rl.config import ConfigError
+from ui import runs as reading
+from ui.runs import Runs, UiError, said, thinned
+
+
+def lines_of(dicts):
+    return "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dicts)
+
+
+def metrics_of(steps, **more):
+    return [{"step": s, "reward": s / 10, "accuracy": 0.5, "alarms": []} | more for s in steps]
+
+
+def rollouts_of(steps, prompts=3, size=2, text="\\boxed{4}"):
+    return [
+        {
+            "step": s,
+            "prompt_id": f"q{s}-{p}",
+            "prompt": "2 + 2 = ?",
+            "completion": f"{text} {s} {p} {i}",
+            "reward": i / 2,
+        }
+        for s in steps
+        for p in range(prompts)
+        for i in range(size)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder `a` of 20 steps, two completions a prompt."""
+    run = tmp_path / "runs/a"
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text("num_generations: 2\nmax_steps: 20\n")
+    (run / "metrics.jsonl").write_text(lines_of(metrics_of(range(1, 21))))
+    (run / "rollouts.jsonl").write_text(lines_of(rollouts_of(range(1, 21))))
+    (run / "tokens.jsonl").write_text(lines_of({"step": s, "completions": []} for s in range(1, 21)))
+    for name in ("after", "step_000010", "before"):
+        (run / f"eval/{name}.jsonl").write_text(lines_of([{"question": "<b>", "verdict": "right"}] * 3))
+    for name in ("step_000010", "step_000005", "step_000015.unfinished", "step_000020"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / "adapter_config.json").write_text("{}")
+    (run / "checkpoints/step_000020/adapter_config.json").unlink()
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def run(folder):
+    return Runs(folder).get("a")
+
+
+def test_no_run(tmp_path):
+    for runs in (Runs(tmp_path), Runs(tmp_path / "none")):
+        assert runs.names() == []
+        with pytest.raises(UiError, match="train one first"):
+            runs.get("a")
+
+
+def test_the_newest_run_comes_first(folder):
+    for name, began in (("old", 1), ("new", 2**32)):
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text("")
+        os.utime(folder / name / "config.yaml", (began, began))
+    (folder / "no_run").mkdir()
+    assert Runs(folder).names() == ["new", "a", "old"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc", "", ".", "..", "a/", "a\0", None, "A"])
+def test_no_name_leads_out_of_the_folder(folder, name):
+    (folder.parent / "x").mkdir()
+    (folder.parent / "x/config.yaml").write_text("")
+    with pytest.raises(UiError, match="There is no run"):
+        Runs(folder).get(name)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "../config", "before.jsonl", "", None])
+def test_no_evaluation_leads_out_of_the_folder(folder, run, name):
+    (folder / "secret.jsonl").write_text('{"secret": 1}\n')
+    with pytest.raises(UiError, match="has no evaluation"):
+        run.evaluation(name)
+
+
+def test_no_link_leads_out_of_the_folder(folder):
+    secret = folder.parent / "secret"
+    secret.write_text('{"step": 1, "secret": 1}\n')
+    run = folder / "a"
+    for name in ("console.log", "rollouts.jsonl", "tokens.jsonl", "summary.json", "eval/x.jsonl", "metrics.jsonl"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(secret)
+    with pytest.raises(UiError, match="outside of the runs folder"):
+        Runs(folder).get("a")
+    (run / "metrics.jsonl").unlink()
+    run = Runs(folder).get("a")
+    for read in (run.log_tail, run.steps, run.summary, lambda: run.tokens(1), lambda: run.groups(1)):
+        with pytest.raises(UiError, match="outside of the runs folder"):
+            read()
+    with pytest.raises(UiError, match="outside of the runs folder"):
+        run.evaluation("x")
+    (folder / "b").symlink_to(folder.parent / "elsewhere")
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere/config.yaml").write_text("")
+    assert Runs(folder).names() == ["a"]
+
+
+def test_evaluations_and_checkpoints(run):
+    assert run.evaluations() == ["before", "step_000010", "after"]
+    assert len(run.evaluation("after")) == 3
+    assert run.checkpoints() == ["step_000005", "step_000010"]
+
+
+def test_a_run_that_has_written_nothing_yet(folder):
+    (folder / "b").mkdir()
+    (folder / "b/config.yaml").write_text("")
+    run = Runs(folder).get("b")
+    assert (run.metrics(), run.steps(), run.groups(1), run.tokens(1), run.evaluations()) == ([], [], [], None, [])
+    assert (run.checkpoints(), run.summary(), run.log_tail(), run.status()) == ([], {}, "", "stopped")
+
+
+def test_status(folder, run):
+    assert run.status() == "stopped"
+    (folder / "a/summary.json").write_text('{"finished": true}')
+    assert run.status() == "finished"
+    with filelock.FileLock(folder / "a/lock"):
+        assert run.status() == "running"
+    assert run.status() == "finished"
+
+
+def test_the_lock_of_another_process_is_seen_and_not_broken(folder, run):
+    code = (
+        "import filelock, sys; l = filelock.FileLock(sys.argv[1]); l.acquire(); print(1, flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, folder / "a/lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    assert [run.status() for _ in range(3)] == ["running"] * 3
+    process.communicate()
+    assert run.status() == "stopped"
+
+
+def test_groups(run):
+    assert run.steps() == list(range(1, 21))
+    groups = run.groups(7)
+    assert [[line["completion"] for line in group] for group in groups] == [
+        [f"\\boxed{{4}} 7 {p} {i}" for i in range(2)] for p in range(3)
+    ]
+    assert run.group(7, 2) == groups[2]
+    assert run.groups(0) == run.groups(21) == []
+    for step, number in ((7, 3), (7, -1), (21, 0)):
+        with pytest.raises(UiError, match="Choose another step or prompt"):
+            run.group(step, number)
+
+
+def test_a_prompt_that_is_asked_twice_in_a_row(folder, run):
+    (folder / "a/rollouts.jsonl").write_text(lines_of({"step": 1, "prompt_id": "q", "n": n} for n in range(4)))
+    assert [[line["n"] for line in group] for group in run.groups(1)] == [[0, 1], [2, 3]]
+
+
+def test_steps_are_found_among_lines_of_any_length(folder, run):
+    """Every step of files with lines of 30 bytes to 60 KB, with several lines, one, or none of a step."""
+    rng = random.Random(0)
+    for _ in range(3):
+        steps = sorted(rng.sample(range(1, 60), 25)) + [60]
+        written = {s: [rng.choice([0, 3, 500, 30_000]) for _ in range(rng.randint(1, 4))] for s in steps}
+        lines = [{"step": s, "prompt_id": s, "text": "é" * n} for s, lengths in written.items() for n in lengths]
+        (folder / "a/rollouts.jsonl").write_text(lines_of(lines))
+        assert run.steps() == list(range(steps[0], 61))
+        for step in range(62):
+            found = [len(line["text"]) for group in run.groups(step) for line in group]
+            assert found == written.get(step, [])
+
+
+def test_half_a_line_is_not_read(folder, run):
+    for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
+        with (folder / "a" / name).open("a") as file:
+            file.write('{"step": 21, "prompt')
+    assert run.steps_done() == len(run.metrics()) == 20
+    assert run.steps()[-1] == 20 and run.groups(21) == [] and run.tokens(21) is None and len(run.groups(20)) == 3
+    with (folder / "a/metrics.jsonl").open("a") as file:
+        file.write('_id": 1, "alarms": []}\n')
+    assert run.metrics()[-1] == {"step": 21, "prompt_id": 1, "alarms": []}
+    (folder / "a/rollouts.jsonl").write_text('{"step": 1')
+    assert run.steps() == [] and run.groups(1) == []
+
+
+def test_a_run_that_was_cut_back(folder, run):
+    """--resume cuts the files, and they grow again: past their former length before anybody looks, at the worst."""
+    metrics, rollouts = folder / "a/metrics.jsonl", folder / "a/rollouts.jsonl"
+    assert len(run.metrics()) == 20
+    metrics.write_text(lines_of(metrics_of(range(1, 6))))
+    rollouts.write_text(lines_of(rollouts_of(range(1, 6))))
+    assert [m["step"] for m in run.metrics()] == run.steps() == [1, 2, 3, 4, 5]
+    again = metrics_of(range(1, 6)) + metrics_of(range(6, 41), reward=7.0, alarms=["clipped"])
+    metrics.write_text(lines_of(again))
+    assert run.metrics() == again and run.alarms() == {"clipped": 6}
+    metrics.write_text(lines_of(metrics_of(range(1, 42))))
+    assert run.alarms() == {} and run.steps_done() == 41
+
+
+def test_metrics_are_thinned(folder, run):
+    lines = metrics_of(range(1, 5001))
+    for line in lines[99::100]:
+        line["eval/accuracy"] = 0.5
+    (folder / "a/metrics.jsonl").write_text(lines_of(lines))
+    found = run.metrics(500)
+    assert len(run.metrics()) == 5000 and 500 <= len(found) <= 550
+    assert [m["step"] for m in found] == sorted(m["step"] for m in found)
+    assert found[0]["step"] == 1 and found[-1]["step"] == 5000
+    assert sum("eval/accuracy" in m for m in found) == 50
+    assert thinned([1, 2, 3], 3) == [1, 2, 3] and thinned(range(100), 3) == [0, 50, 99]
+
+
+def test_what_is_damaged_is_said(folder, run):
+    (folder / "a/rollouts.jsonl").write_text('nonsense\n{"step": 1}\n')
+    (folder / "a/metrics.jsonl").write_text('{"step": 1, "alarms": []}\n{"step": \n')
+    with pytest.raises(UiError, match="rollouts.jsonl cannot be read at byte 0"):
+        run.steps()
+    with pytest.raises(UiError, match="metrics.jsonl has a line that is not JSON"):
+        run.metrics()
+    (folder / "a/config.yaml").write_text("lerning_rate: 1\n")
+    with pytest.raises(ConfigError, match="did you mean learning_rate"):
+        _ = run.config
+
+
+def test_log_tail(folder, run):
+    (folder / "a/console.log").write_bytes(b"x" * 200_000 + b"\none\n\xfftwo\n")
+    assert run.log_tail(2) == "one\n\N{REPLACEMENT CHARACTER}two"
+    assert len(run.log_tail()) < 2**16
+
+
+def long_run(path, steps, lines, length):
+    """A run folder of so many steps, with so many completions a step of so many characters; its size in bytes."""
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(f"num_generations: 2\nmax_steps: {steps}\n")
+    more = {f"part/{n}/mean": 0.123456789 for n in range(60)}  # a line is as long as a real one: about 2 KB
+    (path / "metrics.jsonl").write_text(lines_of(metrics_of(range(1, steps + 1), **more)))
+    with (path / "rollouts.jsonl").open("w") as file, (path / "tokens.jsonl").open("w") as tokens:
+        for step in range(1, steps + 1):
+            file.write(lines_of(rollouts_of([step], lines // 2, 2, "x" * length)))
+            tokens.write(lines_of([{"step": step, "completions": [{"tokens": ["x"] * 1000}]}]))
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def polled(run, polls, steps):
+    """What a page asks for again and again. Returns the greatest seconds of a poll, and MB held before and after."""
+    slowest, held = 0.0, []
+    for poll in range(polls):
+        started = time.monotonic()
+        step = 1 + poll * 997 % steps
+        assert len(run.metrics(500)) <= 1000 and run.steps()[-1] >= steps
+        assert run.groups(step)[0][0]["step"] == run.tokens(step)["step"] == step
+        with run.file("metrics.jsonl").open("a") as file:
+            file.write(lines_of(metrics_of([steps + poll + 1])))
+        slowest = max(slowest, time.monotonic() - started)
+        if poll == polls // 4 or poll == polls - 1:
+            held.append(tracemalloc.get_traced_memory()[0] / 2**20)
+    return slowest, held
+
+
+@pytest.mark.parametrize(
+    "steps, lines, length, polls",
+    [(300, 8, 1000, 20), pytest.param(5000, 256, 320, 1800, marks=pytest.mark.slow)],  # 500 MB, an hour every 2 s
+)
+def test_memory_stays_flat(tmp_path, steps, lines, length, polls):
+    size = long_run(tmp_path / "runs/a", steps, lines, length)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0] / 2**20
+        slowest, (early, late) = polled(Runs(tmp_path / "runs").get("a"), polls, steps)
+        peak = tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+    print(
+        f"{size / 2**20:.0f} MB, {polls} polls: slowest {slowest:.2f} s, held {early:.2f} and {late:.2f}, peak {peak:.1f} MB"
+    )
+    assert late - before < 3 and late - early < 0.5 and peak - before < 30
+    assert slowest < 2
+
+
+def test_errors_are_said_in_words():
+    gr = pytest.importorskip("gradio")
+
+    @said
+    def fails(error):
+        raise error
+
+    @said
+    def streams(n: int):
+        yield from range(n)
+        raise KeyError("<script>")
+
+    for error, text in (
+        (UiError("no run. Train one."), "no run. Train one."),
+        (ConfigError("beta is <b>"), "beta is &lt;b&gt;"),
+        (ValueError("a\nb"), "Something went wrong: ValueError: a. The terminal has the rest."),
+        (gr.Error("as it is"), "as it is"),
+    ):
+        with pytest.raises(gr.Error) as found:
+            fails(error)
+        assert found.value.message == text
+    stream = streams(2)
+    assert (next(stream), next(stream)) == (0, 1)
+    with pytest.raises(gr.Error, match="KeyError: &#x27;&lt;script&gt;"):
+        next(stream)
+
+
+def test_the_reader_needs_neither_torch_nor_gradio():
+    code = "import sys, ui.runs; print([m for m in ('torch', 'gradio') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert reading.POINTS == 500

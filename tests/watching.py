@@ -1,0 +1,83 @@
+"""A made-up run folder, and the tab Watch over it."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+import gradio as gr
+from test_ui_runs import lines_of, metrics_of, rollouts_of
+
+from ui import watch
+from ui.runs import Page, Runs
+
+NAMES = ["name", "status", "alarms", "log", "became", "step", "timer", "seen"]
+
+
+def followed(launcher, chosen=None, seen=None):
+    values = watch.follow(launcher.runs, launcher, chosen, seen or {})
+    return dict(zip(NAMES, values)) | dict(zip(watch.CURVES, values[len(NAMES) :]))
+
+
+def real_metrics(steps, **more):
+    parts = {
+        "completions/mean_length": 20.0,
+        "step_time": 2.0,
+        "time/rollout": 1.0,
+        "time/score": 0.0,
+        "time/update": 1.0,
+    }
+    return metrics_of(steps, **{"kl": None, "peak_memory_mb": 500.0} | parts | more)
+
+
+def stopped_run(tmp_path):
+    """The runs folder: a run `a` that was stopped after 10 of 20 steps of 3 x 2 completions."""
+    run = tmp_path / "runs/a"
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text("num_generations: 2\nprompts_per_step: 3\nmax_steps: 20\neval_steps: 5\n")
+    metrics = real_metrics(range(1, 11))
+    metrics[4]["eval/accuracy"], metrics[4]["eval/accuracy_sampled"] = 0.5, 0.25
+    (run / "metrics.jsonl").write_text(lines_of(metrics))
+    (run / "rollouts.jsonl").write_text(lines_of(rollouts_of(range(1, 11))))
+    rates = {"accuracy": 0.1, "accuracy_sampled": 0.2}
+    (run / "summary.json").write_text(json.dumps({"eval": {"before": rates}, "seconds": {"eval": 10.0}, "steps": 5}))
+    (run / "console.log").write_text("step 1/20\n  alarm: nothing is <b>right</b>\nstep 2/20\n")
+    return tmp_path / "runs"
+
+
+def build(folder, editable=True):
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        with gr.Tab("Another"):
+            gr.Markdown("-")
+        watch.build(Page(Runs(folder), None, editable, Path("rewards.py")))
+    return blocks
+
+
+@contextlib.contextmanager
+def serving(folder):
+    """Gives clients of the page over `folder`; the page is one."""
+    from gradio_client import Client
+
+    pages = []
+
+    def client(editable=True):
+        if not pages:
+            pages.append(build(folder, editable))
+            pages[0].queue().launch(prevent_thread_lock=True, quiet=True, run_history=False, enable_monitoring=False)
+        return Client(pages[0].local_url, verbose=False)
+
+    yield client
+    for page in pages:
+        page.close()
+
+
+def watched(client, name=None, visible=True):
+    return dict(zip([n for n in NAMES if n != "seen"], client.predict(visible, name, api_name="/watch_run")))
+
+
+def until(client, condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition(found := watched(client)):
+        assert time.monotonic() < end, found
+        time.sleep(0.2)
+    return found

@@ -1,0 +1,114 @@
+"""The page: the same question to the model before and after, what changed, a run as it learns, rewards tried out.
+
+    make ui                                                   over runs/, at 127.0.0.1
+    python ui/app.py --runs FOLDER --port 7861
+    python ui/app.py --host 0.0.0.0 --auth NAME:PASSWORD      for others on the network: they can read and ask, nothing more
+
+Nothing is sent anywhere, and nothing is stored in the visitor's browser but the theme. On this machine alone (the
+default) rewards can be edited and runs started; requests from other sites' pages are refused.
+"""
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gradio as gr  # noqa: E402
+import tyro  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
+
+from ui import compare, lab, watch  # noqa: E402
+from ui.runs import Page, Runs  # noqa: E402
+from ui.worker import Worker  # noqa: E402
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CSS = """
+.token-table {overflow-x: auto}
+footer {display: none !important}
+"""
+
+
+@dataclass
+class Settings:
+    runs: Path = Path("runs")  # the folder with the runs
+    rewards_file: Path = Path("rewards.py")  # the reward file that is edited and tried
+    host: str = "127.0.0.1"  # the address to listen at; any other but this machine's own asks for --auth
+    port: int = 7860  # 0: any that is free
+    auth: str | None = None  # NAME:PASSWORD that visitors have to give
+    share: bool = False  # a public address through Gradio's servers; asks for --auth
+
+    @property
+    def is_local(self) -> bool:
+        return self.host in LOOPBACK and not self.share
+
+
+class OwnOrigin:
+    """Refuses what pages of other sites send here, and names of this machine that somebody else has given it."""
+
+    def __init__(self, app, hosts: tuple[str, ...] | None):
+        self.app, self.hosts = app, hosts  # hosts: None where any will do
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] in ("http", "websocket"):
+            headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
+            host, origin = headers.get("host", ""), headers.get("origin")
+            foreign = origin is not None and urlsplit(origin).netloc != host
+            if foreign or (self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts):
+                refusal = PlainTextResponse("Refused: the request comes from the page of another site.", 403)
+                return await refusal(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def build(settings: Settings) -> gr.Blocks:
+    """The page, not launched."""
+    runs = Runs(settings.runs)
+    page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file)
+    with gr.Blocks(title="Ponder", analytics_enabled=False) as blocks:
+        gr.Markdown("# Ponder\nThe same question to the model before and after training.")
+        for tab in (compare, watch, lab):
+            tab.build(page)
+    return blocks
+
+
+def launch(settings: Settings) -> tuple[gr.Blocks, str]:
+    """Serve the page from threads of this process: the page, and its address. Ends the program where others could reach it
+    unasked."""
+    if not settings.is_local and not settings.auth:
+        sys.exit("error: host: others can reach this page there: give a name and a password, --auth NAME:PASSWORD")
+    name, _, password = (settings.auth or "").partition(":")
+    if settings.auth and not (name and password):
+        sys.exit("error: auth: expected NAME:PASSWORD")
+    blocks = build(settings).queue(default_concurrency_limit=8, max_size=64)
+    _, address, shared = blocks.launch(
+        server_name=settings.host,
+        server_port=settings.port or None,
+        share=settings.share,
+        auth=(name, password) if settings.auth else None,
+        app_kwargs={"middleware": [Middleware(OwnOrigin, hosts=LOOPBACK if settings.is_local else None)]},
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return blocks, shared or address
+
+
+if __name__ == "__main__":
+    settings = tyro.cli(Settings, description=__doc__.split("\n")[0])
+    try:
+        page, address = launch(settings)
+    except OSError as error:  # the port is taken
+        sys.exit(f"error: port: {' '.join(str(error).split())}")
+    print(f"The page is at {address} over {settings.runs}/ (Ctrl-C ends it; runs that it started go on)", flush=True)
+    page.block_thread()

@@ -1,0 +1,307 @@
+"""A chat with two models: what is asked of them, what the reward functions say of their answers, and what is taken away.
+
+Raw texts stay here, on the server, in a `Session`. Both sides are judged by one reward file: that of the run on the right,
+else on the left, else of the newest run, else the project's own. Imports neither gradio nor torch.
+"""
+
+import functools
+import json
+import math
+import random
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import load_questions
+from grading import Score, outcome_of, prompt_text
+from rl.config import Config
+from rl.read_config import read_yaml
+from ui.apart import parts_of, score_apart
+from ui.runs import Page, Run, UiError, import_models
+from ui.worker import Answer, Ask, Sample
+
+BASE = "the base model"
+SIDES = "left", "right"
+SHOWN = 20_000  # characters of a text; the download has all of it
+JUDGING = 30.0  # seconds that the reward functions have
+TINY = "configs/tiny.yaml"  # the settings where there is no run
+
+
+@dataclass(eq=False)
+class Round:
+    """A question, what both sides answered, and what the reward functions say of it."""
+
+    question: str
+    names: list[str]  # of the sides
+    hidden: bool  # the vote is to come
+    ask: Ask
+    row: dict | None = None  # None: nothing to judge by
+    answers: tuple[Answer, ...] = ()
+    scores: list[list[Score]] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+    unjudged: str = ""  # why there is no verdict
+
+
+@dataclass
+class Session:
+    """One visitor's chat."""
+
+    rounds: list[Round] = field(default_factory=list)
+    held_out: dict | None = None  # the row that was put into the question's field last
+    swapped: bool | None = None  # the sides of this chat, which is a blind one; None: it is not
+    votes: Counter = field(default_factory=Counter)
+
+
+# --- what is asked
+
+
+def choices(page: Page) -> list[tuple[str, str]]:
+    """(shown, value) of what a side can be: the base, then the checkpoints, the newest first."""
+    found = [(BASE, BASE)]
+    for name in page.runs.names():
+        found += [(f"{name}, step {int(c[5:])}", f"{name}/{c}") for c in reversed(page.runs.get(name).checkpoints())]
+    return found
+
+
+def side_of(chosen: str | None) -> tuple[str, str] | None:
+    """The worker's side for a value of `choices`. Raises UiError."""
+    if chosen in (None, "", BASE):
+        return None
+    run, _, checkpoint = chosen.partition("/")
+    return run, checkpoint
+
+
+def home_of(page: Page, left: str | None, right: str | None) -> Run | None:
+    """The run whose base, questions and rewards are meant; None where there is none."""
+    names = [side[0] for side in (side_of(right), side_of(left)) if side] + page.runs.names()[:1]
+    return page.runs.get(names[0]) if names else None
+
+
+def settings_of(home: Run | None) -> Config:
+    return home.config if home else read_yaml(TINY)
+
+
+def questions(config: Config) -> tuple[list[dict], list[dict]]:
+    """The training rows and the held-out rows of a run's data."""
+    c = config
+    return _questions(json.dumps([c.train_data, c.eval_data, c.train_questions, c.eval_questions, c.columns, c.seed]))
+
+
+@functools.lru_cache(2)
+def _questions(data: str) -> tuple[list[dict], list[dict]]:
+    return load_questions(*json.loads(data))[:2]
+
+
+def put(page: Page, session: Session, left, right, number: float | None = None) -> tuple[str, int]:
+    """A held-out question for the question's field, and its number; None: any."""
+    rows = questions(settings_of(home_of(page, left, right)))[1]
+    number = random.randrange(len(rows)) + 1 if number is None else int(number)
+    if not 1 <= number <= len(rows):
+        raise UiError(f"There is no held-out question {number}: they are numbered from 1 to {len(rows)}.")
+    session.held_out = rows[number - 1]
+    return prompt_text(session.held_out["prompt"]), number
+
+
+def conversation(rounds: list[Round], side: int, question: str | list[dict]) -> list[dict]:
+    """A side's chat so far with the question behind it; of several samples it goes on from the first."""
+    messages = []
+    for done in rounds:
+        samples = done.answers[side].samples if done.answers else ()
+        messages.append({"role": "user", "content": done.question})
+        messages.append({"role": "assistant", "content": samples[0].text if samples else ""})
+    return messages + ([{"role": "user", "content": question}] if isinstance(question, str) else list(question))
+
+
+def begin(page: Page, session: Session, left, right, blind, question, expected, greedy, *how) -> Round:
+    """The next round of a chat, to be put to the worker; a held-out question begins a new chat."""
+    temperature, top_p, seed, longest, samples = how
+    if not (question or "").strip():
+        raise UiError("There is no question. Write one, or take a held-out one.")
+    home = home_of(page, left, right)
+    config = settings_of(home)
+    row, put_before = None, question
+    if session.held_out and question.strip() == prompt_text(session.held_out["prompt"]).strip():
+        row, put_before, session.rounds = session.held_out, session.held_out["prompt"], []
+    elif (expected or "").strip():
+        ours = {"id": "own", "task": "own", "prompt": question, "answer": expected.strip()}
+        row = {config.columns["answer"]: ours["answer"]} | ours if "answer" in config.columns else ours
+    was_blind = session.swapped is not None
+    voted = was_blind and not (session.rounds and session.rounds[-1].hidden)
+    if voted or bool(blind) != was_blind:  # a new chat, so that its sides stay what they are
+        session.rounds, session.swapped = [], random.random() < 0.5 if blind else None
+    order = (1, 0) if session.swapped else (0, 1)
+    chosen = [(left, right)[i] or BASE for i in order]
+    for done in session.rounds:  # of a round that was not answered nothing is left to go on from
+        done.ask.stop.set()
+    session.rounds = [done for done in session.rounds if done.answers]
+    ask = Ask(
+        sides=tuple(map(side_of, chosen)),
+        messages=tuple(conversation(session.rounds, side, put_before) for side in (0, 1)),
+        run=home.name if home else None,
+        temperature=0.0 if greedy else float(temperature),
+        top_p=float(top_p),
+        seed=int(seed or 0) % 2**31,
+        max_tokens=max(1, int(longest or 0) or config.max_completion_length),
+        samples=1 if greedy else min(16, max(1, int(samples or 1))),
+    )
+    session.rounds.append(Round(question, chosen, bool(blind), ask, row))
+    return session.rounds[-1]
+
+
+# --- what is said of the answers
+
+
+def judge(page: Page, round_: Round) -> None:
+    """Have the reward functions score all that has ended, on both sides. Raises RewardError, also where they hang."""
+    home = page.runs.get(round_.ask.run) if round_.ask.run else None
+    file = home.file("rewards.py") if home else page.rewards_file
+    completions = [
+        {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids}
+        for answer in round_.answers for s in answer.samples if s.ended
+    ]  # fmt: skip
+    round_.weights, found, _ = score_apart(home and home.path, file, JUDGING, round_.row, completions)
+    scores = iter(found)
+    round_.scores = [[next(scores) for sample in answer.samples if sample.ended] for answer in round_.answers]
+
+
+def verdict(sample: Sample, score: Score | None, max_tokens: int) -> str:
+    """In words: correct, wrong, cut off, no answer, or why there is none."""
+    if not sample.ended:
+        return "stopped: no verdict"
+    cut = f"cut off after {max_tokens} tokens" if sample.truncated else ""
+    if score is None:
+        return cut or "no verdict"
+    reason = score.reasons.get(score.judge, "")
+    if score.verdict == "ungraded":
+        return f"ungraded: {next(iter(score.reasons.values()), '')}"
+    if not score.judge:
+        return "no verdict: none of the rewards that apply here can judge"
+    if score.is_right:
+        return "correct"
+    return cut or ("no answer" if outcome_of(reason) == "no_answer" else "wrong")
+
+
+def judged(round_: Round, side: int) -> list[tuple[Sample, Score | None]]:
+    """Each sample of a side with its score, None where it has none."""
+    scores = iter(round_.scores[side] if round_.scores else ())
+    return [(s, next(scores, None) if s.ended else None) for s in round_.answers[side].samples]
+
+
+def rate(round_: Round, side: int) -> tuple[int, int]:
+    """How many of a side's samples are right, and of how many that were graded."""
+    graded = [score for _, score in judged(round_, side) if score and score.judge and score.verdict != "ungraded"]
+    return sum(score.is_right for score in graded), len(graded)
+
+
+def in_percent(right: int, n: int) -> str:
+    import_models()
+    from rl.evaluate import wilson_interval
+
+    low, high = wilson_interval(right, n)
+    return f"{right}/{n} correct ({right / n:.0%}, 95 %: {low:.0%} to {high:.0%})"
+
+
+def verdict_text(round_: Round, side: int) -> str:
+    """What stands under a side."""
+    answer, both = round_.answers[side], judged(round_, side)
+    if answer.state == "failed":
+        return answer.note
+    if len(both) > 1 and rate(round_, side)[1]:
+        text = in_percent(*rate(round_, side))
+    else:
+        text = "; ".join(dict.fromkeys(verdict(sample, score, round_.ask.max_tokens) for sample, score in both))
+    totals = [score.total for _, score in both if score and not math.isnan(score.total)]
+    if totals:
+        text += f". Reward {sum(totals) / len(totals):.3g}" + (" on average" if len(totals) > 1 else "")
+    if round_.row:
+        text += f". Expected: {expected_of(round_.row)}"
+    return cut(f"{text}. {round_.unjudged}" if round_.unjudged else text, 2000)
+
+
+def expected_of(row: dict) -> str:
+    found = row.get("tests") if row.get("answer") is None else row["answer"]
+    return str(row.get("target", "what its grader says") if found is None else found)
+
+
+def reward_table(round_: Round, side: int) -> list[list]:
+    rows = []
+    for number, (_, score) in enumerate(judged(round_, side), 1):
+        for name, value, why in parts_of(score) if score else ():
+            if value is not None or why:
+                weight = round_.weights.get(name, 0)
+                shown = "" if value is None else f"{value:g}", f"{weight:g}" if weight else "metric"
+                rows.append([number, name, *shown, cut(why, 500)])
+    return rows
+
+
+def summary(round_: Round, seconds: float) -> str:
+    """One line on the round."""
+    rates = [rate(round_, side) for side in (0, 1)]
+    text = f"{' against '.join(f'{right}/{n}' for right, n in rates)} correct. " if all(n for _, n in rates) else ""
+    how = f"temperature {round_.ask.temperature:g}, seed {round_.ask.seed}" if round_.ask.temperature else "greedy"
+    stopped = "Stopped" if any(answer.state == "stopped" for answer in round_.answers) else "Answered"
+    return f"{text}{stopped} after {seconds:.1f} s ({how})." + (" Vote to see which is which." if round_.hidden else "")
+
+
+# --- to take away
+
+
+def as_records(session: Session) -> list[dict]:
+    """One a question, with all that was asked, written and said of it."""
+    records = []
+    for done in (r for r in session.rounds if r.answers):
+        ask, sides = done.ask, {}
+        for side, name in enumerate(SIDES):
+            both = judged(done, side)
+            sides[name] = {
+                "model": "hidden until the vote" if done.hidden else done.names[side],
+                "state": done.answers[side].state, "note": done.answers[side].note,
+                "samples": [
+                    {"text": s.text, "tokens": len(s.token_ids), "verdict": verdict(s, score, ask.max_tokens)}
+                    | ({"reward": None if math.isnan(score.total) else score.total, "rewards": score.parts,
+                        "metrics": score.metrics, "reasons": score.reasons} if score else {})
+                    for s, score in both
+                ],
+            }  # fmt: skip
+        how = {name: getattr(ask, name) for name in ("temperature", "top_p", "max_tokens", "samples")}
+        records.append({
+            "question": done.question, "id": done.row and done.row["id"], "expected": done.row and expected_of(done.row),
+            "run": ask.run, "seed": ask.seed, "settings": how, "note": done.unjudged, **sides,
+        })  # fmt: skip
+    return records
+
+
+def as_markdown(records: list[dict]) -> str:
+    parts = ["# A comparison"]
+    for record in records:
+        how = ", ".join(f"{name} {value:g}" for name, value in (record["settings"] | {"seed": record["seed"]}).items())
+        parts += ["## Question", fenced(record["question"]), f"Expected: {record['expected']}. Asked with {how}."]
+        for side in SIDES:
+            parts.append(f"### {side.title()}: {record[side]['model']} {record[side]['note']}".strip())
+            for sample in record[side]["samples"]:
+                rewards = ", ".join(f"{k} {v:g}" for k, v in sample.get("rewards", {}).items() if v is not None)
+                said = f"{sample['verdict']}; {sample['tokens']} tokens; rewards: {rewards or 'none'}"
+                parts += [fenced(sample["text"]), said]
+    return "\n\n".join(parts) + "\n"
+
+
+def fenced(text: str) -> str:
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", text)), 0)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def files(session: Session) -> tuple[str | None, str | None]:
+    """The chat as Markdown and as JSONL."""
+    if not (records := as_records(session)):
+        return None, None
+    folder = Path(tempfile.mkdtemp(prefix="ponder-"))
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    for name, text in (("comparison.md", as_markdown(records)), ("comparison.jsonl", lines)):
+        (folder / name).write_text(text, encoding="utf-8", errors="replace")
+    return str(folder / "comparison.md"), str(folder / "comparison.jsonl")
+
+
+def cut(text: str, limit: int = SHOWN) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters are not shown)"

@@ -1,0 +1,327 @@
+"""The tabs Compare (one question to two models, side by side) and What changed (the held-out set before and after).
+
+Whatever a model wrote is shown as text: escaped where a component would take it for HTML. What is asked and said: ui/chat.py.
+"""
+
+import functools
+import html
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import gradio as gr
+from gradio.context import Context
+
+from ui import chat
+from ui.chat import BASE, SIDES, Session, cut, judged
+from ui.runs import Page, UiError, said
+
+ROUNDS = 20  # of a chat that are shown
+NO_RUN = (
+    "There is no run yet, so both sides are the bundled tiny model as it was before any training. To train it, in about two "
+    "minutes: `make train`."
+)
+PLAIN = {"render_markdown": False, "buttons": []}  # a chat
+TABLE = {
+    "headers": ["no.", "reward", "value", "weight", "why"], "column_widths": ["45px", "130px", "70px", "75px", "235px"],
+    "datatype": "str", "interactive": False, "wrap": True, "min_width": 320,
+}  # fmt: skip
+CHANGES = {"fixed": (False, True), "broke": (True, False), "both right": (True, True), "both wrong": (False, False)}
+ALL = "all"
+
+
+# --- what is shown
+
+
+def as_text(text: str) -> str:
+    """HTML that shows the text as it is, whatever it contains."""
+    return html.escape(cut(text)).replace("\n", "<br>").replace("  ", "&nbsp; ")
+
+
+def bubbles(text: str, over: bool) -> list[dict]:
+    """An answer's messages: the thinking, which folds when it is over, and the rest."""
+    found, rest = [], text
+    if text.lstrip().startswith("<think>"):
+        thinking, closed, rest = text.lstrip()[len("<think>") :].partition("</think>")
+        status = "done" if closed or over else "pending"
+        title = "Thinking" if closed or not over else "Thinking (never ended)"
+        found = [message("assistant", thinking.strip() or " ", {"title": title, "status": status})]
+    return found + ([message("assistant", rest.strip())] if rest.strip() else [])
+
+
+def message(role: str, text: str, metadata: dict | None = None) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": as_text(text)}], "metadata": metadata or {}}
+
+
+def messages(session: Session, side: int) -> list[dict]:
+    """A side's chat for gr.Chatbot."""
+    shown = []
+    for round_ in session.rounds[-ROUNDS:]:
+        shown.append(message("user", round_.question))
+        if not round_.answers:
+            continue
+        answer, both = round_.answers[side], judged(round_, side)
+        for number, (sample, score) in enumerate(both, 1):
+            if number == 1:
+                shown += bubbles(sample.text, sample.ended or answer.over)
+            elif answer.over:
+                said_of = chat.verdict(sample, score, round_.ask.max_tokens)
+                title = f"Sample {number} of {len(both)}: {said_of}"
+                shown.append(message("assistant", sample.text or " ", {"title": title, "status": "done"}))
+        ended = sum(sample.ended for sample in answer.samples)
+        if answer.note and answer.state != "stopped":
+            shown.append(message("assistant", answer.note))
+        elif answer.state == "answering" and round_.ask.samples > 1:
+            shown.append(message("assistant", f"({ended} of {round_.ask.samples} samples have ended)"))
+    return shown
+
+
+def labels(session: Session) -> list[str]:
+    last = session.rounds[-1] if session.rounds else None
+    names = ["", ""] if not last else [": hidden"] * 2 if last.hidden else [f": {name}" for name in last.names]
+    return [side.title() + name for side, name in zip(SIDES, names)]
+
+
+def panes(session: Session) -> list:
+    """Both chats, and below them what is said of their last answers: verdicts and tables."""
+    last = session.rounds[-1] if session.rounds and session.rounds[-1].answers else None
+    chats = [gr.Chatbot(messages(session, side), label=label) for side, label in enumerate(labels(session))]
+    if not (last and all(answer.over for answer in last.answers)):
+        return [*chats, "", "", [], []]
+    return [*chats, *(of(last, side) for of in (chat.verdict_text, chat.reward_table) for side in (0, 1))]
+
+
+def answer(page: Page, session: Session, *asked) -> Iterator[list]:
+    """Put the question and yield both sides as they grow; then the verdicts. Outputs: `panes`, status, vote, both fields."""
+    question, expected = asked[3:5]
+    round_ = chat.begin(page, session, *asked)
+    started, unchanged = time.monotonic(), [gr.skip()] * 4
+    yield [*panes(session), "asks ...", gr.Row(visible=False), "", ""]
+    for answers in page.worker.answer(round_.ask):
+        round_.answers = answers
+        if round_ not in session.rounds:  # a new chat has begun
+            return
+        notes = dict.fromkeys(a.note for a in round_.answers if a.note and not a.over)
+        yield [*panes(session)[:2], *unchanged, "; ".join(notes) or "answering ...", *unchanged[:3]]
+    if all(a.state == "failed" for a in round_.answers):
+        round_.hidden = False
+    if not round_.row:
+        round_.unjudged = "Your own question: give the expected answer (under Settings) and it gets a verdict."
+    elif any(sample.ended for a in round_.answers for sample in a.samples):
+        yield [*panes(session)[:2], *unchanged, "the reward functions judge ...", *unchanged[:3]]
+        try:
+            chat.judge(page, round_)
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            round_.unjudged = f"No verdict: {first}"
+    failed = all(not a.samples for a in round_.answers)
+    status = chat.summary(round_, time.monotonic() - started)
+    yield [*panes(session), status, gr.Row(visible=round_.hidden), *((question, expected) if failed else ("", ""))]
+
+
+def vote(better: int | None, session: Session) -> tuple:
+    """Reveal the sides and count the vote. better: a side, None for a tie. Outputs: chats, tally, vote, status."""
+    if not session.rounds or not session.rounds[-1].hidden:
+        raise UiError("There is nothing to vote on. Tick Blind and ask a question.")
+    names = session.rounds[-1].names
+    session.votes["neither" if better is None else names[better]] += 1
+    for round_ in session.rounds:
+        round_.hidden = False
+    tally = ", ".join(f"{name} {n}" for name, n in session.votes.most_common())
+    return *panes(session)[:2], tally, gr.Row(visible=False), f"Left was {names[0]}, right was {names[1]}."
+
+
+def new_chat(session: Session) -> list:
+    stop(session)
+    session.rounds, session.swapped = [], None
+    return [*panes(session), "", gr.Row(visible=False), "", ""]
+
+
+def stop(session: Session) -> None:
+    for round_ in session.rounds:
+        round_.ask.stop.set()
+
+
+# --- the tab Compare
+
+
+def line(label: str, name: str) -> gr.Textbox:
+    """One line of words, without a frame and with its label inside."""
+    how = {"interactive": False, "lines": 1, "max_lines": 3, "show_label": False, "container": False}
+    return gr.Textbox(label=label, placeholder=label, elem_id=name, **how)
+
+
+def refresh(page: Page, left, right) -> tuple:
+    """The sides that there are now; what was chosen stays. Outputs: note, left, right."""
+    found = chat.choices(page)
+    values = [value for _, value in found]
+    newest = values[1] if len(values) > 1 else BASE
+    if page.worker:
+        home = chat.home_of(page, left if left in values else BASE, right if right in values else newest)
+        page.worker.load_ahead(home.name if home else None)
+    return (
+        gr.Markdown(visible=not page.runs.names()),
+        gr.Dropdown(found, value=left if left in values else BASE),
+        gr.Dropdown(found, value=right if right in values and right != BASE else newest),
+    )
+
+
+def build(page: Page) -> None:
+    def bound(function, *more):
+        return said(functools.partial(function, *more))
+
+    with gr.Tab("Compare") as tab:
+        session = gr.State(Session())
+        note = gr.Markdown(NO_RUN, visible=not page.runs.names())
+        sides, chats, verdicts, tables = [], [], [], []
+        with gr.Row():
+            for side in map(str.title, SIDES):
+                with gr.Column(min_width=320):
+                    label = f"{side}: base model, or run and checkpoint"
+                    sides.append(gr.Dropdown([BASE], value=BASE, label=label, allow_custom_value=True))
+                    chats.append(gr.Chatbot(label=side, height=300, elem_id=f"{side.lower()}-chat", **PLAIN))
+                    label = f"{side}: verdict"
+                    verdicts.append(line(label, f"{side.lower()}-verdict"))
+        with gr.Row(visible=False) as voting:
+            votes = [gr.Button(text) for text in ("Left is better", "Neither is better", "Right is better")]
+        placeholder = "Ask both, or take a held-out question"
+        question = gr.Textbox(label="Question", lines=1, max_lines=6, placeholder=placeholder)
+        with gr.Row():
+            ask, end, anew = gr.Button("Ask both", variant="primary"), gr.Button("Stop"), gr.Button("New chat")
+        status = line("What happens", "status")
+        tally = gr.Textbox(label="Blind votes", interactive=False, visible=False)
+        with gr.Row():
+            number = gr.Number(1, label="Held-out question, by its number", precision=0, minimum=1)
+            take, draw = gr.Button("Take this held-out question"), gr.Button("Take one at random")
+        with gr.Accordion("Rewards, and why"), gr.Row():
+            for side in SIDES:
+                label = f"{side.title()}: rewards"
+                tables.append(gr.Dataframe(label=label, **TABLE))
+        with gr.Accordion("Settings", open=False):
+            blind = gr.Checkbox(label="Blind: which side is which is drawn by chance, and shown when you have voted")
+            expected = gr.Textbox(label="Expected answer to a question of your own (optional: gives it a verdict)")
+            greedy = gr.Checkbox(True, label="Greedy: always the likeliest token; one sample a side")
+            samples = gr.Slider(1, 16, value=1, step=1, label="Samples a side, when not greedy")
+            temperature = gr.Slider(0.05, 2.0, value=1.0, step=0.05, label="Temperature, when not greedy")
+            top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.05, label="top_p, when not greedy (1 is off)")
+            seed = gr.Number(0, label="Seed", precision=0)
+            longest = gr.Number(0, label="Longest answer in tokens (0: as in training)", precision=0, minimum=0)
+        with gr.Row():
+            taken = [gr.DownloadButton(f"Download as {kind}", interactive=False) for kind in ("Markdown", "JSONL")]
+
+    outputs = [*chats, *verdicts, *tables, status, voting, question, expected]
+    asked = [session, *sides, blind, question, expected, greedy, temperature, top_p, seed, longest, samples]
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    asking = gr.on(
+        [ask.click, question.submit], bound(answer, page), asked, outputs, show_progress="hidden", api_name="ask"
+    )
+    asking.then(said(downloads), session, taken, show_progress="hidden", api_name="files")
+    end.click(said(stop), session, None, queue=False, api_name="stop")
+    gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")
+    take.click(bound(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
+    draw.click(bound(chat.put, page), [session, *sides], [question, number], api_name="random_held_out")
+    blind.input(lambda ticked: gr.Textbox(visible=ticked), blind, tally, **quiet)
+    for button, better in zip(votes, (0, None, 1)):
+        voted = button.click(bound(vote, better), session, [*chats, tally, voting, status], api_name=f"vote_{better}")
+        voted.then(said(downloads), session, taken, **quiet)
+    for event in (tab.select, Context.root_block.load):
+        event(bound(refresh, page), sides, [note, *sides], **quiet)
+    what_changed(page)
+
+
+def downloads(session: Session) -> list:
+    return [gr.DownloadButton(value=file, interactive=file is not None) for file in chat.files(session)]
+
+
+# --- the tab What changed
+
+
+def paired(page: Page, name: str, before: str, after: str) -> list[tuple[int, str, dict, dict]]:
+    """(number, which of CHANGES, record before, record after) of each question that both evaluations asked."""
+    first, second = ({line["id"]: line for line in page.runs.get(name).evaluation(which)} for which in (before, after))
+    words = {pair: word for word, pair in CHANGES.items()}
+    pairs = [(b, second[key]) for key, b in first.items() if key in second]
+    return [(n, words[b["verdict"] == "right", a["verdict"] == "right"], b, a) for n, (b, a) in enumerate(pairs, 1)]
+
+
+def changed(page: Page, name, before, after, which) -> tuple:
+    """Outputs: counts in words, the filter, the table."""
+    if not (name and before and after):
+        return "There is no evaluation yet: a run writes the first one before its first step.", gr.skip(), []
+    pairs = paired(page, name, before, after)
+    if not pairs:
+        return "The two evaluations have no question in common.", gr.skip(), []
+    counts = Counter(change for _, change, _, _ in pairs)
+    right = [sum(record["verdict"] == "right" for record in records) for records in list(zip(*pairs))[2:]]
+    shares = " -> ".join(chat.in_percent(n, len(pairs)) for n in right)
+    text = ", ".join(f"{counts[word]} {word}" for word in CHANGES) + f" of {len(pairs)}. {before} -> {after}: {shares}."
+    rows = [
+        [n, change, b["task"], cut(b["question"], 200), last_of(b), last_of(a), cut(str(b["expected"]), 100)]
+        for n, change, b, a in pairs if which in (ALL, change)
+    ]  # fmt: skip
+    filters = [(f"all ({len(pairs)})", ALL), *((f"{word} ({counts[word]})", word) for word in CHANGES)]
+    return text, gr.Radio(filters, value=which), rows
+
+
+def last_of(record: dict) -> str:
+    """The end of an answer, where it states its result, with its verdict."""
+    return f"{record['verdict']}: {record['completion'].strip()[-60:]}"
+
+
+def opened(page: Page, name, before, after, event: gr.SelectData) -> tuple[str, str, str]:
+    """Both completions of the row that was clicked. Outputs: question, before, after."""
+    number = int(event.row_value[0])
+    _, change, *records = paired(page, name, before, after)[number - 1]
+    first = records[0]
+    words = f"{number} ({change}): {cut(first['question'])}\nExpected: {cut(str(first['expected']))}"
+    return words, *map(in_full, records)
+
+
+def in_full(record: dict) -> str:
+    """A record of an evaluation as text."""
+    rewards = [
+        f"{name} {value if value is None else format(value, 'g')} {record['reasons'].get(name, '')}".rstrip()
+        for name, value in record["rewards"].items() if value is not None or name in record["reasons"]
+    ]  # fmt: skip
+    end = "cut off" if record["finish_reason"] == "length" else "ended by itself"
+    head = f"{record['verdict']}, reward {record['reward']}, {record['tokens']} tokens, {end}"
+    return "\n".join([head, *rewards, "", cut(record["completion"])])
+
+
+def what_changed(page: Page) -> None:
+    """The tab."""
+
+    def of_run(name):
+        names = page.runs.get(name).evaluations() if name else []
+        ends = (names[0], names[-1]) if names else (None, None)
+        return [gr.Dropdown(names, value=value) for value in ends]
+
+    def runs(name):
+        names = page.runs.names()
+        name = name if name in names else next(iter(names), None)
+        return [gr.Dropdown(names, value=name), *of_run(name)]
+
+    def click(name, before, after, event: gr.SelectData):
+        return opened(page, name, before, after, event)
+
+    with gr.Tab("What changed") as tab:
+        with gr.Row():
+            run = gr.Dropdown([], label="Run", allow_custom_value=True)
+            ends = [gr.Dropdown([], label=f"Evaluation {end}", allow_custom_value=True) for end in ("before", "after")]
+        counts = gr.Textbox(label="Held-out questions", interactive=False, lines=2, elem_id="changes")
+        which = gr.Radio([ALL, *CHANGES], value=ALL, label="Show")
+        table = gr.Dataframe(
+            headers=["no.", "change", "task", "question", "before", "after", "expected"], datatype="str", interactive=False,
+            column_widths=["50px", "105px", "85px", "300px", "265px", "265px", "100px"],
+            wrap=True, max_height=420, label="Questions: click one to read both answers", elem_id="changed-table",
+        )  # fmt: skip
+        question = gr.Textbox(label="Question", interactive=False, lines=2, elem_id="changed-question")
+        with gr.Row():
+            both = [gr.Textbox(label=label, interactive=False, lines=10, max_lines=30) for label in ("Before", "After")]
+    asked = [run, *ends]
+    look = {"fn": said(functools.partial(changed, page)), "inputs": [*asked, which], "outputs": [counts, which, table]}
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    tab.select(said(runs), run, [run, *ends], **quiet).then(**look, show_progress="hidden", api_name="changed")
+    run.input(said(of_run), run, ends, **quiet).then(**look, **quiet)
+    gr.on([*(end.input for end in ends), which.input], **look, **quiet)
+    table.select(said(click), asked, [question, *both], **quiet)

@@ -1,0 +1,294 @@
+"""The tab Rewards: what the reward functions say of a completion, and what an edited file says of a step of a run.
+
+No reward code runs in the page's process (ui/apart.py). What is scored with is the file as it stands in the editor: what
+is not saved lies beside the file (rewards.draft.py) until it is saved or dropped, also where it does not import.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import gradio as gr
+
+from data import DataError
+from grading import RewardError
+from rl.config import ConfigError
+from ui import chat, learn
+from ui.apart import apart, number_of, parts_of, score_apart
+from ui.runs import Page, Run, UiError, said
+
+FILES = OURS, THE_RUNS = "the editor's", "the run's own copy"
+READ_ONLY = "This page is open to other machines: here reward files are neither changed nor run."
+SECONDS = 30  # that reward code has, unless the person gives it more
+SHOWN_ROWS = 200  # of a step that is scored again
+SCORED = ["function", "value", "weight", "counts", "why"]
+CHANGES = ["completion", "question", "old", "new", "verdict", "what changed", "why", "its end"]
+
+
+# --- the tab Rewards: its buttons
+
+
+def kept(function):
+    """A handler with (words, table): what is wrong with a reward file stays in the words, instead of passing by."""
+
+    @functools.wraps(function)
+    def call(*args):
+        try:
+            return function(*args)
+        except RewardError as error:
+            return str(error), []
+
+    return call
+
+
+def pick(page: Page, name: str | None, step: float | None, number: float | None) -> tuple:
+    """(words, table, question, row, completion, whether it was cut): as the run has saved them."""
+    run, line = find(page, name, step, number)
+    row, words = None, in_the_run(line)
+    try:
+        row = next((row for rows in chat.questions(run.config) for row in rows if row["id"] == line["prompt_id"]), None)
+        words += "" if row else " Its question is not in the run's data any more: give the expected answer."
+    except (ConfigError, DataError) as error:  # the data is out of reach: the rest can be shown
+        words += f" {error}"
+    values = line.get("rewards", {}) | line.get("metrics", {})
+    table = [[f, number_of(value), "", "", line.get("reasons", {}).get(f, "")] for f, value in values.items()]
+    given = json.dumps(row, ensure_ascii=False, indent=1) if row else ""
+    return words, table, line["prompt"], given, chat.cut(line["completion"]), line.get("finish_reason") == "length"
+
+
+@kept
+def score(page: Page, name, step, number, question, given, text, cut, which, source, seconds) -> tuple[str, list]:
+    """(words, table) on the completion in the fields: one of a run, or any other."""
+    file, run = reward_file(page, which, source, name), page.runs.get(name) if name else None
+    row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(given)
+    asked, words = {"text": text, "truncated": cut}, ""
+    with contextlib.suppress(UiError):  # it need not be of a run
+        line = find(page, name, step, number)[1]
+        if (question, text) == (line["prompt"], chat.cut(line["completion"])):  # perhaps its beginning alone
+            asked |= {"text": line["completion"], "tokens": line.get("tokens"), "step": line["step"]}
+            words = in_the_run(line)
+    weights, (found,), printed = score_apart(run and run.path, file, seconds, row, [asked])
+    table = []
+    for name, value, why in parts_of(found):
+        weight = weights.get(name, 0)
+        counts = number_of(weight * value) if weight and value is not None else ""
+        table.append([name, number_of(value), f"{weight:g}" if weight else "metric", counts, why])
+    verdict = f"{found.verdict} (by {found.judge})" if found.judge else found.verdict
+    if found.verdict == "wrong" and not found.judge:
+        verdict = "no verdict: none of the rewards that apply can judge it; give the expected answer"
+    return f"By {file.name}: total {number_of(found.total)}, {verdict}. {words}{output(printed)}", table
+
+
+@kept
+def rescore(page: Page, name: str | None, step: float | None, which, source, seconds) -> tuple[str, list]:
+    """(words, table) on a step of a run: old -> new, the completions that change most first."""
+    file, run = reward_file(page, which, source, name), page.runs.get(name or "")
+    lines = lines_of(run, step)
+    found, printed = apart("rescore", run.path, file, seconds, lines=lines)
+    known, flips = found["lines"], found["flips"]
+    words = f"{len(known)} completions of step {int(step)} by {file.name}, {flips} verdicts flip:\n{found['report']}"
+    if len(known) < len(lines):
+        words += f"{len(lines) - len(known)} are left out: their questions are not in the run's data any more.\n"
+    if len(known) > SHOWN_ROWS:
+        words += f"The {SHOWN_ROWS} that change most are shown.\n"
+    return words + output(printed), known[:SHOWN_ROWS]
+
+
+@kept
+def try_out(page: Page, name: str | None, which, source, seconds) -> tuple[str, list]:
+    """(its table and verdict, no rows) of the self-test, on the run's questions, or else on sums, words and functions."""
+    file, run = reward_file(page, which, source, name), page.runs.get(name) if name else None
+    passed, printed = apart("self_test", run and run.path, file, seconds)
+    words = "passed the self-test" if passed else "FAILED the self-test: the last lines say why"
+    return f"{file.name} {words}.\n{printed}", []
+
+
+def read_file(page: Page) -> tuple[str, str, str]:
+    """(words, the text for the editor, that of the file): of the draft, where there is one."""
+    need_editable(page)
+    file, draft = places(page)
+    if draft.is_file():
+        words = f"These are changes that are not in {file.name}: save or drop them. They are kept in {draft.name}."
+        return words, text_of(draft), text_of(file)
+    return f"This is {file}.", text_of(file), text_of(file)
+
+
+def drop(page: Page) -> tuple[str, str, str]:
+    """The file as it is, as `read_file`, without the draft."""
+    need_editable(page)
+    places(page)[1].unlink(missing_ok=True)
+    return read_file(page)
+
+
+def save(page: Page, source: str, loaded: str | None, seconds: float) -> tuple[str, str | None]:
+    """(words, the text of the file as far as the editor knows it). What does not import is not saved, and not lost."""
+    need_editable(page)
+    file, draft = places(page)
+    if hold(page, source) == file:
+        return f"{file.name} is as in the editor: there is nothing to save.", text_of(file)
+    keeps = f"What is in the editor is kept in {draft.name}."
+    if loaded is not None and text_of(file) != loaded:
+        return f"Not saved: {file.name} has changed since it was read. {keeps}", loaded
+    try:
+        names, _ = apart("check", None, draft, seconds)
+    except RewardError as error:
+        return f"Not saved: {error}\n{file.name} is as it was. {keeps}", loaded
+    if file.is_file():
+        shutil.copymode(file, draft)
+    os.replace(draft, file)
+    return f"Saved. Its rewards: {', '.join(names)}. A run that is under way keeps its own copy.", text_of(file)
+
+
+def choose(page: Page, name: str | None, step: float | None, number: float | None) -> tuple:
+    """The runs there are; the chosen one, else the newest; its step, else its last one."""
+    names = page.runs.names()
+    name = name if name in names else next(iter(names), None)
+    steps = page.runs.get(name).steps() if name else []
+    label = f"step, {steps[0]} to {steps[-1]}" if steps else "step"
+    if step not in steps:
+        step, number = steps[-1] if steps else None, 1
+    return gr.Dropdown(choices=names, value=name), gr.Number(label=label, value=step), number
+
+
+# --- what they share
+
+
+def need_editable(page: Page) -> None:
+    if not page.editable:
+        raise UiError(READ_ONLY)
+
+
+def lines_of(run: Run, step: float | None) -> list[dict]:
+    lines = [line for group in run.groups(int(step or 0)) for line in group]
+    if not lines:
+        raise UiError(f"{run.name} has no completions of step {int(step or 0)}. Choose another step.")
+    return lines
+
+
+def find(page: Page, name: str | None, step: float | None, number: float | None) -> tuple[Run, dict]:
+    """A run and one of its completions; number: from 1, within the step. Raises UiError."""
+    run = page.runs.get(name or "")
+    lines = lines_of(run, step)
+    if not 1 <= int(number or 0) <= len(lines):
+        raise UiError(f"Step {int(step)} of {name} has the completions 1 to {len(lines)}. Choose one of these.")
+    return run, lines[int(number) - 1]
+
+
+def in_the_run(line: dict) -> str:
+    return f"In the run: total {number_of(line.get('reward'))}, {line.get('verdict')}."
+
+
+def output(printed: str) -> str:
+    return f" It printed: {printed[-500:]}" if printed else ""
+
+
+def read_row(given: str) -> dict:
+    """The columns of a row that is JSON; of anything else it is the answer. Raises UiError."""
+    if not re.match(r'\s*\{\s*["}]', given):
+        return {"answer": given.strip()} if given.strip() else {}
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise UiError(f"The row is not JSON: {error}. Mend it, or give the expected answer alone.") from None
+
+
+def places(page: Page) -> tuple[Path, Path]:
+    """The reward file and the draft of it."""
+    file = page.rewards_file.resolve()
+    return file, file.with_suffix(".draft.py")
+
+
+def text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def hold(page: Page, source: str) -> Path:
+    """A file with what is in the editor: the reward file, or else the draft."""
+    file, draft = places(page)
+    if text_of(file).strip() == source.strip():  # as the editor shows it
+        draft.unlink(missing_ok=True)
+        return file
+    unfinished = draft.with_name(f"{draft.name}.unfinished")
+    unfinished.write_text(source.strip() + "\n", encoding="utf-8")
+    os.replace(unfinished, draft)
+    return draft
+
+
+def reward_file(page: Page, which: str, source: str, name: str | None) -> Path:
+    need_editable(page)
+    return page.runs.get(name or "").file("rewards.py") if which == THE_RUNS else hold(page, source)
+
+
+# --- its layout
+
+
+def build(page: Page) -> None:
+    with gr.Tab("Rewards") as tab:
+        gr.Markdown(
+            "What each reward function says of a completion, and why. Take one of a run, or write one of your own."
+        )
+        with gr.Row():
+            run = gr.Dropdown(page.runs.names(), label="run")
+            step, number = gr.Number(label="step", precision=0), gr.Number(1, label="completion, from 1", precision=0)
+            taking = gr.Button("Take this completion")
+        with gr.Row():
+            with gr.Column():
+                question = gr.Textbox(label="question", lines=2, max_lines=8)
+                given = gr.Textbox(label="expected answer, or the row as JSON", lines=2, max_lines=8)
+                text = gr.Textbox(label="completion, with its thinking", lines=6, max_lines=20)
+                cut = gr.Checkbox(label="it was cut at the length limit")
+            with gr.Column():
+                scoring = gr.Button("Score", variant="primary", visible=page.editable)
+                words = gr.Textbox(label="verdict", lines=2, max_lines=12)
+                parts = gr.Dataframe(headers=SCORED, label="rewards", wrap=True, interactive=False, max_chars=500)
+        chosen, fields = [run, step, number], [question, given, text, cut]
+        gr.on([tab.select, run.input], bound(choose, page), chosen, chosen, show_progress="hidden", api_name="choose")
+        taken = bound(pick, page), chosen, [words, parts, *fields]
+        taking.click(*taken, api_name="pick")
+        if page.editable:
+            build_editor(page, tab, chosen, fields, scoring, words, parts, taken)
+        else:
+            gr.Markdown(READ_ONLY)
+    learn.build(page)
+
+
+def build_editor(page: Page, tab, chosen: list, fields: list, scoring, words, parts, taken: tuple) -> None:
+    """The file, and what scores with it."""
+    with gr.Row():
+        which = gr.Radio(FILES, value=OURS, label="score with the rewards.py that is")
+        seconds = gr.Number(SECONDS, label="time limit, seconds", precision=0, minimum=1, maximum=3600)
+    editor = gr.Code(language="python", label="rewards.py", lines=16, max_lines=30, interactive=True)
+    loaded = gr.State(None)  # the text of the file when it was read
+    with gr.Row():
+        saving, dropping = gr.Button("Save"), gr.Button("Reload (drops what is not saved)")
+        rescoring, testing = gr.Button("Rescore the step"), gr.Button("Self-test")
+    of_file = gr.Textbox(label="the file", max_lines=6)
+    result = gr.Code(label="old -> new, or the self-test", interactive=False, max_lines=30, wrap_lines=False)
+    changes = gr.Dataframe(
+        headers=CHANGES, label="completions, those that change most first; a click takes one", wrap=True, interactive=False,
+        max_chars=300,
+    )  # fmt: skip
+
+    def read_once(known: str | None):
+        return read_file(page) if known is None else [gr.skip()] * 3
+
+    def number_in(event: gr.SelectData):
+        return int(event.row_value[0])
+
+    run, step, number = chosen
+    by = [which, editor, seconds]
+    tab.select(said(read_once), loaded, [of_file, editor, loaded], show_progress="hidden")
+    scoring.click(bound(score, page), [*chosen, *fields, *by], [words, parts], api_name="score")
+    rescoring.click(bound(rescore, page), [run, step, *by], [result, changes], api_name="rescore")
+    testing.click(bound(try_out, page), [run, *by], [result, changes], api_name="self_test")
+    saving.click(bound(save, page), [editor, loaded, seconds], [of_file, loaded], api_name="save")
+    dropping.click(bound(drop, page), None, [of_file, editor, loaded], api_name="reload")
+    changes.select(said(number_in), None, number).success(*taken)
+
+
+def bound(function, page: Page):
+    return said(functools.partial(function, page))

@@ -1,0 +1,166 @@
+"""Starts and stops runs from the page: train.py as a process of its own, which goes on without the page."""
+
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import gradio as gr
+
+from ui.runs import Runs, UiError, said, tail
+
+ROOT = Path(__file__).resolve().parent.parent
+ELSEWHERE = "This page is open to others: start and stop runs on the machine itself."
+
+
+class Launcher:
+    """train.py as a process of its own, one at a time. What it is known by lies in the run folder, so that a run is found
+    again when the page has been reloaded or restarted."""
+
+    def __init__(self, runs: Runs, editable: bool):
+        self.runs, self.editable, self._lock = runs, editable, threading.Lock()
+        self.process: subprocess.Popen | None = None
+        self.name: str | None = None  # of the run folder
+        self.log: Path | None = None
+
+    def command(self, recipe: str, overrides: str) -> list[str]:
+        """Raises UiError for a recipe or settings that are not to be."""
+        if recipe not in recipes():
+            raise UiError(f"There is no recipe {recipe!r}. Choose one of the list.")
+        more, folder = self._settings(overrides)
+        if folder is None:
+            stem = Path(recipe).stem
+            folder = next(f for n in itertools.count(1) if not (f := self.runs.folder / f"{stem}-{n}").exists())
+            more += ["--output-dir", os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)]
+        return [sys.executable, "train.py", "--config", recipe, *more]
+
+    def resume_command(self, name: str | None, overrides: str) -> list[str]:
+        if (run := self.runs.get(name)).status() != "stopped":
+            raise UiError(f"{run.name} is not to be gone on with: it is {run.status()}. Choose one that was stopped.")
+        more, _ = self._settings(overrides)
+        return [sys.executable, "train.py", "--resume", str(run.path), *more]
+
+    def _settings(self, overrides: str) -> tuple[list[str], Path | None]:
+        """As arguments, with the run folder among them. Raises UiError."""
+        try:
+            arguments = shlex.split(overrides or "")
+        except ValueError as error:
+            raise UiError(f"The other settings cannot be read: {error}. Close the quotes.") from None
+        folder = None
+        for i, argument in enumerate(arguments):
+            name, equals, value = argument.partition("=")
+            name = name.lstrip("-").replace("-", "_")
+            if name in ("config", "resume"):
+                raise UiError(f"{argument} is chosen by the controls above. Leave it out of the other settings.")
+            if name == "output_dir":
+                folder = ROOT / (value if equals else "".join(arguments[i + 1 : i + 2]))
+                if folder.resolve().parent != self.runs.folder:
+                    raise UiError(
+                        f"output_dir has to be a folder in {self.runs.folder}. Leave it out, or name one there."
+                    )
+        return arguments, folder
+
+    def start(self, command: list[str]) -> str:
+        """Raises UiError where another run is under way."""
+        self._check_editable()
+        with self._lock:
+            if (busy := self.runs.running()) or self.alive():
+                raise UiError(f"{busy[0] if busy else self.name} is running, and has the machine. Stop it first.")
+            if self.log:
+                self.log.unlink(missing_ok=True)
+            last = max(i for i, a in enumerate(command) if a.startswith(("--output-dir", "--output_dir", "--resume")))
+            self.name = Path(command[last].partition("=")[2] or command[last + 1]).name
+            with tempfile.NamedTemporaryFile(prefix="ponder-", suffix=".log", delete=False) as log:
+                self.log, self.command_line = Path(log.name), shlex.join(command)
+                self.process = subprocess.Popen(
+                    command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                )  # fmt: skip
+        return self.words()
+
+    def _check_editable(self) -> None:
+        if not self.editable:
+            raise UiError(ELSEWHERE)
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self, name: str | None) -> str:
+        """By a STOP file; a run that has no folder yet, by a signal. Says what it did. Raises UiError."""
+        self._check_editable()
+        if name and (run := self.runs.get(name)).status() == "running":
+            run.file("STOP").touch()
+            return f"{name} has been asked to stop: it ends after the step it is at, and saves."
+        if self.alive() and self.name not in self.runs.names():
+            self.process.terminate()
+            return f"{self.name} had not begun: it has been ended."
+        raise UiError(f"{name or 'Nothing'} is not running. Choose a run that is.")
+
+    def words(self) -> str:
+        """What was started last, and what has become of it."""
+        if not self.editable:
+            return ELSEWHERE
+        if self.process is None:
+            return "nothing yet"
+        if self.alive():
+            return (
+                f"{self.command_line}\nruns as process {self.process.pid}. It goes on when this page is closed.\n"
+                + tail(self.log, 5)
+            )
+        code = self.process.returncode
+        return f"{self.command_line}\nended with exit code {code}. Its last lines:\n{tail(self.log, 15)}"
+
+
+def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> gr.Textbox:
+    """Start, go on and stop. Returns the box that says what became of the last start."""
+    with gr.Accordion("Start or stop a run", open=False) as controls:
+        recipe = gr.Dropdown(recipes(), value="configs/tiny.yaml", label="Recipe")
+        about = gr.Textbox(header("configs/tiny.yaml"), label="About it", max_lines=12)
+        overrides = gr.Textbox(label="Other settings", placeholder="--max-steps 20", info="as on the command line")
+        command = gr.Textbox(label="The command", max_lines=4)
+        with gr.Row():
+            start = gr.Button("Start it", variant="primary")
+            go_on = gr.Button("Go on with the run above")
+            stop = gr.Button("Stop the run above: it saves")
+    became = gr.Textbox(label="Started from this page", max_lines=20)
+
+    @said
+    def show_command(recipe: str, overrides: str):
+        try:
+            return header(recipe), shlex.join(launcher.command(recipe, overrides))
+        except UiError as error:
+            return gr.skip(), str(error)
+
+    @said
+    def start_run(recipe: str, overrides: str):
+        return launcher.start(launcher.command(recipe, overrides)), gr.Timer(active=True)
+
+    @said
+    def resume_run(name: str | None, overrides: str):
+        return launcher.start(launcher.resume_command(name, overrides)), gr.Timer(active=True)
+
+    @said
+    def stop_run(name: str | None):
+        return launcher.stop(name)
+
+    gr.on([controls.expand, recipe.input, overrides.input], show_command, [recipe, overrides], [about, command])
+    start.click(start_run, [recipe, overrides], [became, timer])
+    go_on.click(resume_run, [name, overrides], [became, timer])
+    stop.click(stop_run, name, became)
+    return became
+
+
+def recipes() -> list[str]:
+    return sorted(f"configs/{path.name}" for path in ROOT.glob("configs/*.yaml"))
+
+
+def header(recipe: str) -> str:
+    """The comment that a recipe begins with."""
+    if recipe not in recipes():
+        raise UiError(f"There is no recipe {recipe!r}. Choose one of the list.")
+    lines = (ROOT / recipe).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line[1:].removeprefix(" ") for line in itertools.takewhile(lambda x: x.startswith("#"), lines))

@@ -1,0 +1,340 @@
+"""The tab Watch: a run's curves as it learns, the completions of any step, its tokens by what was learned from them, and
+(ui/launch.py) starting and stopping runs."""
+
+import itertools
+import math
+
+import gradio as gr
+import pandas as pd
+
+from rl.config import ConfigError
+from rl.report import clock, mean, seconds_left, standard_deviation
+from ui.launch import Launcher, launch_controls
+from ui.runs import POINTS, Page, Run, Runs, UiError, opened, said, thinned
+
+CURVES = {  # label: (factor, {series: metric}); the first two are large
+    "Held-out accuracy, %": (100, {"greedy": "eval/accuracy", "sampled": "eval/accuracy_sampled"}),
+    "Reward": (1, {"mean": "reward"}),
+    "Length, tokens": (1, {"mean": "completions/mean_length"}),
+    "Thinks, % of completions": (100, {"mean": "completions/thinking"}),
+    "KL from the base, nats a token": (1, {"mean": "kl"}),
+    "Entropy, nats a token": (1, {"mean": "entropy"}),
+    "Clipped, %": (100, {"completions, by length": "completions/clipped_ratio", "ratios": "clip_ratio/region_mean"}),
+    "Memory, MB": (1, {"peak": "peak_memory_mb"}),
+    "Tokens a second": (1, {"of the whole step": "tokens_per_second"}),
+}
+MEASURES = {"advantage": "advantages", "value": "values", "KL": "kl", "entropy": "entropy"}
+SHORT, LONG, TOKENS = 300, 20_000, 2_000  # characters in a table and in a box, tokens: what is more is cut off
+ABOUT_0, A_LOT = 0.05, 0.5  # shares of the greatest value, where a token's colour changes
+COLOURS = {
+    "far below 0": "#d9534f", "below 0": "#f0a8a0", "about 0": "#b8b8b8", "above 0": "#9fc5e8", "far above 0": "#3d85c6",
+}  # fmt: skip
+VISIBLE = "(visible, ...others) => [document.getElementById('watch-status')?.offsetParent != null, ...others]"
+
+
+def build(page: Page) -> None:
+    """The tab, in the page that is being built."""
+    runs, launcher = page.runs, Launcher(page.runs, page.editable)
+    with gr.Tab("Watch") as tab:
+        timer = gr.Timer(2, active=False)
+        visible, seen = gr.Checkbox(True, visible=False), gr.State({})
+        name = gr.Dropdown(label="Run", choices=[], info="running ones first, then the newest")
+        status = gr.Textbox(label="Status", max_lines=4, elem_id="watch-status")
+        alarms = gr.Textbox(label="Alarms", max_lines=8)
+        with gr.Row():
+            plots = [plot(label, 260) for label in list(CURVES)[:2]]
+        with gr.Row():
+            plots += [plot(label, 180) for label in list(CURVES)[2:]]
+        log = gr.Textbox(label="Last lines of its console", lines=6, max_lines=12)
+        if page.editable:
+            became = launch_controls(launcher, name, timer)
+        else:
+            became = gr.Textbox(label="Starting and stopping", max_lines=20)
+        gr.Markdown("### The completions of a step")
+        step = gr.Slider(1, 2, value=1, step=1, label="Step")
+        prompts = table("Prompts (click one)", "No.", "question", "mean reward", "spread", "correct")
+        number = gr.State(0)  # of the prompt
+        question = gr.Textbox(label="Question", max_lines=8)
+        headers = ("No.", "reward", "verdict", "advantage", "ended by", "tokens", "completion")
+        completions = table("Its completions, the highest reward first (click one)", *headers)
+        text = gr.Textbox(label="Completion", max_lines=20)
+        reasons = table("Its rewards", "reward function", "gave", "why")
+        gr.Markdown("### The tokens of the group from which most was learned")
+        with gr.Row():
+            which = gr.Dropdown(label="Completion", choices=[])
+            measure = gr.Radio(list(MEASURES), value="advantage", label="Colour by")
+        legend = gr.Textbox(label="What the colours say", max_lines=4)
+        coloured = gr.HighlightedText(label="Tokens (click one for its numbers)", show_legend=True, color_map=COLOURS)
+        with gr.Accordion("Each token's numbers", open=False):
+            numbers = table("Tokens", "No.", "token", "log-probability", *MEASURES)
+
+    shown = [name, status, alarms, log, became, step, timer, seen, *plots]
+    of_group, of_tokens = [number, question, completions, text, reasons], [legend, coloured, numbers]
+
+    @said
+    def watch_run(visible: bool, chosen: str | None, seen: dict):
+        """What has changed. The timer ends with the run, or once another tab is in front."""
+        if not visible:
+            return {timer: gr.Timer(active=False)}
+        return dict(zip(shown, follow(runs, launcher, chosen, seen)))
+
+    @said
+    def show_step(name: str | None, step: float, measure: str):
+        groups = runs.get(name).groups(int(step)) if name else []
+        choices = token_choices(runs.get(name).tokens(int(step)), groups) if name else []
+        rows = [describe_group(number, group) for number, group in enumerate(groups, 1)]
+        shown = [gr.Dropdown(choices=choices, value=0 if choices else None), *show_tokens(name, step, 0, measure)]
+        return [rows, *show_group(groups, 0), *shown]
+
+    @said
+    def pick_prompt(event: gr.SelectData, name: str, step: float):
+        return show_group(runs.get(name).groups(int(step)), int(event.row_value[0]) - 1)
+
+    @said
+    def pick_completion(event: gr.SelectData, name: str, step: float, number: int):
+        return show_completion(runs.get(name).group(int(step), number)[int(event.row_value[0]) - 1])
+
+    @said
+    def show_tokens(name: str | None, step: float, which: int | None, measure: str):
+        return describe_tokens(tokens_of(runs, name, step), which, measure)
+
+    @said
+    def pick_token(event: gr.SelectData, name: str, step: float, which: int, measure: str):
+        row = token_rows(tokens_of(runs, name, step)[which])[event.index]
+        return ", ".join(f"{k} {v}" for k, v in zip(("token", "text", "log-probability", *MEASURES), row))
+
+    watching = {"inputs": [visible, name, seen], "outputs": shown, "show_progress": "hidden"}
+    stepping = {"inputs": [name, step, measure], "outputs": [prompts, *of_group, which, *of_tokens]}
+    stepping |= {"show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on([tab.select, name.input], watch_run, **watching)
+    timer.tick(watch_run, js=VISIBLE, **watching)
+    gr.on([name.change, step.change], show_step, **stepping)
+    prompts.select(pick_prompt, [name, step], of_group, show_progress="hidden")
+    completions.select(pick_completion, [name, step, number], [text, reasons], show_progress="hidden")
+    picked = [name, step, which, measure]
+    gr.on([which.input, measure.input], show_tokens, picked, of_tokens, show_progress="hidden")
+    coloured.select(pick_token, picked, legend, show_progress="hidden")
+
+
+# --- the run as it stands
+
+
+def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> list:
+    """The values of `shown`; gr.skip() for what is as it was. seen: what this visitor's page shows."""
+    running = runs.running()
+    names = running + [name for name in runs.names() if name not in running]
+    name = chosen if chosen in names else next(iter(names), None)
+    started = launcher.name if launcher.alive() and launcher.name in names else None
+    if started and seen.get("started") != started:  # the page goes over to it once
+        name = started
+    active = bool(name in running or launcher.alive())
+    if name is None:
+        say = "There is no run yet: start one below, or by: make train"
+        return [
+            gr.skip(),
+            say,
+            "",
+            "",
+            launcher.words(),
+            gr.skip(),
+            gr.Timer(active=active),
+            seen,
+            *[None] * len(CURVES),
+        ]
+    skip = gr.skip()
+    try:
+        run = runs.get(name)
+        metrics, steps, summary = run.metrics(POINTS), run.steps(), run.summary()
+        say, alarms, log = describe_status(run, metrics), describe_alarms(run), run.log_tail()
+        key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
+        curves = describe_curves(run, metrics, summary) if key != seen.get("key") else [skip] * len(CURVES)
+    except (UiError, ConfigError) as error:
+        steps, say, alarms, log, key, active = [], str(error), "", "", None, False
+        curves = [None] * len(CURVES)
+    ends, slider = [name, *steps[:1], *steps[-1:]], skip
+    if steps and ends != seen.get("ends"):
+        other = seen.get("ends", [None])[0] != name
+        slider = gr.Slider(steps[0], max(steps[-1], steps[0] + 1), **({"value": steps[-1]} if other else {}))
+    choices = gr.Dropdown(choices=names, value=name) if [names, chosen] != [seen.get("names"), name] else skip
+    seen = {"names": names, "key": key, "ends": ends, "started": started or seen.get("started")}
+    return [choices, say, alarms, log, launcher.words(), slider, gr.Timer(active=active), seen, *curves]
+
+
+def describe_status(run: Run, metrics: list[dict]) -> str:
+    """Status, steps, time left and held-out accuracy in two lines."""
+    config, summary, done, status = run.config, run.summary(), run.steps_done(), run.status()
+    words = {"finished": "Finished", "stopped": "Stopped before its end", "running": "Running"}[status]
+    if status == "running" and run.file("STOP").exists():
+        words = "Running, asked to stop: it ends after this step, and saves"
+    text = f"{words}: step {done} of {config.max_steps}"
+    if status == "running" and done:
+        parts = ("rollout", "score", "update")
+        seconds = {part: done * mean([m.get(f"time/{part}") or 0.0 for m in metrics]) for part in parts}
+        seconds["eval"] = summary.get("seconds", {}).get("eval", 0.0)
+        text += f", about {clock(seconds_left(done, config, seconds))} left"
+    (_, rates), *_ = curve_points(run, metrics, summary, "Held-out accuracy, %") or [(None, [])]
+    if rates:
+        text += f".\nHeld-out accuracy, greedy: {rates[0][1]:.1f} % at step {rates[0][0]}"
+        text += f", {rates[-1][1]:.1f} % at step {rates[-1][0]}" if len(rates) > 1 else ""
+    return text + "."
+
+
+def describe_alarms(run: Run) -> str:
+    """Which alarms there were, and whether they still are; their words stand in the console."""
+    if not (alarms := run.alarms()):
+        return "none"
+    holding = run.metrics(2)[-1].get("alarms", [])
+    lines = [f"{a}: since step {s}" + ("" if a in holding else ", no longer") for a, s in list(alarms.items())[:20]]
+    with opened(run.file("console.log")) as file:
+        texts = dict.fromkeys(line[8:].strip() for line in file if line.startswith(b"  alarm:"))
+    return "\n".join(lines + [cut(text.decode("utf-8", errors="replace"), SHORT) for text in list(texts)[-20:]])
+
+
+def describe_curves(run: Run, metrics: list[dict], summary: dict) -> list[pd.DataFrame]:
+    """The points of each curve, at most POINTS of a series."""
+    frames = []
+    for label in CURVES:
+        series = curve_points(run, metrics, summary, label)
+        rows = [(step, value, name) for name, points in series for step, value in points]
+        frames.append(pd.DataFrame(rows, columns=["step", "value", "series"]))
+    return frames
+
+
+def curve_points(run: Run, metrics: list[dict], summary: dict, label: str) -> list[tuple[str, list[tuple[int, float]]]]:
+    """(step, value) of each series of a curve."""
+    factor, series = CURVES[label]
+    per_step, found = run.config.prompts_per_step * run.config.num_generations, []
+    for name, metric in series.items():
+        points = {m["step"]: m.get(metric) for m in metrics}
+        if metric == "tokens_per_second":
+            points = {
+                m["step"]: per_step * m["completions/mean_length"] / m["step_time"]
+                for m in metrics
+                if m.get("step_time")
+            }
+        if metric.startswith("eval/"):  # before and after stand in the summary alone
+            ends = {"before": 0, "after": summary.get("steps")}
+            rates = summary.get("eval", {})
+            points |= {ends[end]: rates[end][metric[5:]] for end in ends if rates.get(end)}
+        points = sorted((step, factor * value) for step, value in points.items() if value is not None)
+        found.append((name, thinned(points)))
+    return found
+
+
+# --- the completions of a step
+
+
+def show_group(groups: list[list[dict]], number: int) -> list:
+    """The number, the question, a row of each completion, and the best one in full."""
+    if not groups:
+        return [0, "", [], "", []]
+    best_first = sorted(
+        enumerate(groups[number], 1), key=lambda pair: (pair[1].get("reward") is None, -(pair[1].get("reward") or 0))
+    )
+    rows = [
+        [i, shorter(line.get("reward")), verdict(line), shorter(line.get("advantage"), "+.3g"),
+         {"length": "the length limit", "stop": "itself"}.get(line.get("finish_reason"), "?"), line.get("tokens"),
+         cut(line["completion"], SHORT)]
+        for i, line in best_first
+    ]  # fmt: skip
+    return [number, cut(groups[number][0].get("prompt", ""), LONG), rows, *show_completion(best_first[0][1])]
+
+
+def show_completion(line: dict) -> list:
+    """Its text, and a row for each reward function."""
+    parts, reasons = (line.get(key) or {} for key in ("rewards", "reasons"))
+    rows = [[name, shorter(value), cut(reasons.get(name, ""), SHORT)] for name, value in parts.items()]
+    return [cut(line["completion"], LONG), rows]
+
+
+def describe_group(number: int, group: list[dict]) -> list:
+    rewards = [line["reward"] for line in group if line.get("reward") is not None]
+    right = sum(line.get("verdict") == "right" for line in group)
+    spread = shorter(standard_deviation(rewards)) if len(rewards) > 1 else "-"
+    return [number, cut(group[0].get("prompt", ""), SHORT), shorter(mean(rewards)), spread, f"{right} of {len(group)}"]
+
+
+def verdict(line: dict) -> str:
+    """In words: correct, wrong, cut off, no answer, not graded."""
+    if line.get("verdict") != "wrong":
+        return {"right": "correct"}.get(line.get("verdict"), "not graded")
+    if line.get("finish_reason") == "length":
+        return "cut off"
+    return "no answer" if any(r.startswith("no_answer") for r in line.get("reasons", {}).values()) else "wrong"
+
+
+# --- its tokens
+
+
+def tokens_of(runs: Runs, name: str | None, step: float) -> list[dict]:
+    """The completions in tokens.jsonl of a step."""
+    return (runs.get(name).tokens(int(step)) or {}).get("completions", []) if name else []
+
+
+def token_choices(line: dict | None, groups: list[list[dict]]) -> list[tuple[str, int]]:
+    """The completions that can be looked at token by token."""
+    completions = line["completions"] if line else []
+    same = [group for group in groups if line and group[0].get("prompt_id") == line.get("prompt_id")]
+    known = same[0] if len(same) == 1 and len(same[0]) == len(completions) else [{}] * len(completions)
+    return [
+        (f"{i + 1}: reward {shorter(known[i].get('reward'))}, {verdict(known[i])}" if known[i] else f"{i + 1}", i)
+        for i in range(len(completions))
+    ]
+
+
+def token_rows(completion: dict) -> list[list]:
+    """No., text, log-probability and the measures of each token."""
+    columns = [completion.get(name) or itertools.repeat(None) for name in ("logprobs", *MEASURES.values())]
+    rows = zip(map(shown_token, completion["tokens"][:TOKENS]), *columns)
+    return [[i, token.replace("\n", ""), *map(shorter, values)] for i, (token, *values) in enumerate(rows, 1)]
+
+
+def describe_tokens(completions: list[dict], which: int | None, measure: str) -> list:
+    """The legend in words, the coloured tokens and the table of their numbers. The colours are the group's."""
+    if which is None or not 0 <= which < len(completions) or not completions[which]["tokens"]:
+        return ["No tokens were kept of this step.", [], []]
+    of_group = [completion.get(MEASURES.get(measure, "")) or [] for completion in completions]
+    tokens, values, table = completions[which]["tokens"][:TOKENS], of_group[which], token_rows(completions[which])
+    if not values:
+        return [f"This run has no {measure}: there is no critic.", [(shown_token(t), None) for t in tokens], table]
+    known = [value for values in of_group for value in values if value is not None]
+    top = max(map(abs, known), default=0)
+    legend = (
+        f"{measure}, in this group from {min(known, default=0):.3g} to {max(known, default=0):.3g}. Grey is within "
+        f"{ABOUT_0 * top:.2g} of 0; blue is above, red below; the darker ones are beyond {A_LOT * top:.2g}."
+    )
+    if len(completions[which]["tokens"]) > TOKENS:
+        legend += f" Shown are the first {TOKENS:,} of {len(completions[which]['tokens']):,} tokens."
+    return [legend, [(shown_token(t), kind(v or 0.0, top)) for t, v in zip(tokens, values)], table]
+
+
+def kind(value: float, top: float) -> str:
+    if abs(value) <= ABOUT_0 * top:
+        return "about 0"
+    return ("far " if abs(value) > A_LOT * top else "") + ("above 0" if value > 0 else "below 0")
+
+
+def shown_token(token: str) -> str:
+    """A line break is shown, and made; so are blanks that stand alone."""
+    token = cut(token, SHORT)
+    return token.replace("\n", "⏎\n") if token.strip(" ") else "␣" * len(token) or "∅"
+
+
+# --- components and text
+
+
+def plot(label: str, height: int) -> gr.LinePlot:
+    colour = "series" if len(CURVES[label][1]) > 1 else None
+    return gr.LinePlot(x="step", y="value", color=colour, label=label, height=height, y_title=" ", min_width=240)
+
+
+def table(label: str, *headers: str) -> gr.Dataframe:
+    return gr.Dataframe(headers=list(headers), type="array", label=label, interactive=False, wrap=True, max_height=360)
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} ... (cut here: {len(text):,} characters in all)"
+
+
+def shorter(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
