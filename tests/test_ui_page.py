@@ -181,6 +181,8 @@ def test_the_page_answers_while_a_run_trains_beside_it(trained, tmp_path):
 def screenshots(folder: Path) -> None:
     """docs/compare_page.png and docs/watch_page.png, of a run in folder/runs."""
     with served(folder) as address, browser() as chromium, opened(chromium, address, 1280) as page:
+        ask_held_out(page, 20)  # loads the model
+        page.get_by_role("button", name="New chat").click()
         for number in range(1, 20):  # a question that the base gets wrong and the run right
             ask_held_out(page, number)
             if not value_of(page, "left-verdict").startswith("correct") and value_of(page, "right-verdict").startswith(
@@ -188,6 +190,9 @@ def screenshots(folder: Path) -> None:
             ):
                 break
             page.get_by_role("button", name="New chat").click()
+        page.locator("#right-chat").get_by_text("Thinking").click()  # unfolds
+        page.evaluate("() => window.scrollTo(0, 0)")
+        time.sleep(1)
         page.screenshot(path="docs/page_compare.png")
         open_tab(page, "Watch")
         wait_until(lambda: "step" in value_of(page, "watch-status"))

@@ -31,7 +31,7 @@ from ui.worker import Worker  # noqa: E402
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CSS = """
-.token-table {overflow-x: auto}
+.console textarea {font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto}
 footer {display: none !important}
 """
 

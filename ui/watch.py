@@ -45,7 +45,7 @@ def build(page: Page) -> None:
             plots = [plot(label, 260) for label in list(CURVES)[:2]]
         with gr.Row():
             plots += [plot(label, 180) for label in list(CURVES)[2:]]
-        log = gr.Textbox(label="Last lines of its console", lines=6, max_lines=12)
+        log = gr.Textbox(label="Last lines of its console", lines=6, max_lines=12, elem_classes="console")
         if page.editable:
             became = launch_controls(launcher, name, timer)
         else:
@@ -324,8 +324,11 @@ def shown_token(token: str) -> str:
 
 
 def plot(label: str, height: int) -> gr.LinePlot:
-    colour = "series" if len(CURVES[label][1]) > 1 else None
-    return gr.LinePlot(x="step", y="value", color=colour, label=label, height=height, y_title=" ", min_width=240)
+    colours = dict(zip(CURVES[label][1], ("blue", "orange")))
+    several = {"color": "series", "color_map": colours} if len(colours) > 1 else {}
+    if several:  # the plot's own legend has no room
+        label += f" ({', '.join(f'{series} {colour}' for series, colour in colours.items())})"
+    return gr.LinePlot(x="step", y="value", label=label, height=height, y_title=" ", min_width=240, **several)
 
 
 def table(label: str, *headers: str) -> gr.Dataframe:
