@@ -369,7 +369,7 @@ def test_a_terminal_that_goes_away_takes_nothing_along(tmp_path, whole):
     assert process.wait(120) == 0
     assert (
         "step 8/8" in (folder / "console.log").read_text()
-        and "Next:\n  python train.py" in (folder / "console.log").read_text()
+        and "Next:\n  python ui/app.py" in (folder / "console.log").read_text()
     )
     assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
 
@@ -380,7 +380,7 @@ def test_a_pipe_that_is_closed_takes_nothing_along(tmp_path):
     command = f"{sys.executable} train.py {SHORT} --max-steps 3 --output-dir {folder} | head -n 2"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert len(metrics(folder)) == 3 and "Next:\n  python train.py" in (folder / "console.log").read_text()
+    assert len(metrics(folder)) == 3 and "Next:\n  python ui/app.py" in (folder / "console.log").read_text()
 
 
 def test_memory_that_runs_out_in_the_optimizer_is_said_in_one_line(policy, episodes, config, monkeypatch):

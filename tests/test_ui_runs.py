@@ -228,7 +228,7 @@ def test_what_is_damaged_is_said(folder, run):
     (folder / "a/metrics.jsonl").write_text('{"step": 1, "alarms": []}\n{"step": \n')
     with pytest.raises(UiError, match="rollouts.jsonl cannot be read at byte 0"):
         run.steps()
-    with pytest.raises(UiError, match="metrics.jsonl has a line that is not JSON"):
+    with pytest.raises(UiError, match="metrics.jsonl has a line that is not a JSON object"):
         run.metrics()
     (folder / "a/config.yaml").write_text("lerning_rate: 1\n")
     with pytest.raises(ConfigError, match="did you mean learning_rate"):
@@ -321,3 +321,19 @@ def test_the_reader_needs_neither_torch_nor_gradio():
     code = "import sys, ui.runs; print([m for m in ('torch', 'gradio') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
     assert reading.POINTS == 500
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "5", '"x"'])
+def test_one_bad_folder_leaves_the_others(tmp_path, content):
+    """What a summary holds, links in a circle, a checkpoint that is none."""
+    for name in ("bad", "good"):
+        (tmp_path / name / "checkpoints/step_²").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("model: data/tiny\n")
+    (tmp_path / "bad/summary.json").write_text(content)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    runs = Runs(tmp_path)
+    assert sorted(runs.names()) == ["bad", "good"] and runs.running() == []
+    assert runs.get("bad").summary() == {} and runs.get("bad").checkpoints() == []
+    (tmp_path / "bad/metrics.jsonl").write_text("5\n")
+    with pytest.raises(UiError, match="metrics.jsonl has a line that is not a JSON object"):
+        runs.get("bad").metrics()

@@ -110,7 +110,7 @@ def test_what_is_damaged_is_said_and_not_asked_again(folder, launcher):
     with filelock.FileLock(folder / "a/lock"):
         (folder / "a/metrics.jsonl").write_text("nonsense\n")
         found = followed(launcher)
-        assert "metrics.jsonl has a line that is not JSON" in found["status"] and not found["timer"].active
+        assert "metrics.jsonl has a line that is not a JSON object" in found["status"] and not found["timer"].active
         (folder / "a/metrics.jsonl").unlink()
         (folder / "a/metrics.jsonl").symlink_to("/etc/passwd")
         found = followed(Launcher(Runs(folder), editable=True))

@@ -29,7 +29,7 @@ from ui import compare, lab, watch  # noqa: E402
 from ui.runs import Page, Runs  # noqa: E402
 from ui.worker import Worker  # noqa: E402
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 CSS = """
 .console textarea {font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto}
 footer {display: none !important}
@@ -57,21 +57,33 @@ class OwnOrigin:
         self.app, self.hosts = app, hosts  # hosts: None where any will do
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] in ("http", "websocket"):
-            headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
-            host, origin = headers.get("host", ""), headers.get("origin")
-            foreign = origin is not None and urlsplit(origin).netloc != host
-            if foreign or (self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts):
-                refusal = PlainTextResponse("Refused: the request comes from the page of another site.", 403)
-                return await refusal(scope, receive, send)
-        await self.app(scope, receive, send)
+        if scope["type"] in ("http", "websocket") and not self.is_own(scope["headers"]):
+            refusal = PlainTextResponse("Refused: the request comes from the page of another site.", 403)
+            return await refusal(scope, receive, send)
+
+        async def unframed(message):  # nor can another site show this page within its own
+            if message["type"] == "http.response.start":
+                frame = (b"content-security-policy", b"frame-ancestors 'self'")
+                message["headers"] = [*message.get("headers", ()), frame]
+            await send(message)
+
+        await self.app(scope, receive, unframed)
+
+    def is_own(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        found = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+        host, origin = found.get("host", ""), found.get("origin")
+        try:
+            own = origin is None or urlsplit(origin).netloc == host
+            return own and (self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts)
+        except ValueError:  # no address at all
+            return False
 
 
 def build(settings: Settings) -> gr.Blocks:
     """The page, not launched."""
     runs = Runs(settings.runs)
     page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file)
-    with gr.Blocks(title="Ponder", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="Ponder", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown("# Ponder\nThe same question to the model before and after training.")
         for tab in (compare, watch, lab):
             tab.build(page)
@@ -83,6 +95,8 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
     unasked."""
     if not settings.is_local and not settings.auth:
         sys.exit("error: host: others can reach this page there: give a name and a password, --auth NAME:PASSWORD")
+    if ":" in settings.host:
+        sys.exit("error: host: expected a name or an IPv4 address, such as 127.0.0.1 or 0.0.0.0")
     name, _, password = (settings.auth or "").partition(":")
     if settings.auth and not (name and password):
         sys.exit("error: auth: expected NAME:PASSWORD")
@@ -95,6 +109,7 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
         app_kwargs={"middleware": [Middleware(OwnOrigin, hosts=LOOPBACK if settings.is_local else None)]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
+        max_file_size="1mb",  # nothing here takes a file
         run_history=False,
         enable_monitoring=False,
         footer_links=[],
@@ -106,9 +121,11 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
 
 if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__.split("\n")[0])
+    settings.runs, settings.rewards_file = settings.runs.resolve(), settings.rewards_file.resolve()
+    os.chdir(ROOT)  # where data/tiny and configs/ are
     try:
         page, address = launch(settings)
     except OSError as error:  # the port is taken
         sys.exit(f"error: port: {' '.join(str(error).split())}")
-    print(f"The page is at {address} over {settings.runs}/ (Ctrl-C ends it; runs that it started go on)", flush=True)
+    print(f"The page is at {address} over {settings.runs} (Ctrl-C ends it; runs that it started go on)", flush=True)
     page.block_thread()

@@ -4,6 +4,7 @@ Raw texts stay here, on the server, in a `Session`. Both sides are judged by one
 else on the left, else of the newest run, else the project's own. Imports neither gradio nor torch.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -61,7 +62,10 @@ def choices(page: Page) -> list[tuple[str, str]]:
     """(shown, value) of what a side can be: the base, then the checkpoints, the newest first."""
     found = [(BASE, BASE)]
     for name in page.runs.names():
-        found += [(f"{name}, step {int(c[5:])}", f"{name}/{c}") for c in reversed(page.runs.get(name).checkpoints())]
+        with contextlib.suppress(UiError):  # it says so where it is chosen
+            found += [
+                (f"{name}, step {int(c[5:])}", f"{name}/{c}") for c in reversed(page.runs.get(name).checkpoints())
+            ]
     return found
 
 
@@ -135,7 +139,7 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
     chosen = [(left, right)[i] or BASE for i in order]
     for done in session.rounds:  # of a round that was not answered nothing is left to go on from
         done.ask.stop.set()
-    session.rounds = [done for done in session.rounds if done.answers]
+    session.rounds = [done for done in session.rounds if done.answers][-100:]
     ask = Ask(
         sides=tuple(map(side_of, chosen)),
         messages=tuple(conversation(session.rounds, side, put_before) for side in (0, 1)),

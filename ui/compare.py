@@ -66,7 +66,7 @@ def messages(session: Session, side: int) -> list[dict]:
                 shown += bubbles(sample.text, sample.ended or answer.over)
             elif answer.over:
                 said_of = chat.verdict(sample, score, round_.ask.max_tokens)
-                title = f"Sample {number} of {len(both)}: {said_of}"
+                title = f"Sample {number} of {len(both)}: {as_text(said_of)}"
                 shown.append(message("assistant", sample.text or " ", {"title": title, "status": "done"}))
         ended = sum(sample.ended for sample in answer.samples)
         if answer.note and answer.state != "stopped":

@@ -58,7 +58,11 @@ class Runs:
     def names(self) -> list[str]:
         """The newest first, by when it was begun or resumed."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        began = {name: (self.folder / name / "config.yaml").stat().st_mtime for name in names if self._has(name)}
+        began = {}
+        for name in names:
+            with contextlib.suppress(OSError):  # removed since
+                if self._has(name):
+                    began[name] = (self.folder / name / "config.yaml").stat().st_mtime
         return sorted(began, key=lambda name: (began[name], name), reverse=True)
 
     def get(self, name: str) -> "Run":
@@ -82,7 +86,10 @@ class Runs:
         if not isinstance(name, str) or Path(name).name != name:
             return False
         config = self.folder / name / "config.yaml"
-        return config.is_file() and config.resolve().is_relative_to(self.folder)
+        try:
+            return config.is_file() and config.resolve().is_relative_to(self.folder)
+        except (OSError, RuntimeError):  # of somebody else, or links in a circle
+            return False
 
 
 class Run:
@@ -96,7 +103,11 @@ class Run:
     def file(self, name: str) -> Path:
         """Raises UiError where a link leads out of the runs folder."""
         path = self.path / name
-        if not path.resolve().is_relative_to(self.path.parent.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.path.parent.resolve())
+        except (OSError, RuntimeError):  # links in a circle
+            inside = False
+        if not inside:
             raise UiError(f"{self.name}/{name} lies outside of the runs folder. Put the file itself there.")
         return path
 
@@ -112,14 +123,15 @@ class Run:
     def summary(self) -> dict:
         """Empty before the first evaluation has ended."""
         try:
-            return json.loads(self.file("summary.json").read_text(encoding="utf-8"))
+            found = json.loads(self.file("summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def checkpoints(self) -> list[str]:
         """Those that were written to their end, the newest last."""
         folders = self.file("checkpoints").glob("step_*")
-        return sorted(f.name for f in folders if f.name[5:].isdigit() and (f / "adapter_config.json").is_file())
+        return sorted(f.name for f in folders if f.name[5:].isdecimal() and (f / "adapter_config.json").is_file())
 
     def status(self) -> str:
         """running, finished or stopped."""
@@ -293,9 +305,12 @@ def seek_step(file: BinaryIO, step: int, whole: int) -> int:
 def parsed(line: bytes, name: str) -> dict:
     """One line of a .jsonl file. Raises UiError where it is damaged."""
     try:
-        return json.loads(line)
+        found = json.loads(line)
     except ValueError:
-        raise UiError(f"{name} has a line that is not JSON: {line[:40]!r}. Remove that line.") from None
+        found = None
+    if not isinstance(found, dict):
+        raise UiError(f"{name} has a line that is not a JSON object: {line[:40]!r}. Remove that line.")
+    return found
 
 
 def tail(path: Path, n: int) -> str:

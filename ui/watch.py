@@ -148,8 +148,10 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> li
         say, alarms, log = describe_status(run, metrics), describe_alarms(run), run.log_tail()
         key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
         curves = describe_curves(run, metrics, summary) if key != seen.get("key") else [skip] * len(CURVES)
-    except (UiError, ConfigError) as error:
-        steps, say, alarms, log, key, active = [], str(error), "", "", None, False
+    except (UiError, ConfigError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        say = f"{name} cannot be shown, a file of it is damaged: {type(error).__name__}: {error}."
+        say = str(error) if isinstance(error, (UiError, ConfigError)) else say
+        steps, alarms, log, key, active = [], "", "", None, False
         curves = [None] * len(CURVES)
     ends, slider = [name, *steps[:1], *steps[-1:]], skip
     if steps and ends != seen.get("ends"):

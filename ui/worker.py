@@ -171,11 +171,11 @@ class Worker:
         self._threads = torch.get_num_threads()
         with torch.no_grad():
             while True:
-                self._receive()
-                self._drop()
                 try:
+                    self._receive()
+                    self._drop()
                     self._round()
-                except Exception as error:  # a fault of this file: nobody is to wait for ever
+                except (Exception, SystemExit) as error:  # a fault of this file: nobody is to wait for ever
                     for turn in (turn for job in self._jobs for turn in job.turns):
                         self._fail(turn, error)
 
@@ -221,7 +221,7 @@ class Worker:
         """Do a part of a turn's work, and say whether there is more to do; what goes wrong ends this turn alone."""
         try:
             work(turn)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fail(turn, error)
         if turn.answer.state == "failed":  # the error is gone, and with it what its frames held
             self._free()
