@@ -140,13 +140,26 @@ def test_a_person_uses_the_page(trained, width):
 
         open_tab(page, "Watch")
         wait_until(lambda: "step 8 of 8" in value_of(page, "watch-status"))
-        slider = page.get_by_label("number input for Step").first
-        slider.fill("2")
-        slider.press("Enter")
-        page.get_by_text("The completions of a step").wait_for()
+        slider, seen = page.get_by_label("number input for Step").first, []
+        for step in ("1", "2"):
+            slider.fill(step)
+            slider.press("Enter")
+            time.sleep(2)
+            seen.append(page.get_by_label("Question", exact=True).locator("visible=true").first.input_value())
+        assert all(seen) and seen[0] != seen[1]  # the first prompt of each
 
         open_tab(page, "Rewards")
-        page.get_by_text("Self-test").first.wait_for(timeout=20_000)
+        editor = page.locator(".cm-content[contenteditable=true]").first
+        wait_until(lambda: len(editor.inner_text()) > 100)
+        editor.click()
+        page.keyboard.press("Control+End")
+        page.keyboard.type("\n# edited in the page")
+        page.get_by_role("button", name="Save", exact=True).click()
+        wait_until(lambda: "# edited in the page" in (trained / "rewards.py").read_text())
+        page.get_by_role("button", name="Take this completion").click()
+        wait_until(lambda: page.get_by_label("completion, with its thinking").input_value())
+        page.get_by_role("button", name="Score", exact=True).click()
+        wait_until(lambda: "reward" in page.get_by_label("verdict", exact=True).input_value().lower())
 
 
 def test_the_page_answers_while_a_run_trains_beside_it(trained, tmp_path):
@@ -179,7 +192,7 @@ def test_the_page_answers_while_a_run_trains_beside_it(trained, tmp_path):
 
 
 def screenshots(folder: Path) -> None:
-    """docs/compare_page.png and docs/watch_page.png, of a run in folder/runs."""
+    """docs/page_compare.png and docs/page_watch.png, of the newest run in folder/runs."""
     with served(folder) as address, browser() as chromium, opened(chromium, address, 1280) as page:
         ask_held_out(page, 20)  # loads the model
         page.get_by_role("button", name="New chat").click()
