@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.sides import has_gpu, write_json  # noqa: E402
+from rl.config import first_line  # noqa: E402
 
 LIMIT = 480  # seconds of a part
 LAST_LINES = 30  # kept of a part that did not pass
@@ -143,14 +144,10 @@ class Notes:
             yield
         except Exception as error:
             lines = error.lines if isinstance(error, Failed) else traceback.format_exc().splitlines()
-            self._checked(what, first_line(error), "no error", False, {"last_lines": lines[-LAST_LINES:]})
+            self._checked(what, first_line(error)[:300], "no error", False, {"last_lines": lines[-LAST_LINES:]})
 
     def _write(self) -> None:
         write_json(str(self.file), json.loads(self.file.read_text()) | {"tables": self.tables, "checks": self.checks})
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def do(work: str, arguments: list, file: Path, rehearsal: bool) -> None:

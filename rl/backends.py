@@ -17,7 +17,7 @@ import torch
 # Taken before Unsloth puts one of its own in this place, which is always reentrant: rl/logprobs.py and rl/decoder.py need this.
 from torch.utils.checkpoint import checkpoint as checkpoint
 
-from rl.config import Config, ConfigError
+from rl.config import Config, ConfigError, first_line
 
 LINEAR_LAYERS = [
     "q_proj",
@@ -84,7 +84,7 @@ def import_backend(config: Config) -> list[str]:
     try:
         import unsloth  # noqa: F401
     except Exception as error:  # whatever does not fit on this machine
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if asked == "unsloth":
             raise ConfigError(f"backend: Unsloth cannot be imported, set it to transformers: {reason}") from error
         config.backend = "transformers"

@@ -19,6 +19,11 @@ class ConfigError(Exception):
     """A setting is wrong. The message is one line that names it and what to change."""
 
 
+def first_line(error: Exception) -> str:
+    """Of what an error says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass
 class Config:
     # --- the model

@@ -28,7 +28,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 
 from rl.checkpoint import bring_to_disk, cannot_write
-from rl.config import ConfigError, RunError
+from rl.config import ConfigError, RunError, first_line
 
 ROUNDING = 1.5  # the logits may differ by so many times what rounding explains (check_explained)
 
@@ -270,10 +270,6 @@ def sixteen_bits(base: str) -> torch.dtype:
             "model that it was made from by --base-model"
         )
     return torch.float16 if saved.get_text_config().dtype == torch.float16 else torch.bfloat16
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- GGUF, by llama.cpp's tools

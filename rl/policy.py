@@ -35,7 +35,7 @@ from rl.backends import (  # noqa: E402
     missing_weights,
     set_mode,
 )
-from rl.config import Config, ConfigError  # noqa: E402
+from rl.config import Config, ConfigError, first_line  # noqa: E402
 from rl.decoder import Decoder, unsupported  # noqa: E402
 from rl.memory import KEPT_BELOW  # noqa: E402
 
@@ -136,7 +136,7 @@ class Policy:
             try:
                 prompts.append(self.encode_prompt(row["prompt"]))
             except (jinja2.TemplateError, ValueError, TypeError) as error:
-                raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {_first_line(error)}") from error
+                raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {first_line(error)}") from error
             if not prompts[-1]:
                 raise ConfigError(
                     f"row {row['id']}: the prompt has no tokens: is there a tokenizer in {self.tokenizer.name_or_path}?"
@@ -174,7 +174,7 @@ def load_policy(config: Config) -> Policy:
         by_unsloth = config.backend == "unsloth" and is_for_unsloth(AutoConfig.from_pretrained(config.model))
         model = load_by_unsloth(config, dtype) if by_unsloth else load_by_transformers(config, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model: {config.model} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"model: {config.model} cannot be loaded: {first_line(error)}") from error
     config.backend = "unsloth" if by_unsloth else "transformers"
     if device.type == "cpu":
         keep_freed_memory(model.config.get_text_config().hidden_size)
@@ -264,7 +264,7 @@ def load_adapter(model, config: Config) -> peft.PeftModel:
             model = peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
         model.load_adapter(config.adapter, "reference", is_trainable=False)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"adapter: {config.adapter} does not fit {config.model}: {_first_line(error)}") from error
+        raise ConfigError(f"adapter: {config.adapter} does not fit {config.model}: {first_line(error)}") from error
     model.set_adapter("default")
     return model
 
@@ -331,9 +331,7 @@ def check_model(config: Config) -> None:
             huggingface_hub.HfApi().model_info(config.model, timeout=10)
         except (httpx.HTTPError, OSError, ValueError) as error:  # not found, no network, not a name
             near = difflib.get_close_matches(config.model, ["data/tiny"], n=1)
-            hint = (
-                "this machine cannot reach the Hub" if isinstance(error, httpx.TransportError) else _first_line(error)
-            )
+            hint = "this machine cannot reach the Hub" if isinstance(error, httpx.TransportError) else first_line(error)
             hint = f"did you mean {near[0]}?" if near else hint
             raise ConfigError(
                 f"model: {config.model} is neither a folder here nor a model that can be fetched: {hint}"
@@ -386,7 +384,3 @@ def reloaded_adapter(policy: Policy, folder: Path):
     finally:
         policy.model.set_adapter("default")
         policy.model.delete_adapter("reloaded")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import gradio as gr
 from gradio.context import Context
 
+from rl.config import first_line
 from ui import chat
 from ui.chat import BASE, SIDES, Session, cut, judged
 from ui.runs import Page, UiError, said
@@ -112,8 +113,7 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
         try:
             chat.judge(page, round_)
         except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            round_.unjudged = f"No verdict: {first}"
+            round_.unjudged = f"No verdict: {first_line(error)}"
     failed = all(not a.samples for a in round_.answers)
     status = chat.summary(round_, time.monotonic() - started)
     yield [*panes(session), status, gr.Row(visible=round_.hidden), *((question, expected) if failed else ("", ""))]
