@@ -316,6 +316,7 @@ def evaluated(page):
 def test_what_changed(evaluated):
     text, which, rows = compare.changed(*evaluated, "all")
     assert text.startswith("1 fixed, 1 broke, 1 both right, 2 both wrong of 5. before -> after: 2/5 correct (40%")
+    assert text.endswith(" Not graded, and counted as wrong: 1 before, 0 after.")
     assert [row[:2] for row in rows] == [
         [1, "fixed"],
         [2, "broke"],

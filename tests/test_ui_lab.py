@@ -63,10 +63,10 @@ def page(tmp_path):
     return Page(Runs(tmp_path / "runs"), None, True, tmp_path / "rewards.py")
 
 
-def score(page, text, given="", source=REWARDS, which=lab.OURS, seconds=20, **asked):
+def score(page, text, given="", source=REWARDS, **asked):
     asked = {"name": None, "step": None, "number": None, "question": "1 + 1?", "cut": False} | asked
     places = (asked[name] for name in ("name", "step", "number", "question"))
-    return lab.score(page, *places, given, text, asked["cut"], which, source, seconds)
+    return lab.score(page, *places, given, text, asked["cut"], source)
 
 
 def cells(table):
@@ -102,8 +102,6 @@ def test_a_completion_of_a_run_is_taken_and_scored_as_the_run_did(page):
     assert words.startswith("By rewards.py: total 0.2, wrong (by correct). In the run: total 2, right.")
     assert cells(table)["correct"][1] == "2", "the run's weight"
     assert cells(table)["short"] == ["1", "0.2", "0.2", "3 tokens"], "the run's number of tokens"
-    words, _ = score(page, text, given, which=lab.THE_RUNS, **place)
-    assert "total 2, right (by correct)" in words
 
 
 def test_a_very_long_completion_is_cut_for_display_and_scored_whole(page):
@@ -145,14 +143,16 @@ def test_a_file_that_fails_is_said_with_its_line(page, more, expected):
 
 
 @pytest.mark.parametrize("loop", ["while True: print('<b>on and on</b>' * 99)", "import time; time.sleep(99)"])
-def test_a_function_that_hangs_is_ended_and_named(page, loop):
+def test_a_function_that_hangs_is_ended_and_named(page, loop, monkeypatch):
+    monkeypatch.setattr(lab, "SECONDS", 1.0)
     started = time.monotonic()
-    words, table = score(page, "x", source=f"{REWARDS}@reward\ndef endless(c):\n    {loop}\n", seconds=1)
+    words, table = score(page, "x", source=f"{REWARDS}@reward\ndef endless(c):\n    {loop}\n")
     assert time.monotonic() - started < 10
     assert "gave no answer within 1 s, it was in endless, line 16" in words and table == []
 
 
-def test_what_a_function_starts_does_not_outlive_it(page, tmp_path):
+def test_what_a_function_starts_does_not_outlive_it(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "SECONDS", 2.0)
     pid = tmp_path / "pid"
     more = f"""
 import subprocess
@@ -162,7 +162,7 @@ def starts(c):
     open({str(pid)!r}, "w").write(str(child.pid))
     child.wait()
 """
-    assert "gave no answer within 2 s" in score(page, "x", source=REWARDS + more, seconds=2)[0]
+    assert "gave no answer within 2 s" in score(page, "x", source=REWARDS + more)[0]
     time.sleep(0.3)
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True).stdout.strip()
     assert state == "" or state.startswith("Z")
@@ -185,7 +185,7 @@ def test_html_that_is_printed_or_given_as_a_reason_stays_text(page):
 
 
 def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
-    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS, 20)
+    words, table = lab.rescore(page, "mine", 3, REWARDS)
     assert words.startswith("4 completions of step 3 by rewards.py, 2 verdicts flip:")
     figures = {line.split()[0]: line.split()[1:] for line in words.splitlines() if line.startswith("  ")}
     assert figures["correct"] == ["1.0000", "0.5000", "2"]
@@ -202,29 +202,21 @@ def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
     ]
     assert table[2][2:5] == ["2", "2", "right"]
     assert SCRIPT in table[0][7] and len(table[0][7]) == 80
-    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS.replace('"math"', '"math", weight=9'), 20)
+    words, table = lab.rescore(page, "mine", 3, REWARDS.replace('"math"', '"math", weight=9'))
     assert "2.0000      1.0500" in words, "the run's weight counts"
     monkeypatch.setattr(lab, "SHOWN_ROWS", 2)
-    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS, 20)
+    words, table = lab.rescore(page, "mine", 3, REWARDS)
     assert "The 2 that change most are shown" in words and [row[0] for row in table] == [4, 2]
-    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS + "1 / 0\n", 20)
+    words, table = lab.rescore(page, "mine", 3, REWARDS + "1 / 0\n")
     assert "ZeroDivisionError" in words and table == []
 
 
 def test_questions_that_are_gone_are_left_out(page):
     rollouts = page.runs.get("mine").path / "rollouts.jsonl"
     rollouts.write_text(rollouts.read_text().replace('"q0"', '"gone"'))
-    words, table = lab.rescore(page, "mine", 3, lab.OURS, REWARDS, 20)
+    words, table = lab.rescore(page, "mine", 3, REWARDS)
     assert "2 are left out" in words and [row[0] for row in table] == [4, 3]
     assert "not in the run's data" in lab.pick(page, "mine", 3, 1)[0]
-
-
-def test_the_self_test_shows_its_table(page):
-    words, _ = lab.try_out(page, "mine", lab.OURS, REWARDS, 30)
-    assert words.startswith("rewards.py passed the self-test") and "ideal, thinks" in words and "q.jsonl" in words
-    lax = "from grading import reward\n@reward\ndef any_box(c):\n    return 'boxed' in c.text\n"
-    words, _ = lab.try_out(page, None, lab.OURS, lax, 30)
-    assert words.startswith("rewards.draft.py FAILED the self-test") and "FAIL: sums: 'wrong answer'" in words
 
 
 # --- the editor
@@ -234,14 +226,14 @@ def test_the_file_is_saved_whole_and_what_does_not_import_is_kept_beside(page):
     file, draft = lab.places(page)
     os.chmod(file, 0o640)
     _, shown, loaded = lab.read_file(page)
-    assert shown == loaded == REWARDS and "nothing to save" in lab.save(page, shown.strip(), loaded, 20)[0]
-    words, loaded = lab.save(page, REWARDS + "def broken(:", loaded, 20)
+    assert shown == loaded == REWARDS and "nothing to save" in lab.save(page, shown.strip(), loaded)[0]
+    words, loaded = lab.save(page, REWARDS + "def broken(:", loaded)
     assert "Not saved: rewards.draft.py:14: SyntaxError" in words and file.read_text() == loaded == REWARDS
     words, shown, loaded = lab.read_file(page)  # another visit
     assert "changes that are not in rewards.py" in words and shown == REWARDS + "def broken(:\n"
     assert loaded == REWARDS
     better = REWARDS.replace("<= 3", "<= 4")
-    words, loaded = lab.save(page, better, loaded, 20)
+    words, loaded = lab.save(page, better, loaded)
     assert words.startswith("Saved. Its rewards: correct 1, short 0.2.") and file.read_text() == loaded == better
     assert stat.S_IMODE(file.stat().st_mode) == 0o640 and not draft.exists()
     assert sorted(f.name for f in file.parent.iterdir()) == ["q.jsonl", "rewards.py", "runs"]
@@ -250,7 +242,7 @@ def test_the_file_is_saved_whole_and_what_does_not_import_is_kept_beside(page):
 def test_a_file_that_changed_meanwhile_is_not_written_over(page):
     file, draft = lab.places(page)
     file.write_text(REWARDS + "# by another editor\n")
-    words, _ = lab.save(page, REWARDS + "# mine\n", REWARDS, 20)
+    words, _ = lab.save(page, REWARDS + "# mine\n", REWARDS)
     assert "has changed since it was read" in words and "another" in file.read_text() and "mine" in draft.read_text()
     words, shown, loaded = lab.drop(page)
     assert shown == loaded == file.read_text() and not draft.exists()
@@ -270,10 +262,8 @@ def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
     assert "total 2, right" in words and text == "\\boxed{2}"
     for refused in (
         lambda: score(page, "x", source="print(1)"),
-        lambda: score(page, "x", which=lab.THE_RUNS, name="mine"),
-        lambda: lab.rescore(page, "mine", 3, lab.OURS, "print(1)", 1),
-        lambda: lab.try_out(page, "mine", lab.THE_RUNS, "print(1)", 1),
-        lambda: lab.save(page, "print(1)", None, 1),
+        lambda: lab.rescore(page, "mine", 3, "print(1)"),
+        lambda: lab.save(page, "print(1)", None),
         lambda: lab.drop(page),
         lambda: lab.read_file(page),
     ):
@@ -281,7 +271,7 @@ def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
             refused()
     assert not lab.places(page)[1].exists()
     offered = {f.api_name for f in built(page).fns.values()}
-    assert "pick" in offered and not {"score", "rescore", "self_test", "save", "reload"} & offered
+    assert "pick" in offered and not {"score", "rescore", "save", "reload"} & offered
 
 
 # --- Learn
@@ -362,7 +352,7 @@ def test_neither_the_page_nor_reward_code_waits_for_imports_it_does_not_need():
     assert done.stdout.split() == ["set()", "set()"], done.stderr
 
 
-def test_the_tabs_answer_over_http(page):
+def test_the_tabs_answer_over_http(page, monkeypatch):
     gradio_client = pytest.importorskip("gradio_client")
     blocks = built(page)
     _, url, _ = blocks.queue().launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
@@ -372,12 +362,13 @@ def test_the_tabs_answer_over_http(page):
         assert run["choices"] == [["mine", "mine"]] and (run["value"], step["value"], number) == ("mine", 3, 1)
         words, table, *fields = client.predict("mine", 3, 2, api_name="/pick")
         assert words == "In the run: total 2, right." and fields[2] == "\\boxed{2}"
-        words, table = client.predict("mine", 3, 2, *fields, lab.OURS, REWARDS, 20, api_name="/score")
+        words, table = client.predict("mine", 3, 2, *fields, REWARDS, api_name="/score")
         assert "total 0.2, wrong" in words and table["data"][0][0] == "correct"
-        words, _ = client.predict("mine", 3, lab.OURS, REWARDS, 20, api_name="/rescore")
+        words, _ = client.predict("mine", 3, REWARDS, api_name="/rescore")
         assert "2 verdicts flip" in words
+        monkeypatch.setattr(lab, "SECONDS", 3.0)
         endless = REWARDS + "@reward\ndef endless(c):\n    while True: pass\n"
-        job = client.submit("mine", 3, 2, *fields, lab.OURS, endless, 3, api_name="/score")
+        job = client.submit("mine", 3, 2, *fields, endless, api_name="/score")
         assert client.predict(1.5, 1, 0.2, 0.28, api_name="/clip")[0].startswith("The gradient is CUT")
         assert not job.done(), "a function that hangs does not hold up the page"
         assert "was in endless" in job.result()[0]

@@ -23,6 +23,7 @@ pytestmark = [
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 WIDTHS = 1280, 400
+HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script><b>3 + 4</b>"
 RUN = (
     "--max-steps 8 --eval-steps 4 --save-steps 4 --prompts-per-step 16 --eval-questions 60 --train-questions 400 "
     "--learning-rate 2e-3 --num-mini-batches 2 --device cpu"
@@ -101,6 +102,27 @@ def value_of(page, field: str) -> str:
     return page.locator(f"#{field} textarea").input_value()
 
 
+def texts_while(page, act) -> list[tuple[str, str]]:
+    """What both chats said, one after the other, from the click until the verdicts."""
+    page.evaluate(
+        """() => {
+            const said = () => ['left', 'right'].map(side =>
+                [...document.querySelectorAll(`#${side}-chat [data-testid=bot]`)].map(e => e.innerText).join('|'))
+            window.seen = [said()]
+            window.watching = new MutationObserver(() => {
+                const now = said()
+                if (now.join() != window.seen.at(-1).join()) window.seen.push(now)
+            })
+            for (const side of ['left', 'right'])
+                window.watching.observe(document.getElementById(`${side}-chat`),
+                                        {childList: true, subtree: true, characterData: true})
+        }"""
+    )
+    act()
+    wait_until(lambda: value_of(page, "left-verdict") and value_of(page, "right-verdict"), 90)
+    return [tuple(both) for both in page.evaluate("() => { window.watching.disconnect(); return window.seen }")]
+
+
 def ask_held_out(page, number: int) -> None:
     """Put a held-out question, and wait for both verdicts."""
     page.get_by_label("Held-out question, by its number").fill(str(number))
@@ -133,6 +155,19 @@ def test_a_person_uses_the_page(trained, width):
         chats = [page.locator(f"#{side}-chat").inner_text() for side in ("left", "right")]
         assert chats[0] != chats[1] and "boxed" in chats[0]
 
+        page.get_by_role("button", name="New chat").click()
+        wait_until(lambda: value_of(page, "left-verdict") == "")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Greedy: always").uncheck()
+        page.get_by_label("number input for Temperature").fill("2")  # both go on and on
+        page.get_by_label("Question", exact=True).first.fill(HOSTILE)
+        seen = texts_while(page, lambda: page.get_by_role("button", name="Ask both").click())
+        left, right = (list(dict.fromkeys(filter(None, texts))) for texts in zip(*seen))
+        assert len(left) > 2 and len(right) > 2, seen  # they grew before one's eyes
+        both = [i for i, (a, b) in enumerate(seen) if a and b]
+        assert any(seen[i][0] != left[-1] and seen[i][1] != right[-1] for i in both), "one after the other"
+        assert HOSTILE in page.locator("#left-chat").inner_text() and page.evaluate("() => window.hacked") is None
+
         open_tab(page, "What changed")
         wait_until(lambda: "fixed" in value_of(page, "changes"))
         page.locator('#changed-table [data-testid="cell-0-3"]').first.click()
@@ -153,13 +188,17 @@ def test_a_person_uses_the_page(trained, width):
         wait_until(lambda: len(editor.inner_text()) > 100)
         editor.click()
         page.keyboard.press("Control+End")
-        page.keyboard.type("\n# edited in the page")
+        page.keyboard.insert_text("\n\n@reward(weight=0.5)\ndef generous(completion): return 0.25, 'for nothing'\n")
         page.get_by_role("button", name="Save", exact=True).click()
-        wait_until(lambda: "# edited in the page" in (trained / "rewards.py").read_text())
+        wait_until(lambda: "def generous" in (trained / "rewards.py").read_text())
         page.get_by_role("button", name="Take this completion").click()
         wait_until(lambda: page.get_by_label("completion, with its thinking").input_value())
         page.get_by_role("button", name="Score", exact=True).click()
-        wait_until(lambda: "reward" in page.get_by_label("verdict", exact=True).input_value().lower())
+        wait_until(lambda: page.get_by_label("verdict", exact=True).input_value().startswith("By rewards.py: total"))
+        for cell in ("generous", "0.125", "for nothing"):
+            page.get_by_text(cell, exact=True).locator("visible=true").first.wait_for()
+        page.get_by_role("button", name="Rescore the step").click()
+        wait_until(lambda: "generous" in page.locator(".cm-content").last.inner_text())
 
 
 def test_the_page_answers_while_a_run_trains_beside_it(trained, tmp_path):

@@ -125,7 +125,7 @@ def test_a_run_that_has_written_nothing_yet(folder):
     (folder / "b").mkdir()
     (folder / "b/config.yaml").write_text("")
     run = Runs(folder).get("b")
-    assert (run.metrics(), run.steps(), run.groups(1), run.tokens(1), run.evaluations()) == ([], [], [], None, [])
+    assert (run.metrics(), list(run.steps()), run.groups(1), run.tokens(1), run.evaluations()) == ([], [], [], None, [])
     assert (run.checkpoints(), run.summary(), run.log_tail(), run.status()) == ([], {}, "", "stopped")
 
 
@@ -152,7 +152,7 @@ def test_the_lock_of_another_process_is_seen_and_not_broken(folder, run):
 
 
 def test_groups(run):
-    assert run.steps() == list(range(1, 21))
+    assert list(run.steps()) == list(range(1, 21))
     groups = run.groups(7)
     assert [[line["completion"] for line in group] for group in groups] == [
         [f"\\boxed{{4}} 7 {p} {i}" for i in range(2)] for p in range(3)
@@ -177,7 +177,7 @@ def test_steps_are_found_among_lines_of_any_length(folder, run):
         written = {s: [rng.choice([0, 3, 500, 30_000]) for _ in range(rng.randint(1, 4))] for s in steps}
         lines = [{"step": s, "prompt_id": s, "text": "é" * n} for s, lengths in written.items() for n in lengths]
         (folder / "a/rollouts.jsonl").write_text(lines_of(lines))
-        assert run.steps() == list(range(steps[0], 61))
+        assert list(run.steps()) == list(range(steps[0], 61))
         for step in range(62):
             found = [len(line["text"]) for group in run.groups(step) for line in group]
             assert found == written.get(step, [])
@@ -193,7 +193,7 @@ def test_half_a_line_is_not_read(folder, run):
         file.write('_id": 1, "alarms": []}\n')
     assert run.metrics()[-1] == {"step": 21, "prompt_id": 1, "alarms": []}
     (folder / "a/rollouts.jsonl").write_text('{"step": 1')
-    assert run.steps() == [] and run.groups(1) == []
+    assert not run.steps() and run.groups(1) == []
 
 
 def test_a_run_that_was_cut_back(folder, run):
@@ -202,7 +202,7 @@ def test_a_run_that_was_cut_back(folder, run):
     assert len(run.metrics()) == 20
     metrics.write_text(lines_of(metrics_of(range(1, 6))))
     rollouts.write_text(lines_of(rollouts_of(range(1, 6))))
-    assert [m["step"] for m in run.metrics()] == run.steps() == [1, 2, 3, 4, 5]
+    assert [m["step"] for m in run.metrics()] == list(run.steps()) == [1, 2, 3, 4, 5]
     again = metrics_of(range(1, 6)) + metrics_of(range(6, 41), reward=7.0, alarms=["clipped"])
     metrics.write_text(lines_of(again))
     assert run.metrics() == again and run.alarms() == {"clipped": 6}

@@ -24,7 +24,6 @@ from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox
 from grading.probes import completion as made_up
 from grading.registry import shorten
 from grading.rescore import as_in_run, differ, number, questions, read_settings, report, saved_completion
-from grading.selftest import self_test
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINTED = 50_000  # bytes that are kept of what is printed
@@ -37,7 +36,6 @@ def apart(task: str, run: Path | None, file: Path, seconds: float, **asked):
 
     Raises RewardError in words: where the file does not import, a function fails, or nothing has come after `seconds`.
     """
-    seconds = min(max(float(seconds or 0), 1.0), 3600.0)
     asked |= {"task": task, "file": str(file), "run": run and str(run), "seconds": seconds}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -140,11 +138,10 @@ def score_task(asked: dict) -> dict:
     row, rewards = asked["row"], rewards_of(asked, [asked["row"]])
     completions = []
     for how in asked["completions"]:
-        completions.append(
-            made_up(row, how["text"], how["truncated"], how.get("step") or 1)
-        )  # its tokens are its bytes
+        made = made_up(row, how["text"], how["truncated"], how.get("step") or 1)  # its tokens are its bytes
         if how.get("tokens"):  # unless they are known
-            completions[-1].tokens, completions[-1].token_ids = how["tokens"], how.get("token_ids", [])
+            made.tokens, made.token_ids = how["tokens"], how.get("token_ids", [])
+        completions.append(made)
     scores = [dataclasses.asdict(dataclasses.replace(score, extra={})) for score in rewards.score_all(completions)]
     return {"weights": {f.name: f.weight for f in rewards.functions}, "scores": scores}
 
@@ -175,19 +172,7 @@ def change(line: dict, score: Score) -> tuple[float, list]:
     return abs((total or 0.0) - (line.get("reward") or 0.0)), [*shown, why, line["completion"][-80:]]
 
 
-def self_test_task(asked: dict) -> bool:
-    settings, status = settings_of(asked), None
-    columns = [f"{ours}={theirs}" for ours, theirs in settings.get("columns", {}).items()]
-    try:
-        self_test(asked["file"], ["--data", *settings["train_data"], "--columns", *columns] if settings else [])
-    except SystemExit as error:
-        status = error.code
-    if isinstance(status, str):
-        raise RewardError(status.removeprefix("error: "))
-    return not status
-
-
-TASKS = {"check": check_task, "score": score_task, "rescore": rescore_task, "self_test": self_test_task}
+TASKS = {"check": check_task, "score": score_task, "rescore": rescore_task}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
 
+import contextlib
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -124,8 +126,9 @@ if __name__ == "__main__":
     settings.runs, settings.rewards_file = settings.runs.resolve(), settings.rewards_file.resolve()
     os.chdir(ROOT)  # where data/tiny and configs/ are
     try:
-        page, address = launch(settings)
+        _, address = launch(settings)
     except OSError as error:  # the port is taken
         sys.exit(f"error: port: {' '.join(str(error).split())}")
     print(f"The page is at {address} over {settings.runs} (Ctrl-C ends it; runs that it started go on)", flush=True)
-    page.block_thread()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()

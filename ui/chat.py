@@ -53,6 +53,7 @@ class Session:
     held_out: dict | None = None  # the row that was put into the question's field last
     swapped: bool | None = None  # the sides of this chat, which is a blind one; None: it is not
     votes: Counter = field(default_factory=Counter)
+    folder: tempfile.TemporaryDirectory | None = None  # of what is taken away; it goes with the session
 
 
 # --- what is asked
@@ -73,7 +74,7 @@ def side_of(chosen: str | None) -> tuple[str, str] | None:
     """The worker's side for a value of `choices`. Raises UiError."""
     if chosen in (None, "", BASE):
         return None
-    run, _, checkpoint = chosen.partition("/")
+    run, _, checkpoint = str(chosen).partition("/")
     return run, checkpoint
 
 
@@ -300,7 +301,8 @@ def files(session: Session) -> tuple[str | None, str | None]:
     """The chat as Markdown and as JSONL."""
     if not (records := as_records(session)):
         return None, None
-    folder = Path(tempfile.mkdtemp(prefix="ponder-"))
+    session.folder = session.folder or tempfile.TemporaryDirectory(prefix="ponder-")
+    folder = Path(session.folder.name)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     for name, text in (("comparison.md", as_markdown(records)), ("comparison.jsonl", lines)):
         (folder / name).write_text(text, encoding="utf-8", errors="replace")

@@ -255,6 +255,9 @@ def changed(page: Page, name, before, after, which) -> tuple:
     right = [sum(record["verdict"] == "right" for record in records) for records in list(zip(*pairs))[2:]]
     shares = " -> ".join(chat.in_percent(n, len(pairs)) for n in right)
     text = ", ".join(f"{counts[word]} {word}" for word in CHANGES) + f" of {len(pairs)}. {before} -> {after}: {shares}."
+    ungraded = [sum(record["verdict"] == "ungraded" for record in records) for records in list(zip(*pairs))[2:]]
+    if any(ungraded):
+        text += f" Not graded, and counted as wrong: {ungraded[0]} before, {ungraded[1]} after."
     rows = [
         [n, change, b["task"], cut(b["question"], 200), last_of(b), last_of(a), cut(str(b["expected"]), 100)]
         for n, change, b, a in pairs if which in (ALL, change)

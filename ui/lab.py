@@ -21,9 +21,8 @@ from ui import chat, learn
 from ui.apart import apart, number_of, parts_of, score_apart
 from ui.runs import Page, Run, UiError, said
 
-FILES = OURS, THE_RUNS = "the editor's", "the run's own copy"
 READ_ONLY = "This page is open to other machines: here reward files are neither changed nor run."
-SECONDS = 30  # that reward code has, unless the person gives it more
+SECONDS = 60.0  # that reward code has
 SHOWN_ROWS = 200  # of a step that is scored again
 SCORED = ["function", "value", "weight", "counts", "why"]
 CHANGES = ["completion", "question", "old", "new", "verdict", "what changed", "why", "its end"]
@@ -61,9 +60,9 @@ def pick(page: Page, name: str | None, step: float | None, number: float | None)
 
 
 @kept
-def score(page: Page, name, step, number, question, given, text, cut, which, source, seconds) -> tuple[str, list]:
+def score(page: Page, name, step, number, question, given, text, cut, source) -> tuple[str, list]:
     """(words, table) on the completion in the fields: one of a run, or any other."""
-    file, run = reward_file(page, which, source, name), page.runs.get(name) if name else None
+    file, run = hold(page, source), page.runs.get(name) if name else None
     row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(given)
     asked, words = {"text": text, "truncated": cut}, ""
     with contextlib.suppress(UiError):  # it need not be of a run
@@ -71,7 +70,7 @@ def score(page: Page, name, step, number, question, given, text, cut, which, sou
         if (question, text) == (line["prompt"], chat.cut(line["completion"])):  # perhaps its beginning alone
             asked |= {"text": line["completion"], "tokens": line.get("tokens"), "step": line["step"]}
             words = in_the_run(line)
-    weights, (found,), printed = score_apart(run and run.path, file, seconds, row, [asked])
+    weights, (found,), printed = score_apart(run and run.path, file, SECONDS, row, [asked])
     table = []
     for name, value, why in parts_of(found):
         weight = weights.get(name, 0)
@@ -84,11 +83,11 @@ def score(page: Page, name, step, number, question, given, text, cut, which, sou
 
 
 @kept
-def rescore(page: Page, name: str | None, step: float | None, which, source, seconds) -> tuple[str, list]:
+def rescore(page: Page, name: str | None, step: float | None, source: str) -> tuple[str, list]:
     """(words, table) on a step of a run: old -> new, the completions that change most first."""
-    file, run = reward_file(page, which, source, name), page.runs.get(name or "")
+    file, run = hold(page, source), page.runs.get(name or "")
     lines = lines_of(run, step)
-    found, printed = apart("rescore", run.path, file, seconds, lines=lines)
+    found, printed = apart("rescore", run.path, file, SECONDS, lines=lines)
     known, flips = found["lines"], found["flips"]
     words = f"{len(known)} completions of step {int(step)} by {file.name}, {flips} verdicts flip:\n{found['report']}"
     if len(known) < len(lines):
@@ -96,15 +95,6 @@ def rescore(page: Page, name: str | None, step: float | None, which, source, sec
     if len(known) > SHOWN_ROWS:
         words += f"The {SHOWN_ROWS} that change most are shown.\n"
     return words + output(printed), known[:SHOWN_ROWS]
-
-
-@kept
-def try_out(page: Page, name: str | None, which, source, seconds) -> tuple[str, list]:
-    """(its table and verdict, no rows) of the self-test, on the run's questions, or else on sums, words and functions."""
-    file, run = reward_file(page, which, source, name), page.runs.get(name) if name else None
-    passed, printed = apart("self_test", run and run.path, file, seconds)
-    words = "passed the self-test" if passed else "FAILED the self-test: the last lines say why"
-    return f"{file.name} {words}.\n{printed}", []
 
 
 def read_file(page: Page) -> tuple[str, str, str]:
@@ -124,9 +114,8 @@ def drop(page: Page) -> tuple[str, str, str]:
     return read_file(page)
 
 
-def save(page: Page, source: str, loaded: str | None, seconds: float) -> tuple[str, str | None]:
+def save(page: Page, source: str, loaded: str | None) -> tuple[str, str | None]:
     """(words, the text of the file as far as the editor knows it). What does not import is not saved, and not lost."""
-    need_editable(page)
     file, draft = places(page)
     if hold(page, source) == file:
         return f"{file.name} is as in the editor: there is nothing to save.", text_of(file)
@@ -134,7 +123,7 @@ def save(page: Page, source: str, loaded: str | None, seconds: float) -> tuple[s
     if loaded is not None and text_of(file) != loaded:
         return f"Not saved: {file.name} has changed since it was read. {keeps}", loaded
     try:
-        names, _ = apart("check", None, draft, seconds)
+        names, _ = apart("check", None, draft, SECONDS)
     except RewardError as error:
         return f"Not saved: {error}\n{file.name} is as it was. {keeps}", loaded
     if file.is_file():
@@ -149,7 +138,7 @@ def choose(page: Page, name: str | None, step: float | None, number: float | Non
     name = name if name in names else next(iter(names), None)
     steps = page.runs.get(name).steps() if name else []
     label = f"step, {steps[0]} to {steps[-1]}" if steps else "step"
-    if step not in steps:
+    if step is None or int(step) not in steps:
         step, number = steps[-1] if steps else None, 1
     return gr.Dropdown(choices=names, value=name), gr.Number(label=label, value=step), number
 
@@ -207,7 +196,8 @@ def text_of(file: Path) -> str:
 
 
 def hold(page: Page, source: str) -> Path:
-    """A file with what is in the editor: the reward file, or else the draft."""
+    """A file with what is in the editor: the reward file, or else the draft. Raises UiError where none is to be run."""
+    need_editable(page)
     file, draft = places(page)
     if text_of(file).strip() == source.strip():  # as the editor shows it
         draft.unlink(missing_ok=True)
@@ -216,11 +206,6 @@ def hold(page: Page, source: str) -> Path:
     unfinished.write_text(source.strip() + "\n", encoding="utf-8")
     os.replace(unfinished, draft)
     return draft
-
-
-def reward_file(page: Page, which: str, source: str, name: str | None) -> Path:
-    need_editable(page)
-    return page.runs.get(name or "").file("rewards.py") if which == THE_RUNS else hold(page, source)
 
 
 # --- its layout
@@ -258,19 +243,16 @@ def build(page: Page) -> None:
 
 def build_editor(page: Page, tab, chosen: list, fields: list, scoring, words, parts, taken: tuple) -> None:
     """The file, and what scores with it."""
-    with gr.Row():
-        which = gr.Radio(FILES, value=OURS, label="score with the rewards.py that is")
-        seconds = gr.Number(SECONDS, label="time limit, seconds", precision=0, minimum=1, maximum=3600)
     editor = gr.Code(language="python", label="rewards.py", lines=16, max_lines=30, interactive=True)
     loaded = gr.State(None)  # the text of the file when it was read
     with gr.Row():
         saving, dropping = gr.Button("Save"), gr.Button("Reload (drops what is not saved)")
-        rescoring, testing = gr.Button("Rescore the step"), gr.Button("Self-test")
+        rescoring = gr.Button("Rescore the step")
     of_file = gr.Textbox(label="the file", max_lines=6)
-    result = gr.Code(label="old -> new, or the self-test", interactive=False, max_lines=30, wrap_lines=False)
+    result = gr.Code(label="old -> new", interactive=False, lines=2, max_lines=30, wrap_lines=False)
     changes = gr.Dataframe(
         headers=CHANGES, label="completions, those that change most first; a click takes one", wrap=True, interactive=False,
-        max_chars=300,
+        max_chars=300, column_widths=["105px", "250px", "60px", "60px", "130px", "200px", "250px", "250px"],
     )  # fmt: skip
 
     def read_once(known: str | None):
@@ -280,12 +262,10 @@ def build_editor(page: Page, tab, chosen: list, fields: list, scoring, words, pa
         return int(event.row_value[0])
 
     run, step, number = chosen
-    by = [which, editor, seconds]
     tab.select(said(read_once), loaded, [of_file, editor, loaded], show_progress="hidden")
-    scoring.click(bound(score, page), [*chosen, *fields, *by], [words, parts], api_name="score")
-    rescoring.click(bound(rescore, page), [run, step, *by], [result, changes], api_name="rescore")
-    testing.click(bound(try_out, page), [run, *by], [result, changes], api_name="self_test")
-    saving.click(bound(save, page), [editor, loaded, seconds], [of_file, loaded], api_name="save")
+    scoring.click(bound(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
+    rescoring.click(bound(rescore, page), [run, step, editor], [result, changes], api_name="rescore")
+    saving.click(bound(save, page), [editor, loaded], [of_file, loaded], api_name="save")
     dropping.click(bound(drop, page), None, [of_file, editor, loaded], api_name="reload")
     changes.select(said(number_in), None, number).success(*taken)
 

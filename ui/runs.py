@@ -163,13 +163,11 @@ class Run:
         lines = self.file(f"eval/{name}.jsonl").read_bytes().split(b"\n")
         return [parsed(line, f"eval/{name}.jsonl") for line in lines if line]
 
-    def steps(self) -> list[int]:
+    def steps(self) -> range:
         """The steps of which there are roll-outs: all from the first to the last one."""
         with opened(self.file("rollouts.jsonl")) as file:
             whole = end_of_lines(file)
-            if not whole:
-                return []
-            return list(range(step_at(file, 0), step_at(file, end_of_lines(file, whole - 1)) + 1))
+            return range(step_at(file, 0), step_at(file, end_of_lines(file, whole - 1)) + 1) if whole else range(0)
 
     def groups(self, step: int) -> list[list[dict]]:
         """The lines of rollouts.jsonl of a step, one list a prompt; none where the step has none."""

@@ -9,6 +9,7 @@ import pandas as pd
 
 from rl.config import ConfigError
 from rl.report import clock, mean, seconds_left, standard_deviation
+from ui.chat import cut
 from ui.launch import Launcher, launch_controls
 from ui.runs import POINTS, Page, Run, Runs, UiError, opened, said, thinned
 
@@ -335,10 +336,6 @@ def plot(label: str, height: int) -> gr.LinePlot:
 
 def table(label: str, *headers: str) -> gr.Dataframe:
     return gr.Dataframe(headers=list(headers), type="array", label=label, interactive=False, wrap=True, max_height=360)
-
-
-def cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]} ... (cut here: {len(text):,} characters in all)"
 
 
 def shorter(value: float | None, form: str = ".3g") -> str:
