@@ -282,9 +282,9 @@ def test_gae_moves_from_the_td_error_to_the_whole_return():
     words, table, advantages, errors = learn.gae(episode, 1.0, 0.5, 0.0)
     # delta = 0 + 0.25 - 0.5, 1 - 0.25; A_1 = -0.25 + 0.5 x 0.75; lambda 1: 1 - 0.5
     assert table == [[1, -0.25, 0.125, 0.5, 0.625, 1.0], [2, 0.75, 0.75, 0.75, 1.0, 1.0]]
-    chosen = advantages[advantages["line"] == "the chosen lambda"]
+    chosen = advantages[advantages["series"] == "chosen lambda"]
     assert chosen["y"].tolist() == [0.125, 0.75] and len(advantages) == 6
-    bias = dict(errors[errors["line"] == "bias"][["x", "y"]].values)
+    bias = dict(errors[errors["series"] == "bias"][["x", "y"]].values)
     assert (
         bias[0.0] == pytest.approx(0.75)
         and bias[0.5] == pytest.approx(0.375)
@@ -297,7 +297,7 @@ def test_gae_moves_from_the_td_error_to_the_whole_return():
 
 def test_more_lambda_is_less_bias_and_more_spread():
     _, _, _, errors = learn.gae(learn.EPISODE, 1.0, 0.95, 1.0)
-    of = {name: errors[errors["line"] == name]["y"].tolist() for name in ("bias", "spread")}
+    of = {name: errors[errors["series"] == name]["y"].tolist() for name in ("bias", "spread")}
     assert of["bias"][-1] == pytest.approx(0, abs=1e-5) and of["bias"][0] == pytest.approx(0.3, abs=1e-5)
     assert of["spread"] == sorted(of["spread"])
     assert of["spread"][0] == pytest.approx(1, abs=0.1) and of["spread"][-1] == pytest.approx(5**0.5, abs=0.2)
@@ -327,7 +327,7 @@ def test_the_clip_says_whether_the_gradient_is_cut(ratio, advantage, expected, o
     words, drawn = learn.clip(ratio, advantage, 0.2, 0.28)
     assert expected in words and f"Objective {objective}" in words.replace("-0.000", "0.000")
     assert words.replace("-0.", "0.").endswith(f"by the ratio {slope}.")
-    point = drawn[drawn["line"] == "your token"]
+    point = drawn[drawn["series"] == "your token"]
     assert point["x"].tolist() == [ratio, ratio] and point["y"].tolist()[1] == pytest.approx(float(objective), abs=1e-3)
 
 
@@ -374,7 +374,7 @@ def test_the_tabs_answer_over_http(page, monkeypatch):
         assert "was in endless" in job.result()[0]
         episode = {"headers": ["token", "reward", "value"], "data": [["a", "0", 0.5], ["b", 1, 0.25]]}
         words, table, drawn, _ = client.predict(episode, 1.0, 0.5, 0.0, api_name="/gae")
-        assert table["data"][0][2] == 0.125 and drawn["columns"] == ["x", "y", "line"]
+        assert table["data"][0][2] == 0.125 and drawn["columns"] == ["x", "y", "series"]
         with pytest.raises(Exception, match="no completions of step 9"):
             client.predict("mine", 9, 2, api_name="/pick")
     finally:

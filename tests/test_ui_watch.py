@@ -12,6 +12,7 @@ gr = pytest.importorskip("gradio")
 
 from watching import build, followed, real_metrics, serving, stopped_run, watched  # noqa: E402
 
+from rl.report import standard_deviation  # noqa: E402
 from ui import watch  # noqa: E402
 from ui.launch import Launcher  # noqa: E402
 from ui.runs import Runs  # noqa: E402
@@ -163,7 +164,8 @@ def test_a_group_is_sorted_by_reward_and_judged_in_words():
         [3, "-", "not graded", "-", "itself"],
     ]
     assert (number, question, text, reasons) == (1, "q", "c", [["correct", "1", "right"], ["format", "1", ""]])
-    assert watch.describe_group(7, group)[:1] + watch.describe_group(7, group)[2:] == [7, "0.325", "0.519", "1 of 5"]
+    assert watch.describe_group(7, group) == [7, "1 of 5", "0.325", "0.519", "q"]
+    assert watch.shorter(standard_deviation([1.1] * 8)) == "0"
     assert watch.show_group([], 0) == [0, "", [], "", []]
 
 

@@ -34,6 +34,7 @@ from ui.worker import Worker  # noqa: E402
 LOOPBACK = ("127.0.0.1", "localhost")
 CSS = """
 .console textarea {font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto}
+.dark .tokens span, .dark .tokens .category-label {color: white !important}
 footer {display: none !important}
 """
 

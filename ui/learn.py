@@ -10,10 +10,14 @@ from pathlib import Path
 import gradio as gr
 
 from ui.runs import Page, UiError, said
+from ui.watch import plot
 
 TERMS = Path(__file__).resolve().parent.parent / "docs" / "terms.md"
 EPISODE = [["3+4", 0, 0.4], ["=7", 0, 0.7], ["7-5", 0, 0.3], ["=2", 0, 0.6], ["answer", 1, 0.8]]
 ESTIMATES = ["token", "TD error", "advantage", "return less value", "return", "return of lambda 1"]
+LAMBDAS = "lambda 0", "chosen lambda", "lambda 1"  # the lines of the plots
+ERRORS = "bias", "spread"
+OBJECTIVES = "clipped", "ratio x A, unclipped", "your token"
 NOISY = 2000  # episodes
 LONGEST = 50  # tokens
 
@@ -52,12 +56,11 @@ def gae(episode: list[list], gamma: float, lam: float, noise: float) -> tuple:
     td, chosen, whole = (estimate(rewards, values, x) for x in (0.0, lam, 1.0))
     columns = [td[0], chosen[0], whole[0], chosen[1], whole[1]]
     table = [[t, *(round(x, 4) for x in row)] for t, row in enumerate(torch.cat(columns).T.tolist(), 1)]
-    names = "lambda 0: the TD error", "the chosen lambda", "lambda 1: the return less the value"
-    drawn = [(row[0], row[i], name) for i, name in enumerate(names, 1) for row in table]
-    missed = [(x / 20, e, name) for x in range(21) for name, e in zip(("bias", "spread"), errors(x / 20))]
+    drawn = [(row[0], row[i], name) for i, name in enumerate(LAMBDAS, 1) for row in table]
+    missed = [(x / 20, e, name) for x in range(21) for name, e in zip(ERRORS, errors(x / 20))]
     told = [f"lambda {x:g}: bias {errors(x)[0]:.3f}, spread {errors(x)[1]:.3f}" for x in (0.0, lam, 1.0)]
     words = f"The return of token 1, as the critic would learn it, over {NOISY:,} noisy episodes. {'; '.join(told)}."
-    frame = functools.partial(pandas.DataFrame, columns=["x", "y", "line"])
+    frame = functools.partial(pandas.DataFrame, columns=["x", "y", "series"])
     return words, table, frame(drawn), frame(missed)
 
 
@@ -83,9 +86,9 @@ def clip(ratio: float, advantage: float, epsilon: float, epsilon_high: float) ->
     grid, point = torch.linspace(0, 3, 151), torch.tensor([float(ratio)], requires_grad=True)
     height = objective(point)
     (slope,) = torch.autograd.grad(height.sum(), point)
-    drawn = [(x, y, "clipped objective") for x, y in zip(grid.tolist(), objective(grid).tolist())]
-    drawn += [(x, x * advantage, "ratio x A, unclipped") for x in grid.tolist()]
-    drawn += [(ratio, y, "your token") for y in (0.0, height.item())]
+    drawn = [(x, y, OBJECTIVES[0]) for x, y in zip(grid.tolist(), objective(grid).tolist())]
+    drawn += [(x, x * advantage, OBJECTIVES[1]) for x in grid.tolist()]
+    drawn += [(ratio, y, OBJECTIVES[2]) for y in (0.0, height.item())]
     config = types.SimpleNamespace(loss_type="grpo", epsilon=epsilon, epsilon_high=epsilon_high)
     a, mask = torch.tensor([float(advantage)]), torch.tensor([True])
     below, above = clipped_tokens(point.detach(), a, mask, config)
@@ -97,7 +100,7 @@ def clip(ratio: float, advantage: float, epsilon: float, epsilon_high: float) ->
     elif not 1 - epsilon <= ratio <= 1 + epsilon_high:
         verdict = "The gradient is not cut although the ratio is outside of the range: it leads back, or A is 0."
     words = f"{verdict} Objective {height.item():.3f} (unclipped {ratio * advantage:.3f}), its slope by the ratio {slope.item():.3g}."
-    return words, pandas.DataFrame(drawn, columns=["x", "y", "line"])
+    return words, pandas.DataFrame(drawn, columns=["x", "y", "series"])
 
 
 def build(page: Page) -> None:
@@ -117,8 +120,8 @@ def build(page: Page) -> None:
                 lam = gr.Slider(0, 1, 0.95, step=0.01, label="lambda")
                 noise = gr.Slider(0, 2, 0.5, step=0.05, label="noise of the rewards (for bias and spread)")
             with gr.Column():
-                advantages = lines("advantage of each token", "token", "advantage")
-                errors = lines("bias against spread, by lambda", "lambda", "error")
+                advantages = plot("advantage of each token", LAMBDAS, 260, "token", "advantage")
+                errors = plot("what the critic learns, by lambda", ERRORS, 260, "lambda", "error")
                 words = gr.Textbox(label="in words", lines=2)
         table = gr.Dataframe(headers=ESTIMATES, label="token by token", interactive=False)
         gr.Markdown(term("GAE"))
@@ -133,14 +136,10 @@ def build(page: Page) -> None:
                 epsilon = gr.Slider(0.01, 0.99, 0.2, step=0.01, label="epsilon, downwards")
                 epsilon_high = gr.Slider(0.01, 1.5, 0.28, step=0.01, label="epsilon_high, upwards (DAPO: 0.28)")
                 said_clip = gr.Textbox(label="in words", lines=2)
-            objective = lines("objective of the token", "ratio", "objective")
+            objective = plot("objective of the token", OBJECTIVES, 260, "ratio", "objective")
         gr.Markdown(term("PPO clip"))
         of_gae, of_clip = [episode, gamma, lam, noise], [ratio, advantage, epsilon, epsilon_high]
         drawn, clipped = [words, table, advantages, errors], [said_clip, objective]
         shown = {"show_progress": "hidden", "trigger_mode": "always_last"}
         gr.on([tab.select, *(c.change for c in of_gae)], said(gae), of_gae, drawn, api_name="gae", **shown)
         gr.on([tab.select, *(c.change for c in of_clip)], said(clip), of_clip, clipped, api_name="clip", **shown)
-
-
-def lines(label: str, x: str, y: str) -> gr.LinePlot:
-    return gr.LinePlot(x="x", y="y", color="line", x_title=x, y_title=y, label=label, height=260)

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 
 import gradio as gr
 import pandas as pd
@@ -30,6 +31,7 @@ ABOUT_0, A_LOT = 0.05, 0.5  # shares of the greatest value, where a token's colo
 COLOURS = {
     "far below 0": "#d9534f", "below 0": "#f0a8a0", "about 0": "#b8b8b8", "above 0": "#9fc5e8", "far above 0": "#3d85c6",
 }  # fmt: skip
+SHADES = {"blue": "#3d85c6", "orange": "#f57c00", "red": "#d9534f"}  # of a plot's lines
 VISIBLE = "(visible, ...others) => [document.getElementById('watch-status')?.offsetParent != null, ...others]"
 
 
@@ -43,9 +45,9 @@ def build(page: Page) -> None:
         status = gr.Textbox(label="Status", max_lines=4, elem_id="watch-status")
         alarms = gr.Textbox(label="Alarms", max_lines=8)
         with gr.Row():
-            plots = [plot(label, 260) for label in list(CURVES)[:2]]
+            plots = [plot(label, CURVES[label][1], 260) for label in list(CURVES)[:2]]
         with gr.Row():
-            plots += [plot(label, 180) for label in list(CURVES)[2:]]
+            plots += [plot(label, CURVES[label][1], 180) for label in list(CURVES)[2:]]
         log = gr.Textbox(label="Last lines of its console", lines=6, max_lines=12, elem_classes="console")
         if page.editable:
             became = launch_controls(launcher, name, timer)
@@ -53,7 +55,7 @@ def build(page: Page) -> None:
             became = gr.Textbox(label="Starting and stopping", max_lines=20)
         gr.Markdown("### The completions of a step")
         step = gr.Slider(1, 2, value=1, step=1, label="Step")
-        prompts = table("Prompts (click one)", "No.", "question", "mean reward", "spread", "correct")
+        prompts = table("Prompts (click one)", "No.", "correct", "mean reward", "spread", "question")
         number = gr.State(0)  # of the prompt
         question = gr.Textbox(label="Question", max_lines=8)
         headers = ("No.", "reward", "verdict", "advantage", "ended by", "tokens", "completion")
@@ -65,7 +67,9 @@ def build(page: Page) -> None:
             which = gr.Dropdown(label="Completion", choices=[])
             measure = gr.Radio(list(MEASURES), value="advantage", label="Colour by")
         legend = gr.Textbox(label="What the colours say", max_lines=4)
-        coloured = gr.HighlightedText(label="Tokens (click one for its numbers)", show_legend=True, color_map=COLOURS)
+        coloured = gr.HighlightedText(
+            label="Tokens (click one for its numbers)", show_legend=True, color_map=COLOURS, elem_classes="tokens"
+        )
         with gr.Accordion("Each token's numbers", open=False):
             numbers = table("Tokens", "No.", "token", "log-probability", *MEASURES)
 
@@ -199,7 +203,7 @@ def describe_curves(run: Run, metrics: list[dict], summary: dict) -> list[pd.Dat
     for label in CURVES:
         series = curve_points(run, metrics, summary, label)
         rows = [(step, value, name) for name, points in series for step, value in points]
-        frames.append(pd.DataFrame(rows, columns=["step", "value", "series"]))
+        frames.append(pd.DataFrame(rows, columns=["x", "y", "series"]))
     return frames
 
 
@@ -254,7 +258,7 @@ def describe_group(number: int, group: list[dict]) -> list:
     rewards = [line["reward"] for line in group if line.get("reward") is not None]
     right = sum(line.get("verdict") == "right" for line in group)
     spread = shorter(standard_deviation(rewards)) if len(rewards) > 1 else "-"
-    return [number, cut(group[0].get("prompt", ""), SHORT), shorter(mean(rewards)), spread, f"{right} of {len(group)}"]
+    return [number, f"{right} of {len(group)}", shorter(mean(rewards)), spread, cut(group[0].get("prompt", ""), SHORT)]
 
 
 def verdict(line: dict) -> str:
@@ -326,12 +330,14 @@ def shown_token(token: str) -> str:
 # --- components and text
 
 
-def plot(label: str, height: int) -> gr.LinePlot:
-    colours = dict(zip(CURVES[label][1], ("blue", "orange")))
-    several = {"color": "series", "color_map": colours} if len(colours) > 1 else {}
-    if several:  # the plot's own legend has no room
-        label += f" ({', '.join(f'{series} {colour}' for series, colour in colours.items())})"
-    return gr.LinePlot(x="step", y="value", label=label, height=height, y_title=" ", min_width=240, **several)
+def plot(label: str, series: Iterable[str], height: int, x: str = "step", y: str = " ") -> gr.LinePlot:
+    """Of a frame with x, y and series. Which colour is whose stands in the label: the plot's own legend has no room."""
+    colours = dict(zip(series, ("blue", "orange", "red")))
+    how = {}
+    if len(colours) > 1:
+        how = {"color": "series", "color_map": {name: SHADES[colour] for name, colour in colours.items()}}
+        label += f" ({', '.join(f'{name} {colour}' for name, colour in colours.items())})"
+    return gr.LinePlot(x="x", y="y", x_title=x, y_title=y, label=label, height=height, min_width=240, **how)
 
 
 def table(label: str, *headers: str) -> gr.Dataframe:
@@ -339,4 +345,4 @@ def table(label: str, *headers: str) -> gr.Dataframe:
 
 
 def shorter(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None or math.isnan(value) else format(value, form)
+    return "-" if value is None or math.isnan(value) else format(round(value, 12), form)
