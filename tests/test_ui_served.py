@@ -1,15 +1,17 @@
-"""The tab Compare through the served page, as a client meets it: an empty runs folder, stopping, leaving, errors in words."""
+"""The tab Compare through the served page, as a client meets it: an empty runs folder, two visitors, stopping, what is broken."""
 
+import html
 import shutil
 import time
 
 import pytest
+import safetensors.torch
 from conftest import fill_lora
 
 pytest.importorskip("gradio")
 
 from gradio_client import Client  # noqa: E402
-from test_ui_compare import ONE, make_run  # noqa: E402
+from test_ui_compare import HOSTILE, ONE, make_run  # noqa: E402
 from test_ui_worker import PERTURBED, QUESTION, plain  # noqa: E402
 
 from rl.config import Config  # noqa: E402
@@ -25,13 +27,24 @@ def served(tmp_path_factory):
     folder, workers = tmp_path_factory.mktemp("served") / "runs", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "Worker", lambda runs: workers.append(Worker(runs)) or workers[-1])
-        blocks = app.build(app.Settings(runs=folder))
-    _, url, _ = blocks.queue().launch(prevent_thread_lock=True, quiet=True, server_port=None)
+        blocks, url = app.launch(app.Settings(runs=folder, port=0))
     policy = load_policy(Config(device="cpu"))
     with policy.reference():
         text = plain(policy, max_tokens=90)[0]
     yield url, folder, policy, text, workers[0]
     blocks.close()
+
+
+@pytest.fixture
+def run(served):
+    """The folder of a run whose LoRA answers otherwise, and how."""
+    _, folder, policy, base, _ = served
+    fill_lora(policy, PERTURBED)
+    save_adapter(policy, make_run(folder) / "checkpoints/step_000001")
+    tuned = plain(policy, max_tokens=90)[0]
+    assert tuned != base
+    yield folder / "one", tuned
+    shutil.rmtree(folder / "one")
 
 
 def put(client, question, left=BASE, right=BASE, expected="", longest=90, **more):
@@ -59,31 +72,28 @@ def shown(outputs, side):
 def test_an_empty_runs_folder_and_then_a_run(served):
     url, folder, policy, base, _ = served
     client = Client(url, verbose=False)
+    assert not folder.exists()
     outputs = put(client, QUESTION, expected="13").result(60)
     assert shown(outputs, 0) == shown(outputs, 1) == [QUESTION, base]
     assert outputs[2] == outputs[3] == "wrong. Reward 0.1. Expected: 13"
     fill_lora(policy, PERTURBED)
-    make_run(folder)
-    save_adapter(policy, folder / "one/checkpoints/step_000001")
+    save_adapter(policy, make_run(folder) / "checkpoints/step_000001")
     question, number = client.predict(BASE, ONE, 1, api_name="/held_out")
     assert (question, number) == (QUESTION, 1)
     outputs = put(client, question, right=ONE).result(60)
-    tuned = plain(policy, max_tokens=90)[0]
-    assert (
-        shown(outputs, 0)
-        == [QUESTION, base]
-        != shown(outputs, 1)
-        == [QUESTION, tuned.replace("<", "&lt;").replace(">", "&gt;")]
-    )
+    assert shown(outputs, 0) == [QUESTION, base]
+    assert shown(outputs, 1) == [QUESTION, html.escape(plain(policy, max_tokens=90)[0])]
     assert "Expected: 13" in outputs[2]
-    for wrong in ("../../etc/passwd", "one/../../x", "one/step_000002"):
-        words = put(client, question, right=wrong)
-        with (
-            pytest.raises(Exception, match="There is no run")
-            if wrong.startswith("..")
-            else pytest.raises(AssertionError)
-        ):
-            assert "has no checkpoint" not in words.result(60)[3]
+    for wrong, words in (
+        ("../../etc/passwd", "There is no run"),
+        ("one/../../x", "has no checkpoint"),
+        (7, "There is no run"),
+    ):
+        if words == "There is no run":
+            with pytest.raises(Exception, match=words):
+                put(client, question, right=wrong).result(20)
+        else:
+            assert words in put(client, question, right=wrong).result(20)[3]
     shutil.rmtree(folder / "one")
 
 
@@ -129,3 +139,74 @@ def test_errors_are_said_in_words(served):
     assert "context is 512" in shown(put(client, "1 + " * 300).result(20), 0)[-1]
     with pytest.raises(Exception, match="numbered from 1 to"):
         client.predict(BASE, BASE, 10_000, api_name="/held_out")
+
+
+def test_two_visitors_at_once(served, run):
+    """The base is the base, also while the other side and another visitor's sides stream."""
+    url, _, _, base, _ = served
+    one, other = Client(url, verbose=False), Client(url, verbose=False)
+    long = put(one, QUESTION, right=ONE, greedy=False, temperature=2.0, longest=450, samples=16)
+    while len(long.outputs()) < 3 and not long.done():
+        time.sleep(0.01)
+    for i in range(3):
+        outputs = put(other, QUESTION, right=ONE).result(60)
+        assert i or not long.done(), "they were not at once"
+        other.predict(api_name="/new_chat")
+        assert shown(outputs, 0) == [QUESTION, base] and shown(outputs, 1) == [QUESTION, html.escape(run[1])]
+    one.predict(api_name="/stop")
+
+
+def test_a_broken_adapter_and_a_base_that_does_not_match(served, run):
+    url, _, _, base, _ = served
+    weights = run[0] / "checkpoints/step_000001/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    client = Client(url, verbose=False)
+    weights.write_bytes(whole[:5000])
+    outputs = put(client, QUESTION, right=ONE).result(60)
+    assert shown(outputs, 0) == [QUESTION, base]
+    assert "step_000001 cannot be put on data/tiny" in shown(outputs, 1)[-1] == html.escape(outputs[3])
+    weights.unlink()
+    assert "has no adapter_model.safetensors" in put(client, QUESTION, right=ONE).result(60)[3]
+    tensors = {name: tensor[..., :4].contiguous() for name, tensor in safetensors.torch.load(whole).items()}
+    safetensors.torch.save_file(tensors, weights)  # as of a narrower model
+    assert "cannot be put on data/tiny: " in put(client, QUESTION, right=ONE).result(60)[3]
+    weights.write_bytes(whole)
+    client.predict(api_name="/new_chat")
+    assert shown(put(client, QUESTION, right=ONE).result(60), 1) == [QUESTION, html.escape(run[1])]
+
+
+def test_reward_files_that_fail(served, run):
+    """The answers are shown all the same, with the reason in the place of a verdict."""
+    url, _, _, base, _ = served
+    client = Client(url, verbose=False)
+    for source, words in (
+        ("from grading import reward\n@reward\ndef bad(c):\n    return c.nothing\n", "'bad' (rewards.py:4)"),
+        ("def bad(:\n", "rewards.py:1: SyntaxError"),
+        ("import not_there_at_all\n", "rewards.py:1: ModuleNotFoundError"),
+        ("x = 1\n", "rewards.py"),
+    ):
+        (run[0] / "rewards.py").write_text(source)
+        outputs = put(client, QUESTION, right=ONE, expected="13").result(60)
+        client.predict(api_name="/new_chat")
+        assert shown(outputs, 0) == [QUESTION, base]
+        assert all("No verdict: " in said and words in said for said in outputs[2:4]), outputs[2]
+
+
+@pytest.mark.parametrize(
+    "text", [HOSTILE, "<think>", "</think><b>", "<!--", "x" * 50_000, "$$\\href{javascript:alert(1)}{x}$$", "\0\u202e"]
+)
+def test_hostile_text_stays_text(served, run, text):
+    """As a question, as what is expected, and as what a reward function says."""
+    (run[0] / "rewards.py").write_text(
+        f"from grading import reward\n@reward\ndef says(c):\n    return 0.5, {text!r}\n", encoding="utf-8"
+    )
+    client = Client(served[0], verbose=False)
+    outputs = put(client, text, right=ONE, expected=text).result(60)
+    question = outputs[0]["value"][0]["content"][0]["text"]
+    assert not set("<>") & set(question.replace("<br>", "")) and len(question) < 50_000
+    raw = html.unescape(question.replace("<br>", "\n").replace("&nbsp;", " "))
+    assert raw == text or raw.startswith(text[:20_000]) and raw.endswith("(30,000 more characters are not shown)")
+    if len(text) < 50_000:
+        assert f"Expected: {text.strip()}" in outputs[2] and outputs[4]["data"][0][4].strip() == text.strip()
+    else:
+        assert "context is 512" in outputs[2]
