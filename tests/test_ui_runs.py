@@ -100,11 +100,9 @@ def test_no_link_leads_out_of_the_folder(folder):
     for name in ("console.log", "rollouts.jsonl", "tokens.jsonl", "summary.json", "eval/x.jsonl", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(secret)
-    with pytest.raises(UiError, match="outside of the runs folder"):
-        Runs(folder).get("a")
-    (run / "metrics.jsonl").unlink()
     run = Runs(folder).get("a")
-    for read in (run.log_tail, run.steps, run.summary, lambda: run.tokens(1), lambda: run.groups(1)):
+    reads = run.log_tail, run.steps, run.summary, run.metrics, run.alarms, run.steps_done
+    for read in (*reads, lambda: run.tokens(1), lambda: run.groups(1)):
         with pytest.raises(UiError, match="outside of the runs folder"):
             read()
     with pytest.raises(UiError, match="outside of the runs folder"):

@@ -1,10 +1,9 @@
 """Reads the runs folder for the page, and nothing outside of it. Imports neither torch nor gradio.
 
-A run may be under way, cut back by --resume, or half a gigabyte long, so none of it is kept: of metrics.jsonl the place of
-each line, of rollouts.jsonl and tokens.jsonl nothing at all. Their steps ascend, so the lines of one are found by bisection.
+A run may be under way, cut back by --resume, or half a gigabyte long, so none of it is kept. Steps ascend in rollouts.jsonl
+and tokens.jsonl, so the lines of one are found by bisection; metrics.jsonl is small (2 KB a step) and read as a whole.
 """
 
-import array
 import contextlib
 import copy
 import functools
@@ -29,7 +28,6 @@ from rl.config import Config, ConfigError, RunError
 from rl.read_config import read_yaml
 
 POINTS = 500  # of a curve
-TAIL = 64  # bytes before the place up to which a file was read: if they have changed, it is another file
 IMPORTING = threading.Lock()
 PROBING = threading.Lock()  # two threads that try a run's lock at once would take each other for the run
 
@@ -97,7 +95,6 @@ class Run:
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
-        self._metrics = Places(self.file("metrics.jsonl"))
         self._config: tuple[int, Config | None] = 0, None
 
     def file(self, name: str) -> Path:
@@ -140,16 +137,29 @@ class Run:
         return "finished" if self.summary().get("finished") else "stopped"
 
     def steps_done(self) -> int:
-        return len(self._metrics.read())
+        return sum(1 for _ in self._metrics())
 
     def metrics(self, points: int | None = None) -> list[dict]:
         """The metrics of each step, or of about so many evenly spaced ones and of so many with an evaluation."""
-        return self._metrics.lines(points)
+        lines = list(self._metrics())
+        evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
+        kept = {*thinned(range(len(lines)), points), *thinned(evaluated, points)}
+        return [parsed(lines[i], "metrics.jsonl") for i in sorted(kept)]
 
     def alarms(self) -> dict[str, int]:
         """The step at which each alarm was first up, by subject."""
-        self._metrics.read()
-        return dict(self._metrics.alarms)
+        found = {}
+        # They are the last of a line: of those that end alike the first one will do.
+        for _, alike in itertools.groupby(self._metrics(), key=lambda line: line[line.rfind(b'"alarms"') :]):
+            metrics = parsed(next(alike), "metrics.jsonl")
+            for subject in metrics.get("alarms", []):
+                found.setdefault(subject, metrics.get("step"))
+        return found
+
+    def _metrics(self) -> Iterator[bytes]:
+        """The lines of metrics.jsonl that are there in full, a step each."""
+        with opened(self.file("metrics.jsonl")) as file:
+            yield from (line for line in file if line.endswith(b"\n"))
 
     def evaluations(self) -> list[str]:
         """before, step_000015, ..., after: those there are, in this order."""
@@ -200,48 +210,6 @@ class Run:
             start, end = (seek_step(file, s, whole) for s in (step, step + 1))
             file.seek(start)
             return [parsed(line, name) for line in file.read(end - start).split(b"\n") if line]
-
-
-class Places:
-    """Where the lines of a metrics.jsonl begin, found as the file grows; found anew where it has become another."""
-
-    def __init__(self, path: Path):
-        self.path, self._lock = path, threading.RLock()
-        self._forget()
-
-    def _forget(self) -> None:
-        self.starts, self.evaluated = array.array("Q"), array.array("Q")
-        self.end, self.tail = 0, b""
-        self.alarms: dict[str, int] = {}
-
-    def read(self) -> array.array:
-        """The places of the lines that are there in full."""
-        with self._lock, opened(self.path) as file:
-            file.seek(max(0, self.end - TAIL))
-            if file.read(min(self.end, TAIL)) != self.tail:
-                self._forget()
-                file.seek(0)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.starts.append(self.end)
-                if b'"eval/accuracy"' in line:
-                    self.evaluated.append(self.end)
-                if not line.endswith(b'"alarms": []}\n'):
-                    metrics = parsed(line, self.path.name)
-                    for subject in metrics.get("alarms", []):
-                        self.alarms.setdefault(subject, metrics.get("step"))
-                self.end += len(line)
-                self.tail = (self.tail + line)[-TAIL:]
-            return self.starts
-
-    def lines(self, points: int | None) -> list[dict]:
-        with self._lock, opened(self.path) as file:
-            lines = []
-            for place in sorted({*thinned(self.read(), points), *thinned(self.evaluated, points)}):
-                file.seek(place)
-                lines.append(file.readline())
-        return [parsed(line, self.path.name) for line in lines if line.endswith(b"\n")]
 
 
 def thinned(values, points: int | None = POINTS) -> list:
