@@ -4,6 +4,7 @@ A run may be under way, cut back by --resume, or half a gigabyte long, so none o
 and tokens.jsonl, so the lines of one are found by bisection; metrics.jsonl is small (2 KB a step) and read as a whole.
 """
 
+import bisect
 import contextlib
 import copy
 import functools
@@ -11,6 +12,7 @@ import html
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import threading
@@ -254,18 +256,13 @@ def seek_step(file: BinaryIO, step: int, whole: int) -> int:
         if place:
             file.seek(place - 1)
             file.readline()
-            return file.tell()
+            return min(file.tell(), whole)
         return 0
 
-    low, high = 0, whole
-    while low < high:
-        middle = (low + high) // 2
-        start = line_from(middle)
-        if start >= whole or step_at(file, start) >= step:
-            high = middle
-        else:
-            low = start + 1
-    return min(line_from(low), whole)
+    def step_from(place: int) -> float:
+        return step_at(file, start) if (start := line_from(place)) < whole else math.inf
+
+    return line_from(bisect.bisect_left(range(whole), step, key=step_from))
 
 
 def parsed(line: bytes, name: str) -> dict:
