@@ -6,7 +6,6 @@ and tokens.jsonl, so the lines of one are found by bisection; metrics.jsonl is s
 
 import bisect
 import contextlib
-import copy
 import functools
 import html
 import inspect
@@ -53,7 +52,6 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).resolve()
-        self._runs: dict[str, Run] = {}
 
     def names(self) -> list[str]:
         """The newest first, by when it was begun or resumed."""
@@ -71,7 +69,7 @@ class Runs:
             names = self.names()
             there = f"There are {', '.join(names[:5])}." if names else f"{self.folder.name}/ has none: train one first."
             raise UiError(f"There is no run {name!r}. {there}")
-        return self._runs.setdefault(name, Run(self.folder / name))
+        return Run(self.folder / name)
 
     def running(self) -> list[str]:
         """Those of `names` that go on at this moment."""
@@ -97,7 +95,6 @@ class Run:
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
-        self._config: tuple[int, Config | None] = 0, None
 
     def file(self, name: str) -> Path:
         """Raises UiError where a link leads out of the runs folder."""
@@ -112,12 +109,9 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """A copy. Raises ConfigError."""
+        """Not to be changed. Raises ConfigError."""
         path = self.file("config.yaml")
-        written = path.stat().st_mtime_ns
-        if self._config[0] != written:
-            self._config = written, read_yaml(str(path))
-        return copy.deepcopy(self._config[1])
+        return config_of(str(path), path.stat().st_mtime_ns)
 
     def summary(self) -> dict:
         """Empty before the first evaluation has ended."""
@@ -212,6 +206,12 @@ class Run:
             start, end = (seek_step(file, s, whole) for s in (step, step + 1))
             file.seek(start)
             return [parsed(line, name) for line in file.read(end - start).split(b"\n") if line]
+
+
+@functools.lru_cache(64)
+def config_of(path: str, written: int) -> Config:
+    """The settings in a file. written: when, so that it is read once."""
+    return read_yaml(path)
 
 
 def thinned(values, points: int | None = POINTS) -> list:
