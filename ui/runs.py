@@ -55,12 +55,11 @@ class Runs:
 
     def names(self) -> list[str]:
         """The newest first, by when it was begun or resumed."""
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         began = {}
-        for name in names:
+        for config in self.folder.glob("*/config.yaml"):
             with contextlib.suppress(OSError):  # removed since
-                if self._has(name):
-                    began[name] = (self.folder / name / "config.yaml").stat().st_mtime
+                if self._has(config.parent.name):
+                    began[config.parent.name] = config.stat().st_mtime
         return sorted(began, key=lambda name: (began[name], name), reverse=True)
 
     def get(self, name: str) -> "Run":
@@ -84,10 +83,7 @@ class Runs:
         if not isinstance(name, str) or Path(name).name != name:
             return False
         config = self.folder / name / "config.yaml"
-        try:
-            return config.is_file() and config.resolve().is_relative_to(self.folder)
-        except (OSError, RuntimeError):  # of somebody else, or links in a circle
-            return False
+        return os.path.isfile(config) and is_inside(config, self.folder)
 
 
 class Run:
@@ -99,11 +95,7 @@ class Run:
     def file(self, name: str) -> Path:
         """Raises UiError where a link leads out of the runs folder."""
         path = self.path / name
-        try:
-            inside = path.resolve().is_relative_to(self.path.parent.resolve())
-        except (OSError, RuntimeError):  # links in a circle
-            inside = False
-        if not inside:
+        if not is_inside(path, self.path.parent):
             raise UiError(f"{self.name}/{name} lies outside of the runs folder. Put the file itself there.")
         return path
 
@@ -206,6 +198,14 @@ class Run:
             start, end = (seek_step(file, s, whole) for s in (step, step + 1))
             file.seek(start)
             return [parsed(line, name) for line in file.read(end - start).split(b"\n") if line]
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether it lies in this folder, where no link has led to."""
+    try:
+        return path.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # of somebody else, or links in a circle
+        return False
 
 
 @functools.lru_cache(64)
