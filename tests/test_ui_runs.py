@@ -304,7 +304,6 @@ def test_errors_are_said_in_words():
         (UiError("no run. Train one."), "no run. Train one."),
         (ConfigError("beta is <b>"), "beta is &lt;b&gt;"),
         (ValueError("a\nb"), "Something went wrong: ValueError: a. The terminal has the rest."),
-        (gr.Error("as it is"), "as it is"),
     ):
         with pytest.raises(gr.Error) as found:
             fails(error)

@@ -3,7 +3,6 @@
 Whatever a model wrote is shown as text: escaped where a component would take it for HTML. What is asked and said: ui/chat.py.
 """
 
-import functools
 import html
 import time
 from collections import Counter
@@ -167,9 +166,6 @@ def refresh(page: Page, left, right) -> tuple:
 
 
 def build(page: Page) -> None:
-    def bound(function, *more):
-        return said(functools.partial(function, *more))
-
     with gr.Tab("Compare") as tab:
         session = gr.State(Session())
         note = gr.Markdown(NO_RUN, visible=not page.runs.names())
@@ -213,19 +209,19 @@ def build(page: Page) -> None:
     asked = [session, *sides, blind, question, expected, greedy, temperature, top_p, seed, longest, samples]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     asking = gr.on(
-        [ask.click, question.submit], bound(answer, page), asked, outputs, show_progress="hidden", api_name="ask"
+        [ask.click, question.submit], said(answer, page), asked, outputs, show_progress="hidden", api_name="ask"
     )
     asking.then(said(downloads), session, taken, show_progress="hidden", api_name="files")
     end.click(said(stop), session, None, queue=False, api_name="stop")
     gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")
-    take.click(bound(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
-    draw.click(bound(chat.put, page), [session, *sides], [question, number], api_name="random_held_out")
+    take.click(said(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
+    draw.click(said(chat.put, page), [session, *sides], [question, number], api_name="random_held_out")
     blind.input(lambda ticked: gr.Textbox(visible=ticked), blind, tally, **quiet)
     for button, better in zip(votes, (0, None, 1)):
-        voted = button.click(bound(vote, better), session, [*chats, tally, voting, status], api_name=f"vote_{better}")
+        voted = button.click(said(vote, better), session, [*chats, tally, voting, status], api_name=f"vote_{better}")
         voted.then(said(downloads), session, taken, **quiet)
     for event in (tab.select, Context.root_block.load):
-        event(bound(refresh, page), sides, [note, *sides], **quiet)
+        event(said(refresh, page), sides, [note, *sides], **quiet)
     what_changed(page)
 
 
@@ -322,7 +318,7 @@ def what_changed(page: Page) -> None:
         with gr.Row():
             both = [gr.Textbox(label=label, interactive=False, lines=10, max_lines=30) for label in ("Before", "After")]
     asked = [run, *ends]
-    look = {"fn": said(functools.partial(changed, page)), "inputs": [*asked, which], "outputs": [counts, which, table]}
+    look = {"fn": said(changed, page), "inputs": [*asked, which], "outputs": [counts, which, table]}
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     tab.select(said(runs), run, [run, *ends], **quiet).then(**look, show_progress="hidden", api_name="changed")
     run.input(said(of_run), run, ends, **quiet).then(**look, **quiet)

@@ -25,7 +25,7 @@ import filelock
 
 from data import DataError
 from grading import RewardError
-from rl.config import Config, ConfigError, RunError
+from rl.config import Config, ConfigError, RunError, first_line
 from rl.read_config import read_yaml
 
 POINTS = 500  # of a curve
@@ -304,35 +304,37 @@ def import_models() -> None:
         import rl.evaluate  # noqa: F401
 
 
-def in_words(error: Exception) -> Exception:
-    """What the page shows for an error (gr.Error), with its text escaped: the page takes it for HTML."""
+def in_words(error: BaseException) -> str:
+    """What the page says of an error. One that is a fault of this program is printed in full."""
+    if isinstance(error, (UiError, ConfigError, DataError, RewardError, RunError)):
+        return str(error)
+    traceback.print_exception(error)
+    return f"Something went wrong: {type(error).__name__}: {first_line(error)}. The terminal has the rest."
+
+
+@contextlib.contextmanager
+def errors_said() -> Iterator[None]:
+    """Errors become what Gradio shows (gr.Error), with their text escaped: the page takes it for HTML."""
     import gradio as gr
 
-    if isinstance(error, gr.Error):
-        return error
-    if isinstance(error, (UiError, ConfigError, DataError, RewardError, RunError)):
-        return gr.Error(html.escape(str(error)), print_exception=False)
-    traceback.print_exception(error)
-    first = (str(error).splitlines() or [""])[0]
-    text = f"Something went wrong: {type(error).__name__}: {first}. The terminal has the rest."
-    return gr.Error(html.escape(text), print_exception=False)
+    try:
+        yield
+    except Exception as error:
+        raise gr.Error(html.escape(in_words(error)), print_exception=False) from None
 
 
-def said(function: Callable) -> Callable:
-    """An event handler, or a generator, whose errors are said to the person."""
+def said(function: Callable, *first) -> Callable:
+    """An event handler, or a generator, with its first arguments, whose errors are said to the person."""
+    function = functools.partial(function, *first) if first else function
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            raise in_words(error) from None
+    def call(*args):
+        with errors_said():
+            return function(*args)
 
     @functools.wraps(function)
-    def generate(*args, **kwargs) -> Iterator:
-        try:
-            yield from function(*args, **kwargs)
-        except Exception as error:
-            raise in_words(error) from None
+    def generate(*args) -> Iterator:
+        with errors_said():
+            yield from function(*args)
 
     return generate if inspect.isgeneratorfunction(function) else call

@@ -15,14 +15,13 @@ import itertools
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rl.config import Config, ConfigError, RunError
+from rl.config import Config, ConfigError
 from rl.shapes import find_shape
-from ui.runs import Runs, UiError, import_models
+from ui.runs import Runs, UiError, import_models, in_words
 
 AT_ONCE = 4  # questions that are answered together; others wait
 STALE = 2.0  # seconds after which a question is dropped whose page gives no sign of life
@@ -239,11 +238,7 @@ class Worker:
                 f"Out of memory. Lower the samples a side (now {ask.samples}) or the longest answer (now {ask.max_tokens} "
                 "tokens), close what else uses the memory, or take a run with a smaller model."
             )
-        if isinstance(error, (UiError, ConfigError, RunError)):
-            return str(error)
-        traceback.print_exception(error)
-        first = (str(error).splitlines() or [""])[0]
-        return f"Something went wrong: {type(error).__name__}: {first}. The terminal has the rest."
+        return in_words(error)
 
     # --- what a turn goes through
 
