@@ -17,14 +17,15 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import gradio as gr  # noqa: E402
 import tyro  # noqa: E402
+from starlette.datastructures import Headers, MutableHeaders  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
 from ui import compare, lab, watch  # noqa: E402
@@ -54,32 +55,25 @@ class Settings:
 
 
 class OwnOrigin:
-    """Refuses what pages of other sites send here, and names of this machine that somebody else has given it."""
+    """Refuses what pages of other sites send here, and to be shown within them."""
 
-    def __init__(self, app, hosts: tuple[str, ...] | None):
-        self.app, self.hosts = app, hosts  # hosts: None where any will do
+    def __init__(self, app):
+        self.app = app
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] in ("http", "websocket") and not self.is_own(scope["headers"]):
-            refusal = PlainTextResponse("Refused: the request comes from the page of another site.", 403)
-            return await refusal(scope, receive, send)
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin is not None and origin.partition("://")[2] != headers.get("host"):
+                refusal = PlainTextResponse("Refused: the request comes from the page of another site.", 403)
+                return await refusal(scope, receive, send)
 
-        async def unframed(message):  # nor can another site show this page within its own
+        async def unframed(message):
             if message["type"] == "http.response.start":
-                frame = (b"content-security-policy", b"frame-ancestors 'self'")
-                message["headers"] = [*message.get("headers", ()), frame]
+                MutableHeaders(scope=message).append("Content-Security-Policy", "frame-ancestors 'self'")
             await send(message)
 
         await self.app(scope, receive, unframed)
-
-    def is_own(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        found = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
-        host, origin = found.get("host", ""), found.get("origin")
-        try:
-            own = origin is None or urlsplit(origin).netloc == host
-            return own and (self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts)
-        except ValueError:  # no address at all
-            return False
 
 
 def build(settings: Settings) -> gr.Blocks:
@@ -103,13 +97,14 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
     name, _, password = (settings.auth or "").partition(":")
     if settings.auth and not (name and password):
         sys.exit("error: auth: expected NAME:PASSWORD")
+    hosts = LOOPBACK if settings.is_local else ["*"]  # others are names that somebody else has given this machine
     blocks = build(settings).queue(default_concurrency_limit=8, max_size=64)
     _, address, shared = blocks.launch(
         server_name=settings.host,
         server_port=settings.port or None,
         share=settings.share,
         auth=(name, password) if settings.auth else None,
-        app_kwargs={"middleware": [Middleware(OwnOrigin, hosts=LOOPBACK if settings.is_local else None)]},
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(OwnOrigin)]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         max_file_size="1mb",  # nothing here takes a file
