@@ -94,10 +94,11 @@ class Turn:
         return self.config.model, self.config.load_in_4bit, self.config.dtype, self.config.device
 
     def say(self, state: str, note: str = "") -> None:
-        """A new state; where that is the end, what it held is free."""
-        if (self.answer.state, self.answer.note) != (state, note):
-            samples = self.samples() if self.policy else ()
-            self.answer = Answer(state, note, samples)
+        """How it stands: at once where that is new, else now and then. Where it is the end, what it held is free."""
+        now, is_new = time.monotonic(), (self.answer.state, self.answer.note) != (state, note)
+        if is_new or now - self.shown > UPDATE:
+            self.answer = Answer(state, note, self.samples() if self.policy else ())
+            self.shown = 0.0 if is_new else now  # the first token is shown at once too
             if self.answer.over:
                 self.policy = self.engine = self.steps = None
             self.changed.set()
@@ -227,18 +228,14 @@ class Worker:
         return not turn.answer.over
 
     def _fail(self, turn: Turn, error: Exception) -> None:
-        turn.policy = None  # it is not asked any more for what was written
-        turn.say("failed", self._in_words(error, turn.ask))
-
-    def _in_words(self, error: Exception, ask: Ask) -> str:
         from rl.budget import is_out_of_memory
 
-        if is_out_of_memory(error):
-            return (
-                f"Out of memory. Lower the samples a side (now {ask.samples}) or the longest answer (now {ask.max_tokens} "
-                "tokens), close what else uses the memory, or take a run with a smaller model."
-            )
-        return in_words(error)
+        turn.policy = None  # it is not asked any more for what was written
+        out_of_memory = (
+            f"Out of memory. Lower the samples a side (now {turn.ask.samples}) or the longest answer (now "
+            f"{turn.ask.max_tokens} tokens), close what else uses the memory, or take a run with a smaller model."
+        )
+        turn.say("failed", out_of_memory if is_out_of_memory(error) else in_words(error))
 
     # --- what a turn goes through
 
@@ -269,10 +266,9 @@ class Worker:
         return "cpu" if run else "cuda"
 
     def _run_on_card(self) -> str | None:
-        for name in self.runs.names():
+        for name in self.runs.running():
             with contextlib.suppress(UiError, ConfigError):
-                run = self.runs.get(name)
-                if run.status() == "running" and run.config.device != "cpu":
+                if self.runs.get(name).config.device != "cpu":
                     return name
         return None
 
@@ -297,13 +293,11 @@ class Worker:
         (prompt,) = policy.encode_prompts([{"id": "of the chat", "prompt": turn.messages}], 1)
         room = (policy.context_length or 2**31) - len(prompt)
         self._switch(turn.adapter)  # the engine may fold it into scratch weights of its own
-        asked = [prompt], ask.samples, min(ask.max_tokens, room), Sampling(ask.temperature, top_p=ask.top_p)
-        more = torch.Generator(policy.device).manual_seed(ask.seed), ask.samples
-        if policy.decoder:
-            turn.engine = Engine(policy, *asked, *more)
-            turn.steps = turn.engine.steps()
-        else:  # the answer comes as a whole
-            turn.steps = Batches(policy, *asked, *more).run()
+        sampling, generator = Sampling(ask.temperature, top_p=ask.top_p), torch.Generator(policy.device)
+        generator.manual_seed(ask.seed)
+        how = policy, [prompt], ask.samples, min(ask.max_tokens, room), sampling, generator, ask.samples
+        turn.engine = Engine(*how) if policy.decoder else None  # without one the answer comes as a whole
+        turn.steps = turn.engine.steps() if turn.engine else Batches(*how).run()
         turn.policy, turn.opening = policy, policy.opened_thinking(turn.messages)
         turn.say("answering")
 
@@ -311,12 +305,7 @@ class Worker:
         """One decode step; on CUDA a few."""
         self._switch(turn.adapter)
         turn.ended |= next(turn.steps)
-        if len(turn.ended) == turn.ask.samples:
-            turn.say("done")
-        elif time.monotonic() - turn.shown > UPDATE:
-            turn.answer = Answer("answering", "", turn.samples())
-            turn.shown = time.monotonic()
-            turn.changed.set()
+        turn.say("done" if len(turn.ended) == turn.ask.samples else "answering")
 
     # --- the model
 
@@ -358,10 +347,11 @@ class Worker:
 
     def _adapter(self, run: str, checkpoint: str) -> str:
         """The name in the model of a checkpoint's LoRA, which is loaded if it is not there. Raises ConfigError."""
-        if checkpoint not in (there := self.runs.get(run).checkpoints()):
+        found = self.runs.get(run)
+        if checkpoint not in (there := found.checkpoints()):
             raise UiError(f"{run} has no checkpoint {checkpoint!r}. It has {', '.join(there) or 'none yet'}.")
-        folder = self.runs.get(run).file(f"checkpoints/{checkpoint}")
-        weights = self.runs.get(run).file(f"checkpoints/{checkpoint}/adapter_model.safetensors")
+        weights = found.file(f"checkpoints/{checkpoint}/adapter_model.safetensors")
+        folder = weights.parent
         if not weights.is_file():
             raise ConfigError(f"adapter: {folder} has no adapter_model.safetensors: choose another checkpoint")
         key = weights, weights.stat().st_mtime_ns
@@ -382,14 +372,10 @@ class Worker:
         try:
             found = model.load_adapter(folder, name, torch_device=str(self._policy.device))
             if found.missing_keys or found.unexpected_keys:
-                raise ValueError(
-                    f"{len(found.missing_keys + found.unexpected_keys)} of its matrices have no counterpart"
-                )
+                raise ValueError("some of its matrices have no counterpart")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             if name in model.peft_config:
                 model.delete_adapter(name)
-            lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-            raise ConfigError(
-                f"adapter: {folder} cannot be put on {self._policy.model.config.name_or_path}: {' '.join(lines[:2])[:300]}"
-            ) from error
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(f"adapter: {folder} cannot be put on {model.config.name_or_path}: {why}") from error
         return name
