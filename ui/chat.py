@@ -25,6 +25,7 @@ from ui.worker import Answer, Ask, Sample
 
 BASE = "the base model"
 SIDES = "left", "right"
+ROUNDS = 20  # of a chat: what was before is neither shown nor put to the models
 SHOWN = 20_000  # characters of a text; the download has all of it
 JUDGING = 30.0  # seconds that the reward functions have
 TINY = "configs/tiny.yaml"  # the settings where there is no run
@@ -119,11 +120,17 @@ def conversation(rounds: list[Round], side: int, question: str | list[dict]) -> 
     return messages + ([{"role": "user", "content": question}] if isinstance(question, str) else list(question))
 
 
+def stop(session: Session) -> None:
+    for round_ in session.rounds:
+        round_.ask.stop.set()
+
+
 def begin(page: Page, session: Session, left, right, blind, question, expected, greedy, *how) -> Round:
     """The next round of a chat, to be put to the worker; a held-out question begins a new chat."""
     temperature, top_p, seed, longest, samples = how
     if not (question or "").strip():
         raise UiError("There is no question. Write one, or take a held-out one.")
+    stop(session)
     home = home_of(page, left, right)
     config = settings_of(home)
     row, put_before = None, question
@@ -132,15 +139,13 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
     elif (expected or "").strip():
         ours = {"id": "own", "task": "own", "prompt": question, "answer": expected.strip()}
         row = {config.columns["answer"]: ours["answer"]} | ours if "answer" in config.columns else ours
-    was_blind = session.swapped is not None
-    voted = was_blind and not (session.rounds and session.rounds[-1].hidden)
-    if voted or bool(blind) != was_blind:  # a new chat, so that its sides stay what they are
+    hidden = session.rounds and session.rounds[-1].hidden
+    is_new = not hidden if blind else session.swapped is not None
+    if is_new:  # a chat's sides stay what they are
         session.rounds, session.swapped = [], random.random() < 0.5 if blind else None
     order = (1, 0) if session.swapped else (0, 1)
     chosen = [(left, right)[i] or BASE for i in order]
-    for done in session.rounds:  # of a round that was not answered nothing is left to go on from
-        done.ask.stop.set()
-    session.rounds = [done for done in session.rounds if done.answers][-100:]
+    session.rounds = [done for done in session.rounds if done.answers][-ROUNDS:]
     ask = Ask(
         sides=tuple(map(side_of, chosen)),
         messages=tuple(conversation(session.rounds, side, put_before) for side in (0, 1)),

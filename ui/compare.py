@@ -16,7 +16,6 @@ from ui import chat
 from ui.chat import BASE, SIDES, Session, cut, judged
 from ui.runs import Page, UiError, said
 
-ROUNDS = 20  # of a chat that are shown
 NO_RUN = (
     "There is no run yet, so both sides are the bundled tiny model as it was before any training. To train it, in about two "
     "minutes: `make train`."
@@ -56,7 +55,7 @@ def message(role: str, text: str, metadata: dict | None = None) -> dict:
 def messages(session: Session, side: int) -> list[dict]:
     """A side's chat for gr.Chatbot."""
     shown = []
-    for round_ in session.rounds[-ROUNDS:]:
+    for round_ in session.rounds:
         shown.append(message("user", round_.question))
         if not round_.answers:
             continue
@@ -131,14 +130,9 @@ def vote(better: int | None, session: Session) -> tuple:
 
 
 def new_chat(session: Session) -> list:
-    stop(session)
+    chat.stop(session)
     session.rounds, session.swapped = [], None
     return [*panes(session), "", gr.Row(visible=False), "", ""]
-
-
-def stop(session: Session) -> None:
-    for round_ in session.rounds:
-        round_.ask.stop.set()
 
 
 # --- the tab Compare
@@ -213,7 +207,7 @@ def build(page: Page) -> None:
         concurrency_limit=4,
     )  # fmt: skip
     asking.then(said(downloads), session, taken, show_progress="hidden", api_name="files")
-    end.click(said(stop), session, None, queue=False, api_name="stop")
+    end.click(said(chat.stop), session, None, queue=False, api_name="stop")
     gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")
     take.click(said(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
     draw.click(said(chat.put, page), [session, *sides], [question, number], api_name="random_held_out")
