@@ -118,7 +118,7 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
 
 
 def vote(better: int | None, session: Session) -> tuple:
-    """Reveal the sides and count the vote. better: a side, None for a tie. Outputs: chats, tally, vote, status."""
+    """Reveal the sides and count the vote. better: a side, None for a tie. Outputs: chats, vote, status."""
     if not session.rounds or not session.rounds[-1].hidden:
         raise UiError("There is nothing to vote on. Tick Blind and ask a question.")
     names = session.rounds[-1].names
@@ -126,7 +126,8 @@ def vote(better: int | None, session: Session) -> tuple:
     for round_ in session.rounds:
         round_.hidden = False
     tally = ", ".join(f"{name} {n}" for name, n in session.votes.most_common())
-    return *panes(session)[:2], tally, gr.Row(visible=False), f"Left was {names[0]}, right was {names[1]}."
+    status = f"Left was {names[0]}, right was {names[1]}. Votes for: {tally}."
+    return *panes(session)[:2], gr.Row(visible=False), status
 
 
 def new_chat(session: Session) -> list:
@@ -179,7 +180,6 @@ def build(page: Page) -> None:
         with gr.Row():
             ask, end, anew = gr.Button("Ask both", variant="primary"), gr.Button("Stop"), gr.Button("New chat")
         status = line("What happens", "status")
-        tally = gr.Textbox(label="Blind votes", interactive=False, visible=False)
         with gr.Row():
             number = gr.Number(1, label="Held-out question, by its number", precision=0, minimum=1)
             take, draw = gr.Button("Take this held-out question"), gr.Button("Take one at random")
@@ -211,9 +211,8 @@ def build(page: Page) -> None:
     gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")
     take.click(said(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
     draw.click(said(chat.put, page), [session, *sides], [question, number], api_name="random_held_out")
-    blind.input(lambda ticked: gr.Textbox(visible=ticked), blind, tally, **quiet)
     for button, better in zip(votes, (0, None, 1)):
-        voted = button.click(said(vote, better), session, [*chats, tally, voting, status], api_name=f"vote_{better}")
+        voted = button.click(said(vote, better), session, [*chats, voting, status], api_name=f"vote_{better}")
         voted.then(said(downloads), session, taken, **quiet)
     for event in (tab.select, Context.root_block.load):
         event(said(refresh, page), sides, [note, *sides], **quiet)
