@@ -6,6 +6,7 @@ else on the left, else of the newest run, else the project's own. Imports neithe
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import random
@@ -41,7 +42,7 @@ class Round:
     ask: Ask
     row: dict | None = None  # None: nothing to judge by
     answers: tuple[Answer, ...] = ()
-    scores: list[list[Score]] = field(default_factory=list)
+    scores: tuple[list[Score | None], ...] = [], []  # of each side's samples; None: it had not ended
     weights: dict[str, float] = field(default_factory=dict)
     unjudged: str = ""  # why there is no verdict
 
@@ -65,9 +66,8 @@ def choices(page: Page) -> list[tuple[str, str]]:
     found = [(BASE, BASE)]
     for name in page.runs.names():
         with contextlib.suppress(UiError):  # it says so where it is chosen
-            found += [
-                (f"{name}, step {int(c[5:])}", f"{name}/{c}") for c in reversed(page.runs.get(name).checkpoints())
-            ]
+            for checkpoint in reversed(page.runs.get(name).checkpoints()):
+                found.append((f"{name}, step {int(checkpoint[5:])}", f"{name}/{checkpoint}"))
     return found
 
 
@@ -173,7 +173,7 @@ def judge(page: Page, round_: Round) -> None:
     ]  # fmt: skip
     round_.weights, found, _ = score_apart(home and home.path, file, JUDGING, round_.row, completions)
     scores = iter(found)
-    round_.scores = [[next(scores) for sample in answer.samples if sample.ended] for answer in round_.answers]
+    round_.scores = tuple([next(scores) if s.ended else None for s in answer.samples] for answer in round_.answers)
 
 
 def verdict(sample: Sample, score: Score | None, max_tokens: int) -> str:
@@ -195,8 +195,7 @@ def verdict(sample: Sample, score: Score | None, max_tokens: int) -> str:
 
 def judged(round_: Round, side: int) -> list[tuple[Sample, Score | None]]:
     """Each sample of a side with its score, None where it has none."""
-    scores = iter(round_.scores[side] if round_.scores else ())
-    return [(s, next(scores, None) if s.ended else None) for s in round_.answers[side].samples]
+    return list(itertools.zip_longest(round_.answers[side].samples, round_.scores[side]))
 
 
 def rate(round_: Round, side: int) -> tuple[int, int]:
@@ -307,11 +306,11 @@ def files(session: Session) -> tuple[str | None, str | None]:
     if not (records := as_records(session)):
         return None, None
     session.folder = session.folder or tempfile.TemporaryDirectory(prefix="ponder-")
-    folder = Path(session.folder.name)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    for name, text in (("comparison.md", as_markdown(records)), ("comparison.jsonl", lines)):
-        (folder / name).write_text(text, encoding="utf-8", errors="replace")
-    return str(folder / "comparison.md"), str(folder / "comparison.jsonl")
+    markdown, jsonl = (Path(session.folder.name) / f"comparison.{kind}" for kind in ("md", "jsonl"))
+    markdown.write_text(as_markdown(records), encoding="utf-8", errors="replace")
+    jsonl.write_text(lines, encoding="utf-8", errors="replace")
+    return str(markdown), str(jsonl)
 
 
 def cut(text: str, limit: int = SHOWN) -> str:

@@ -20,7 +20,6 @@ NO_RUN = (
     "There is no run yet, so both sides are the bundled tiny model as it was before any training. To train it, in about two "
     "minutes: `make train`."
 )
-PLAIN = {"render_markdown": False, "buttons": []}  # a chat
 TABLE = {
     "headers": ["no.", "reward", "value", "weight", "why"], "column_widths": ["45px", "130px", "70px", "75px", "235px"],
     "datatype": "str", "interactive": False, "wrap": True, "min_width": 320,
@@ -75,17 +74,13 @@ def messages(session: Session, side: int) -> list[dict]:
     return shown
 
 
-def labels(session: Session) -> list[str]:
-    last = session.rounds[-1] if session.rounds else None
-    names = ["", ""] if not last else [": hidden"] * 2 if last.hidden else [f": {name}" for name in last.names]
-    return [side.title() + name for side, name in zip(SIDES, names)]
-
-
 def panes(session: Session) -> list:
     """Both chats, and below them what is said of their last answers: verdicts and tables."""
-    last = session.rounds[-1] if session.rounds and session.rounds[-1].answers else None
-    chats = [gr.Chatbot(messages(session, side), label=label) for side, label in enumerate(labels(session))]
-    if not (last and all(answer.over for answer in last.answers)):
+    last, chats = session.rounds[-1] if session.rounds else None, []
+    for side, label in enumerate(map(str.title, SIDES)):
+        name = f": {'hidden' if last.hidden else last.names[side]}" if last else ""
+        chats.append(gr.Chatbot(messages(session, side), label=label + name))
+    if not (last and last.answers and all(answer.over for answer in last.answers)):
         return [*chats, "", "", [], []]
     return [*chats, *(of(last, side) for of in (chat.verdict_text, chat.reward_table) for side in (0, 1))]
 
@@ -141,7 +136,7 @@ def new_chat(session: Session) -> list:
 
 def line(label: str, name: str) -> gr.Textbox:
     """One line of words, without a frame and with its label inside."""
-    how = {"interactive": False, "lines": 1, "max_lines": 3, "show_label": False, "container": False}
+    how = {"interactive": False, "max_lines": 3, "show_label": False, "container": False}
     return gr.Textbox(label=label, placeholder=label, elem_id=name, **how)
 
 
@@ -164,15 +159,15 @@ def build(page: Page) -> None:
     with gr.Tab("Compare") as tab:
         session = gr.State(Session())
         note = gr.Markdown(NO_RUN, visible=not page.runs.names())
-        sides, chats, verdicts, tables = [], [], [], []
+        sides, chats, verdicts = [], [], []
         with gr.Row():
-            for side in map(str.title, SIDES):
+            for side in SIDES:
                 with gr.Column(min_width=320):
-                    label = f"{side}: base model, or run and checkpoint"
+                    label = f"{side.title()}: base model, or run and checkpoint"
                     sides.append(gr.Dropdown([BASE], value=BASE, label=label, allow_custom_value=True))
-                    chats.append(gr.Chatbot(label=side, height=300, elem_id=f"{side.lower()}-chat", **PLAIN))
-                    label = f"{side}: verdict"
-                    verdicts.append(line(label, f"{side.lower()}-verdict"))
+                    how = {"height": 300, "render_markdown": False, "buttons": []}
+                    chats.append(gr.Chatbot(label=side.title(), elem_id=f"{side}-chat", **how))
+                    verdicts.append(line(f"{side.title()}: verdict", f"{side}-verdict"))
         with gr.Row(visible=False) as voting:
             votes = [gr.Button(text) for text in ("Left is better", "Neither is better", "Right is better")]
         placeholder = "Ask both, or take a held-out question"
@@ -184,9 +179,7 @@ def build(page: Page) -> None:
             number = gr.Number(1, label="Held-out question, by its number", precision=0, minimum=1)
             take, draw = gr.Button("Take this held-out question"), gr.Button("Take one at random")
         with gr.Accordion("Rewards, and why"), gr.Row():
-            for side in SIDES:
-                label = f"{side.title()}: rewards"
-                tables.append(gr.Dataframe(label=label, **TABLE))
+            tables = [gr.Dataframe(label=f"{side.title()}: rewards", **TABLE) for side in SIDES]
         with gr.Accordion("Settings", open=False):
             blind = gr.Checkbox(label="Blind: which side is which is drawn by chance, and shown when you have voted")
             expected = gr.Textbox(label="Expected answer to a question of your own (optional: gives it a verdict)")
@@ -242,10 +235,10 @@ def changed(page: Page, name, before, after, which) -> tuple:
     if not pairs:
         return "The two evaluations have no question in common.", []
     counts = Counter(change for _, change, _, _ in pairs)
-    right = [sum(record["verdict"] == "right" for record in records) for records in list(zip(*pairs))[2:]]
-    shares = " -> ".join(chat.in_percent(n, len(pairs)) for n in right)
+    verdicts = [Counter(record["verdict"] for record in records) for records in list(zip(*pairs))[2:]]
+    shares = " -> ".join(chat.in_percent(of["right"], len(pairs)) for of in verdicts)
     text = ", ".join(f"{counts[word]} {word}" for word in CHANGES) + f" of {len(pairs)}. {before} -> {after}: {shares}."
-    ungraded = [sum(record["verdict"] == "ungraded" for record in records) for records in list(zip(*pairs))[2:]]
+    ungraded = [of["ungraded"] for of in verdicts]
     if any(ungraded):
         text += f" Not graded, and counted as wrong: {ungraded[0]} before, {ungraded[1]} after."
     rows = [
