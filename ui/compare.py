@@ -144,15 +144,12 @@ def refresh(page: Page, left, right) -> tuple:
     """The sides that there are now; what was chosen stays. Outputs: note, left, right."""
     found = chat.choices(page)
     values = [value for _, value in found]
-    newest = values[1] if len(values) > 1 else BASE
-    if page.worker:
-        home = chat.home_of(page, left if left in values else BASE, right if right in values else newest)
-        page.worker.load_ahead(home.name if home else None)
-    return (
-        gr.Markdown(visible=not page.runs.names()),
-        gr.Dropdown(found, value=left if left in values else BASE),
-        gr.Dropdown(found, value=right if right in values and right != BASE else newest),
-    )
+    left = left if left in values else BASE
+    right = right if right in values[1:] else values[:2][-1]  # the newest one, where there is any
+    home = chat.home_of(page, left, right)
+    page.worker.load_ahead(home.name if home else None)
+    no_run = gr.Markdown(visible=not page.runs.names())
+    return no_run, gr.Dropdown(found, value=left), gr.Dropdown(found, value=right)
 
 
 def build(page: Page) -> None:
@@ -207,8 +204,7 @@ def build(page: Page) -> None:
     for button, better in zip(votes, (0, None, 1)):
         voted = button.click(said(vote, better), session, [*chats, voting, status], api_name=f"vote_{better}")
         voted.then(said(downloads), session, taken, **quiet)
-    for event in (tab.select, Context.root_block.load):
-        event(said(refresh, page), sides, [note, *sides], **quiet)
+    gr.on([tab.select, Context.root_block.load], said(refresh, page), sides, [note, *sides], **quiet)
     what_changed(page)
 
 
