@@ -127,8 +127,8 @@ class Run:
     def steps_done(self) -> int:
         return sum(1 for _ in self._metrics())
 
-    def metrics(self, points: int | None = None) -> list[dict]:
-        """The metrics of each step, or of about so many evenly spaced ones and of so many with an evaluation."""
+    def metrics(self, points: int = POINTS) -> list[dict]:
+        """The metrics of each step; where these are more, of so many evenly spaced ones and so many with an evaluation."""
         lines = list(self._metrics())
         evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
         kept = {*thinned(range(len(lines)), points), *thinned(evaluated, points)}
@@ -214,9 +214,9 @@ def config_of(path: str, written: int) -> Config:
     return read_yaml(path)
 
 
-def thinned(values, points: int | None = POINTS) -> list:
+def thinned(values, points: int = POINTS) -> list:
     """At most so many of them, evenly spaced, the first and the last among them."""
-    if points is None or len(values) <= points:
+    if len(values) <= points:
         return list(values)
     return [values[round(i * (len(values) - 1) / (points - 1))] for i in range(points)]
 
