@@ -224,12 +224,12 @@ def paired(page: Page, name: str, before: str, after: str) -> list[tuple[int, st
 
 
 def changed(page: Page, name, before, after, which) -> tuple:
-    """Outputs: counts in words, the table."""
+    """Outputs: counts in words, the filter, the table."""
     if not (name and before and after):
-        return "There is no evaluation yet: a run writes the first one before its first step.", []
+        return "There is no evaluation yet: a run writes the first one before its first step.", gr.skip(), []
     pairs = paired(page, name, before, after)
     if not pairs:
-        return "The two evaluations have no question in common.", []
+        return "The two evaluations have no question in common.", gr.skip(), []
     counts = Counter(change for _, change, _, _ in pairs)
     verdicts = [Counter(record["verdict"] for record in records) for records in list(zip(*pairs))[2:]]
     shares = " -> ".join(chat.in_percent(of["right"], len(pairs)) for of in verdicts)
@@ -241,7 +241,8 @@ def changed(page: Page, name, before, after, which) -> tuple:
         [n, change, b["task"], cut(b["question"], 200), last_of(b), last_of(a), cut(str(b["expected"]), 100)]
         for n, change, b, a in pairs if which in (ALL, change)
     ]  # fmt: skip
-    return text, rows
+    filters = [(f"all ({len(pairs)})", ALL), *((f"{word} ({counts[word]})", word) for word in CHANGES)]
+    return text, gr.Radio(filters, value=which), rows
 
 
 def last_of(record: dict) -> str:
@@ -300,7 +301,7 @@ def what_changed(page: Page) -> None:
         with gr.Row():
             both = [gr.Textbox(label=label, interactive=False, lines=10, max_lines=30) for label in ("Before", "After")]
     asked = [run, *ends]
-    look = {"fn": said(changed, page), "inputs": [*asked, which], "outputs": [counts, table]}
+    look = {"fn": said(changed, page), "inputs": [*asked, which], "outputs": [counts, which, table]}
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     tab.select(said(runs), run, [run, *ends], **quiet).then(**look, show_progress="hidden", api_name="changed")
     run.input(said(of_run), run, ends, **quiet).then(**look, **quiet)
