@@ -195,6 +195,17 @@ def test_a_page_that_is_gone_is_not_answered(made, worker, monkeypatch):
     assert list(answering)[-1][1].state == "stopped"
 
 
+def test_questions_wait_for_their_turn(made, worker, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    question, first = started(worker, None, BABBLES, max_tokens=400, temperature=1.0)
+    second = worker.answer(ask(None, ONE))
+    notes = {answer.note for answer in next(second) if answer.state == "waiting"}
+    next(first)
+    assert "1 other questions are being answered: this one waits for its turn" in notes
+    question.stop.set()
+    assert said(list(second)[-1]) == [made[1]["base"], made[1]["one"]]
+
+
 def test_another_base(made, worker):
     """On one side, for a visitor who comes while the first base is being asked, and back."""
     runs, texts = made

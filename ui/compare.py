@@ -193,9 +193,8 @@ def build(page: Page) -> None:
     asked = [session, *sides, blind, question, expected, greedy, temperature, top_p, seed, longest, samples]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     asking = gr.on(
-        [ask.click, question.submit], said(answer, page), asked, outputs, show_progress="hidden", api_name="ask",
-        concurrency_limit=4,
-    )  # fmt: skip
+        [ask.click, question.submit], said(answer, page), asked, outputs, show_progress="hidden", api_name="ask"
+    )
     asking.then(said(downloads), session, taken, show_progress="hidden", api_name="files")
     end.click(said(chat.stop), session, None, queue=False, api_name="stop")
     gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")

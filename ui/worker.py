@@ -23,6 +23,7 @@ from rl.config import Config, ConfigError
 from rl.shapes import find_shape
 from ui.runs import Runs, UiError, import_models, in_words
 
+AT_ONCE = 4  # questions that are answered together; others wait
 STALE = 2.0  # seconds after which a question is dropped whose page gives no sign of life
 UPDATE, BEAT = 0.1, 0.5  # seconds: between two updates of a side at the least, between two signs of life at the most
 ADAPTERS = 6  # checkpoints kept beside the base
@@ -180,7 +181,9 @@ class Worker:
 
     def _round(self) -> None:
         """Begin what can be begun, and advance each side that is being answered."""
-        turns = [turn for job in self._jobs for turn in job.turns if not turn.answer.over]
+        turns = [turn for job in self._jobs[:AT_ONCE] for turn in job.turns if not turn.answer.over]
+        for turn in [turn for job in self._jobs[AT_ONCE:] for turn in job.turns]:
+            turn.say("waiting", f"{AT_ONCE} other questions are being answered: this one waits for its turn")
         going = [turn for turn in turns if turn.steps]
         for turn in turns:
             if turn.steps or not self._try(turn, self._settle):
