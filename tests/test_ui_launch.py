@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launcher(folder):
-    return Launcher(Runs(folder), editable=True)
+    return Launcher(Runs(folder))
 
 
 @pytest.fixture
@@ -91,10 +91,6 @@ def test_what_cannot_be_started_or_stopped(folder, launcher):
     for name in ("a", None):
         with pytest.raises(UiError, match="is not running"):
             launcher.stop(name)
-    others = Launcher(Runs(folder), editable=False)
-    for call in (lambda: others.start(["never"]), lambda: others.stop("a")):
-        with pytest.raises(UiError, match="on the machine itself"):
-            call()
 
 
 def test_every_recipe_has_a_header():

@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launcher(folder):
-    return Launcher(Runs(folder), editable=True)
+    return Launcher(Runs(folder))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def points(frame):
 
 
 def test_without_runs(tmp_path):
-    found = followed(Launcher(Runs(tmp_path), editable=True))
+    found = followed(Launcher(Runs(tmp_path)))
     assert "There is no run yet" in found["status"] and not found["timer"].active and found["Reward"] is None
 
 
@@ -114,7 +114,7 @@ def test_what_is_damaged_is_said_and_not_asked_again(folder, launcher):
         assert "metrics.jsonl has a line that is not a JSON object" in found["status"] and not found["timer"].active
         (folder / "a/metrics.jsonl").unlink()
         (folder / "a/metrics.jsonl").symlink_to("/etc/passwd")
-        found = followed(Launcher(Runs(folder), editable=True))
+        found = followed(Launcher(Runs(folder)))
         assert found["status"].startswith("a/metrics.jsonl lies outside") and not found["timer"].active
 
 
@@ -263,7 +263,7 @@ def test_where_others_can_reach_it_runs_are_only_read(served):
     names = client.view_api(return_format="dict")["named_endpoints"]
     assert "/watch_run" in names and not {"/start_run", "/resume_run", "/stop_run", "/show_command"} & set(names)
     found = watched(client)
-    assert "on the machine itself" in found["became"] and "step 10 of 20" in found["status"]
+    assert found["became"] == "nothing yet" and "step 10 of 20" in found["status"]
     with pytest.raises(Exception, match="."):
         client.predict("../a", 1, "KL", api_name="/show_step")
 

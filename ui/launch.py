@@ -21,8 +21,8 @@ class Launcher:
     """train.py as a process of its own, one at a time. What it is known by lies in the run folder, so that a run is found
     again when the page has been reloaded or restarted."""
 
-    def __init__(self, runs: Runs, editable: bool):
-        self.runs, self.editable, self._lock = runs, editable, threading.Lock()
+    def __init__(self, runs: Runs):
+        self.runs, self._lock = runs, threading.Lock()
         self.process: subprocess.Popen | None = None
         self.name: str | None = None  # of the run folder
         self.log: Path | None = None
@@ -66,7 +66,6 @@ class Launcher:
 
     def start(self, command: list[str]) -> str:
         """Raises UiError where another run is under way."""
-        self._check_editable()
         with self._lock:
             if (busy := self.runs.running()) or self.alive():
                 raise UiError(f"{busy[0] if busy else self.name} is running, and has the machine. Stop it first.")
@@ -82,16 +81,11 @@ class Launcher:
                 )  # fmt: skip
         return self.words()
 
-    def _check_editable(self) -> None:
-        if not self.editable:
-            raise UiError(ELSEWHERE)
-
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
     def stop(self, name: str | None) -> str:
         """By a STOP file; a run that has no folder yet, by a signal. Says what it did. Raises UiError."""
-        self._check_editable()
         if name and (run := self.runs.get(name)).status() == "running":
             run.file("STOP").touch()
             return f"{name} has been asked to stop: it ends after the step it is at, and saves."
@@ -102,8 +96,6 @@ class Launcher:
 
     def words(self) -> str:
         """What was started last, and what has become of it."""
-        if not self.editable:
-            return ELSEWHERE
         if self.process is None:
             return "nothing yet"
         if self.alive():

@@ -11,7 +11,7 @@ import pandas as pd
 from rl.config import ConfigError
 from rl.report import clock, mean, seconds_left, standard_deviation
 from ui.chat import cut
-from ui.launch import Launcher, launch_controls
+from ui.launch import ELSEWHERE, Launcher, launch_controls
 from ui.runs import POINTS, Page, Run, Runs, UiError, opened, said, thinned
 
 CURVES = {  # label: (factor, {series: metric}); the first two are large
@@ -37,7 +37,7 @@ VISIBLE = "(visible, ...others) => [document.getElementById('watch-status')?.off
 
 def build(page: Page) -> None:
     """The tab, in the page that is being built."""
-    runs, launcher = page.runs, Launcher(page.runs, page.editable)
+    runs, launcher = page.runs, Launcher(page.runs)
     with gr.Tab("Watch") as tab:
         timer = gr.Timer(2, active=False)
         visible, seen = gr.Checkbox(True, visible=False), gr.State({})
@@ -52,7 +52,8 @@ def build(page: Page) -> None:
         if page.editable:
             became = launch_controls(launcher, name, timer)
         else:
-            became = gr.Textbox(label="Starting and stopping", max_lines=20)
+            gr.Markdown(ELSEWHERE)
+            became = gr.Textbox(visible=False)
         gr.Markdown("### The completions of a step")
         step = gr.Slider(1, 2, value=1, step=1, label="Step")
         prompts = table("Prompts (click one)", "No.", "correct", "mean reward", "spread", "question")
