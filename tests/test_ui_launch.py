@@ -47,16 +47,8 @@ def test_the_command(launcher):
     ]  # fmt: skip
     (launcher.runs.folder / "tiny-1").mkdir()
     assert launcher.command("configs/tiny.yaml", "")[-1] == str(launcher.runs.folder / "tiny-2")
-    own = launcher.runs.folder / "own"
-    for settings in (f"--output-dir {own}", f"--output_dir={own}"):
-        command = launcher.command("configs/tiny.yaml", settings)
-        assert command[4:] == settings.split()
-    assert launcher.resume_command("a", "--max-steps 30")[2:] == [
-        "--resume",
-        str(launcher.runs.folder / "a"),
-        "--max-steps",
-        "30",
-    ]
+    resumed = ["--max-steps", "30", "--resume", str(launcher.runs.folder / "a")]
+    assert launcher.resume_command("a", "--max-steps 30")[2:] == resumed
 
 
 @pytest.mark.parametrize(
@@ -65,20 +57,16 @@ def test_the_command(launcher):
         ("configs/../train.py", "", "no recipe"),
         ("/etc/passwd", "", "no recipe"),
         (None, "", "no recipe"),
-        ("configs/tiny.yaml", "--output-dir /tmp/x", "has to be a folder in"),
-        ("configs/tiny.yaml", "--output-dir RUNS/../x", "has to be a folder in"),
-        ("configs/tiny.yaml", "--output-dir RUNS/a/b", "has to be a folder in"),
-        ("configs/tiny.yaml", "--output_dir=RUNS", "has to be a folder in"),
-        ("configs/tiny.yaml", "--output-dir RUNS/b --output-dir /tmp/x", "has to be a folder in"),
-        ("configs/tiny.yaml", "--output-dir", "has to be a folder in"),
-        ("configs/tiny.yaml", "--config x.yaml", "chosen by the controls"),
-        ("configs/tiny.yaml", "--resume=runs/a", "chosen by the controls"),
+        ("configs/tiny.yaml", "--output-dir /tmp/x", "chosen by this page"),
+        ("configs/tiny.yaml", "--max-steps 2 --output_dir=..", "chosen by this page"),
+        ("configs/tiny.yaml", "--config x.yaml", "chosen by this page"),
+        ("configs/tiny.yaml", "--resume=runs/a", "chosen by this page"),
         ("configs/tiny.yaml", "--system-prompt 'a", "Close the quotes"),
     ],
 )
 def test_commands_that_are_refused(launcher, recipe, settings, says):
     with pytest.raises(UiError, match=says):
-        launcher.command(recipe, settings.replace("RUNS", str(launcher.runs.folder)))
+        launcher.command(recipe, settings)
 
 
 def test_what_cannot_be_started_or_stopped(folder, launcher):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,57 +25,35 @@ class Launcher:
     def __init__(self, runs: Runs):
         self.runs, self._lock = runs, threading.Lock()
         self.process: subprocess.Popen | None = None
-        self.name: str | None = None  # of the run folder
-        self.log: Path | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="ponder-")
+        self.log = Path(self._folder.name) / "console.log"
+
+    @property
+    def name(self) -> str | None:
+        """Of the run folder, with which each command ends."""
+        return Path(self.process.args[-1]).name if self.process else None
 
     def command(self, recipe: str, overrides: str) -> list[str]:
         """Raises UiError for a recipe or settings that are not to be."""
         if recipe not in recipes():
             raise UiError(f"There is no recipe {recipe!r}. Choose one of the list.")
-        more, folder = self._settings(overrides)
-        if folder is None:
-            stem = Path(recipe).stem
-            folder = next(f for n in itertools.count(1) if not (f := self.runs.folder / f"{stem}-{n}").exists())
-            more += ["--output-dir", os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)]
-        return [sys.executable, "train.py", "--config", recipe, *more]
+        stem = Path(recipe).stem
+        folder = next(f for n in itertools.count(1) if not (f := self.runs.folder / f"{stem}-{n}").exists())
+        shown = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)
+        return [sys.executable, "train.py", "--config", recipe, *settings(overrides), "--output-dir", shown]
 
     def resume_command(self, name: str | None, overrides: str) -> list[str]:
+        """Raises UiError for a run that was not stopped, or settings that are not to be."""
         if (run := self.runs.get(name)).status() != "stopped":
             raise UiError(f"{run.name} is not to be gone on with: it is {run.status()}. Choose one that was stopped.")
-        more, _ = self._settings(overrides)
-        return [sys.executable, "train.py", "--resume", str(run.path), *more]
-
-    def _settings(self, overrides: str) -> tuple[list[str], Path | None]:
-        """As arguments, with the run folder among them. Raises UiError."""
-        try:
-            arguments = shlex.split(overrides or "")
-        except ValueError as error:
-            raise UiError(f"The other settings cannot be read: {error}. Close the quotes.") from None
-        folder = None
-        for i, argument in enumerate(arguments):
-            name, equals, value = argument.partition("=")
-            name = name.lstrip("-").replace("-", "_")
-            if name in ("config", "resume"):
-                raise UiError(f"{argument} is chosen by the controls above. Leave it out of the other settings.")
-            if name == "output_dir":
-                folder = ROOT / (value if equals else "".join(arguments[i + 1 : i + 2]))
-                if folder.resolve().parent != self.runs.folder:
-                    raise UiError(
-                        f"output_dir has to be a folder in {self.runs.folder}. Leave it out, or name one there."
-                    )
-        return arguments, folder
+        return [sys.executable, "train.py", *settings(overrides), "--resume", str(run.path)]
 
     def start(self, command: list[str]) -> str:
         """Raises UiError where another run is under way."""
         with self._lock:
             if (busy := self.runs.running()) or self.alive():
                 raise UiError(f"{busy[0] if busy else self.name} is running, and has the machine. Stop it first.")
-            if self.log:
-                self.log.unlink(missing_ok=True)
-            last = max(i for i, a in enumerate(command) if a.startswith(("--output-dir", "--output_dir", "--resume")))
-            self.name = Path(command[last].partition("=")[2] or command[last + 1]).name
-            with tempfile.NamedTemporaryFile(prefix="ponder-", suffix=".log", delete=False) as log:
-                self.log, self.command_line = Path(log.name), shlex.join(command)
+            with self.log.open("wb") as log:
                 self.process = subprocess.Popen(
                     command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -98,13 +77,11 @@ class Launcher:
         """What was started last, and what has become of it."""
         if self.process is None:
             return "nothing yet"
+        command = shlex.join(self.process.args)
         if self.alive():
-            return (
-                f"{self.command_line}\nruns as process {self.process.pid}. It goes on when this page is closed.\n"
-                + tail(self.log, 5)
-            )
-        code = self.process.returncode
-        return f"{self.command_line}\nended with exit code {code}. Its last lines:\n{tail(self.log, 15)}"
+            pid = self.process.pid
+            return f"{command}\nruns as process {pid}. It goes on when this page is closed.\n{tail(self.log, 5)}"
+        return f"{command}\nended with exit code {self.process.returncode}. Its last lines:\n{tail(self.log, 15)}"
 
 
 def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> gr.Textbox:
@@ -144,6 +121,18 @@ def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> g
     go_on.click(resume_run, [name, overrides], [became, timer])
     stop.click(stop_run, name, became)
     return became
+
+
+def settings(overrides: str) -> list[str]:
+    """As arguments. Raises UiError for what the controls choose."""
+    try:
+        arguments = shlex.split(overrides or "")
+    except ValueError as error:
+        raise UiError(f"The other settings cannot be read: {error}. Close the quotes.") from None
+    for argument in arguments:
+        if re.match("--(config|resume|output[-_]dir)(=|$)", argument):
+            raise UiError(f"{argument} is chosen by this page. Leave it out of the other settings.")
+    return arguments
 
 
 def recipes() -> list[str]:
