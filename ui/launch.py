@@ -87,8 +87,8 @@ class Launcher:
 def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> gr.Textbox:
     """Start, go on and stop. Returns the box that says what became of the last start."""
     with gr.Accordion("Start or stop a run", open=False) as controls:
-        recipe = gr.Dropdown(recipes(), value="configs/tiny.yaml", label="Recipe")
-        about = gr.Textbox(header("configs/tiny.yaml"), label="About it", max_lines=12)
+        recipe = gr.Dropdown(list(recipes()), value="configs/tiny.yaml", label="Recipe")
+        about = gr.Textbox(recipes()["configs/tiny.yaml"], label="About it", max_lines=12)
         overrides = gr.Textbox(label="Other settings", placeholder="--max-steps 20", info="as on the command line")
         command = gr.Textbox(label="The command", max_lines=4)
         with gr.Row():
@@ -100,7 +100,8 @@ def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> g
     @said
     def show_command(recipe: str, overrides: str):
         try:
-            return header(recipe), shlex.join(launcher.command(recipe, overrides))
+            command = launcher.command(recipe, overrides)
+            return recipes()[recipe], shlex.join(command)
         except UiError as error:
             return gr.skip(), str(error)
 
@@ -135,13 +136,10 @@ def settings(overrides: str) -> list[str]:
     return arguments
 
 
-def recipes() -> list[str]:
-    return sorted(f"configs/{path.name}" for path in ROOT.glob("configs/*.yaml"))
-
-
-def header(recipe: str) -> str:
-    """The comment that a recipe begins with."""
-    if recipe not in recipes():
-        raise UiError(f"There is no recipe {recipe!r}. Choose one of the list.")
-    lines = (ROOT / recipe).read_text(encoding="utf-8").splitlines()
-    return "\n".join(line[1:].removeprefix(" ") for line in itertools.takewhile(lambda x: x.startswith("#"), lines))
+def recipes() -> dict[str, str]:
+    """The comment that each recipe begins with."""
+    found = {}
+    for path in sorted(ROOT.glob("configs/*.yaml")):
+        comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        found[f"configs/{path.name}"] = "\n".join(line[1:].removeprefix(" ") for line in comment)
+    return found
