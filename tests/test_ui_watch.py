@@ -50,7 +50,7 @@ def test_a_run_that_was_stopped(launcher):
     found = followed(launcher)
     assert (found["name"].value, found["name"].choices) == ("a", [("a", "a")])
     assert found["status"] == (
-        "Stopped before its end: step 10 of 20.\nHeld-out accuracy, greedy: 10.0 % at step 0, 50.0 % at step 5."
+        "Stopped before its end: step 10 of 20.\nHeld-out accuracy, greedy: 10.0% at step 0, 50.0% at step 5."
     )
     assert found["log"].endswith("step 2/20") and found["alarms"] == "none" and not found["timer"].active
     assert (found["step"].minimum, found["step"].maximum, found["step"].value) == (1, 10, 10)

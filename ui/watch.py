@@ -133,32 +133,21 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> li
     started = launcher.name if launcher.alive() and launcher.name in names else None
     if started and seen.get("started") != started:  # the page goes over to it once
         name = started
-    active = bool(name in running or launcher.alive())
-    if name is None:
-        say = "There is no run yet: start one below, or by: make train"
-        return [
-            gr.skip(),
-            say,
-            "",
-            "",
-            launcher.words(),
-            gr.skip(),
-            gr.Timer(active=active),
-            seen,
-            *[None] * len(CURVES),
-        ]
-    skip = gr.skip()
+    active, skip = name in running or launcher.alive(), gr.skip()
+    say, alarms, log = "There is no run yet: start one below, or by: make train", "", ""
+    key, steps, curves = None, [], [None] * len(CURVES)
     try:
-        run = runs.get(name)
-        metrics, steps, summary = run.metrics(POINTS), run.steps(), run.summary()
-        say, alarms, log = describe_status(run, metrics), describe_alarms(run), run.log_tail()
-        key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
-        curves = describe_curves(run, metrics, summary) if key != seen.get("key") else [skip] * len(CURVES)
-    except (UiError, ConfigError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        say = f"{name} cannot be shown, a file of it is damaged: {type(error).__name__}: {error}."
-        say = str(error) if isinstance(error, (UiError, ConfigError)) else say
-        steps, alarms, log, key, active = [], "", "", None, False
-        curves = [None] * len(CURVES)
+        if name:
+            run = runs.get(name)
+            metrics, summary = run.metrics(POINTS), run.summary()
+            say, alarms, log = describe_status(run, metrics), describe_alarms(run), run.log_tail()
+            steps = run.steps()
+            drawn = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
+            curves = describe_curves(run, metrics, summary) if drawn != seen.get("key") else [skip] * len(CURVES)
+            key = drawn
+    except Exception as error:  # whatever a file holds
+        active, what = False, f"a file of it is damaged: {type(error).__name__}: {error}."
+        say = str(error) if isinstance(error, (UiError, ConfigError)) else f"{name} cannot be shown, {what}"
     ends, slider = [name, *steps[:1], *steps[-1:]], skip
     if steps and ends != seen.get("ends"):
         other = seen.get("ends", [None])[0] != name
@@ -180,10 +169,9 @@ def describe_status(run: Run, metrics: list[dict]) -> str:
         seconds = {part: done * mean([m.get(f"time/{part}") or 0.0 for m in metrics]) for part in parts}
         seconds["eval"] = summary.get("seconds", {}).get("eval", 0.0)
         text += f", about {clock(seconds_left(done, config, seconds))} left"
-    (_, rates), *_ = curve_points(run, metrics, summary, "Held-out accuracy, %") or [(None, [])]
-    if rates:
-        text += f".\nHeld-out accuracy, greedy: {rates[0][1]:.1f} % at step {rates[0][0]}"
-        text += f", {rates[-1][1]:.1f} % at step {rates[-1][0]}" if len(rates) > 1 else ""
+    if rates := points_of(run, metrics, summary, "eval/accuracy"):
+        at = [f"{rate:.1%} at step {step}" for step, rate in dict.fromkeys((rates[0], rates[-1]))]
+        text += f".\nHeld-out accuracy, greedy: {', '.join(at)}"
     return text + "."
 
 
@@ -201,32 +189,24 @@ def describe_alarms(run: Run) -> str:
 def describe_curves(run: Run, metrics: list[dict], summary: dict) -> list[pd.DataFrame]:
     """The points of each curve, at most POINTS of a series."""
     frames = []
-    for label in CURVES:
-        series = curve_points(run, metrics, summary, label)
-        rows = [(step, value, name) for name, points in series for step, value in points]
+    for factor, series in CURVES.values():
+        found = {name: points_of(run, metrics, summary, metric) for name, metric in series.items()}
+        rows = [(step, factor * value, name) for name, points in found.items() for step, value in points]
         frames.append(pd.DataFrame(rows, columns=["x", "y", "series"]))
     return frames
 
 
-def curve_points(run: Run, metrics: list[dict], summary: dict, label: str) -> list[tuple[str, list[tuple[int, float]]]]:
-    """(step, value) of each series of a curve."""
-    factor, series = CURVES[label]
-    per_step, found = run.config.prompts_per_step * run.config.num_generations, []
-    for name, metric in series.items():
-        points = {m["step"]: m.get(metric) for m in metrics}
-        if metric == "tokens_per_second":
-            points = {
-                m["step"]: per_step * m["completions/mean_length"] / m["step_time"]
-                for m in metrics
-                if m.get("step_time")
-            }
-        if metric.startswith("eval/"):  # before and after stand in the summary alone
-            ends = {"before": 0, "after": summary.get("steps")}
-            rates = summary.get("eval", {})
-            points |= {ends[end]: rates[end][metric[5:]] for end in ends if rates.get(end)}
-        points = sorted((step, factor * value) for step, value in points.items() if value is not None)
-        found.append((name, thinned(points)))
-    return found
+def points_of(run: Run, metrics: list[dict], summary: dict, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric, at most POINTS."""
+    points = {m["step"]: m.get(metric) for m in metrics}
+    if metric == "tokens_per_second":
+        completions = run.config.prompts_per_step * run.config.num_generations
+        timed = [m for m in metrics if m.get("step_time")]
+        points = {m["step"]: completions * m["completions/mean_length"] / m["step_time"] for m in timed}
+    if metric.startswith("eval/"):  # before and after stand in the summary alone
+        ends, rates = {"before": 0, "after": summary.get("steps")}, summary.get("eval", {})
+        points |= {ends[end]: rates[end][metric[5:]] for end in ends if rates.get(end)}
+    return thinned(sorted((step, value) for step, value in points.items() if value is not None))
 
 
 # --- the completions of a step
