@@ -155,7 +155,7 @@ def test_a_group_is_sorted_by_reward_and_judged_in_words():
         line(1.1, "right", rewards={"correct": 1.0, "format": 1.0}, reasons={"correct": "right"}),
         line(0.1),
     ]
-    number, question, rows, text, reasons = watch.show_group([[], group], 1)
+    question, rows, text, reasons = watch.show_group(group)
     assert [row[:5] for row in rows] == [
         [4, "1.1", "correct", "+0.5", "itself"],
         [2, "0.1", "no answer", "+0.5", "itself"],
@@ -163,17 +163,17 @@ def test_a_group_is_sorted_by_reward_and_judged_in_words():
         [1, "0", "cut off", "+0.5", "the length limit"],
         [3, "-", "not graded", "-", "itself"],
     ]
-    assert (number, question, text, reasons) == (1, "q", "c", [["correct", "1", "right"], ["format", "1", ""]])
+    assert (question, text, reasons) == ("q", "c", [["correct", "1", "right"], ["format", "1", ""]])
     assert watch.describe_group(7, group) == [7, "1 of 5", "0.325", "0.519", "q"]
     assert watch.shorter(standard_deviation([1.1] * 8)) == "0"
-    assert watch.show_group([], 0) == [0, "", [], "", []]
+    assert watch.show_group([]) == ["", [], "", []]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_stays_text(text):
     """It goes into components that show text as text; what is too long is cut, and says so."""
-    _, question, rows, shown, reasons = watch.show_group(
-        [[line(1.0, completion=text, prompt=text, reasons={"correct": text})]], 0
+    question, rows, shown, reasons = watch.show_group(
+        [line(1.0, completion=text, prompt=text, reasons={"correct": text})]
     )
     for value, most in ((question, 20_000), (shown, 20_000), (rows[0][-1], 300), (reasons[0][2], 300)):
         assert (

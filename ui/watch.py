@@ -85,23 +85,24 @@ def build(page: Page) -> None:
         return dict(zip(shown, follow(runs, launcher, chosen, seen)))
 
     @said
-    def show_step(name: str | None, step: float, measure: str):
-        groups = runs.get(name).groups(int(step)) if name else []
-        choices = token_choices(runs.get(name).tokens(int(step)), groups) if name else []
+    def show_step(name: str, step: float, measure: str):
+        groups = runs.get(name).groups(int(step))
         rows = [describe_group(number, group) for number, group in enumerate(groups, 1)]
-        shown = [gr.Dropdown(choices=choices, value=0 if choices else None), *show_tokens(name, step, 0, measure)]
-        return [rows, *show_group(groups, 0), *shown]
+        choices = token_choices(runs.get(name).tokens(int(step)), groups)
+        which = gr.Dropdown(choices=choices, value=0 if choices else None)
+        return [rows, 0, *show_group(groups[0] if groups else []), which, *show_tokens(name, step, 0, measure)]
 
     @said
     def pick_prompt(event: gr.SelectData, name: str, step: float):
-        return show_group(runs.get(name).groups(int(step)), int(event.row_value[0]) - 1)
+        number = int(event.row_value[0]) - 1
+        return [number, *show_group(runs.get(name).group(int(step), number))]
 
     @said
     def pick_completion(event: gr.SelectData, name: str, step: float, number: int):
         return show_completion(runs.get(name).group(int(step), number)[int(event.row_value[0]) - 1])
 
     @said
-    def show_tokens(name: str | None, step: float, which: int | None, measure: str):
+    def show_tokens(name: str, step: float, which: int | None, measure: str):
         return describe_tokens(tokens_of(runs, name, step), which, measure)
 
     @said
@@ -212,20 +213,19 @@ def points_of(run: Run, metrics: list[dict], summary: dict, metric: str) -> list
 # --- the completions of a step
 
 
-def show_group(groups: list[list[dict]], number: int) -> list:
-    """The number, the question, a row of each completion, and the best one in full."""
-    if not groups:
-        return [0, "", [], "", []]
-    best_first = sorted(
-        enumerate(groups[number], 1), key=lambda pair: (pair[1].get("reward") is None, -(pair[1].get("reward") or 0))
-    )
+def show_group(group: list[dict]) -> list:
+    """The question, a row of each completion, and the best one in full."""
+    if not group:
+        return ["", [], "", []]
+    numbered = [(line.get("reward"), number, line) for number, line in enumerate(group, 1)]
+    numbered.sort(key=lambda found: math.inf if found[0] is None else -found[0])
     rows = [
-        [i, shorter(line.get("reward")), verdict(line), shorter(line.get("advantage"), "+.3g"),
+        [number, shorter(reward), verdict(line), shorter(line.get("advantage"), "+.3g"),
          {"length": "the length limit", "stop": "itself"}.get(line.get("finish_reason"), "?"), line.get("tokens"),
          cut(line["completion"], SHORT)]
-        for i, line in best_first
+        for reward, number, line in numbered
     ]  # fmt: skip
-    return [number, cut(groups[number][0].get("prompt", ""), LONG), rows, *show_completion(best_first[0][1])]
+    return [cut(group[0].get("prompt", ""), LONG), rows, *show_completion(numbered[0][2])]
 
 
 def show_completion(line: dict) -> list:
@@ -254,20 +254,19 @@ def verdict(line: dict) -> str:
 # --- its tokens
 
 
-def tokens_of(runs: Runs, name: str | None, step: float) -> list[dict]:
+def tokens_of(runs: Runs, name: str, step: float) -> list[dict]:
     """The completions in tokens.jsonl of a step."""
-    return (runs.get(name).tokens(int(step)) or {}).get("completions", []) if name else []
+    return (runs.get(name).tokens(int(step)) or {}).get("completions", [])
 
 
 def token_choices(line: dict | None, groups: list[list[dict]]) -> list[tuple[str, int]]:
     """The completions that can be looked at token by token."""
-    completions = line["completions"] if line else []
-    same = [group for group in groups if line and group[0].get("prompt_id") == line.get("prompt_id")]
-    known = same[0] if len(same) == 1 and len(same[0]) == len(completions) else [{}] * len(completions)
-    return [
-        (f"{i + 1}: reward {shorter(known[i].get('reward'))}, {verdict(known[i])}" if known[i] else f"{i + 1}", i)
-        for i in range(len(completions))
-    ]
+    if not line:
+        return []
+    same = [group for group in groups if group[0].get("prompt_id") == line.get("prompt_id")]
+    if len(same) != 1:  # the prompt was asked twice: which group is it?
+        return [(f"{i + 1}", i) for i in range(len(line["completions"]))]
+    return [(f"{i + 1}: reward {shorter(known.get('reward'))}, {verdict(known)}", i) for i, known in enumerate(same[0])]
 
 
 def token_rows(completion: dict) -> list[list]:
@@ -313,7 +312,7 @@ def shown_token(token: str) -> str:
 
 def plot(label: str, series: Iterable[str], height: int, x: str = "step", y: str = " ") -> gr.LinePlot:
     """Of a frame with x, y and series. Which colour is whose stands in the label: the plot's own legend has no room."""
-    colours = dict(zip(series, ("blue", "orange", "red")))
+    colours = dict(zip(series, SHADES))
     how = {}
     if len(colours) > 1:
         how = {"color": "series", "color_map": {name: SHADES[colour] for name, colour in colours.items()}}
