@@ -181,14 +181,15 @@ def test_hostile_text_stays_text(text):
             if len(text) <= most
             else value.startswith(text[:most]) and f"{len(text) - most:,} more characters" in value
         )
-    [legend, tokens, table] = watch.describe_tokens([{"tokens": [text], "advantages": [1.0]}], 0, "advantage")
-    assert len(tokens[0][0]) < 400 and table[0][0] == 1
+    completion = {"tokens": [text], "advantages": [1.0]}
+    _, tokens = watch.describe_tokens([completion], 0, "advantage")
+    assert len(tokens[0][0]) < 400 and len(watch.describe_token(completion, 0)) < 500
 
 
 def test_no_table_takes_text_for_html(folder):
     page = build(folder)
     tables = [block for block in page.blocks.values() if isinstance(block, gr.Dataframe)]
-    assert len(tables) == 4 and {t.datatype for t in tables} == {"str"}
+    assert len(tables) == 3 and {t.datatype for t in tables} == {"str"}
     assert not [block for block in page.blocks.values() if isinstance(block, gr.HTML)]
 
 
@@ -200,20 +201,22 @@ def test_tokens_are_coloured_by_what_is_chosen():
         {"tokens": ["a", "\n", " ", "", "b"], "logprobs": [-1.0] * 5, "advantages": [1.0, -1.0, 0.4, -0.2, 0.01]},
         {"tokens": ["c"], "advantages": [-2.0], "logprobs": [-1.0]},
     ]
-    legend, tokens, rows = watch.describe_tokens(completions, 0, "advantage")
+    legend, tokens = watch.describe_tokens(completions, 0, "advantage")
     assert tokens == [("a", "above 0"), ("⏎\n", "below 0"), ("␣", "above 0"), ("∅", "below 0"), ("b", "about 0")]
     assert legend.startswith("advantage, in this group from -2 to 1. Grey is within 0.1 of 0") and "beyond 1." in legend
-    assert rows[1] == [2, "⏎", "-1", "-1", "-", "-", "-"]
+    assert watch.describe_token(completions[0], 1) == (
+        "token 2, text ⏎, log-probability -1, advantage -1, value -, KL -, entropy -"
+    )
     assert watch.describe_tokens(completions, 1, "advantage")[1] == [("c", "far below 0")]
-    legend, tokens, _ = watch.describe_tokens(completions, 0, "value")
+    legend, tokens = watch.describe_tokens(completions, 0, "value")
     assert "no critic" in legend and {kind for _, kind in tokens} == {None}
     for nothing in (([], 0), (completions, None), (completions, 2)):
-        assert watch.describe_tokens(*nothing, "KL") == ["No tokens were kept of this step.", [], []]
+        assert watch.describe_tokens(*nothing, "KL") == ["No tokens were kept of this step.", []]
 
 
 def test_many_tokens_are_cut():
-    legend, tokens, rows = watch.describe_tokens([{"tokens": ["a"] * 9000, "entropy": [0.5] * 9000}], 0, "entropy")
-    assert len(tokens) == len(rows) == 2000 and "the first 2,000 of 9,000 tokens" in legend
+    legend, tokens = watch.describe_tokens([{"tokens": ["a"] * 9000, "entropy": [0.5] * 9000}], 0, "entropy")
+    assert len(tokens) == 2000 and "the first 2,000 of 9,000 tokens" in legend
 
 
 def test_the_choices_name_reward_and_verdict():

@@ -1,7 +1,6 @@
 """The tab Watch: a run's curves as it learns, the completions of any step, its tokens by what was learned from them, and
 (ui/launch.py) starting and stopping runs."""
 
-import itertools
 import math
 from collections.abc import Iterable
 
@@ -71,11 +70,9 @@ def build(page: Page) -> None:
         coloured = gr.HighlightedText(
             label="Tokens (click one for its numbers)", show_legend=True, color_map=COLOURS, elem_classes="tokens"
         )
-        with gr.Accordion("Each token's numbers", open=False):
-            numbers = table("Tokens", "No.", "token", "log-probability", *MEASURES)
 
     shown = [name, status, alarms, log, became, step, timer, seen, *plots]
-    of_group, of_tokens = [number, question, completions, text, reasons], [legend, coloured, numbers]
+    of_group, of_tokens = [number, question, completions, text, reasons], [legend, coloured]
 
     @said
     def watch_run(visible: bool, chosen: str | None, seen: dict):
@@ -107,8 +104,7 @@ def build(page: Page) -> None:
 
     @said
     def pick_token(event: gr.SelectData, name: str, step: float, which: int, measure: str):
-        row = token_rows(tokens_of(runs, name, step)[which])[event.index]
-        return ", ".join(f"{k} {v}" for k, v in zip(("token", "text", "log-probability", *MEASURES), row))
+        return describe_token(tokens_of(runs, name, step)[which], event.index)
 
     watching = {"inputs": [visible, name, seen], "outputs": shown, "show_progress": "hidden"}
     stepping = {"inputs": [name, step, measure], "outputs": [prompts, *of_group, which, *of_tokens]}
@@ -269,21 +265,21 @@ def token_choices(line: dict | None, groups: list[list[dict]]) -> list[tuple[str
     return [(f"{i + 1}: reward {shorter(known.get('reward'))}, {verdict(known)}", i) for i, known in enumerate(same[0])]
 
 
-def token_rows(completion: dict) -> list[list]:
-    """No., text, log-probability and the measures of each token."""
-    columns = [completion.get(name) or itertools.repeat(None) for name in ("logprobs", *MEASURES.values())]
-    rows = zip(map(shown_token, completion["tokens"][:TOKENS]), *columns)
-    return [[i, token.replace("\n", ""), *map(shorter, values)] for i, (token, *values) in enumerate(rows, 1)]
+def describe_token(completion: dict, i: int) -> str:
+    """Its number, text, log-probability and measures."""
+    known = {name: completion.get(key) for name, key in {"log-probability": "logprobs", **MEASURES}.items()}
+    numbers = [f"{name} {shorter(values[i] if values else None)}" for name, values in known.items()]
+    return ", ".join([f"token {i + 1}", f"text {shown_token(completion['tokens'][i]).strip()}", *numbers])
 
 
 def describe_tokens(completions: list[dict], which: int | None, measure: str) -> list:
-    """The legend in words, the coloured tokens and the table of their numbers. The colours are the group's."""
+    """The legend in words and the coloured tokens. The colours are the group's."""
     if which is None or not 0 <= which < len(completions) or not completions[which]["tokens"]:
-        return ["No tokens were kept of this step.", [], []]
+        return ["No tokens were kept of this step.", []]
     of_group = [completion.get(MEASURES.get(measure, "")) or [] for completion in completions]
-    tokens, values, table = completions[which]["tokens"][:TOKENS], of_group[which], token_rows(completions[which])
+    tokens, values = map(shown_token, completions[which]["tokens"][:TOKENS]), of_group[which]
     if not values:
-        return [f"This run has no {measure}: there is no critic.", [(shown_token(t), None) for t in tokens], table]
+        return [f"This run has no {measure}: there is no critic.", [(token, None) for token in tokens]]
     known = [value for values in of_group for value in values if value is not None]
     top = max(map(abs, known), default=0)
     legend = (
@@ -292,7 +288,7 @@ def describe_tokens(completions: list[dict], which: int | None, measure: str) ->
     )
     if len(completions[which]["tokens"]) > TOKENS:
         legend += f" Shown are the first {TOKENS:,} of {len(completions[which]['tokens']):,} tokens."
-    return [legend, [(shown_token(t), kind(v or 0.0, top)) for t, v in zip(tokens, values)], table]
+    return [legend, [(token, kind(value or 0.0, top)) for token, value in zip(tokens, values)]]
 
 
 def kind(value: float, top: float) -> str:
