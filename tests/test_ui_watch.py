@@ -165,7 +165,7 @@ def test_a_group_is_sorted_by_reward_and_judged_in_words():
     ]
     assert (question, text, reasons) == ("q", "c", [["correct", "1", "right"], ["format", "1", ""]])
     assert watch.describe_group(7, group) == [7, "1 of 5", "0.325", "0.519", "q"]
-    assert watch.shorter(standard_deviation([1.1] * 8)) == "0"
+    assert watch.number_of(standard_deviation([1.1] * 8)) == "0"
     assert watch.show_group([]) == ["", [], "", []]
 
 

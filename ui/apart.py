@@ -94,8 +94,8 @@ def parts_of(score: Score) -> Iterator[tuple[str, float | None, str]]:
         yield name, value, ", ".join(filter(None, [score.reasons.get(name), *steps]))
 
 
-def number_of(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4g}"
+def number_of(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None or math.isnan(value) else format(round(value, 12), form)
 
 
 # --- in the process

@@ -9,6 +9,7 @@ import pandas as pd
 
 from rl.config import ConfigError
 from rl.report import clock, mean, seconds_left, standard_deviation
+from ui.apart import number_of
 from ui.chat import cut
 from ui.launch import ELSEWHERE, Launcher, launch_controls
 from ui.runs import POINTS, Page, Run, Runs, UiError, opened, said, thinned
@@ -216,7 +217,7 @@ def show_group(group: list[dict]) -> list:
     numbered = [(line.get("reward"), number, line) for number, line in enumerate(group, 1)]
     numbered.sort(key=lambda found: math.inf if found[0] is None else -found[0])
     rows = [
-        [number, shorter(reward), verdict(line), shorter(line.get("advantage"), "+.3g"),
+        [number, number_of(reward), verdict(line), number_of(line.get("advantage"), "+.3g"),
          {"length": "the length limit", "stop": "itself"}.get(line.get("finish_reason"), "?"), line.get("tokens"),
          cut(line["completion"], SHORT)]
         for reward, number, line in numbered
@@ -227,15 +228,15 @@ def show_group(group: list[dict]) -> list:
 def show_completion(line: dict) -> list:
     """Its text, and a row for each reward function."""
     parts, reasons = (line.get(key) or {} for key in ("rewards", "reasons"))
-    rows = [[name, shorter(value), cut(reasons.get(name, ""), SHORT)] for name, value in parts.items()]
+    rows = [[name, number_of(value), cut(reasons.get(name, ""), SHORT)] for name, value in parts.items()]
     return [cut(line["completion"], LONG), rows]
 
 
 def describe_group(number: int, group: list[dict]) -> list:
     rewards = [line["reward"] for line in group if line.get("reward") is not None]
-    right = sum(line.get("verdict") == "right" for line in group)
-    spread = shorter(standard_deviation(rewards)) if len(rewards) > 1 else "-"
-    return [number, f"{right} of {len(group)}", shorter(mean(rewards)), spread, cut(group[0].get("prompt", ""), SHORT)]
+    right = f"{sum(line.get('verdict') == 'right' for line in group)} of {len(group)}"
+    question = cut(group[0].get("prompt", ""), SHORT)
+    return [number, right, number_of(mean(rewards)), number_of(standard_deviation(rewards)), question]
 
 
 def verdict(line: dict) -> str:
@@ -262,13 +263,13 @@ def token_choices(line: dict | None, groups: list[list[dict]]) -> list[tuple[str
     same = [group for group in groups if group[0].get("prompt_id") == line.get("prompt_id")]
     if len(same) != 1:  # the prompt was asked twice: which group is it?
         return [(f"{i + 1}", i) for i in range(len(line["completions"]))]
-    return [(f"{i + 1}: reward {shorter(known.get('reward'))}, {verdict(known)}", i) for i, known in enumerate(same[0])]
+    return [(f"{i + 1}: reward {number_of(one.get('reward'))}, {verdict(one)}", i) for i, one in enumerate(same[0])]
 
 
 def describe_token(completion: dict, i: int) -> str:
     """Its number, text, log-probability and measures."""
     known = {name: completion.get(key) for name, key in {"log-probability": "logprobs", **MEASURES}.items()}
-    numbers = [f"{name} {shorter(values[i] if values else None)}" for name, values in known.items()]
+    numbers = [f"{name} {number_of(values[i] if values else None)}" for name, values in known.items()]
     return ", ".join([f"token {i + 1}", f"text {shown_token(completion['tokens'][i]).strip()}", *numbers])
 
 
@@ -318,7 +319,3 @@ def plot(label: str, series: Iterable[str], height: int, x: str = "step", y: str
 
 def table(label: str, *headers: str) -> gr.Dataframe:
     return gr.Dataframe(headers=list(headers), type="array", label=label, interactive=False, wrap=True, max_height=360)
-
-
-def shorter(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None or math.isnan(value) else format(round(value, 12), form)
