@@ -80,7 +80,9 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
         self.checkpoints = Checkpoints(self.path, self.config.save_total_limit)
-        self.lock = filelock.FileLock(self.path / "lock", blocking=False)
+        self.lock = filelock.FileLock(
+            self.path / "lock", timeout=1.0
+        )  # the page tries it for a moment, to see who runs
         self.console = Console(self.path / "console.log")
         with self.writing(self.path / "lock"):
             try:
@@ -89,6 +91,7 @@ class RunFolder:
                 raise RunError(
                     f"{self.path} is in use by a run that goes on; to end that one: touch {self.path / 'STOP'}"
                 ) from None
+            (self.path / "STOP").unlink(missing_ok=True)  # of before
             self.console.__enter__()
         return self
 
@@ -113,7 +116,6 @@ class RunFolder:
             if path.exists() and step and not before.exists() and path.read_bytes() != content:
                 self._write(before.name, path.read_bytes())
             self._write(name, content)
-        (self.path / "STOP").unlink(missing_ok=True)  # of before
 
     def append(self, name: str, lines: list[dict]) -> None:
         """Add lines to a .jsonl file in one write, so that no reader meets half of them."""

@@ -111,10 +111,10 @@ def test_a_held_out_question_is_judged(page):
     (asked,) = page.worker.asks
     assert asked.sides == (None, ("one", "step_000001")) and asked.run == "one"
     assert (asked.temperature, asked.max_tokens, asked.samples) == (0, 40, 1)
-    for wrong in (0, 99, -1):
+    for wrong in (0, 99, -1, None):
         with pytest.raises(UiError, match="they are numbered from 1 to 8"):
             chat.put(page, session, BASE, ONE, wrong)
-    assert 1 <= chat.put(page, session, BASE, ONE)[1] <= 8
+    assert 1 <= chat.draw(page, session, BASE, ONE)[1] <= 8
 
 
 def test_a_question_of_ones_own_has_no_verdict_without_an_expected_answer(page):
@@ -234,9 +234,11 @@ def test_blind_until_the_vote(page, monkeypatch):
             shown = json.dumps([o.get_config() if hasattr(o, "get_config") else o for o in outputs], default=str)
             shown += "".join(Path(file).read_text() for file in chat.files(session)).replace('"run": "one"', "")
             assert "step_000001" not in shown and BASE not in shown and outputs[7].visible
+            assert outputs[2:6] == ["", "", [], []] and "correct" not in outputs[6], "verdicts would tell"
             monkeypatch.setattr(chat.random, "random", lambda: 0.5)
             outputs = ask(page, session, "And then?", blind=True)
-        left, right, voting, status = compare.vote(better, session)
+        left, right, *verdicts, _, _, voting, status = compare.vote(better, session)
+        assert all(verdict.startswith("no verdict. Your own question") for verdict in verdicts)
         assert (
             f"{winner} " in status.partition("Votes for:")[2]
             and f"right was {BASE if swapped else ONE}" in status
@@ -314,7 +316,8 @@ def evaluated(page):
 
 
 def test_what_changed(evaluated):
-    text, which, rows = compare.changed(*evaluated, "all")
+    text, which, rows, *of_one = compare.changed(*evaluated, "all")
+    assert of_one == ["", "", ""]
     assert text.startswith("1 fixed, 1 broke, 1 both right, 2 both wrong of 5. before -> after: 2/5 correct (40%")
     assert text.endswith(" Not graded, and counted as wrong: 1 before, 0 after.")
     assert [row[:2] for row in rows] == [
@@ -338,7 +341,8 @@ def test_a_click_on_the_table_reaches_its_handler(evaluated):
     """Gradio tells by the annotation that it wants to know of the click."""
     with gr.Blocks() as blocks:
         compare.build(evaluated[0])
-    (handler,) = [f for f in blocks.fns.values() if any(event == "select" and f.inputs[2:] for _, event in f.targets)]
+    (table,) = (key for key, block in blocks.blocks.items() if getattr(block, "elem_id", None) == "changed-table")
+    (handler,) = (f for f in blocks.fns.values() if (table, "select") in f.targets)
     click = gr.SelectData(None, {"index": [0, 1], "value": "fixed", "row_value": [1, "fixed"]})
     inputs, *_ = special_args(handler.fn, ["one", "before", "after"], event_data=click)
     assert handler.fn(*inputs)[0].startswith("1 (fixed): question q0")
@@ -354,8 +358,11 @@ def test_nothing_to_compare_yet(page):
 
 
 def test_the_newest_checkpoint_stands_on_the_right(page):
+    known = [BASE]
+
     def values(*chosen):
-        return [update.value for update in compare.refresh(page, *chosen)[1:]]
+        known[:], _, left, right = compare.refresh(page, list(known), *chosen)
+        return [left.value, right.value]
 
     assert values(BASE, BASE) == [BASE, BASE]
     for step in (5, 15, 100):
@@ -370,4 +377,5 @@ def test_the_newest_checkpoint_stands_on_the_right(page):
     assert values(BASE, BASE) == [BASE, "one/step_000100"]
     assert values("one/step_000005", "one/step_000015") == ["one/step_000005", "one/step_000015"]
     assert values("gone/step_000005", "gone/step_000015") == [BASE, "one/step_000100"]
-    assert page.worker.ahead == ["one"] * 4
+    assert values("one/step_000005", BASE) == ["one/step_000005", BASE], "the base was chosen"
+    assert page.worker.ahead == ["one"] * 5

@@ -95,7 +95,7 @@ def test_a_run_is_started_watched_found_again_and_stopped(folder, served):
     with pytest.raises(Exception, match="is running, and has the machine"):
         client.predict("configs/tiny.yaml", SHORT, api_name="/start_run")
     found = until(client, lambda f: "Running: step" in f["status"] and "step 0 of" not in f["status"])
-    assert found["timer"]["active"] and "of 2000, about" in found["status"]
+    assert found["timer"]["value"] == 2 and "of 2000, about" in found["status"]
     assert os.getsid(pid := int(found["became"].split("process ")[1].split(".")[0])) == pid, "outlives the page"
 
     again = served()  # the page is loaded anew
@@ -106,7 +106,7 @@ def test_a_run_is_started_watched_found_again_and_stopped(folder, served):
     with pytest.raises(Exception, match="a is not running"):
         again.predict("a", api_name="/stop_run")
     assert "it ends after the step it is at, and saves" in again.predict("tiny-1", api_name="/stop_run")
-    found = until(client, lambda f: "Stopped before its end" in f["status"] and not f["timer"]["active"])
+    found = until(client, lambda f: "Stopped before its end" in f["status"] and f["timer"]["value"] == 10)
     assert "ended with exit code 0" in found["became"] and Runs(folder).get("tiny-1").checkpoints()
     assert "step_" in found["log"]
 
@@ -136,4 +136,7 @@ def test_a_run_that_is_killed(folder, launcher):
 def test_a_run_that_has_not_begun_is_stopped_by_a_signal(launcher):
     launcher.start([sys.executable, "-c", "import time; time.sleep(60)", "--output-dir", "runs/x"])
     assert "had not begun" in launcher.stop("a"), "the run that is chosen is another one, which is not running"
+    assert launcher.process.wait(10) == -signal.SIGTERM
+    launcher.start([sys.executable, "-c", "import time; time.sleep(60)", "--resume", str(launcher.runs.folder / "a")])
+    assert "had not begun" in launcher.stop("a"), "its lock is not taken yet"
     assert launcher.process.wait(10) == -signal.SIGTERM

@@ -136,7 +136,12 @@ def test_errors_are_said_in_words(served):
         put(client, "").result(20)
     with pytest.raises(Exception, match="There is no run &#x27;one&#x27;"):
         put(client, "What?", right=ONE).result(20)
-    assert "context is 512" in shown(put(client, "1 + " * 300).result(20), 0)[-1]
+    outputs = put(client, "1 + " * 300).result(20)
+    assert "the model reads 512 at most" in shown(outputs, 0)[-1] and outputs[6].startswith("Failed after")
+    outputs = put(client, QUESTION).result(20)
+    assert shown(outputs, 0) == [QUESTION, served[3]], "nothing of it is asked again"
+    with pytest.raises(Exception, match="Longest answer: give a number of tokens"):
+        put(client, QUESTION, longest=-1).result(20)
     with pytest.raises(Exception, match="numbered from 1 to"):
         client.predict(BASE, BASE, 10_000, api_name="/held_out")
 
@@ -209,4 +214,4 @@ def test_hostile_text_stays_text(served, run, text):
     if len(text) < 50_000:
         assert f"Expected: {text.strip()}" in outputs[2] and outputs[4]["data"][0][4].strip() == text.strip()
     else:
-        assert "context is 512" in outputs[2]
+        assert "the model reads 512 at most" in outputs[2]

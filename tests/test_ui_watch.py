@@ -43,7 +43,7 @@ def points(frame):
 
 def test_without_runs(tmp_path):
     found = followed(Launcher(Runs(tmp_path)))
-    assert "There is no run yet" in found["status"] and not found["timer"].active and found["Reward"] is None
+    assert "There is no run yet" in found["status"] and found["timer"].value == 10 and found["Reward"] is None
 
 
 def test_a_run_that_was_stopped(launcher):
@@ -52,14 +52,14 @@ def test_a_run_that_was_stopped(launcher):
     assert found["status"] == (
         "Stopped before its end: step 10 of 20.\nHeld-out accuracy, greedy: 10.0% at step 0, 50.0% at step 5."
     )
-    assert found["log"].endswith("step 2/20") and found["alarms"] == "none" and not found["timer"].active
+    assert found["log"].endswith("step 2/20") and found["alarms"] == "none" and found["timer"].value == 10
     assert (found["step"].minimum, found["step"].maximum, found["step"].value) == (1, 10, 10)
     assert points(found["Held-out accuracy, %"]) == [
         (0, 10.0, "greedy"), (5, 50.0, "greedy"), (0, 20.0, "sampled"), (5, 25.0, "sampled")
     ]  # fmt: skip
     assert points(found["Reward"])[:2] == [(1, 0.1, "mean"), (2, 0.2, "mean")]
     assert points(found["Tokens a second"])[0] == (1, 60.0, "of the whole step")  # 6 completions of 20 tokens in 2 s
-    assert found["KL from the base, nats a token"].empty
+    assert found["KL from the base, nats a token"] is None
 
 
 def test_a_run_under_way(folder, launcher):
@@ -68,12 +68,12 @@ def test_a_run_under_way(folder, launcher):
     os.utime(folder / "b/config.yaml", (2**32, 2**32))
     with filelock.FileLock(folder / "a/lock"):
         found = followed(launcher)
-        assert [name for name, _ in found["name"].choices] == ["a", "b"] and found["timer"].active
+        assert [name for name, _ in found["name"].choices] == ["a", "b"] and found["timer"].value == 2
         # 10 steps of 2 s are left, and two evaluations of 10 / 3 s
         assert found["status"].startswith("Running: step 10 of 20, about 0:27 min left.")
         (folder / "a/STOP").touch()
         assert followed(launcher, "a")["status"].startswith("Running, asked to stop: it ends after this step")
-    assert not followed(launcher, "a")["timer"].active
+    assert followed(launcher, "a")["timer"].value == 10
 
 
 def test_only_what_changed_is_sent(folder, launcher):
@@ -98,7 +98,19 @@ def test_a_run_that_was_cut_back(folder, launcher):
     (folder / "a/rollouts.jsonl").write_text(lines_of(rollouts_of(range(1, 4))))
     found = followed(launcher, "a", seen)
     assert points(found["Reward"]) == [(1, 9.0, "mean"), (2, 9.0, "mean"), (3, 9.0, "mean")]
-    assert found["step"].maximum == 3
+    assert found["step"].maximum == found["step"].value == 3
+
+
+def test_a_run_that_is_watched_from_its_start(folder, launcher):
+    (folder / "a/metrics.jsonl").rename(folder / "metrics.jsonl")
+    (folder / "a/rollouts.jsonl").rename(folder / "rollouts.jsonl")
+    first = followed(launcher, seen={"ends": ["z", 1, 45]})
+    assert (first["step"].minimum, first["step"].maximum, first["step"].value) == (0, 1, 0), "nothing of the run before"
+    assert first["Reward"] is None, "of an empty frame a plot takes the numbers for words"
+    (folder / "metrics.jsonl").rename(folder / "a/metrics.jsonl")
+    (folder / "rollouts.jsonl").rename(folder / "a/rollouts.jsonl")
+    found = followed(launcher, "a", first["seen"])
+    assert (found["step"].minimum, found["step"].maximum, found["step"].value) == (1, 10, 10)
 
 
 def test_alarms_in_words(folder, launcher):
@@ -107,15 +119,15 @@ def test_alarms_in_words(folder, launcher):
     assert followed(launcher)["alarms"] == "all wrong: since step 1, no longer\nnothing is <b>right</b>"
 
 
-def test_what_is_damaged_is_said_and_not_asked_again(folder, launcher):
+def test_what_is_damaged_is_said_and_asked_again_seldom(folder, launcher):
     with filelock.FileLock(folder / "a/lock"):
         (folder / "a/metrics.jsonl").write_text("nonsense\n")
         found = followed(launcher)
-        assert "metrics.jsonl has a line that is not a JSON object" in found["status"] and not found["timer"].active
+        assert "metrics.jsonl has a line that is not a JSON object" in found["status"] and found["timer"].value == 10
         (folder / "a/metrics.jsonl").unlink()
         (folder / "a/metrics.jsonl").symlink_to("/etc/passwd")
         found = followed(Launcher(Runs(folder)))
-        assert found["status"].startswith("a/metrics.jsonl lies outside") and not found["timer"].active
+        assert found["status"].startswith("a/metrics.jsonl lies outside") and found["timer"].value == 10
 
 
 def test_a_long_run_is_drawn_by_500_points(folder, launcher):
@@ -128,7 +140,7 @@ def test_a_long_run_is_drawn_by_500_points(folder, launcher):
     found = followed(launcher, "a")
     assert time.monotonic() - started < 2
     for label in watch.CURVES:
-        assert found[label].empty or found[label].groupby("series").size().max() <= 500
+        assert found[label] is None or found[label].groupby("series").size().max() <= 500
     assert points(found["Reward"])[-1][0] == 5000
 
 

@@ -314,7 +314,7 @@ def test_what_goes_wrong_is_said_and_ends_one_question_alone(made, worker, monke
     }
     assert notes["no run"].startswith("There is no run 'nowhere'")
     assert notes["no checkpoint"] == "one has no checkpoint '../../../etc'. It has step_000001."
-    assert "context is 512" in notes["too long"]
+    assert "the model reads 512 at most" in notes["too long"]
     (runs.folder / "gone").mkdir()
     (runs.folder / "gone/config.yaml").write_text("model: nobody/nothing\ndevice: cpu\n")
     assert last(worker, None, run="gone")[0].note.startswith("model: nobody/nothing cannot be loaded")

@@ -13,6 +13,7 @@ import os
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
 
 import contextlib
+import signal
 import sys
 import threading
 from dataclasses import dataclass
@@ -126,5 +127,6 @@ if __name__ == "__main__":
     except OSError as error:  # the port is taken
         sys.exit(f"error: port: {' '.join(str(error).split())}")
     print(f"The page is at {address} over {settings.runs} (Ctrl-C ends it; runs that it started go on)", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as Ctrl-C does, it leaves no temporary files
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -100,14 +100,19 @@ def _questions(data: str) -> tuple[list[dict], list[dict]]:
     return load_questions(*json.loads(data))[:2]
 
 
-def put(page: Page, session: Session, left, right, number: float | None = None) -> tuple[str, int]:
-    """A held-out question for the question's field, and its number; None: any."""
+def put(page: Page, session: Session, left, right, number: float | None) -> tuple[str, int]:
+    """A held-out question for the question's field, and its number."""
     rows = questions(settings_of(home_of(page, left, right)))[1]
-    number = random.randrange(len(rows)) + 1 if number is None else int(number)
-    if not 1 <= number <= len(rows):
-        raise UiError(f"There is no held-out question {number}: they are numbered from 1 to {len(rows)}.")
-    session.held_out = rows[number - 1]
-    return prompt_text(session.held_out["prompt"]), number
+    if not number or not 1 <= number <= len(rows):
+        raise UiError(f"There is no held-out question {number or 0:g}: they are numbered from 1 to {len(rows)}.")
+    session.held_out = rows[int(number) - 1]
+    return prompt_text(session.held_out["prompt"]), int(number)
+
+
+def draw(page: Page, session: Session, left, right) -> tuple[str, int]:
+    """As `put`, any of them."""
+    rows = questions(settings_of(home_of(page, left, right)))[1]
+    return put(page, session, left, right, random.randint(1, len(rows)))
 
 
 def conversation(rounds: list[Round], side: int, question: str | list[dict]) -> list[dict]:
@@ -130,6 +135,8 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
     temperature, top_p, seed, longest, samples = how
     if not (question or "").strip():
         raise UiError("There is no question. Write one, or take a held-out one.")
+    if (longest or 0) < 0:
+        raise UiError("Longest answer: give a number of tokens, or 0 for as many as in training.")
     stop(session)
     home = home_of(page, left, right)
     config = settings_of(home)
@@ -145,7 +152,8 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
         session.rounds, session.swapped = [], random.random() < 0.5 if blind else None
     order = (1, 0) if session.swapped else (0, 1)
     chosen = [(left, right)[i] or BASE for i in order]
-    session.rounds = [done for done in session.rounds if done.answers][-ROUNDS:]
+    answered = [done for done in session.rounds if any(answer.samples for answer in done.answers)]
+    session.rounds = answered[-ROUNDS:]  # of the others nothing is left to go on from
     ask = Ask(
         sides=tuple(map(side_of, chosen)),
         messages=tuple(conversation(session.rounds, side, put_before) for side in (0, 1)),
@@ -153,7 +161,7 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
         temperature=0.0 if greedy else float(temperature),
         top_p=float(top_p),
         seed=int(seed or 0) % 2**31,
-        max_tokens=max(1, int(longest or 0) or config.max_completion_length),
+        max_tokens=int(longest or 0) or config.max_completion_length,
         samples=1 if greedy else min(16, max(1, int(samples or 1))),
     )
     session.rounds.append(Round(question, chosen, bool(blind), ask, row))
@@ -231,7 +239,8 @@ def verdict_text(round_: Round, side: int) -> str:
 
 def expected_of(row: dict) -> str:
     found = row.get("tests") if row.get("answer") is None else row["answer"]
-    return str(row.get("target", "what its grader says") if found is None else found)
+    found = row.get("target", "what its grader says") if found is None else found
+    return "; ".join(map(str, found)) if isinstance(found, list) else str(found)
 
 
 def reward_table(round_: Round, side: int) -> list[list]:
@@ -248,10 +257,13 @@ def reward_table(round_: Round, side: int) -> list[list]:
 def summary(round_: Round, seconds: float) -> str:
     """One line on the round."""
     rates = [rate(round_, side) for side in (0, 1)]
-    text = f"{' against '.join(f'{right}/{n}' for right, n in rates)} correct. " if all(n for _, n in rates) else ""
+    known = not round_.hidden and all(n for _, n in rates)
+    text = f"{' against '.join(f'{right}/{n}' for right, n in rates)} correct. " if known else ""
     how = f"temperature {round_.ask.temperature:g}, seed {round_.ask.seed}" if round_.ask.temperature else "greedy"
-    stopped = "Stopped" if any(answer.state == "stopped" for answer in round_.answers) else "Answered"
-    return f"{text}{stopped} after {seconds:.1f} s ({how})." + (" Vote to see which is which." if round_.hidden else "")
+    states = {answer.state for answer in round_.answers}
+    ended = "Stopped" if "stopped" in states else "Failed" if states == {"failed"} else "Answered"
+    vote = " Vote to see which is which, and the verdicts." if round_.hidden else ""
+    return f"{text}{ended} after {seconds:.1f} s ({how}).{vote}"
 
 
 # --- to take away

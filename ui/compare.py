@@ -63,8 +63,8 @@ def messages(session: Session, side: int) -> list[dict]:
             if number == 1:
                 shown += bubbles(sample.text, sample.ended or answer.over)
             elif answer.over:
-                said_of = chat.verdict(sample, score, round_.ask.max_tokens)
-                title = f"Sample {number} of {len(both)}: {as_text(said_of)}"
+                said_of = "" if round_.hidden else f": {as_text(chat.verdict(sample, score, round_.ask.max_tokens))}"
+                title = f"Sample {number} of {len(both)}{said_of}"
                 shown.append(message("assistant", sample.text or " ", {"title": title, "status": "done"}))
         ended = sum(sample.ended for sample in answer.samples)
         if answer.note and answer.state != "stopped":
@@ -80,7 +80,7 @@ def panes(session: Session) -> list:
     for side, label in enumerate(map(str.title, SIDES)):
         name = f": {'hidden' if last.hidden else last.names[side]}" if last else ""
         chats.append(gr.Chatbot(messages(session, side), label=label + name))
-    if not (last and last.answers and all(answer.over for answer in last.answers)):
+    if not (last and last.answers and all(answer.over for answer in last.answers)) or last.hidden:
         return [*chats, "", "", [], []]
     return [*chats, *(of(last, side) for of in (chat.verdict_text, chat.reward_table) for side in (0, 1))]
 
@@ -107,13 +107,15 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
             chat.judge(page, round_)
         except Exception as error:
             round_.unjudged = f"No verdict: {first_line(error)}"
-    failed = all(not a.samples for a in round_.answers)
+        if round_ not in session.rounds:
+            return
     status = chat.summary(round_, time.monotonic() - started)
-    yield [*panes(session), status, gr.Row(visible=round_.hidden), *((question, expected) if failed else ("", ""))]
+    fields = unchanged[:2] if any(a.samples for a in round_.answers) else (question, expected)
+    yield [*panes(session), status, gr.Row(visible=round_.hidden), *fields]
 
 
 def vote(better: int | None, session: Session) -> tuple:
-    """Reveal the sides and count the vote. better: a side, None for a tie. Outputs: chats, vote, status."""
+    """Reveal the sides and count the vote. better: a side, None for a tie. Outputs: `panes`, vote, status."""
     if not session.rounds or not session.rounds[-1].hidden:
         raise UiError("There is nothing to vote on. Tick Blind and ask a question.")
     names = session.rounds[-1].names
@@ -122,7 +124,7 @@ def vote(better: int | None, session: Session) -> tuple:
         round_.hidden = False
     tally = ", ".join(f"{name} {n}" for name, n in session.votes.most_common())
     status = f"Left was {names[0]}, right was {names[1]}. Votes for: {tally}."
-    return *panes(session)[:2], gr.Row(visible=False), status
+    return *panes(session), gr.Row(visible=False), status
 
 
 def new_chat(session: Session) -> list:
@@ -140,21 +142,21 @@ def line(label: str, name: str) -> gr.Textbox:
     return gr.Textbox(label=label, placeholder=label, elem_id=name, **how)
 
 
-def refresh(page: Page, left, right) -> tuple:
-    """The sides that there are now; what was chosen stays. Outputs: note, left, right."""
+def refresh(page: Page, known: list[str], left, right) -> tuple:
+    """The sides that there are now; what was chosen stays. Outputs: the values known, note, left, right."""
     found = chat.choices(page)
     values = [value for _, value in found]
     left = left if left in values else BASE
-    right = right if right in values[1:] else values[:2][-1]  # the newest one, where there is any
+    right = right if right in values and known != [BASE] else values[:2][-1]  # the newest one, where there is any
     home = chat.home_of(page, left, right)
     page.worker.load_ahead(home.name if home else None)
     no_run = gr.Markdown(visible=not page.runs.names())
-    return no_run, gr.Dropdown(found, value=left), gr.Dropdown(found, value=right)
+    return values, no_run, gr.Dropdown(found, value=left), gr.Dropdown(found, value=right)
 
 
 def build(page: Page) -> None:
     with gr.Tab("Compare") as tab:
-        session = gr.State(Session())
+        session, known = gr.State(Session()), gr.State([BASE])
         note = gr.Markdown(NO_RUN, visible=not page.runs.names())
         sides, chats, verdicts = [], [], []
         with gr.Row():
@@ -173,7 +175,7 @@ def build(page: Page) -> None:
             ask, end, anew = gr.Button("Ask both", variant="primary"), gr.Button("Stop"), gr.Button("New chat")
         status = line("What happens", "status")
         with gr.Row():
-            number = gr.Number(1, label="Held-out question, by its number", precision=0, minimum=1)
+            number = gr.Number(1, label="Held-out question, by its number", precision=0)
             take, draw = gr.Button("Take this held-out question"), gr.Button("Take one at random")
         with gr.Accordion("Rewards, and why"), gr.Row():
             tables = [gr.Dataframe(label=f"{side.title()}: rewards", **TABLE) for side in SIDES]
@@ -185,7 +187,7 @@ def build(page: Page) -> None:
             temperature = gr.Slider(0.05, 2.0, value=1.0, step=0.05, label="Temperature, when not greedy")
             top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.05, label="top_p, when not greedy (1 is off)")
             seed = gr.Number(0, label="Seed", precision=0)
-            longest = gr.Number(0, label="Longest answer in tokens (0: as in training)", precision=0, minimum=0)
+            longest = gr.Number(0, label="Longest answer in tokens (0: as in training)", precision=0)
         with gr.Row():
             taken = [gr.DownloadButton(f"Download as {kind}", interactive=False) for kind in ("Markdown", "JSONL")]
 
@@ -199,11 +201,11 @@ def build(page: Page) -> None:
     end.click(said(chat.stop), session, None, queue=False, api_name="stop")
     gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")
     take.click(said(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
-    draw.click(said(chat.put, page), [session, *sides], [question, number], api_name="random_held_out")
+    draw.click(said(chat.draw, page), [session, *sides], [question, number], api_name="random_held_out")
     for button, better in zip(votes, (0, None, 1)):
-        voted = button.click(said(vote, better), session, [*chats, voting, status], api_name=f"vote_{better}")
+        voted = button.click(said(vote, better), session, [*outputs[:6], voting, status], api_name=f"vote_{better}")
         voted.then(said(downloads), session, taken, **quiet)
-    gr.on([tab.select, Context.root_block.load], said(refresh, page), sides, [note, *sides], **quiet)
+    gr.on([tab.select, Context.root_block.load], said(refresh, page), [known, *sides], [known, note, *sides], **quiet)
     what_changed(page)
 
 
@@ -223,12 +225,13 @@ def paired(page: Page, name: str, before: str, after: str) -> list[tuple[int, st
 
 
 def changed(page: Page, name, before, after, which) -> tuple:
-    """Outputs: counts in words, the filter, the table."""
+    """Outputs: counts in words, the filter, the table, and nothing in the boxes of one question."""
+    nothing = gr.skip(), [], "", "", ""
     if not (name and before and after):
-        return "There is no evaluation yet: a run writes the first one before its first step.", gr.skip(), []
+        return "There is no evaluation yet: a run writes the first one before its first step.", *nothing
     pairs = paired(page, name, before, after)
     if not pairs:
-        return "The two evaluations have no question in common.", gr.skip(), []
+        return "The two evaluations have no question in common.", *nothing
     counts = Counter(change for _, change, _, _ in pairs)
     verdicts = [Counter(record["verdict"] for record in records) for records in list(zip(*pairs))[2:]]
     shares = " -> ".join(chat.in_percent(of["right"], len(pairs)) for of in verdicts)
@@ -241,7 +244,7 @@ def changed(page: Page, name, before, after, which) -> tuple:
         for n, change, b, a in pairs if which in (ALL, change)
     ]  # fmt: skip
     filters = [(f"all ({len(pairs)})", ALL), *((f"{word} ({counts[word]})", word) for word in CHANGES)]
-    return text, gr.Radio(filters, value=which), rows
+    return text, gr.Radio(filters, value=which), rows, "", "", ""
 
 
 def last_of(record: dict) -> str:
@@ -272,15 +275,15 @@ def in_full(record: dict) -> str:
 def what_changed(page: Page) -> None:
     """The tab."""
 
-    def of_run(name):
-        names = page.runs.get(name).evaluations() if name else []
-        ends = (names[0], names[-1]) if names else (None, None)
-        return [gr.Dropdown(names, value=value) for value in ends]
-
-    def runs(name):
+    def look(name, before, after, which):
+        """The runs and evaluations that there are; what was chosen stays, where it is among them."""
         names = page.runs.names()
         name = name if name in names else next(iter(names), None)
-        return [gr.Dropdown(names, value=name), *of_run(name)]
+        there = page.runs.get(name).evaluations() if name else []
+        before = before if before in there else next(iter(there), None)
+        after = after if after in there else next(reversed(there), None)
+        chosen = [gr.Dropdown(names, value=name), gr.Dropdown(there, value=before), gr.Dropdown(there, value=after)]
+        return *chosen, *changed(page, name, before, after, which)
 
     def click(name, before, after, event: gr.SelectData):
         return opened(page, name, before, after, event)
@@ -299,10 +302,7 @@ def what_changed(page: Page) -> None:
         question = gr.Textbox(label="Question", interactive=False, lines=2, elem_id="changed-question")
         with gr.Row():
             both = [gr.Textbox(label=label, interactive=False, lines=10, max_lines=30) for label in ("Before", "After")]
-    asked = [run, *ends]
-    look = {"fn": said(changed, page), "inputs": [*asked, which], "outputs": [counts, which, table]}
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    tab.select(said(runs), run, [run, *ends], **quiet).then(**look, show_progress="hidden", api_name="changed")
-    run.input(said(of_run), run, ends, **quiet).then(**look, **quiet)
-    gr.on([*(end.input for end in ends), which.input], **look, **quiet)
-    table.select(said(click), asked, [question, *both], **quiet)
+    shown = [run, *ends, counts, which, table, question, *both]
+    events = [tab.select, run.input, *(end.input for end in ends), which.input]
+    gr.on(events, said(look), [run, *ends, which], shown, show_progress="hidden", api_name="changed")
+    table.select(said(click), [run, *ends], [question, *both], show_progress="hidden", api_visibility="private")

@@ -64,11 +64,11 @@ class Launcher:
         return self.process is not None and self.process.poll() is None
 
     def stop(self, name: str | None) -> str:
-        """By a STOP file; a run that has no folder yet, by a signal. Says what it did. Raises UiError."""
+        """By a STOP file; one that was started and has not begun to train, by a signal. Says what it did. Raises UiError."""
         if name and (run := self.runs.get(name)).status() == "running":
             run.file("STOP").touch()
             return f"{name} has been asked to stop: it ends after the step it is at, and saves."
-        if self.alive() and self.name not in self.runs.names():
+        if self.alive() and (name == self.name or self.name not in self.runs.names()):
             self.process.terminate()
             return f"{self.name} had not begun: it has been ended."
         raise UiError(f"{name or 'Nothing'} is not running. Choose a run that is.")
@@ -107,17 +107,20 @@ def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> g
 
     @said
     def start_run(recipe: str, overrides: str):
-        return launcher.start(launcher.command(recipe, overrides)), gr.Timer(active=True)
+        return launcher.start(launcher.command(recipe, overrides)), gr.Timer(2, active=True)
 
     @said
     def resume_run(name: str | None, overrides: str):
-        return launcher.start(launcher.resume_command(name, overrides)), gr.Timer(active=True)
+        return launcher.start(launcher.resume_command(name, overrides)), gr.Timer(2, active=True)
 
     @said
     def stop_run(name: str | None):
         return launcher.stop(name)
 
-    gr.on([controls.expand, recipe.input, overrides.input], show_command, [recipe, overrides], [about, command])
+    shown = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on(
+        [controls.expand, recipe.change, overrides.change], show_command, [recipe, overrides], [about, command], **shown
+    )
     start.click(start_run, [recipe, overrides], [became, timer])
     go_on.click(resume_run, [name, overrides], [became, timer])
     stop.click(stop_run, name, became)

@@ -55,7 +55,7 @@ def build(page: Page) -> None:
             gr.Markdown(ELSEWHERE)
             became = gr.Textbox(visible=False)
         gr.Markdown("### The completions of a step")
-        step = gr.Slider(1, 2, value=1, step=1, label="Step")
+        step = gr.Slider(0, 1, value=0, step=1, label="Step")
         prompts = table("Prompts (click one)", "No.", "correct", "mean reward", "spread", "question")
         number = gr.State(0)  # of the prompt
         question = gr.Textbox(label="Question", max_lines=8)
@@ -77,7 +77,7 @@ def build(page: Page) -> None:
 
     @said
     def watch_run(visible: bool, chosen: str | None, seen: dict):
-        """What has changed. The timer ends with the run, or once another tab is in front."""
+        """What has changed. The timer ends once another tab is in front."""
         if not visible:
             return {timer: gr.Timer(active=False)}
         return dict(zip(shown, follow(runs, launcher, chosen, seen)))
@@ -146,13 +146,24 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> li
     except Exception as error:  # whatever a file holds
         active, what = False, f"a file of it is damaged: {type(error).__name__}: {error}."
         say = str(error) if isinstance(error, (UiError, ConfigError)) else f"{name} cannot be shown, {what}"
-    ends, slider = [name, *steps[:1], *steps[-1:]], skip
-    if steps and ends != seen.get("ends"):
-        other = seen.get("ends", [None])[0] != name
-        slider = gr.Slider(steps[0], max(steps[-1], steps[0] + 1), **({"value": steps[-1]} if other else {}))
+    ends, known, slider = [name, *steps[:1], *steps[-1:]], seen.get("ends", []), skip
+    if ends != known:
+        first, last = (steps[0], steps[-1]) if steps else (0, 0)
+        is_new = ends[:2] != known[:2] or ends[2:] < known[2:]  # another run, its first step, or it was cut back
+        slider = gr.Slider(first, max(last, first + 1), **({"value": last} if is_new else {}))
     choices = gr.Dropdown(choices=names, value=name) if [names, chosen] != [seen.get("names"), name] else skip
     seen = {"names": names, "key": key, "ends": ends, "started": started or seen.get("started")}
-    return [choices, say, alarms, log, launcher.words(), slider, gr.Timer(active=active), seen, *curves]
+    return [
+        choices,
+        say,
+        alarms,
+        log,
+        launcher.words(),
+        slider,
+        gr.Timer(2 if active else 10, active=True),
+        seen,
+        *curves,
+    ]
 
 
 def describe_status(run: Run, metrics: list[dict]) -> str:
@@ -184,13 +195,14 @@ def describe_alarms(run: Run) -> str:
     return "\n".join(lines + [cut(text.decode("utf-8", errors="replace"), SHORT) for text in list(texts)[-20:]])
 
 
-def describe_curves(run: Run, metrics: list[dict], summary: dict) -> list[pd.DataFrame]:
-    """The points of each curve, at most POINTS of a series."""
+def describe_curves(run: Run, metrics: list[dict], summary: dict) -> list[pd.DataFrame | None]:
+    """The points of each curve, at most POINTS of a series; None where there are none."""
     frames = []
     for factor, series in CURVES.values():
         found = {name: points_of(run, metrics, summary, metric) for name, metric in series.items()}
         rows = [(step, factor * value, name) for name, points in found.items() for step, value in points]
-        frames.append(pd.DataFrame(rows, columns=["x", "y", "series"]))
+        # An empty frame would have the plot take its numbers for words, and keep to that.
+        frames.append(pd.DataFrame(rows, columns=["x", "y", "series"]) if rows else None)
     return frames
 
 

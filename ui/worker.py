@@ -290,8 +290,13 @@ class Worker:
             self._policy, system_prompt=config.system_prompt, chat_template_kwargs=config.chat_template_kwargs
         )
         turn.adapter = self._adapter(*turn.side) if turn.side else None
-        (prompt,) = policy.encode_prompts([{"id": "of the chat", "prompt": turn.messages}], 1)
-        room = (policy.context_length or 2**31) - len(prompt)
+        prompt, room = policy.encode_prompt(turn.messages), policy.context_length or 2**31
+        if len(prompt) >= room:
+            raise UiError(
+                f"The question with the chat so far has {len(prompt):,} tokens, and the model reads {room:,} at most, with its "
+                "answer. Start a new chat, or shorten the question."
+            )
+        room -= len(prompt)
         self._switch(turn.adapter)  # the engine may fold it into scratch weights of its own
         sampling, generator = Sampling(ask.temperature, top_p=ask.top_p), torch.Generator(policy.device)
         generator.manual_seed(ask.seed)
