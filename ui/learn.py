@@ -1,13 +1,12 @@
 """The tab Learn: two playgrounds on the project's own functions, which are those that training calls."""
 
 import contextlib
-import functools
 import math
 import re
-import types
 from pathlib import Path
 
 import gradio as gr
+import pandas as pd
 
 from ui.runs import Page, UiError, said
 from ui.watch import plot
@@ -35,7 +34,6 @@ def gae(episode: list[list], gamma: float, lam: float, noise: float) -> tuple:
     The errors are those of A_t + V(s_t), which the critic learns, at the first token: over many episodes whose rewards are
     these with normal noise, against the return of these.
     """
-    import pandas
     import torch
 
     from rl.algorithms import generalised_advantages
@@ -60,25 +58,22 @@ def gae(episode: list[list], gamma: float, lam: float, noise: float) -> tuple:
     missed = [(x / 20, e, name) for x in range(21) for name, e in zip(ERRORS, errors(x / 20))]
     told = [f"lambda {x:g}: bias {errors(x)[0]:.3f}, spread {errors(x)[1]:.3f}" for x in (0.0, lam, 1.0)]
     words = f"The return of token 1, as the critic would learn it, over {NOISY:,} noisy episodes. {'; '.join(told)}."
-    frame = functools.partial(pandas.DataFrame, columns=["x", "y", "series"])
-    return words, table, frame(drawn), frame(missed)
+    return words, table, *(pd.DataFrame(points, columns=["x", "y", "series"]) for points in (drawn, missed))
 
 
 def cell(row: list, column: int) -> float:
     with contextlib.suppress(TypeError, ValueError, IndexError):
         if math.isfinite(value := float(row[column])):
             return value
-    raise UiError(
-        f"The episode has {row[column : column + 1]} where a number belongs. Give each token a reward and a value."
-    )
+    found = row[column : column + 1]
+    raise UiError(f"The episode has {found} where a number belongs. Give each token a reward and a value.")
 
 
 def clip(ratio: float, advantage: float, epsilon: float, epsilon_high: float) -> tuple:
     """(words, the objective by the ratio, to draw) of one token, by PPO's clipped loss."""
-    import pandas
     import torch
 
-    from rl.algorithms import clipped_policy_loss, clipped_tokens
+    from rl.algorithms import clipped_policy_loss
 
     def objective(ratios):
         return -clipped_policy_loss(ratios, torch.full_like(ratios, advantage), epsilon, epsilon_high)
@@ -89,18 +84,15 @@ def clip(ratio: float, advantage: float, epsilon: float, epsilon_high: float) ->
     drawn = [(x, y, OBJECTIVES[0]) for x, y in zip(grid.tolist(), objective(grid).tolist())]
     drawn += [(x, x * advantage, OBJECTIVES[1]) for x in grid.tolist()]
     drawn += [(ratio, y, OBJECTIVES[2]) for y in (0.0, height.item())]
-    config = types.SimpleNamespace(loss_type="grpo", epsilon=epsilon, epsilon_high=epsilon_high)
-    a, mask = torch.tensor([float(advantage)]), torch.tensor([True])
-    below, above = clipped_tokens(point.detach(), a, mask, config)
-    verdict = "The gradient is not cut."
-    if above:
+    is_cut, verdict = advantage and not slope, "The gradient is not cut."
+    if is_cut and advantage > 0:
         verdict = f"The gradient is CUT: A > 0 and the ratio is above {1 + epsilon_high:g}."
-    elif below:
+    elif is_cut:
         verdict = f"The gradient is CUT: A < 0 and the ratio is below {1 - epsilon:g}."
     elif not 1 - epsilon <= ratio <= 1 + epsilon_high:
         verdict = "The gradient is not cut although the ratio is outside of the range: it leads back, or A is 0."
     words = f"{verdict} Objective {height.item():.3f} (unclipped {ratio * advantage:.3f}), its slope by the ratio {slope.item():.3g}."
-    return words, pandas.DataFrame(drawn, columns=["x", "y", "series"])
+    return words, pd.DataFrame(drawn, columns=["x", "y", "series"])
 
 
 def build(page: Page) -> None:
