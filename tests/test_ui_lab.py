@@ -186,7 +186,7 @@ def test_html_that_is_printed_or_given_as_a_reason_stays_text(page):
 
 def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
     words, table = lab.rescore(page, "mine", 3, REWARDS)
-    assert words.startswith("4 completions of step 3 by rewards.py, 2 verdicts flip:")
+    assert words.startswith("4 completions of step 3 by rewards.py:")
     figures = {line.split()[0]: line.split()[1:] for line in words.splitlines() if line.startswith("  ")}
     assert figures["correct"] == ["1.0000", "0.5000", "2"]
     assert figures["short"] == ["-", "0.2500", "4"]
@@ -365,7 +365,7 @@ def test_the_tabs_answer_over_http(page, monkeypatch):
         words, table = client.predict("mine", 3, 2, *fields, REWARDS, api_name="/score")
         assert "total 0.2, wrong" in words and table["data"][0][0] == "correct"
         words, _ = client.predict("mine", 3, REWARDS, api_name="/rescore")
-        assert "2 verdicts flip" in words
+        assert "verdicts: 2 right -> wrong" in words
         monkeypatch.setattr(lab, "SECONDS", 3.0)
         endless = REWARDS + "@reward\ndef endless(c):\n    while True: pass\n"
         job = client.submit("mine", 3, 2, *fields, endless, api_name="/score")

@@ -155,8 +155,7 @@ def rescore_task(asked: dict) -> dict:
     with contextlib.redirect_stdout(io.StringIO()) as means:
         report(rewards, known, scores, shown=0)
     changes = sorted(map(change, known, scores), key=lambda found: -found[0])
-    flips = sum(line.get("verdict") not in (None, score.verdict) for line, score in zip(known, scores))
-    return {"report": means.getvalue(), "flips": flips, "lines": [cells for _, cells in changes]}
+    return {"report": means.getvalue(), "lines": [cells for _, cells in changes]}
 
 
 def change(line: dict, score: Score) -> tuple[float, list]:

@@ -88,8 +88,8 @@ def rescore(page: Page, name: str | None, step: float | None, source: str) -> tu
     file, run = hold(page, source), page.runs.get(name or "")
     lines = lines_of(run, step)
     found, printed = apart("rescore", run.path, file, SECONDS, lines=lines)
-    known, flips = found["lines"], found["flips"]
-    words = f"{len(known)} completions of step {int(step)} by {file.name}, {flips} verdicts flip:\n{found['report']}"
+    known = found["lines"]
+    words = f"{len(known)} completions of step {int(step)} by {file.name}:\n{found['report']}"
     if len(known) < len(lines):
         words += f"{len(lines) - len(known)} are left out: their questions are not in the run's data any more.\n"
     if len(known) > SHOWN_ROWS:
