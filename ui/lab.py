@@ -99,7 +99,6 @@ def rescore(page: Page, name: str | None, step: float | None, source: str) -> tu
 
 def read_file(page: Page) -> tuple[str, str, str]:
     """(words, the text for the editor, that of the file): of the draft, where there is one."""
-    need_editable(page)
     file, draft = places(page)
     if draft.is_file():
         words = f"These are changes that are not in {file.name}: save or drop them. They are kept in {draft.name}."
@@ -109,7 +108,6 @@ def read_file(page: Page) -> tuple[str, str, str]:
 
 def drop(page: Page) -> tuple[str, str, str]:
     """The file as it is, as `read_file`, without the draft."""
-    need_editable(page)
     places(page)[1].unlink(missing_ok=True)
     return read_file(page)
 
@@ -144,11 +142,6 @@ def choose(page: Page, name: str | None, step: float | None, number: float | Non
 
 
 # --- what they share
-
-
-def need_editable(page: Page) -> None:
-    if not page.editable:
-        raise UiError(READ_ONLY)
 
 
 def lines_of(run: Run, step: float | None) -> list[dict]:
@@ -196,8 +189,7 @@ def text_of(file: Path) -> str:
 
 
 def hold(page: Page, source: str) -> Path:
-    """A file with what is in the editor: the reward file, or else the draft. Raises UiError where none is to be run."""
-    need_editable(page)
+    """A file with what is in the editor: the reward file, or else the draft."""
     file, draft = places(page)
     if text_of(file).strip() == source.strip():  # as the editor shows it
         draft.unlink(missing_ok=True)
