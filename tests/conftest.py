@@ -2,6 +2,7 @@
 
 import math
 import os
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -38,6 +39,32 @@ def policy(config):
     policy = load_policy(config)
     fill_lora(policy, 0.02)
     return policy
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A runs folder with a run `a` that was stopped (watching.py)."""
+    from watching import stopped_run
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return stopped_run(tmp_path)
+
+
+@pytest.fixture
+def launcher(folder):
+    from ui.launch import Launcher
+    from ui.runs import Runs
+
+    return Launcher(Runs(folder))
+
+
+@pytest.fixture
+def served(folder):
+    """Gives clients of the tab Watch over it."""
+    from watching import serving
+
+    with serving(folder) as client:
+        yield client
 
 
 def completion(text, **row):

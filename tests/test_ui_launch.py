@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import tempfile
 import time
 
 import filelock
@@ -11,32 +10,15 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from watching import followed, serving, stopped_run, until, watched  # noqa: E402
+from watching import followed, until, watched  # noqa: E402
 
-from ui.launch import Launcher, recipes  # noqa: E402
+from ui.launch import recipes  # noqa: E402
 from ui.runs import Runs, UiError  # noqa: E402
 
 SHORT = (
     "--prompts-per-step 2 --num-generations 2 --eval-questions 4 --eval-steps 0 --save-steps 0 --train-questions 20 "
     "--max-completion-length 16 --log-completions-steps 0 --device cpu"
 )
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return stopped_run(tmp_path)
-
-
-@pytest.fixture
-def launcher(folder):
-    return Launcher(Runs(folder))
-
-
-@pytest.fixture
-def served(folder):
-    with serving(folder) as client:
-        yield client
 
 
 def test_the_command(launcher):

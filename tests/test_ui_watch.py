@@ -1,7 +1,6 @@
 """The tab Watch: what it says of runs under way, cut back, long, damaged or hostile."""
 
 import os
-import tempfile
 import time
 
 import filelock
@@ -10,7 +9,7 @@ from test_ui_runs import lines_of, rollouts_of
 
 gr = pytest.importorskip("gradio")
 
-from watching import build, followed, real_metrics, serving, stopped_run, watched  # noqa: E402
+from watching import build, followed, real_metrics, watched  # noqa: E402
 
 from rl.report import standard_deviation  # noqa: E402
 from ui import watch  # noqa: E402
@@ -18,23 +17,6 @@ from ui.launch import Launcher  # noqa: E402
 from ui.runs import Runs  # noqa: E402
 
 HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</think>" * 9, "\x00\x1b[31m", "x" * 50_000]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return stopped_run(tmp_path)
-
-
-@pytest.fixture
-def launcher(folder):
-    return Launcher(Runs(folder))
-
-
-@pytest.fixture
-def served(folder):
-    with serving(folder) as client:
-        yield client
 
 
 def points(frame):
