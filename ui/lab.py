@@ -112,13 +112,13 @@ def drop(page: Page) -> tuple[str, str, str]:
     return read_file(page)
 
 
-def save(page: Page, source: str, loaded: str | None) -> tuple[str, str | None]:
+def save(page: Page, source: str, loaded: str) -> tuple[str, str]:
     """(words, the text of the file as far as the editor knows it). What does not import is not saved, and not lost."""
     file, draft = places(page)
     if hold(page, source) == file:
         return f"{file.name} is as in the editor: there is nothing to save.", text_of(file)
     keeps = f"What is in the editor is kept in {draft.name}."
-    if loaded is not None and text_of(file) != loaded:
+    if text_of(file) != loaded:
         return f"Not saved: {file.name} has changed since it was read. {keeps}", loaded
     try:
         names, _ = apart("check", None, draft, SECONDS)
@@ -227,14 +227,16 @@ def build(page: Page) -> None:
         taken = bound(pick, page), chosen, [words, parts, *fields]
         taking.click(*taken, api_name="pick")
         if page.editable:
-            build_editor(page, tab, chosen, fields, scoring, words, parts, taken)
+            editor, changes = build_editor(page, chosen)
+            scoring.click(bound(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
+            changes.select(said(number_in), None, number).success(*taken)
         else:
             gr.Markdown(READ_ONLY)
     learn.build(page)
 
 
-def build_editor(page: Page, tab, chosen: list, fields: list, scoring, words, parts, taken: tuple) -> None:
-    """The file, and what scores with it."""
+def build_editor(page: Page, chosen: list) -> tuple[gr.Code, gr.Dataframe]:
+    """The file, and what it makes of a whole step."""
     editor = gr.Code(language="python", label="rewards.py", lines=16, max_lines=30, interactive=True)
     loaded = gr.State(None)  # the text of the file when it was read
     with gr.Row():
@@ -246,20 +248,18 @@ def build_editor(page: Page, tab, chosen: list, fields: list, scoring, words, pa
         headers=CHANGES, label="completions, those that change most first; a click takes one", wrap=True, interactive=False,
         max_chars=300, column_widths=["105px", "250px", "60px", "60px", "130px", "200px", "250px", "250px"],
     )  # fmt: skip
-
-    def read_once(known: str | None):
-        return read_file(page) if known is None else [gr.skip()] * 3
-
-    def number_in(event: gr.SelectData):
-        return int(event.row_value[0])
-
-    run, step, number = chosen
-    tab.select(said(read_once), loaded, [of_file, editor, loaded], show_progress="hidden")
-    scoring.click(bound(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
-    rescoring.click(bound(rescore, page), [run, step, editor], [result, changes], api_name="rescore")
+    gr.on(
+        None, bound(read_file, page), None, [of_file, editor, loaded], show_progress="hidden", api_name="read"
+    )  # at first
+    rescoring.click(bound(rescore, page), [*chosen[:2], editor], [result, changes], api_name="rescore")
     saving.click(bound(save, page), [editor, loaded], [of_file, loaded], api_name="save")
     dropping.click(bound(drop, page), None, [of_file, editor, loaded], api_name="reload")
-    changes.select(said(number_in), None, number).success(*taken)
+    return editor, changes
+
+
+def number_in(event: gr.SelectData) -> int:
+    """That of the completion in the row that was clicked."""
+    return int(event.row_value[0])
 
 
 def bound(function, page: Page):
