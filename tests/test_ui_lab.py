@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gradio as gr
 import pytest
@@ -129,10 +130,10 @@ def test_what_is_not_there_is_said(page):
 @pytest.mark.parametrize(
     "more, expected",
     [
-        ("def broken(:\n", "rewards.draft.py:14: SyntaxError"),
-        ("1 / 0\n", "rewards.draft.py:14: ZeroDivisionError"),
-        ("@reward\ndef fails(c):\n    return 1 / 0\n", "'fails' (rewards.draft.py:16), row pasted: ZeroDivisionError"),
-        ("@reward\ndef odd(c):\n    return 'x'\n", "'odd' (rewards.draft.py:14), row pasted: returned 'x'"),
+        ("def broken(:\n", "rewards.py:14: SyntaxError"),
+        ("1 / 0\n", "rewards.py:14: ZeroDivisionError"),
+        ("@reward\ndef fails(c):\n    return 1 / 0\n", "'fails' (rewards.py:16), row pasted: ZeroDivisionError"),
+        ("@reward\ndef odd(c):\n    return 'x'\n", "'odd' (rewards.py:14), row pasted: returned 'x'"),
         ("import os\nos._exit(7)\n", "ended its process (status 7)"),
         ("raise SystemExit('enough')\n", "It printed last: enough"),
     ],
@@ -228,7 +229,7 @@ def test_the_file_is_saved_whole_and_what_does_not_import_is_kept_beside(page):
     _, shown, loaded = lab.read_file(page)
     assert shown == loaded == REWARDS and "nothing to save" in lab.save(page, shown.strip(), loaded)[0]
     words, loaded = lab.save(page, REWARDS + "def broken(:", loaded)
-    assert "Not saved: rewards.draft.py:14: SyntaxError" in words and file.read_text() == loaded == REWARDS
+    assert "Not saved: rewards.py:14: SyntaxError" in words and file.read_text() == loaded == REWARDS
     words, shown, loaded = lab.read_file(page)  # another visit
     assert "changes that are not in rewards.py" in words and shown == REWARDS + "def broken(:\n"
     assert loaded == REWARDS
@@ -251,8 +252,26 @@ def test_a_file_that_changed_meanwhile_is_not_written_over(page):
 def test_what_is_not_saved_scores_and_changes_no_file(page):
     file, draft = lab.places(page)
     words, _ = score(page, "\\boxed{2}", "2", source=REWARDS.replace("weight=0.2", "weight=0.25"))
-    assert "By rewards.draft.py" in words and file.read_text() == REWARDS and draft.exists()
-    assert "By rewards.py" in score(page, "\\boxed{2}", "2")[0] and not draft.exists(), "as in the file again"
+    assert "By rewards.py, with what is not saved: total" in words and file.read_text() == REWARDS
+    assert "By rewards.py: total" in score(page, "\\boxed{2}", "2")[0]
+    lab.keep(page, REWARDS + "# mine")  # as it is typed
+    assert draft.read_text() == REWARDS + "# mine\n" == lab.read_file(page)[1]
+    score(page, "\\boxed{2}", "2")  # in another window
+    assert draft.exists()
+    lab.keep(page, REWARDS)
+    assert not draft.exists(), "as in the file again"
+
+
+def test_two_windows_score_each_its_own(page):
+    sources = [REWARDS + f"@reward\ndef number(c):\n    return {n}\n" for n in range(4)]
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(lambda source: score(page, "x", source=source), sources))
+    assert [cells(table)["number"][0] for _, table in results] == ["0", "1", "2", "3"]
+
+
+def test_a_row_that_cannot_be_used_does_not_blame_the_file(page):
+    words, table = score(page, "x", '{"prompt": 5, "answer": "4"}')
+    assert words.startswith("The row or the settings cannot be used: TypeError") and table == []
 
 
 def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):

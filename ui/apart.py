@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,16 +32,19 @@ GRACE = 5.0  # seconds to start and to end
 LEFT = "answer.json", "hung.txt"  # by the process
 
 
-def apart(task: str, run: Path | None, file: Path, seconds: float, **asked):
-    """(what one of TASKS returns, the last of what was printed meanwhile). run: the folder whose settings count.
+def apart(task: str, run: Path | None, file: Path, source: str, seconds: float, stop=None, **asked):
+    """(what one of TASKS returns, the last of what was printed meanwhile). run: the folder whose settings count; source: what
+    is in the reward file, or would be; stop: an event that ends it early.
 
-    Raises RewardError in words: where the file does not import, a function fails, or nothing has come after `seconds`.
+    Raises RewardError in words: where the source does not import, a function fails, or nothing has come after `seconds`.
     """
-    asked |= {"task": task, "file": str(file), "run": run and str(run), "seconds": seconds}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        copy = folder / file.name
+        copy.write_text(source, encoding="utf-8")
+        asked |= {"task": task, "file": str(copy), "run": run and str(run), "seconds": seconds}
         (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), str(file.parent), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
             [sys.executable, "-m", "ui.apart", name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:replace"}, start_new_session=True,
@@ -48,8 +52,10 @@ def apart(task: str, run: Path | None, file: Path, seconds: float, **asked):
         printed = bytearray()
         reader = threading.Thread(target=drain, args=(process.stdout, printed), daemon=True)
         reader.start()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds + GRACE)
+        end = time.monotonic() + seconds + GRACE
+        while process.poll() is None and time.monotonic() < end and not (stop and stop.is_set()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
         with contextlib.suppress(OSError):  # and what it has started
             os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         process.wait()
@@ -61,6 +67,8 @@ def apart(task: str, run: Path | None, file: Path, seconds: float, **asked):
         if "error" in found:
             raise RewardError(found["error"])
         return found["answer"], text
+    if stop and stop.is_set():
+        raise RewardError("stopped")
     if hung:
         frames = re.findall(r'File "(.*)", line (\d+) in (.*)', hung)
         where = next((f"in {f}, line {n}" for path, n, f in frames if Path(path).name == file.name), "busy")
@@ -78,12 +86,14 @@ def drain(pipe, printed: bytearray) -> None:
         del printed[:-PRINTED]
 
 
-def score_apart(run: Path | None, file: Path, seconds: float, row: dict, completions: list[dict]):
+def score_apart(
+    run: Path | None, file: Path, source: str, seconds: float, row: dict, completions: list[dict], stop=None
+):
     """(the weights by function, a Score for each completion of this row, the last of what was printed).
 
     completions: text, truncated and, where they are known, step, tokens and token_ids. Raises RewardError as `apart`.
     """
-    found, printed = apart("score", run, file, seconds, row=row, completions=completions)
+    found, printed = apart("score", run, file, source, seconds, stop, row=row, completions=completions)
     return found["weights"], [Score(**fields) for fields in found["scores"]], printed
 
 
@@ -110,6 +120,8 @@ def main(folder: Path) -> None:
         found = {"answer": TASKS[asked["task"]](asked)}
     except (RewardError, DataError, ValueError) as error:
         found = {"error": str(error)}
+    except Exception as error:
+        found = {"error": f"The row or the settings cannot be used: {type(error).__name__}: {error}."}
     sys.stdout.flush()
     unfinished = folder / "unfinished"
     unfinished.write_text(json.dumps(found, default=str), encoding="utf-8")

@@ -179,7 +179,9 @@ def judge(page: Page, round_: Round) -> None:
         {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids}
         for answer in round_.answers for s in answer.samples if s.ended
     ]  # fmt: skip
-    round_.weights, found, _ = score_apart(home and home.path, file, JUDGING, round_.row, completions)
+    source = file.read_text(encoding="utf-8")
+    how = home and home.path, file, source, JUDGING, round_.row, completions, round_.ask.stop
+    round_.weights, found, _ = score_apart(*how)
     scores = iter(found)
     round_.scores = tuple([next(scores) if s.ended else None for s in answer.samples] for answer in round_.answers)
 

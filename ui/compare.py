@@ -103,7 +103,10 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
         round_.unjudged = "Your own question: give the expected answer (under Settings) and it gets a verdict."
     elif any(sample.ended for a in round_.answers for sample in a.samples):
         yield [*panes(session)[:2], *unchanged, "the reward functions judge ...", *unchanged[:3]]
+        round_.ask.stop.clear()  # those that had ended are judged; Stop once more ends that too
         try:
+            if round_ not in session.rounds:
+                return
             chat.judge(page, round_)
         except Exception as error:
             round_.unjudged = f"No verdict: {first_line(error)}"

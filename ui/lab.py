@@ -1,7 +1,7 @@
 """The tab Rewards: what the reward functions say of a completion, and what an edited file says of a step of a run.
 
 No reward code runs in the page's process (ui/apart.py). What is scored with is the file as it stands in the editor: what
-is not saved lies beside the file (rewards.draft.py) until it is saved or dropped, also where it does not import.
+is not saved is kept beside the file (rewards.draft.py) until it is saved or dropped, also where it does not import.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def pick(page: Page, name: str | None, step: float | None, number: float | None)
 @kept
 def score(page: Page, name, step, number, question, given, text, cut, source) -> tuple[str, list]:
     """(words, table) on the completion in the fields: one of a run, or any other."""
-    file, run = hold(page, source), page.runs.get(name) if name else None
+    run = page.runs.get(name) if name else None
     row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(given)
     asked, words = {"text": text, "truncated": cut}, ""
     with contextlib.suppress(UiError):  # it need not be of a run
@@ -70,7 +70,7 @@ def score(page: Page, name, step, number, question, given, text, cut, source) ->
         if (question, text) == (line["prompt"], chat.cut(line["completion"])):  # perhaps its beginning alone
             asked |= {"text": line["completion"], "tokens": line.get("tokens"), "step": line["step"]}
             words = in_the_run(line)
-    weights, (found,), printed = score_apart(run and run.path, file, SECONDS, row, [asked])
+    weights, (found,), printed = score_apart(run and run.path, page.rewards_file, source, SECONDS, row, [asked])
     table = []
     for name, value, why in parts_of(found):
         weight = weights.get(name, 0)
@@ -79,17 +79,17 @@ def score(page: Page, name, step, number, question, given, text, cut, source) ->
     verdict = f"{found.verdict} (by {found.judge})" if found.judge else found.verdict
     if found.verdict == "wrong" and not found.judge:
         verdict = "no verdict: none of the rewards that apply can judge it; give the expected answer"
-    return f"By {file.name}: total {number_of(found.total)}, {verdict}. {words}{output(printed)}", table
+    return f"By {called(page, source)}: total {number_of(found.total)}, {verdict}. {words}{output(printed)}", table
 
 
 @kept
 def rescore(page: Page, name: str | None, step: float | None, source: str) -> tuple[str, list]:
     """(words, table) on a step of a run: old -> new, the completions that change most first."""
-    file, run = hold(page, source), page.runs.get(name or "")
+    run = page.runs.get(name or "")
     lines = lines_of(run, step)
-    found, printed = apart("rescore", run.path, file, SECONDS, lines=lines)
+    found, printed = apart("rescore", run.path, page.rewards_file, source, SECONDS, lines=lines)
     known = found["lines"]
-    words = f"{len(known)} completions of step {int(step)} by {file.name}:\n{found['report']}"
+    words = f"{len(known)} completions of step {int(step)} by {called(page, source)}:\n{found['report']}"
     if len(known) < len(lines):
         words += f"{len(lines) - len(known)} are left out: their questions are not in the run's data any more.\n"
     if len(known) > SHOWN_ROWS:
@@ -115,18 +115,17 @@ def drop(page: Page) -> tuple[str, str, str]:
 def save(page: Page, source: str, loaded: str) -> tuple[str, str]:
     """(words, the text of the file as far as the editor knows it). What does not import is not saved, and not lost."""
     file, draft = places(page)
-    if hold(page, source) == file:
+    if keep(page, source):
         return f"{file.name} is as in the editor: there is nothing to save.", text_of(file)
     keeps = f"What is in the editor is kept in {draft.name}."
     if text_of(file) != loaded:
         return f"Not saved: {file.name} has changed since it was read. {keeps}", loaded
     try:
-        names, _ = apart("check", None, draft, SECONDS)
+        names, _ = apart("check", None, file, source, SECONDS)
     except RewardError as error:
         return f"Not saved: {error}\n{file.name} is as it was. {keeps}", loaded
-    if file.is_file():
-        shutil.copymode(file, draft)
-    os.replace(draft, file)
+    write(file, source)
+    draft.unlink(missing_ok=True)
     return f"Saved. Its rewards: {', '.join(names)}. A run that is under way keeps its own copy.", text_of(file)
 
 
@@ -188,16 +187,31 @@ def text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
-def hold(page: Page, source: str) -> Path:
-    """A file with what is in the editor: the reward file, or else the draft."""
-    file, draft = places(page)
-    if text_of(file).strip() == source.strip():  # as the editor shows it
+def is_saved(page: Page, source: str) -> bool:
+    return text_of(page.rewards_file).strip() == source.strip()  # as the editor shows it
+
+
+def called(page: Page, source: str) -> str:
+    return page.rewards_file.name + ("" if is_saved(page, source) else ", with what is not saved")
+
+
+def keep(page: Page, source: str) -> bool:
+    """Whether the reward file has what is in the editor; else the draft gets it."""
+    draft = places(page)[1]
+    if same := is_saved(page, source):
         draft.unlink(missing_ok=True)
-        return file
-    unfinished = draft.with_name(f"{draft.name}.unfinished")
+    else:
+        write(draft, source)
+    return same
+
+
+def write(file: Path, source: str) -> None:
+    """The whole of it, or nothing."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
     unfinished.write_text(source.strip() + "\n", encoding="utf-8")
-    os.replace(unfinished, draft)
-    return draft
+    if file.is_file():
+        shutil.copymode(file, unfinished)
+    os.replace(unfinished, file)
 
 
 # --- its layout
@@ -223,12 +237,12 @@ def build(page: Page) -> None:
                 words = gr.Textbox(label="verdict", lines=2, max_lines=12)
                 parts = gr.Dataframe(headers=SCORED, label="rewards", wrap=True, interactive=False, max_chars=500)
         chosen, fields = [run, step, number], [question, given, text, cut]
-        gr.on([tab.select, run.input], bound(choose, page), chosen, chosen, show_progress="hidden", api_name="choose")
-        taken = bound(pick, page), chosen, [words, parts, *fields]
+        gr.on([tab.select, run.input], said(choose, page), chosen, chosen, show_progress="hidden", api_name="choose")
+        taken = said(pick, page), chosen, [words, parts, *fields]
         taking.click(*taken, api_name="pick")
         if page.editable:
             editor, changes = build_editor(page, chosen)
-            scoring.click(bound(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
+            scoring.click(said(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
             changes.select(said(number_in), None, number).success(*taken)
         else:
             gr.Markdown(READ_ONLY)
@@ -248,19 +262,15 @@ def build_editor(page: Page, chosen: list) -> tuple[gr.Code, gr.Dataframe]:
         headers=CHANGES, label="completions, those that change most first; a click takes one", wrap=True, interactive=False,
         max_chars=300, column_widths=["105px", "250px", "60px", "60px", "130px", "200px", "250px", "250px"],
     )  # fmt: skip
-    gr.on(
-        None, bound(read_file, page), None, [of_file, editor, loaded], show_progress="hidden", api_name="read"
-    )  # at first
-    rescoring.click(bound(rescore, page), [*chosen[:2], editor], [result, changes], api_name="rescore")
-    saving.click(bound(save, page), [editor, loaded], [of_file, loaded], api_name="save")
-    dropping.click(bound(drop, page), None, [of_file, editor, loaded], api_name="reload")
+    read = [of_file, editor, loaded]
+    gr.on(None, said(read_file, page), None, read, show_progress="hidden", api_name="read")  # at first
+    editor.input(said(keep, page), editor, None, show_progress="hidden", trigger_mode="always_last", api_name="keep")
+    rescoring.click(said(rescore, page), [*chosen[:2], editor], [result, changes], api_name="rescore")
+    saving.click(said(save, page), [editor, loaded], [of_file, loaded], api_name="save")
+    dropping.click(said(drop, page), None, read, api_name="reload")
     return editor, changes
 
 
 def number_in(event: gr.SelectData) -> int:
     """That of the completion in the row that was clicked."""
     return int(event.row_value[0])
-
-
-def bound(function, page: Page):
-    return said(functools.partial(function, page))

@@ -154,7 +154,8 @@ class Worker:
                 job.beat, over = time.monotonic(), job.over
                 yield tuple(turn.answer for turn in job.turns)
         finally:
-            ask.stop.set()
+            if not job.over:
+                ask.stop.set()
 
     def load_ahead(self, run: str | None) -> None:
         """Load a run's base model, if there is none yet: the first question need not wait for it. Returns at once."""
