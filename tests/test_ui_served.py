@@ -197,6 +197,25 @@ def test_reward_files_that_fail(served, run):
         assert all("No verdict: " in said and words in said for said in outputs[2:4]), outputs[2]
 
 
+def test_reward_functions_that_go_on_for_ever_are_stopped(served, run):
+    (run[0] / "rewards.py").write_text("from grading import reward\n@reward\ndef endless(c):\n    while True: pass\n")
+    client = Client(served[0], verbose=False)
+
+    def judging():
+        job = put(client, QUESTION, right=ONE, expected="13")
+        while not any("judge" in outputs[6] for outputs in job.outputs() if isinstance(outputs[6], str)):
+            time.sleep(0.05)
+        return job
+
+    job = judging()
+    client.predict(api_name="/stop")
+    assert "No verdict: stopped" in job.result(5)[2]
+    job = judging()
+    client.predict(api_name="/new_chat")
+    assert "judge" in job.result(5)[6], "it says no more of the chat that is gone"
+    assert shown(put(client, QUESTION).result(20), 0) == [QUESTION, served[3]]
+
+
 @pytest.mark.parametrize(
     "text", [HOSTILE, "<think>", "</think><b>", "<!--", "x" * 50_000, "$$\\href{javascript:alert(1)}{x}$$", "\0\u202e"]
 )

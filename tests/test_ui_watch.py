@@ -87,12 +87,13 @@ def test_a_run_that_is_watched_from_its_start(folder, launcher):
     (folder / "a/metrics.jsonl").rename(folder / "metrics.jsonl")
     (folder / "a/rollouts.jsonl").rename(folder / "rollouts.jsonl")
     first = followed(launcher, seen={"ends": ["z", 1, 45]})
-    assert (first["step"].minimum, first["step"].maximum, first["step"].value) == (0, 1, 0), "nothing of the run before"
+    assert (first["step"].minimum, first["step"].maximum, first["step"].value) == (1, 2, 1), "nothing of the run before"
     assert first["Reward"] is None, "of an empty frame a plot takes the numbers for words"
     (folder / "metrics.jsonl").rename(folder / "a/metrics.jsonl")
     (folder / "rollouts.jsonl").rename(folder / "a/rollouts.jsonl")
     found = followed(launcher, "a", first["seen"])
     assert (found["step"].minimum, found["step"].maximum, found["step"].value) == (1, 10, 10)
+    assert found["opened_at"] == ["a", 1, 10] != first["opened_at"], "its completions are shown"
 
 
 def test_alarms_in_words(folder, launcher):

@@ -11,7 +11,7 @@ from test_ui_runs import lines_of, metrics_of, rollouts_of
 from ui import watch
 from ui.runs import Page, Runs
 
-NAMES = ["name", "status", "alarms", "log", "became", "step", "timer", "seen"]
+NAMES = ["name", "status", "alarms", "log", "became", "step", "opened_at", "timer", "seen"]
 
 
 def followed(launcher, chosen=None, seen=None):
@@ -72,7 +72,9 @@ def serving(folder):
 
 
 def watched(client, name=None, visible=True):
-    return dict(zip([n for n in NAMES if n != "seen"], client.predict(visible, name, api_name="/watch_run")))
+    return dict(
+        zip([n for n in NAMES if n not in ("opened_at", "seen")], client.predict(visible, name, api_name="/watch_run"))
+    )
 
 
 def until(client, condition, seconds=60):

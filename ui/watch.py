@@ -55,7 +55,7 @@ def build(page: Page) -> None:
             gr.Markdown(ELSEWHERE)
             became = gr.Textbox(visible=False)
         gr.Markdown("### The completions of a step")
-        step = gr.Slider(0, 1, value=0, step=1, label="Step")
+        step, opened_at = gr.Slider(1, 2, value=1, step=1, label="Step"), gr.State()
         prompts = table("Prompts (click one)", "No.", "correct", "mean reward", "spread", "question")
         number = gr.State(0)  # of the prompt
         question = gr.Textbox(label="Question", max_lines=8)
@@ -72,7 +72,7 @@ def build(page: Page) -> None:
             label="Tokens (click one for its numbers)", show_legend=True, color_map=COLOURS, elem_classes="tokens"
         )
 
-    shown = [name, status, alarms, log, became, step, timer, seen, *plots]
+    shown = [name, status, alarms, log, became, step, opened_at, timer, seen, *plots]
     of_group, of_tokens = [number, question, completions, text, reasons], [legend, coloured]
 
     @said
@@ -112,7 +112,7 @@ def build(page: Page) -> None:
     stepping |= {"show_progress": "hidden", "trigger_mode": "always_last"}
     gr.on([tab.select, name.input], watch_run, **watching)
     timer.tick(watch_run, js=VISIBLE, **watching)
-    gr.on([name.change, step.change], show_step, **stepping)
+    gr.on([opened_at.change, step.change], show_step, **stepping)
     prompts.select(pick_prompt, [name, step], of_group, show_progress="hidden")
     completions.select(pick_completion, [name, step, number], [text, reasons], show_progress="hidden")
     picked = [name, step, which, measure]
@@ -147,23 +147,16 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> li
         active, what = False, f"a file of it is damaged: {type(error).__name__}: {error}."
         say = str(error) if isinstance(error, (UiError, ConfigError)) else f"{name} cannot be shown, {what}"
     ends, known, slider = [name, *steps[:1], *steps[-1:]], seen.get("ends", []), skip
+    opened_at = skip  # where the completions are shown from, which are shown anew
     if ends != known:
-        first, last = (steps[0], steps[-1]) if steps else (0, 0)
+        first, last = (steps[0], steps[-1]) if steps else (1, 1)
         is_new = ends[:2] != known[:2] or ends[2:] < known[2:]  # another run, its first step, or it was cut back
         slider = gr.Slider(first, max(last, first + 1), **({"value": last} if is_new else {}))
+        opened_at = ends if is_new else skip
     choices = gr.Dropdown(choices=names, value=name) if [names, chosen] != [seen.get("names"), name] else skip
     seen = {"names": names, "key": key, "ends": ends, "started": started or seen.get("started")}
-    return [
-        choices,
-        say,
-        alarms,
-        log,
-        launcher.words(),
-        slider,
-        gr.Timer(2 if active else 10, active=True),
-        seen,
-        *curves,
-    ]
+    timer = gr.Timer(2 if active else 10, active=True)
+    return [choices, say, alarms, log, launcher.words(), slider, opened_at, timer, seen, *curves]
 
 
 def describe_status(run: Run, metrics: list[dict]) -> str:
