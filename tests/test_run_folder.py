@@ -3,15 +3,18 @@
 import json
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 from running import assert_same, finish, into, last, printed, processes, refused, start, steps_logged
 
 import train
 from rl.checkpoint import digest
 from rl.config import Config, ConfigError
+from rl.run import RunFolder, choose_folder
 
 KILL = signal.SIGKILL
 
@@ -156,6 +159,24 @@ def test_a_run_that_goes_on_keeps_others_out(tmp_path):
     assert process.exitcode == 0
 
 
+def test_a_stop_that_is_asked_for_while_the_model_loads_is_kept(tmp_path):
+    (tmp_path / "STOP").touch()  # of before
+    with RunFolder(tmp_path, Config(output_dir=str(tmp_path))) as run:
+        assert not (tmp_path / "STOP").exists()
+        (tmp_path / "STOP").touch()
+        run.begin({}, Path("rewards.py"), 0)
+        assert (tmp_path / "STOP").exists()
+
+
+def test_a_look_at_the_lock_does_not_keep_a_run_out(tmp_path):
+    """The page tries it for a moment to see whether the run goes on."""
+    looking = filelock.FileLock(tmp_path / "lock", thread_local=False)
+    looking.acquire()
+    threading.Timer(0.3, looking.release).start()
+    with RunFolder(tmp_path, Config(output_dir=str(tmp_path))):
+        pass
+
+
 def test_a_finished_run_without_checkpoints_keeps_its_logs(copy):
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
@@ -248,8 +269,6 @@ def test_a_file_that_cannot_be_read_is_one_line(copy):
 
 
 def test_two_runs_begun_in_one_second_have_two_folders(tmp_path, monkeypatch):
-    from rl.run import RunFolder, choose_folder
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")  # a clock that stands still, or was set back
     chosen = [RunFolder(choose_folder(Config(), "tiny"), Config()) for _ in range(3)]  # before any of them has begun
@@ -259,8 +278,6 @@ def test_two_runs_begun_in_one_second_have_two_folders(tmp_path, monkeypatch):
 
 
 def test_a_folder_in_which_no_run_has_begun_can_be_used(tmp_path):
-    from rl.run import choose_folder
-
     for name in ("lock", "console.log", "config.yaml.unfinished"):
         (tmp_path / name).touch()
     for name in ("eval", "checkpoints"):
