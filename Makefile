@@ -2,7 +2,7 @@
 # make test    set up .venv and run the tests                               (make test-all: the slow ones too)
 # make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: an hour)
 # make bench   set up .venv, and .venv-trl, and time a step beside TRL's    (ARGS="--reward task")
-# make ui             set up .venv and open the page over runs/ in a browser          (ARGS="--port 7861")
+# make ui             set up .venv and serve the page over runs/, for a browser        (ARGS="--port 7861")
 # make screenshots    the README's pictures of the page, of the newest run; needs chromium
 # make test-unsloth   set up .venv-unsloth-cpu and run the calls into Unsloth against its fallback on a CPU
 # make gpu-check      what only a machine with an NVIDIA GPU can show, in parts      (PART="sampler grpo0"; none: a list)

@@ -80,9 +80,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
         self.checkpoints = Checkpoints(self.path, self.config.save_total_limit)
-        self.lock = filelock.FileLock(
-            self.path / "lock", timeout=1.0
-        )  # the page tries it for a moment, to see who runs
+        self.lock = filelock.FileLock(self.path / "lock", timeout=1.0)  # the page tries it, for a moment
         self.console = Console(self.path / "console.log")
         with self.writing(self.path / "lock"):
             try:
