@@ -43,13 +43,14 @@ def rescore(rewards_file: str, target: str) -> None:
     print(f"rescored {len(known):,} completions of {file} in {time.perf_counter() - started:.1f} s")
 
 
-def as_in_run(rewards_file: str, settings: dict) -> Rewards:
-    """The rewards of a file as they would count in the run: its reward_funcs and reward_weights, as far as the file has them."""
-    rewards = load_rewards(rewards_file)
+def as_in_run(rewards_file: str, settings: dict, source: str | None = None) -> Rewards:
+    """The rewards of a file as they would count in the run: its reward_funcs and reward_weights, as far as the file has them.
+    source: as for `load_rewards`."""
+    rewards = load_rewards(rewards_file, source=source)
     present = {f.name for f in rewards.functions}
     chosen = [name for name in settings.get("reward_funcs") or [] if name in present]
     weights = {name: w for name, w in (settings.get("reward_weights") or {}).items() if name in present}
-    return load_rewards(rewards_file, chosen, weights) if chosen or weights else rewards
+    return load_rewards(rewards_file, chosen, weights, source=source) if chosen or weights else rewards
 
 
 def saved_completion(line: dict, row: dict) -> Completion:

@@ -243,17 +243,18 @@ def load_rewards(
     reward_weights: dict[str, float] | None = None,
     reward_errors: str = "stop",
     max_steps: int | None = None,
+    source: str | None = None,
 ) -> Rewards:
-    """The reward functions of a file, in the order of the file.
+    """The reward functions of a file, in the order of the file. source: what is to be in it, where that is not saved yet.
 
     Those count that are decorated, and those that the file's own list `reward_funcs = [...]` names, as in TRL.
     reward_funcs: names to use; empty for all of them. reward_weights: weights by name that replace the file's own.
     Raises RewardError where the file is missing, does not import, has no reward, or a name is unknown.
     """
     file = Path(path).resolve()
-    if not file.is_file():
+    if source is None and not file.is_file():
         raise RewardError(f"rewards_file: there is no file {path}")
-    module = _import_file(file)
+    module = _import_file(file, source)
     found = _find_functions(module, file)
     plain = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
     chosen = reward_funcs or list(found)
@@ -311,14 +312,14 @@ def _find_functions(module, file: Path) -> dict[str, RewardFunction]:
     return found
 
 
-def _import_file(file: Path):
+def _import_file(file: Path, source: str | None):
     name = f"rewards_of_{abs(hash(str(file)))}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and the like look their module up by name
     try:
         # not by the loader, whose cache of bytecode takes a file of the same second and size for the same
-        exec(compile(file.read_bytes(), file, "exec"), vars(module))
+        exec(compile(file.read_bytes() if source is None else source, file, "exec"), vars(module))
     except Exception as error:
         if isinstance(error, SyntaxError):
             line = error.lineno

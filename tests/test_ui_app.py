@@ -37,6 +37,9 @@ def test_an_empty_runs_folder_and_requests_of_other_sites(tmp_path):
             refused = httpx.get(address, headers=headers)
             assert refused.status_code == 403 and refused.text.startswith("Refused"), headers
         assert httpx.get(address, headers={"Host": "other.test"}).status_code == 400
+        asking = {"Origin": "http://other.test", "Access-Control-Request-Method": "POST"}
+        for path in ("/gradio_api/queue/join", "/gradio_api/upload", "/config"):  # what browsers ask before they send
+            assert "access-control-allow-origin" not in httpx.options(f"{own}{path}", headers=asking).headers
         assert httpx.get(f"{own}/monitoring").status_code in (403, 404)
         assert not httpx.get(f"{own}/config").json().get("analytics_enabled")
         paths = ("secret.txt", "../secret.txt", str(tmp_path / "secret.txt"), "/etc/passwd", str(app.ROOT / "train.py"))

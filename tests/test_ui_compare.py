@@ -51,6 +51,8 @@ def make_run(folder, name="one", **settings):
 class Told:
     """In the worker's place: each side writes these samples, in two parts."""
 
+    fails = False
+
     def __init__(self, *sides, ended=True, truncated=False):
         self.sides, self.how, self.asks, self.ahead = sides, (ended, truncated), [], []
 
@@ -59,6 +61,9 @@ class Told:
 
     def answer(self, ask):
         self.asks.append(ask)
+        if self.fails:
+            yield Answer("failed", "it fails"), Answer("failed", "it fails")
+            return
         for state in ("answering", "done"):
             over, (ended, truncated) = state == "done", self.how
             yield tuple(
@@ -200,6 +205,19 @@ def test_verdicts_in_words():
 # --- a chat
 
 
+def test_a_blind_chat_goes_on_where_a_question_fails(page):
+    session = Session()
+    ask(page, session, blind=True)
+    page.worker.fails = True
+    *_, status, voting, question, _ = ask(page, session, "too long", blind=True)
+    assert status == "Failed: it fails" and voting.visible and len(session.rounds) == 1 and session.rounds[0].hidden
+    assert compare.put_back(session, "") == "too long" and compare.put_back(session, "typed") == "typed"
+    page.worker.fails = False
+    ask(page, session, "And then?", blind=True)
+    assert len(session.rounds) == 2 and compare.put_back(session, "") == ""
+    assert "Left was" in compare.vote(0, session)[-1]
+
+
 def test_follow_up_turns_are_each_sides_own(page):
     session = Session()
     question, _ = chat.put(page, session, BASE, ONE, 1)
@@ -235,6 +253,8 @@ def test_blind_until_the_vote(page, monkeypatch):
             shown += "".join(Path(file).read_text() for file in chat.files(session)).replace('"run": "one"', "")
             assert "step_000001" not in shown and BASE not in shown and outputs[7].visible
             assert outputs[2:6] == ["", "", [], []] and "correct" not in outputs[6], "verdicts would tell"
+            samples = [s for record in chat.as_records(session) for side in chat.SIDES for s in record[side]["samples"]]
+            assert all(sample.keys() == {"text", "tokens"} for sample in samples)
             monkeypatch.setattr(chat.random, "random", lambda: 0.5)
             outputs = ask(page, session, "And then?", blind=True)
         left, right, *verdicts, _, _, voting, status = compare.vote(better, session)

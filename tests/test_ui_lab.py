@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -30,6 +32,7 @@ def short(completion):
 def thinks(completion):
     return bool(completion.thinking)
 """.lstrip()
+A, B = SimpleNamespace(session_hash="a"), SimpleNamespace(session_hash="b")  # two windows
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -226,15 +229,15 @@ def test_questions_that_are_gone_are_left_out(page):
 def test_the_file_is_saved_whole_and_what_does_not_import_is_kept_beside(page):
     file, draft = lab.places(page)
     os.chmod(file, 0o640)
-    _, shown, loaded = lab.read_file(page)
-    assert shown == loaded == REWARDS and "nothing to save" in lab.save(page, shown.strip(), loaded)[0]
-    words, loaded = lab.save(page, REWARDS + "def broken(:", loaded)
+    _, shown, loaded = lab.read_file(page, A)
+    assert shown == loaded == REWARDS and "nothing to save" in lab.save(page, shown.strip(), loaded, A)[0]
+    words, loaded = lab.save(page, REWARDS + "def broken(:", loaded, A)
     assert "Not saved: rewards.py:14: SyntaxError" in words and file.read_text() == loaded == REWARDS
-    words, shown, loaded = lab.read_file(page)  # another visit
+    words, shown, loaded = lab.read_file(page, A)  # another visit
     assert "changes that are not in rewards.py" in words and shown == REWARDS + "def broken(:\n"
     assert loaded == REWARDS
     better = REWARDS.replace("<= 3", "<= 4")
-    words, loaded = lab.save(page, better, loaded)
+    words, loaded = lab.save(page, better, loaded, A)
     assert words.startswith("Saved. Its rewards: correct 1, short 0.2.") and file.read_text() == loaded == better
     assert stat.S_IMODE(file.stat().st_mode) == 0o640 and not draft.exists()
     assert sorted(f.name for f in file.parent.iterdir()) == ["q.jsonl", "rewards.py", "runs"]
@@ -243,10 +246,16 @@ def test_the_file_is_saved_whole_and_what_does_not_import_is_kept_beside(page):
 def test_a_file_that_changed_meanwhile_is_not_written_over(page):
     file, draft = lab.places(page)
     file.write_text(REWARDS + "# by another editor\n")
-    words, _ = lab.save(page, REWARDS + "# mine\n", REWARDS)
-    assert "has changed since it was read" in words and "another" in file.read_text() and "mine" in draft.read_text()
-    words, shown, loaded = lab.drop(page)
+    words, _ = lab.save(page, REWARDS + "# mine\n", REWARDS, A)
+    assert (
+        "may have changed since it was read. Press Save once more" in words
+        and "another" in file.read_text()
+        and "mine" in draft.read_text()
+    )
+    words, shown, loaded = lab.drop(page, A)
     assert shown == loaded == file.read_text() and not draft.exists()
+    words, loaded = lab.save(page, REWARDS + "# mine\n", None, A)  # the page has forgotten what it read
+    assert "once more" in words and lab.save(page, REWARDS + "# mine\n", loaded, A)[0].startswith("Saved")
 
 
 def test_what_is_not_saved_scores_and_changes_no_file(page):
@@ -254,12 +263,44 @@ def test_what_is_not_saved_scores_and_changes_no_file(page):
     words, _ = score(page, "\\boxed{2}", "2", source=REWARDS.replace("weight=0.2", "weight=0.25"))
     assert "By rewards.py, with what is not saved: total" in words and file.read_text() == REWARDS
     assert "By rewards.py: total" in score(page, "\\boxed{2}", "2")[0]
-    lab.keep(page, REWARDS + "# mine")  # as it is typed
-    assert draft.read_text() == REWARDS + "# mine\n" == lab.read_file(page)[1]
-    score(page, "\\boxed{2}", "2")  # in another window
-    assert draft.exists()
-    lab.keep(page, REWARDS)
+    lab.keep(page, REWARDS + "# mine", A)  # as it is typed
+    assert draft.read_text() == REWARDS + "# mine\n" == lab.read_file(page, A)[1]
+    lab.keep(page, REWARDS, A)
     assert not draft.exists(), "as in the file again"
+
+
+def test_no_window_touches_the_edits_of_another(page):
+    file, draft = lab.places(page)
+    lab.read_file(page, A), lab.read_file(page, B)
+    assert "is kept in rewards.draft.py" in lab.keep(page, REWARDS + "# of A", A)
+    assert "nothing to save" in lab.save(page, REWARDS, REWARDS, B)[0]
+    for source in (REWARDS, REWARDS + "# of B"):
+        assert "has the edits of another window" in lab.keep(page, source, B)
+    words, loaded = lab.save(page, REWARDS + "# of B", REWARDS, B)
+    assert words.startswith("Saved") and "of B" in file.read_text() and "of A" in draft.read_text()
+    assert lab.read_file(page, B)[1] == REWARDS + "# of A\n", "the window goes on with those"
+    assert "another window" in lab.keep(page, REWARDS + "# of A, more", A)
+
+
+def test_what_is_typed_while_save_checks_is_kept(page):
+    file, draft = lab.places(page)
+    slow = REWARDS + "import time; time.sleep(1.5)\n"
+    lab.read_file(page, A)
+    with ThreadPoolExecutor() as threads:
+        saving = threads.submit(lab.save, page, slow, REWARDS, A)
+        time.sleep(0.7)
+        lab.keep(page, slow + "# typed meanwhile", A)
+        assert saving.result()[0].startswith("Saved")
+        assert file.read_text() == slow and draft.read_text() == slow + "# typed meanwhile\n"
+        list(threads.map(lambda n: [lab.keep(page, f"{REWARDS}# {n}", A) for _ in range(100)], range(4)))
+    assert re.fullmatch(re.escape(REWARDS) + r"# \d\n", draft.read_text())
+
+
+def test_a_file_may_read_what_lies_beside_it(page):
+    (page.rewards_file.parent / "words.txt").write_text("one two")
+    more = "from pathlib import Path\nW = (Path(__file__).parent / 'words.txt').read_text().split()\n"
+    words, table = score(page, "x", source=REWARDS + more + "@reward\ndef known(c):\n    return len(W)\n")
+    assert cells(table)["known"][0] == "2", words
 
 
 def test_two_windows_score_each_its_own(page):

@@ -208,6 +208,8 @@ def test_a_run_is_started_and_watched_from_its_first_step(tmp_path):
     with served(tmp_path) as address, browser() as chromium, opened(chromium, address, 1280) as page:
         open_tab(page, "Watch")
         wait_until(lambda: "There is no run yet" in value_of(page, "watch-status"))
+        time.sleep(1)
+        assert not page.locator(".toast-body").count(), page.locator(".toast-body").all_inner_texts()
         page.get_by_role("button", name="Start or stop a run").click()
         page.get_by_label("Other settings").fill(RUN.replace("--max-steps 8", "--max-steps 4"))
         wait_until(lambda: "--max-steps 4" in page.get_by_label("The command", exact=True).input_value())

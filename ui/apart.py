@@ -40,11 +40,9 @@ def apart(task: str, run: Path | None, file: Path, source: str, seconds: float, 
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy = folder / file.name
-        copy.write_text(source, encoding="utf-8")
-        asked |= {"task": task, "file": str(copy), "run": run and str(run), "seconds": seconds}
+        asked |= {"task": task, "file": str(file), "source": source, "run": run and str(run), "seconds": seconds}
         (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
-        path = os.pathsep.join(filter(None, [str(ROOT), str(file.parent), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
             [sys.executable, "-m", "ui.apart", name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:replace"}, start_new_session=True,
@@ -138,11 +136,12 @@ def rewards_of(asked: dict, rows: list[dict]) -> Rewards:
     settings = settings_of(asked)
     if any(row_kind(row) == "code" for row in rows):  # else its start is time lost
         sandbox.start(settings.get("code_timeout", 1.0), settings.get("unsafe_run_model_code", False))
-    return as_in_run(asked["file"], settings)
+    return as_in_run(asked["file"], settings, asked["source"])
 
 
 def check_task(asked: dict) -> list[str]:
-    return [f"{f.name} {f.weight:g}" for f in load_rewards(asked["file"]).functions if f.weight]
+    rewards = load_rewards(asked["file"], source=asked["source"])
+    return [f"{f.name} {f.weight:g}" for f in rewards.functions if f.weight]
 
 
 def score_task(asked: dict) -> dict:

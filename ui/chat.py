@@ -55,6 +55,7 @@ class Session:
     held_out: dict | None = None  # the row that was put into the question's field last
     swapped: bool | None = None  # the sides of this chat, which is a blind one; None: it is not
     votes: Counter = field(default_factory=Counter)
+    unanswered: str = ""  # the last question, where nothing was written
     folder: tempfile.TemporaryDirectory | None = None  # of what is taken away; it goes with the session
 
 
@@ -282,9 +283,7 @@ def as_records(session: Session) -> list[dict]:
                 "model": "hidden until the vote" if done.hidden else done.names[side],
                 "state": done.answers[side].state, "note": done.answers[side].note,
                 "samples": [
-                    {"text": s.text, "tokens": len(s.token_ids), "verdict": verdict(s, score, ask.max_tokens)}
-                    | ({"reward": None if math.isnan(score.total) else score.total, "rewards": score.parts,
-                        "metrics": score.metrics, "reasons": score.reasons} if score else {})
+                    {"text": s.text, "tokens": len(s.token_ids)} | ({} if done.hidden else judgement(s, score, ask.max_tokens))
                     for s, score in both
                 ],
             }  # fmt: skip
@@ -296,6 +295,14 @@ def as_records(session: Session) -> list[dict]:
     return records
 
 
+def judgement(sample: Sample, score: Score | None, max_tokens: int) -> dict:
+    found = {"verdict": verdict(sample, score, max_tokens)}
+    if score:
+        total = None if math.isnan(score.total) else score.total
+        found |= {"reward": total, "rewards": score.parts, "metrics": score.metrics, "reasons": score.reasons}
+    return found
+
+
 def as_markdown(records: list[dict]) -> str:
     parts = ["# A comparison"]
     for record in records:
@@ -305,7 +312,9 @@ def as_markdown(records: list[dict]) -> str:
             parts.append(f"### {side.title()}: {record[side]['model']} {record[side]['note']}".strip())
             for sample in record[side]["samples"]:
                 rewards = ", ".join(f"{k} {v:g}" for k, v in sample.get("rewards", {}).items() if v is not None)
-                said = f"{sample['verdict']}; {sample['tokens']} tokens; rewards: {rewards or 'none'}"
+                said = (
+                    f"{sample.get('verdict', 'no vote yet')}; {sample['tokens']} tokens; rewards: {rewards or 'none'}"
+                )
                 parts += [fenced(sample["text"]), said]
     return "\n\n".join(parts) + "\n"
 

@@ -90,14 +90,19 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
     question, expected = asked[3:5]
     round_ = chat.begin(page, session, *asked)
     started, unchanged = time.monotonic(), [gr.skip()] * 4
-    yield [*panes(session), "asks ...", gr.Row(visible=False), "", ""]
+    yield [*panes(session), "asks ...", gr.Row(visible=False), "", gr.skip()]
     for answers in page.worker.answer(round_.ask):
         round_.answers = answers
         if round_ not in session.rounds:  # a new chat has begun
             return
         notes = dict.fromkeys(a.note for a in round_.answers if a.note and not a.over)
         yield [*panes(session)[:2], *unchanged, "; ".join(notes) or "answering ...", *unchanged[:3]]
+    session.unanswered = "" if any(a.samples for a in round_.answers) else question
     if all(a.state == "failed" for a in round_.answers):
+        if round_.hidden and round_ is not session.rounds[0]:  # the chat is as it was: its vote is to come
+            session.rounds.remove(round_)
+            yield [*panes(session), f"Failed: {round_.answers[0].note}", gr.Row(visible=True), *unchanged[:2]]
+            return
         round_.hidden = False
     if not round_.row:
         round_.unjudged = "Your own question: give the expected answer (under Settings) and it gets a verdict."
@@ -113,8 +118,12 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
         if round_ not in session.rounds:
             return
     status = chat.summary(round_, time.monotonic() - started)
-    fields = unchanged[:2] if any(a.samples for a in round_.answers) else (question, expected)
-    yield [*panes(session), status, gr.Row(visible=round_.hidden), *fields]
+    yield [*panes(session), status, gr.Row(visible=round_.hidden), gr.skip(), expected if session.unanswered else ""]
+
+
+def put_back(session: Session, question: str) -> str:
+    """A question that was not answered, where nothing else has been written meanwhile."""
+    return question or session.unanswered
 
 
 def vote(better: int | None, session: Session) -> tuple:
@@ -200,6 +209,7 @@ def build(page: Page) -> None:
     asking = gr.on(
         [ask.click, question.submit], said(answer, page), asked, outputs, show_progress="hidden", api_name="ask"
     )
+    asking.then(said(put_back), [session, question], question, **quiet)
     asking.then(said(downloads), session, taken, show_progress="hidden", api_name="files")
     end.click(said(chat.stop), session, None, queue=False, api_name="stop")
     gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")

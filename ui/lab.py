@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import gradio as gr
@@ -21,7 +22,8 @@ from ui import chat, learn
 from ui.apart import apart, number_of, parts_of, score_apart
 from ui.runs import Page, Run, UiError, said
 
-READ_ONLY = "This page is open to other machines: here reward files are neither changed nor run."
+READ_ONLY = "This page is open to other machines: here rewards are neither edited nor tried out."
+WRITING = threading.Lock()  # the reward file or its draft
 SECONDS = 60.0  # that reward code has
 SHOWN_ROWS = 200  # of a step that is scored again
 SCORED = ["function", "value", "weight", "counts", "why"]
@@ -97,35 +99,40 @@ def rescore(page: Page, name: str | None, step: float | None, source: str) -> tu
     return words + output(printed), known[:SHOWN_ROWS]
 
 
-def read_file(page: Page) -> tuple[str, str, str]:
-    """(words, the text for the editor, that of the file): of the draft, where there is one."""
+def read_file(page: Page, request: gr.Request) -> tuple[str, str, str]:
+    """(words, the text for the editor, that of the file): of the draft, where there is one; it is this visitor's then."""
     file, draft = places(page)
+    page.draft_of = request.session_hash
     if draft.is_file():
         words = f"These are changes that are not in {file.name}: save or drop them. They are kept in {draft.name}."
         return words, text_of(draft), text_of(file)
     return f"This is {file}.", text_of(file), text_of(file)
 
 
-def drop(page: Page) -> tuple[str, str, str]:
+def drop(page: Page, request: gr.Request) -> tuple[str, str, str]:
     """The file as it is, as `read_file`, without the draft."""
-    places(page)[1].unlink(missing_ok=True)
-    return read_file(page)
+    with WRITING:
+        places(page)[1].unlink(missing_ok=True)
+    return read_file(page, request)
 
 
-def save(page: Page, source: str, loaded: str) -> tuple[str, str]:
+def save(page: Page, source: str, loaded: str | None, request: gr.Request) -> tuple[str, str]:
     """(words, the text of the file as far as the editor knows it). What does not import is not saved, and not lost."""
     file, draft = places(page)
-    if keep(page, source):
+    if is_saved(page, source):
         return f"{file.name} is as in the editor: there is nothing to save.", text_of(file)
-    keeps = f"What is in the editor is kept in {draft.name}."
+    keeps = keep(page, source, request)
     if text_of(file) != loaded:
-        return f"Not saved: {file.name} has changed since it was read. {keeps}", loaded
+        words = f"Not saved: {file.name} may have changed since it was read. Press Save once more to write over it."
+        return f"{words} {keeps}", text_of(file)
     try:
         names, _ = apart("check", None, file, source, SECONDS)
     except RewardError as error:
         return f"Not saved: {error}\n{file.name} is as it was. {keeps}", loaded
-    write(file, source)
-    draft.unlink(missing_ok=True)
+    with WRITING:
+        write(file, source)
+        if text_of(draft).strip() == source.strip():  # else more has been typed meanwhile
+            draft.unlink(missing_ok=True)
     return f"Saved. Its rewards: {', '.join(names)}. A run that is under way keeps its own copy.", text_of(file)
 
 
@@ -195,14 +202,18 @@ def called(page: Page, source: str) -> str:
     return page.rewards_file.name + ("" if is_saved(page, source) else ", with what is not saved")
 
 
-def keep(page: Page, source: str) -> bool:
-    """Whether the reward file has what is in the editor; else the draft gets it."""
-    draft = places(page)[1]
-    if same := is_saved(page, source):
-        draft.unlink(missing_ok=True)
-    else:
+def keep(page: Page, source: str, request: gr.Request) -> str:
+    """Let the draft have what is in the editor, unless it has the edits of another visitor. In words, what became of it."""
+    file, draft = places(page)
+    with WRITING:
+        if draft.is_file() and page.draft_of != request.session_hash:
+            return f"Not kept: {draft.name} has the edits of another window. Reload this page in the browser to go on with those."
+        page.draft_of = request.session_hash
+        if is_saved(page, source):
+            draft.unlink(missing_ok=True)
+            return f"This is {file}."
         write(draft, source)
-    return same
+    return f"What is in the editor is kept in {draft.name}."
 
 
 def write(file: Path, source: str) -> None:
@@ -264,7 +275,8 @@ def build_editor(page: Page, chosen: list) -> tuple[gr.Code, gr.Dataframe]:
     )  # fmt: skip
     read = [of_file, editor, loaded]
     gr.on(None, said(read_file, page), None, read, show_progress="hidden", api_name="read")  # at first
-    editor.input(said(keep, page), editor, None, show_progress="hidden", trigger_mode="always_last", api_name="keep")
+    editor.input(said(keep, page), editor, of_file, show_progress="hidden", trigger_mode="always_last", api_name="keep")
+    gr.on([part.change for part in chosen[:2]], lambda: ("", []), None, [result, changes], api_visibility="private")
     rescoring.click(said(rescore, page), [*chosen[:2], editor], [result, changes], api_name="rescore")
     saving.click(said(save, page), [editor, loaded], [of_file, loaded], api_name="save")
     dropping.click(said(drop, page), None, read, api_name="reload")

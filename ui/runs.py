@@ -45,6 +45,7 @@ class Page:
     worker: Any
     editable: bool
     rewards_file: Path
+    draft_of: str | None = None  # the visitor whose edits the draft of the reward file has
 
 
 class Runs:
@@ -325,16 +326,16 @@ def errors_said() -> Iterator[None]:
 
 def said(function: Callable, *first) -> Callable:
     """An event handler, or a generator, with its first arguments, whose errors are said to the person."""
-    function = functools.partial(function, *first) if first else function
+    bound = functools.partial(function, *first)
 
-    @functools.wraps(function)
     def call(*args):
         with errors_said():
-            return function(*args)
+            return bound(*args)
 
-    @functools.wraps(function)
     def generate(*args) -> Iterator:
         with errors_said():
-            yield from function(*args)
+            yield from bound(*args)
 
-    return generate if inspect.isgeneratorfunction(function) else call
+    handler = functools.update_wrapper(generate if inspect.isgeneratorfunction(function) else call, function)
+    handler.__signature__ = inspect.signature(bound)  # by which Gradio knows what it wants to be told
+    return handler

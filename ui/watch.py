@@ -88,7 +88,8 @@ def build(page: Page) -> None:
         rows = [describe_group(number, group) for number, group in enumerate(groups, 1)]
         choices = token_choices(runs.get(name).tokens(int(step)), groups)
         which = gr.Dropdown(choices=choices, value=0 if choices else None)
-        return [rows, 0, *show_group(groups[0] if groups else []), which, *show_tokens(name, step, 0, measure)]
+        tokens = describe_tokens(tokens_of(runs, name, step), 0, measure)
+        return [rows, 0, *show_group(groups[0] if groups else []), which, *tokens]
 
     @said
     def pick_prompt(event: gr.SelectData, name: str, step: float):
@@ -152,7 +153,7 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> li
         first, last = (steps[0], steps[-1]) if steps else (1, 1)
         is_new = ends[:2] != known[:2] or ends[2:] < known[2:]  # another run, its first step, or it was cut back
         slider = gr.Slider(first, max(last, first + 1), **({"value": last} if is_new else {}))
-        opened_at = ends if is_new else skip
+        opened_at = ends if is_new and name else skip
     choices = gr.Dropdown(choices=names, value=name) if [names, chosen] != [seen.get("names"), name] else skip
     seen = {"names": names, "key": key, "ends": ends, "started": started or seen.get("started")}
     timer = gr.Timer(2 if active else 10, active=True)
