@@ -98,7 +98,7 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
     name, _, password = (settings.auth or "").partition(":")
     if settings.auth and not (name and password):
         sys.exit("error: auth: expected NAME:PASSWORD")
-    hosts = LOOPBACK if settings.is_local else ["*"]  # others are names that somebody else has given this machine
+    hosts = LOOPBACK if settings.is_local else ["*"]  # any other name is a site's own for 127.0.0.1
     blocks = build(settings).queue(default_concurrency_limit=8, max_size=64)
     _, address, shared = blocks.launch(
         server_name=settings.host,

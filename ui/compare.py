@@ -88,6 +88,7 @@ def panes(session: Session) -> list:
 def answer(page: Page, session: Session, *asked) -> Iterator[list]:
     """Put the question and yield both sides as they grow; then the verdicts. Outputs: `panes`, status, vote, both fields."""
     question, expected = asked[3:5]
+    session.unanswered = ""
     round_ = chat.begin(page, session, *asked)
     started, unchanged = time.monotonic(), [gr.skip()] * 4
     yield [*panes(session), "asks ...", gr.Row(visible=False), "", gr.skip()]
