@@ -1,5 +1,6 @@
 """Shared by the tests: the bundled tiny model as a policy, and small settings."""
 
+import json
 import math
 import os
 import tempfile
@@ -39,6 +40,15 @@ def policy(config):
     policy = load_policy(config)
     fill_lora(policy, 0.02)
     return policy
+
+
+def asked_in_a_run(tmp_path):
+    """A file of five questions, its rows, and the empty folder of a run `mine` that asks them."""
+    questions, folder = tmp_path / "q.jsonl", tmp_path / "runs" / "mine"
+    rows = [{"id": f"q{i}", "prompt": f"{i} + 1?", "answer": str(i + 1), "task": "t"} for i in range(5)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.mkdir(parents=True)
+    return questions, rows, folder
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import yaml
+from conftest import asked_in_a_run
 
 from grading import probes
 from grading.selftest import WIDTH, self_test
@@ -235,11 +236,7 @@ def saved(question, text, step=1, **fields):
 @pytest.fixture
 def run_folder(tmp_path):
     """A run of two steps on three questions of its own file; its reward was lax: it paid for any box."""
-    questions = tmp_path / "q.jsonl"
-    rows = [{"id": f"q{i}", "prompt": f"{i} + 1?", "answer": str(i + 1), "task": "t"} for i in range(5)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path / "runs" / "mine"
-    folder.mkdir(parents=True)
+    questions, rows, folder = asked_in_a_run(tmp_path)
     settings = {
         "train_data": [str(questions)], "eval_data": [], "train_questions": 100, "eval_questions": 1, "columns": {}, "seed": 0,
         "reward_funcs": [], "reward_weights": {"correct": 2.0, "gone": 1.0},

@@ -33,16 +33,11 @@ def record(key, verdict, text="", **more):
     } | more  # fmt: skip
 
 
-def make_run(folder, name="one", **settings):
+def make_run(folder, name="one"):
     """A run folder without a model."""
     (folder / name / "eval").mkdir(parents=True)
-    settings = {
-        "train_data": ["sums"],
-        "train_questions": 30,
-        "eval_questions": 8,
-        "max_completion_length": 40,
-        "device": "cpu",
-    }
+    questions = {"train_data": ["sums"], "train_questions": 30, "eval_questions": 8}
+    settings = {"max_completion_length": 40, "device": "cpu"} | questions
     (folder / name / "config.yaml").write_text(yaml.safe_dump(settings))
     shutil.copy("rewards.py", folder / name / "rewards.py")
     return folder / name

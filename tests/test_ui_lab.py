@@ -1,4 +1,4 @@
-"""The tabs Rewards and Learn: what their buttons answer, files that do not work, and what a page for others refuses."""
+"""The tab Rewards: what its buttons answer, files that do not work, and what a page for others refuses."""
 
 import json
 import os
@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 import yaml
+from conftest import asked_in_a_run
 
-from ui import lab, learn
+from ui import lab
 from ui.runs import Page, Runs, UiError
 
 REWARDS = """
@@ -39,11 +40,7 @@ SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 @pytest.fixture
 def page(tmp_path):
     """A run of one step on three questions, four completions; its reward was lax: it paid for any box."""
-    questions = tmp_path / "q.jsonl"
-    rows = [{"id": f"q{i}", "prompt": f"{i} + 1?", "answer": str(i + 1), "task": "t"} for i in range(5)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path / "runs" / "mine"
-    folder.mkdir(parents=True)
+    questions, rows, folder = asked_in_a_run(tmp_path)
     settings = {
         "train_data": [str(questions)], "train_questions": 100, "eval_questions": 1, "num_generations": 2,
         "reward_weights": {"correct": 2.0},
@@ -322,68 +319,6 @@ def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
     assert "total 2, right" in words and text == "\\boxed{2}"
     offered = {f.api_name for f in built(page).fns.values()}
     assert offered == {"choose", "pick", "gae", "clip"}
-
-
-# --- Learn
-
-
-def test_gae_moves_from_the_td_error_to_the_whole_return():
-    episode = [["a", 0, 0.5], ["b", 1, 0.25]]
-    words, table, advantages, errors = learn.gae(episode, 1.0, 0.5, 0.0)
-    # delta = 0 + 0.25 - 0.5, 1 - 0.25; A_1 = -0.25 + 0.5 x 0.75; lambda 1: 1 - 0.5
-    assert table == [[1, -0.25, 0.125, 0.5, 0.625, 1.0], [2, 0.75, 0.75, 0.75, 1.0, 1.0]]
-    chosen = advantages[advantages["series"] == "chosen lambda"]
-    assert chosen["y"].tolist() == [0.125, 0.75] and len(advantages) == 6
-    bias = dict(errors[errors["series"] == "bias"][["x", "y"]].values)
-    assert (
-        bias[0.0] == pytest.approx(0.75)
-        and bias[0.5] == pytest.approx(0.375)
-        and bias[1.0] == pytest.approx(0, abs=1e-6)
-    )
-    assert "lambda 0.5: bias 0.375, spread 0.000" in words
-    discounted = learn.gae(episode, 0.5, 1.0, 0.0)[1]
-    assert [row[3] for row in discounted] == [0.0, 0.75]
-
-
-def test_more_lambda_is_less_bias_and_more_spread():
-    _, _, _, errors = learn.gae(learn.EPISODE, 1.0, 0.95, 1.0)
-    of = {name: errors[errors["series"] == name]["y"].tolist() for name in ("bias", "spread")}
-    assert of["bias"][-1] == pytest.approx(0, abs=1e-5) and of["bias"][0] == pytest.approx(0.3, abs=1e-5)
-    assert of["spread"] == sorted(of["spread"])
-    assert of["spread"][0] == pytest.approx(1, abs=0.1) and of["spread"][-1] == pytest.approx(5**0.5, abs=0.2)
-
-
-def test_an_episode_with_a_hole_is_refused():
-    for row in (["a", "x", 1], ["a", 1, None], ["a", 1, ""], ["a", float("nan"), 0], ["a"]):
-        with pytest.raises(UiError, match="where a number belongs"):
-            learn.gae([["b", 0, 0], row], 1.0, 1.0, 0.1)
-    for episode, expected in (([], "where a number belongs"), ([["a", 0, 0]] * 51, "at most 50")):
-        with pytest.raises(UiError, match=expected):
-            learn.gae(episode, 1.0, 1.0, 0.1)
-
-
-@pytest.mark.parametrize(
-    "ratio, advantage, expected, objective, slope",
-    [
-        (1.5, 1, "CUT: A > 0 and the ratio is above 1.28", "1.280", "0"),
-        (1.2, 1, "not cut.", "1.200", "1"),
-        (0.5, -1, "CUT: A < 0 and the ratio is below 0.8", "-0.800", "0"),
-        (0.5, 1, "not cut although", "0.500", "1"),
-        (2.5, -2, "not cut although", "-5.000", "-2"),
-        (1.0, 0, "not cut.", "0.000", "0"),
-    ],
-)
-def test_the_clip_says_whether_the_gradient_is_cut(ratio, advantage, expected, objective, slope):
-    words, drawn = learn.clip(ratio, advantage, 0.2, 0.28)
-    assert expected in words and f"Objective {objective}" in words.replace("-0.000", "0.000")
-    assert words.replace("-0.", "0.").endswith(f"by the ratio {slope}.")
-    point = drawn[drawn["series"] == "your token"]
-    assert point["x"].tolist() == [ratio, ratio] and point["y"].tolist()[1] == pytest.approx(float(objective), abs=1e-3)
-
-
-def test_each_playground_has_its_entry_of_the_terms():
-    assert "A_t = delta_t + gamma lam A_{t+1}" in learn.term("GAE") and "###" not in learn.term("GAE")
-    assert "clip(ratio, 1 - epsilon, 1 + epsilon_high)" in learn.term("PPO clip")
 
 
 # --- the page itself
