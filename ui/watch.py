@@ -86,9 +86,10 @@ def build(page: Page) -> None:
     def show_step(name: str, step: float, measure: str):
         groups = runs.get(name).groups(int(step))
         rows = [describe_group(number, group) for number, group in enumerate(groups, 1)]
-        choices = token_choices(runs.get(name).tokens(int(step)), groups)
+        line = runs.get(name).tokens(int(step)) or {}
+        choices = token_choices(line, groups)
         which = gr.Dropdown(choices=choices, value=0 if choices else None)
-        tokens = describe_tokens(tokens_of(runs, name, step), 0, measure)
+        tokens = describe_tokens(line.get("completions", []), 0, measure)
         return [rows, 0, *show_group(groups[0] if groups else []), which, *tokens]
 
     @said
