@@ -28,7 +28,7 @@ ui: .venv/installed
 	@$(PY) ui/app.py $(ARGS)
 
 screenshots: .venv/installed
-	@$(PY) tests/test_ui_page.py $(ARGS)
+	@$(PY) tests/ui/test_ui_page.py $(ARGS)
 
 test: .venv/installed
 	@$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
@@ -46,7 +46,7 @@ gpu-check: $(if $(PART)$(ARGS),.venv/installed-unsloth,.venv/installed)
 	@$(PY) bench/gpu_check.py $(PART) $(ARGS)
 
 test-unsloth: .venv-unsloth-cpu/installed
-	@TEST_UNSLOTH=1 .venv-unsloth-cpu/bin/python -m pytest tests/test_unsloth.py $(ARGS)
+	@TEST_UNSLOTH=1 .venv-unsloth-cpu/bin/python -m pytest tests/rl/model/test_unsloth.py $(ARGS)
 
 .venv-unsloth-cpu/installed: requirements-cpu.txt
 	@$(PYTHON) -m venv .venv-unsloth-cpu

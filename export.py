@@ -5,7 +5,7 @@
     python export.py runs/NAME --push-to-hub USER/NAME          and upload it (a private repository, unless --public)
     python export.py --help                                     every setting
 
-Reads top to bottom: the checkpoint and the tools are found first, then the LoRA is merged (rl/merge.py), written, read back
+Reads top to bottom: the checkpoint and the tools are found first, then the LoRA is merged (export/merge.py), written, read back
 and compared with base and LoRA, then come GGUF, the held-out questions as trained, merged and as GGUF, and the upload.
 A plain PEFT folder works as well, without questions to ask. export/report.json has every figure.
 """
@@ -23,8 +23,8 @@ from typing import Literal
 from data import DataError, load_questions
 from grading import RewardError, load_rewards, sandbox
 from rl.config import Config, ConfigError, RunError
-from rl.process import Stopping
-from rl.read_config import read_yaml
+from rl.run.process import Stopping
+from rl.run.read_config import read_yaml
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # types of GGUF that llama.cpp's converter itself can write
 QUANTISED = ("q2_k", "q3_k_m", "q4_0", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")  # those for its llama-quantize
@@ -76,15 +76,15 @@ def export(asked: Settings, at_end: contextlib.ExitStack) -> None:
 
     import transformers  # late: --help and the checks above answer at once
 
-    from rl.backends import describe_precision
-    from rl.checkpoint import Checkpoints, cannot_write, damage, fingerprint, write_whole
     from rl.evaluate import answer, rates
-    from rl.policy import check_model, is_cached, load_policy
-    from rl.run import to_json
+    from rl.model.backends import describe_precision
+    from rl.model.policy import check_model, is_cached, load_policy
+    from rl.run.checkpoint import Checkpoints, cannot_write, damage, fingerprint, write_whole
+    from rl.run.folder import to_json
 
     began_with, config.adapter = config.adapter, str(checkpoint)
     config.device, config.optim, config.backend = asked.device, "adamw_torch", "transformers"
-    from rl import merge  # after rl.policy, which keeps bitsandbytes quiet
+    from export import merge  # after rl.policy, which keeps bitsandbytes quiet
 
     tools = merge.find_tools(asked.gguf in QUANTISED, asked.llama_cpp) if asked.gguf else {}
     if run or (checkpoint / "SHA256SUMS").exists():

@@ -120,6 +120,6 @@ examples = [  # completions that must be paid for, and others that must get less
 ]
 
 if __name__ == "__main__":
-    from grading.selftest import self_test
+    from tools.self_test import self_test
 
     self_test(__file__)

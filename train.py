@@ -11,7 +11,7 @@
 
 Reads top to bottom: settings, rewards and questions are checked first (the policy is not loaded yet), then the policy is
 loaded and evaluated, then the loop rolls out, scores, computes advantages, updates, logs, evaluates and saves, then the
-policy is evaluated again and its saved LoRA is read back and compared. Everything lands in a run folder (rl/run.py).
+policy is evaluated again and its saved LoRA is read back and compared. Everything lands in a run folder (rl/run/folder.py).
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from pathlib import Path
 from data import DataError, Order, levels, load_questions, local_prompts
 from grading import RewardError, check_tests, load_rewards, sandbox
 from rl.config import COMMANDS, ConfigError, RunError
-from rl.memory import dry_run
-from rl.process import Stopping
-from rl.read_config import read_config
+from rl.fit.memory import dry_run
+from rl.run.process import Stopping
+from rl.run.read_config import read_config
 
 PROBE_STEPS, PROBE_QUESTIONS = 2, 16  # of --probe, and how many held-out questions it answers
 
@@ -64,25 +64,32 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     if config.control == "random-reward":
         warnings.append("CONTROL: learning from random rewards")
 
-    from rl.backends import describe_precision, import_backend  # late: --help and the checks above answer at once
+    from rl.model.backends import describe_precision, import_backend  # late: --help and the checks above answer at once
 
     notes += import_backend(config)  # Unsloth has to come before transformers
     import torch
     from tqdm import tqdm
 
-    from rl import alarms, report
     from rl.advantages import Advantages, learned_rewards, teaching_groups
     from rl.algorithms import varied_groups
-    from rl.budget import HALVED
-    from rl.checkpoint import Position, fingerprint, made_with, seed_all
+    from rl.checks import check_sampler, rehearse
     from rl.critic import Critic
     from rl.evaluate import best_of, check_saved, evaluate, marked_rollout
-    from rl.policy import check_model, load_policy, restore_adapter
-    from rl.rehearsal import rehearse
-    from rl.run import MemoryUse, RunFolder, Stopwatch, choose_folder, describe_machine, peak_memory_mb, versions
-    from rl.sampler_check import check_sampler
-    from rl.sampling import Sampling
-    from rl.trackers import Trackers
+    from rl.model.oom import HALVED
+    from rl.model.policy import check_model, load_policy, restore_adapter
+    from rl.model.sampling import Sampling
+    from rl.run import alarms, report
+    from rl.run.checkpoint import Position, fingerprint, made_with, seed_all
+    from rl.run.folder import (
+        MemoryUse,
+        RunFolder,
+        Stopwatch,
+        choose_folder,
+        describe_machine,
+        peak_memory_mb,
+        versions,
+    )
+    from rl.run.trackers import Trackers
     from rl.update import Updater
 
     check_model(config)

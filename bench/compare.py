@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from rl.config import Config, ConfigError  # noqa: E402
-from rl.read_config import read_config  # noqa: E402
+from rl.run.read_config import read_config  # noqa: E402
 
 ON_POLICY = "--num-mini-batches 1 --learning-rate 3e-3"  # one update a roll-out, so a larger one
 FAMILY = {
@@ -161,11 +161,11 @@ def kl_from_base(config: Config) -> dict:
     import torch
 
     from data import load_questions
-    from rl.logprobs import completion_logprobs
-    from rl.policy import load_policy
+    from rl.model.logprobs import completion_logprobs
+    from rl.model.policy import load_policy
+    from rl.model.sampling import Sampling
     from rl.rollout import rollout
-    from rl.run import describe_machine
-    from rl.sampling import Sampling
+    from rl.run.folder import describe_machine
 
     policy = load_policy(config)
     _, rows, _ = load_questions(

@@ -105,7 +105,7 @@ def sampler(notes: Notes) -> None:
             written.append(found.pop("rows") | {"model": found["model"], "what": what})
             notes.row("Mean differences of log-probabilities, nats a token", **found | {"model": name})
             for path in ("sampler", "own_forward"):
-                allowed = 0.05 * max(found["shift"], 1)  # as rl/sampler_check.py has it
+                allowed = 0.05 * max(found["shift"], 1)  # as rl/checks.py has it
                 notes.check(f"{what}: {path}", found[path], at_most=allowed)
 
         for dtype, backend in pairs:
@@ -124,18 +124,18 @@ def sampler(notes: Notes) -> None:
 
 def agree(models: list[str], dtype: str, backend: str, in_4bit: bool) -> None:
     """Compare the paths on each model, and write a few completions with what the sampler says of them."""
-    from rl.backends import import_backend
     from rl.config import Config
+    from rl.model.backends import import_backend
 
     config = Config(dtype=dtype, backend=backend, load_in_4bit=in_4bit)
     import_backend(config)  # before what imports transformers
 
     import torch
 
-    from rl.policy import load_policy
+    from rl.checks import PROMPTS, compare
+    from rl.model.policy import load_policy
+    from rl.model.sampling import Sampling
     from rl.rollout import rollout
-    from rl.sampler_check import PROMPTS, compare
-    from rl.sampling import Sampling
 
     for config.model in models:
         policy = load_policy(config)
@@ -153,7 +153,7 @@ def agree(models: list[str], dtype: str, backend: str, in_4bit: bool) -> None:
 def refer(rows: str, in_4bit: bool) -> None:
     """How far the sampler's log-probabilities are from those of a forward pass in fp32 for each row alone."""
     from rl.config import Config
-    from rl.policy import load_policy
+    from rl.model.policy import load_policy
 
     written = json.loads(Path(rows).read_text())
     for model in dict.fromkeys(of["model"] for of in written):
@@ -193,9 +193,9 @@ def tiny(notes: Notes, config: str, seed: int) -> None:
 
 def recipe(notes: Notes, config: str, card: float) -> None:
     """10 steps of a recipe with random weights of its model's shape, within the memory of its card."""
-    from rl.machine import CONTEXT
-    from rl.memory import ASSUMED_PROMPT
-    from rl.read_config import read_config
+    from rl.fit.cards import CONTEXT
+    from rl.fit.memory import ASSUMED_PROMPT
+    from rl.run.read_config import read_config
 
     if not (ROOT / config).is_file():
         raise NotRun(f"there is no {config}")
@@ -234,9 +234,9 @@ def recipe(notes: Notes, config: str, card: float) -> None:
 
 def capped(gigabytes: float, arguments: list[str]) -> None:
     """train.py on a GPU of which only so much is used. Unsloth first, which chooses PyTorch's allocator."""
-    from rl.backends import import_backend
-    from rl.machine import CONTEXT
-    from rl.read_config import read_config
+    from rl.fit.cards import CONTEXT
+    from rl.model.backends import import_backend
+    from rl.run.read_config import read_config
 
     import_backend(read_config(arguments, "configs/tiny.yaml")[0])
 
@@ -259,13 +259,13 @@ def steps_of(folder: Path) -> list[dict]:
 
 
 def known_name(model: str) -> str:
-    """The name in rl/shapes.py of the shape that a model has: unsloth/Qwen3-4B-Base is Qwen/Qwen3-4B."""
-    from rl.shapes import KNOWN
+    """The name in rl/fit/shapes.py of the shape that a model has: unsloth/Qwen3-4B-Base is Qwen/Qwen3-4B."""
+    from rl.fit.shapes import KNOWN
 
     own = model.split("/")[-1].lower()
     fitting = [name for name in KNOWN if own.startswith(name.split("/")[-1].lower())]
     if not fitting:
-        raise NotRun(f"rl/shapes.py does not know the shape of {model}")
+        raise NotRun(f"rl/fit/shapes.py does not know the shape of {model}")
     return max(fitting, key=len)
 
 

@@ -35,10 +35,11 @@ def time_cases(rounds: int) -> dict[str, list[float]]:
     import torch
 
     from data import load_questions
-    from rl import engine, rollout
+    from rl import rollout
     from rl.config import Config
-    from rl.policy import load_policy
-    from rl.sampling import Sampling
+    from rl.model import engine
+    from rl.model.policy import load_policy
+    from rl.model.sampling import Sampling
 
     class Ending(engine.Engine):
         """Rows of which a share ends half-way, evenly over the groups."""
@@ -81,10 +82,10 @@ def measure_memory(tokens: int, vocabulary: int) -> dict[str, float]:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from rl.decoder import Decoder
-    from rl.logprobs import completion_logprobs
-    from rl.policy import Policy
-    from rl.run import peak_memory_mb
+    from rl.model.decoder import Decoder
+    from rl.model.logprobs import completion_logprobs
+    from rl.model.policy import Policy
+    from rl.run.folder import peak_memory_mb
 
     settings = Qwen3Config(
         vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,

@@ -51,7 +51,7 @@ def dimensions(name: str) -> tuple[str, tuple]:
         return REHEARSAL
     if name in ON_CPU:
         return ON_CPU[name][:2]
-    from rl.shapes import KNOWN
+    from rl.fit.shapes import KNOWN
 
     s = KNOWN[name]
     kind = "qwen3" if s.qk_norm else "qwen2" if s.biases else "llama"
@@ -100,7 +100,9 @@ def run(arguments: list[str]) -> dict:
     cuda = torch.cuda.is_available()
     # On a CPU what the imports take is not counted; on CUDA Unsloth is to be imported before them.
     for module in (
-        () if cuda else ("tqdm", "rl.critic", "rl.evaluate", "rl.policy", "rl.rollout", "rl.run", "rl.update")
+        ()
+        if cuda
+        else ("tqdm", "rl.critic", "rl.evaluate", "rl.model.policy", "rl.rollout", "rl.run.folder", "rl.update")
     ):
         importlib.import_module(module)
     before = resident("VmRSS")
@@ -113,14 +115,14 @@ def run(arguments: list[str]) -> dict:
 
 
 def predicted(arguments: list[str], cuda: bool, free: float | None = None):
-    """The prediction of rl/memory.py for these arguments of train.py. free: bytes that the run finds, None: enough."""
+    """The prediction of rl/fit/memory.py for these arguments of train.py. free: bytes that the run finds, None: enough."""
     from transformers import AutoTokenizer
 
     from data import load_questions
-    from rl.backends import choose_device, choose_dtype
-    from rl.memory import predict
-    from rl.read_config import read_config
-    from rl.shapes import find_shape
+    from rl.fit.memory import predict
+    from rl.fit.shapes import find_shape
+    from rl.model.backends import choose_device, choose_dtype
+    from rl.run.read_config import read_config
 
     config, _ = read_config(arguments, default_file="configs/tiny.yaml")
     train_rows, eval_rows, _ = load_questions(

@@ -157,8 +157,8 @@ class Ponder:
 
     def __init__(self, job: dict):
         from grading import Rewards, reward
-        from rl.backends import import_backend
         from rl.config import Config
+        from rl.model.backends import import_backend
 
         self.config = config = Config(
             model=job["model"], adapter=job["adapter"], load_in_4bit=job["load_in_4bit"], seed=job["seed"],
@@ -171,7 +171,7 @@ class Ponder:
         import_backend(config)  # before what imports transformers
 
         from rl.advantages import Advantages
-        from rl.policy import load_policy
+        from rl.model.policy import load_policy
         from rl.update import Updater
 
         rate = CheapReward(job["reward"], job["seed"])
@@ -203,7 +203,7 @@ class Ponder:
         }
 
     def save(self, folder: str) -> dict:
-        from rl.policy import save_adapter
+        from rl.model.policy import save_adapter
 
         save_adapter(self.policy, Path(folder))
         return {}
@@ -240,8 +240,8 @@ class Ponder:
     def roll_out(self, where: slice, generator, group: int = GROUP, temperature: float = 1.0):
         """Completions of these rows' prompts, and the marking that has begun to score them."""
         from rl.evaluate import Marking
+        from rl.model.sampling import Sampling
         from rl.rollout import rollout
-        from rl.sampling import Sampling
 
         marking = Marking(self.policy, self.rows[where], self.rewards, self.done)
         config = self.config
@@ -266,7 +266,7 @@ class Ponder:
 
     def evaluate(self, folder: str) -> float:
         """The share of the rows that a saved LoRA answers right, greedily."""
-        from rl.policy import reloaded_adapter
+        from rl.model.policy import reloaded_adapter
 
         with reloaded_adapter(self.policy, Path(folder)):
             _, marking = self.roll_out(slice(None), self.new_generator(), group=1, temperature=0.0)

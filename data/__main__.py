@@ -52,8 +52,8 @@ def main() -> None:
 
 def check_rows(source: str, rows: list[dict]) -> int:
     """Print the report on a source; the exit status."""
-    from data.check import check
     from grading import RewardError, check_tests
+    from tools.data_check import check
 
     try:
         notes = check_tests(rows)

@@ -1,9 +1,7 @@
 """How completions are judged: the reward registry, the math grader and the code sandbox. Imports no torch."""
 
-from grading.answers import extract_answer, grade_math
-from grading.countdown import grade_countdown
-from grading.gym import grade_gym
-from grading.registry import (
+from grading.answers.math_grader import extract_answer, grade_math
+from grading.base import (
     Completion,
     RewardError,
     Score,
@@ -15,10 +13,12 @@ from grading.registry import (
     reward,
     row_kind,
 )
-from grading.reward_file import Rewards, load_rewards
-from grading.reward_models import reward_model
-from grading.sandbox import check_tests, extract_code, grade_code
-from grading.scoring import Scoring
+from grading.countdown import grade_countdown
+from grading.gym import grade_gym
+from grading.rewards.models import reward_model
+from grading.rewards.reward_file import Rewards, load_rewards
+from grading.rewards.scoring import Scoring
+from grading.sandbox.code_grader import check_tests, extract_code, grade_code
 
 __all__ = [
     "Completion", "RewardError", "Rewards", "Score", "Scoring", "Ungraded", "check_tests", "extract_answer", "extract_code",

@@ -1,6 +1,6 @@
 """Try the graders from the command line.
 
-    python -m grading self-test REWARDS.py    what a reward file gives to good and bad completions (grading/selftest.py)
+    python -m grading self-test REWARDS.py    what a reward file gives to good and bad completions (tools/self_test.py)
     python -m grading math-table FILE.tsv     grade a table of answers and compare with the verdicts that it expects
 
 The table is tab-separated, without quoting, with the columns kind, gold, answer, expected (accept or reject) in its
@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from grading.answers import grade_math
-from grading.registry import Completion
-from grading.selftest import self_test
+from grading.answers.math_grader import grade_math
+from grading.base import Completion
+from tools.self_test import self_test
 
 COLUMNS = ("kind", "gold", "answer", "expected")
 

@@ -5,8 +5,8 @@ import operator
 import re
 from fractions import Fraction
 
-from grading.answers import extract_answer
-from grading.registry import shorten
+from grading.answers.math_grader import extract_answer
+from grading.base import shorten
 
 MAX_CHARS = 200
 MAX_NESTING = 20

@@ -6,10 +6,10 @@ a model learns to collect such parts; what an answer was given stands in the rea
 
 import functools
 
-from grading.answers import extract_answer
-from grading.plain import decode, encode
-from grading.registry import Ungraded
-from grading.workers import WorkerError, run_in_worker
+from grading.answers.math_grader import extract_answer
+from grading.base import Ungraded
+from grading.sandbox.plain import decode, encode
+from grading.sandbox.workers import WorkerError, run_in_worker
 
 MAX_ANSWER_CHARS = 10_000
 SECONDS = 3.0

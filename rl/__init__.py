@@ -1,1 +1,1 @@
-"""How to learn: the policy, the roll-out, the algorithms, the update, the evaluation and the run folder."""
+"""The algorithm: settings, roll-out, advantages, update, critic, evaluation."""

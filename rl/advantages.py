@@ -13,7 +13,7 @@ import torch
 from grading import Completion, Rewards, Score
 from rl import algorithms
 from rl.config import Config
-from rl.policy import Policy
+from rl.model.policy import Policy
 from rl.rollout import Episode
 
 Steps = list[tuple[int, float]]  # process rewards of one completion: (index of the token in which a step ends, value)

@@ -1,6 +1,6 @@
 """Every setting of a run: one dataclass with its checks. Names and meanings are TRL's where TRL has them.
 
-They are read from a YAML file and the command line by rl/read_config.py. Imports no torch.
+They are read from a YAML file and the command line by rl/run/read_config.py. Imports no torch.
 """
 
 import math

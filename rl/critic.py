@@ -10,9 +10,9 @@ import contextlib
 import torch
 
 from rl.config import Config
-from rl.decoder import Decoder
-from rl.logprobs import completion_states
-from rl.policy import Policy, lora_settings
+from rl.model.decoder import Decoder
+from rl.model.logprobs import completion_states
+from rl.model.policy import Policy, lora_settings
 
 
 class Critic:

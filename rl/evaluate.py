@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from grading import Completion, Rewards, Score, Scoring, prompt_text
-from rl.budget import within_memory
 from rl.config import Config, RunError
-from rl.policy import Policy, reloaded_adapter
+from rl.model.oom import within_memory
+from rl.model.policy import Policy, reloaded_adapter
+from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
-from rl.sampling import Sampling
 
 Z95 = 1.959964  # the normal quantile of a 95 % interval
 EVAL_SEED = 12345  # of the sampled answers: the same for every evaluation

@@ -6,9 +6,9 @@ import warnings
 import torch
 import transformers
 
-from rl.budget import is_out_of_memory
 from rl.config import Config, ConfigError
-from rl.policy import Policy
+from rl.model.oom import is_out_of_memory
+from rl.model.policy import Policy
 
 
 class Optimizer:

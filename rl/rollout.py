@@ -1,8 +1,8 @@
 """The roll-out: sample completions from the policy's own distribution.
 
 Sampling is done here, not by the model's `generate`, so nothing of a model's generation_config (a temperature, a top_k)
-comes in between: what is sampled is what is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/engine.py, other
-architectures through their own forward (rl/own_forward.py).
+comes in between: what is sampled is what is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/model/engine.py, other
+architectures through their own forward (rl/model/hf_generate.py).
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rl import own_forward
-from rl.backends import set_mode
-from rl.engine import Engine
-from rl.policy import Policy
-from rl.sampling import Sampling
+from rl.model import hf_generate as own_forward
+from rl.model.backends import set_mode
+from rl.model.engine import Engine
+from rl.model.policy import Policy
+from rl.model.sampling import Sampling
 
 
 @dataclass

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from rl import algorithms
-from rl.budget import within_memory
 from rl.config import Config
 from rl.critic import Critic
-from rl.logprobs import completion_logprobs
+from rl.model.logprobs import completion_logprobs
+from rl.model.oom import within_memory
+from rl.model.policy import Policy
 from rl.optimizer import Optimizer
-from rl.policy import Policy
 from rl.rollout import Episode
 
 

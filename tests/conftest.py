@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grading import Completion, Score
-from grading.registry import RewardFunction
+from grading.base import RewardFunction
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the network
@@ -35,7 +35,7 @@ def config():
 @pytest.fixture
 def policy(config):
     """The tiny model in fp32 with a LoRA whose second matrix is small noise, so that policy and reference differ."""
-    from rl.policy import load_policy
+    from rl.model.policy import load_policy
 
     policy = load_policy(config)
     fill_lora(policy, 0.02)
@@ -103,8 +103,8 @@ def episodes(policy):
     """Sixteen completions of four questions, with advantages that differ; some groups have none."""
     import torch
 
+    from rl.model.sampling import Sampling
     from rl.rollout import rollout
-    from rl.sampling import Sampling
 
     questions = [
         "What is 3 + 4 + 5?",

@@ -23,7 +23,7 @@ processes = multiprocessing.get_context(
     "forkserver"
 )  # its children have everything imported, and are forked from no threads
 processes.set_forkserver_preload(
-    "train rl.advantages rl.checkpoint rl.critic rl.run rl.sampler_check rl.rehearsal rl.trackers tqdm matplotlib.pyplot "
+    "train rl.advantages rl.run.checkpoint rl.critic rl.run.folder rl.checks rl.run.trackers tqdm matplotlib.pyplot "
     "matplotlib.backends.backend_agg transformers.models.qwen3.modeling_qwen3 pydantic_monty".split()
 )
 

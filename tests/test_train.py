@@ -293,10 +293,10 @@ def test_a_stop_during_an_evaluation_saves_what_was_trained(tmp_path, monkeypatc
 
 def test_an_adapter_that_reads_back_differently_is_an_error(tmp_path, monkeypatch):
     """The check at the end of a run sees an adapter whose file does not hold what is in memory."""
-    import rl.checkpoint
-    import rl.policy
+    import rl.model.policy
+    import rl.run.checkpoint
 
-    save = rl.policy.save_adapter
+    save = rl.model.policy.save_adapter
 
     def lossy(policy, folder):
         from conftest import fill_lora
@@ -308,7 +308,7 @@ def test_an_adapter_that_reads_back_differently_is_an_error(tmp_path, monkeypatc
             if name in saved:
                 p.data = saved[name]
 
-    monkeypatch.setattr(rl.checkpoint, "save_adapter", lossy)
+    monkeypatch.setattr(rl.run.checkpoint, "save_adapter", lossy)
     with pytest.raises(train.RunError, match="read back, answers otherwise"):
         run(tmp_path / "run")
 

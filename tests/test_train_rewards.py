@@ -13,8 +13,8 @@ from test_train import SMALL, lines, own_files, run
 import train
 from data import Order, load_questions
 from grading import Completion, RewardError, Score
-from rl import report
 from rl.algorithms import group_advantages
+from rl.run import report
 
 
 def raising_on_one_row(tmp_path, held_out=False):

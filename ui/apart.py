@@ -22,9 +22,9 @@ from pathlib import Path
 
 from data import DataError
 from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox
-from grading.probes import completion as made_up
-from grading.registry import shorten
-from grading.rescore import as_in_run, differ, number, questions, read_settings, report, saved_completion
+from grading.base import shorten
+from grading.rewards.probes import completion as made_up
+from tools.rescore import as_in_run, differ, number, questions, read_settings, report, saved_completion
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINTED = 50_000  # bytes that are kept of what is printed

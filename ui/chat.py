@@ -19,7 +19,7 @@ from pathlib import Path
 from data import load_questions
 from grading import Score, outcome_of, prompt_text
 from rl.config import Config
-from rl.read_config import read_yaml
+from rl.run.read_config import read_yaml
 from ui.apart import parts_of, score_apart
 from ui.runs import Page, Run, UiError, import_models
 from ui.worker import Answer, Ask, Sample

@@ -26,7 +26,7 @@ import filelock
 from data import DataError
 from grading import RewardError
 from rl.config import Config, ConfigError, RunError, first_line
-from rl.read_config import read_yaml
+from rl.run.read_config import read_yaml
 
 POINTS = 500  # of a curve
 IMPORTING = threading.Lock()

@@ -8,7 +8,7 @@ import gradio as gr
 import pandas as pd
 
 from rl.config import ConfigError
-from rl.report import clock, mean, seconds_left, standard_deviation
+from rl.run.report import clock, mean, seconds_left, standard_deviation
 from ui.apart import number_of
 from ui.chat import cut
 from ui.launch import ELSEWHERE, Launcher, launch_controls

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rl.config import Config, ConfigError
-from rl.shapes import find_shape
+from rl.fit.shapes import find_shape
 from ui.runs import Runs, UiError, import_models, in_words
 
 AT_ONCE = 4  # questions that are answered together; others wait
@@ -229,7 +229,7 @@ class Worker:
         return not turn.answer.over
 
     def _fail(self, turn: Turn, error: Exception) -> None:
-        from rl.budget import is_out_of_memory
+        from rl.model.oom import is_out_of_memory
 
         turn.policy = None  # it is not asked any more for what was written
         out_of_memory = (
@@ -277,9 +277,9 @@ class Worker:
         """Have its model and its LoRA there, and put the question."""
         import torch
 
-        from rl.engine import Engine
-        from rl.own_forward import Batches
-        from rl.sampling import Sampling
+        from rl.model.engine import Engine
+        from rl.model.hf_generate import Batches
+        from rl.model.sampling import Sampling
 
         if self._base != turn.base:
             turn.say("loading", f"loads {turn.config.model}")
@@ -318,8 +318,8 @@ class Worker:
     def _load(self, turn: Turn) -> None:
         import torch
 
-        from rl.memory import KEPT_BELOW
-        from rl.policy import load_policy
+        from rl.fit.memory import KEPT_BELOW
+        from rl.model.policy import load_policy
 
         self._unload()
         self._policy = load_policy(turn.config)

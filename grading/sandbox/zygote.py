@@ -1,0 +1,306 @@
+"""The process that forks: it has imported what is needed, and makes a locked-down child for each job in milliseconds.
+
+    python zygote.py CONTROL_FD OPTIONS      (started by grading/sandbox/workers.py; OPTIONS: {"preload": [modules], "path": [...]})
+
+Four kinds of children, each with a socket to the parent over which messages travel as (length, JSON):
+
+    program    runs a model's program and calls its functions:   {"run": code}, {"call": name, "args": [...]}
+    tester     runs tests that are code and ask for such calls:  {"check": code, "names": [...]}
+    script     runs a program on standard input and output:      {"run": code}
+    function   calls trusted functions on untrusted text:        {"function": "module:name", "args": [...]}
+
+A child sends back plain data and decides nothing. Inside the sandbox this file, plain.py and lockdown.py are all
+there is of the project: standard library only.
+"""
+
+import builtins
+import contextlib
+import gc
+import importlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import sys
+import types
+
+if __name__ == "__main__":  # started as a script: what it needs of the project lies beside it
+    import lockdown
+    from plain import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
+
+    sys.path.pop(0)
+else:
+    from grading.sandbox import lockdown
+    from grading.sandbox.plain import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
+
+PLAIN_EXCEPTIONS = {  # the built-in ones that are made from one message
+    name
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type)
+    and issubclass(kind, Exception)
+    and not name.startswith(("Unicode", "ExceptionGroup", "Stop"))
+}  # without StopIteration: raised into a test, it would end a loop of asserts before the first
+
+
+# --- children
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line, also where its own methods fail."""
+    try:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")
+    except BaseException:
+        return str(type(error).__name__)[:100]
+
+
+def outcome_of(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "memory"
+    return "syntax" if isinstance(error, (SyntaxError, ValueError)) and error.__traceback__.tb_next is None else "crash"
+
+
+def serve_program(connection: socket.socket) -> None:
+    """Run a program, then call its functions as often as asked."""
+    module = types.ModuleType("solution")
+    sys.modules["solution"] = module
+    while True:
+        message = receive(connection)
+        try:
+            if "run" in message:
+                exec(compile(message["run"], "<program>", "exec"), vars(module))
+                answer = {"ok": None}
+            else:
+                answer = call_function(vars(module), message)
+        except BaseException as error:
+            answer = {"error": outcome_of(error), "detail": describe_error(error), "type": _builtin_name(error)}
+        try:
+            send(connection, answer)
+        except NotPlain as error:
+            send(connection, {"error": "output_limit", "detail": str(error)})
+
+
+def call_function(namespace: dict, message: dict) -> dict:
+    name = message["call"]
+    if name not in namespace:
+        return {"error": "missing_entry", "detail": f"the program does not define {name}"}
+    if not callable(namespace[name]):
+        return {"error": "missing_entry", "detail": f"{name} is a {type(namespace[name]).__name__}, not a function"}
+    args, kwargs = [decode(a) for a in message["args"]], {k: decode(v) for k, v in message.get("kwargs", {}).items()}
+    result = namespace[name](*args, **kwargs)
+    try:
+        return {"ok": encode(result)}
+    except NotPlain as error:
+        return {"error": "bad_type", "detail": str(error)}
+
+
+def _builtin_name(error: BaseException) -> str | None:
+    kinds = type(error).__mro__
+    return next((k.__name__ for k in kinds if k.__name__ in PLAIN_EXCEPTIONS and vars(builtins)[k.__name__] is k), None)
+
+
+class CallFailed(BaseException):
+    """A call asked for by a test failed in a way that no test may catch."""
+
+
+def serve_tester(connection: socket.socket) -> None:
+    """Run test code; the functions named in the message are asked from the parent, with plain data only."""
+    message = receive(connection)
+    calls = 0
+
+    def remote(name):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            encoded = {k: encode(v) for k, v in kwargs.items()}
+            send(
+                connection, {"call": name, "args": [encode(a) for a in args], "kwargs": encoded}, 16 * MAX_MESSAGE_BYTES
+            )
+            answer = receive(connection)
+            if "ok" in answer:
+                return decode(answer["ok"])
+            if answer.get("type"):  # an exception that a test may expect
+                raise getattr(builtins, answer["type"])(answer["detail"])
+            raise CallFailed
+
+        return call
+
+    namespace = {"__name__": "tester"} | {name: remote(name) for name in message["names"]}
+    try:
+        exec(compile(message["check"], "<tests>", "exec"), namespace)
+        verdict = {"passed": True}
+    except BaseException as error:
+        kind = "the test failed" if isinstance(error, AssertionError) else describe_error(error)
+        verdict = {"passed": False, "detail": f"{kind}: {_failing_line(error, message['check'])}".rstrip(": ")}
+    send(connection, verdict | {"calls": calls})
+
+
+def _failing_line(error: BaseException, source: str) -> str:
+    """The line of the test code in which an exception came up."""
+    line, trace = None, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == "<tests>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    lines = source.splitlines()
+    return lines[line - 1].strip()[:120] if line and line <= len(lines) else ""
+
+
+def serve_script(connection: socket.socket) -> None:
+    """Run a program as a script; its standard input and output are in place. It ends as a script does: threads are
+    waited for, exit handlers run, and its exit status says how it went."""
+    code = receive(connection)["run"]
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
+    try:
+        exec(compile(code, "<program>", "exec"), vars(main))
+    except SystemExit:
+        raise
+    except BaseException as error:
+        send(connection, {"error": outcome_of(error), "detail": describe_error(error)})
+        sys.exit(1)
+    sys.exit(0)
+
+
+def serve_functions(connection: socket.socket) -> None:
+    """Call functions of the project or a library on text that nobody vouches for."""
+    while True:
+        message = receive(connection)
+        module, name = message["function"].split(":")
+        try:
+            answer = {"ok": getattr(importlib.import_module(module), name)(*message["args"])}
+        except BaseException as error:
+            answer = {"error": describe_error(error)}
+        try:
+            send(connection, answer)
+        except NotPlain as error:
+            send(connection, {"error": str(error)})
+
+
+SERVE = {"program": serve_program, "tester": serve_tester, "script": serve_script, "function": serve_functions}
+
+
+def be_child(job: dict, fds: list[int]) -> None:
+    """What a forked child does: give up its rights, then serve. Never returns."""
+    try:
+        connection_fd, *stdio = fds
+        null = os.open(os.devnull, os.O_RDWR)
+        stdin, stdout = stdio or (null, null)
+        kept = os.dup2(connection_fd, 100)
+        for source, target in ((stdin, 0), (stdout, 1), (null, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 100)
+        os.closerange(101, 1024)
+        connection = socket.socket(fileno=os.dup2(kept, 3))
+        os.close(100)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        lockdown.limit_resources(job.get("cpu"), nice=job.get("nice", 0))
+        if lockdown.can_filter():
+            lockdown.refuse_system_calls(may_write=job["kind"] != "function")
+        random.seed(0)
+        SERVE[job["kind"]](connection)
+    except SystemExit:
+        if job["kind"] == "script":
+            raise
+    except BaseException:
+        pass  # the parent has gone, or the program has broken what it ran in
+    os._exit(1)
+
+
+# --- the zygote itself
+
+
+def main() -> None:
+    options = json.loads(sys.argv[2])
+    lockdown.hide_memory()
+    os.environ.pop("PWD", None)
+    control_fd, sys.argv[1:] = int(sys.argv[1]), []
+    sys.path[:0] = options["path"]
+    for module in options["preload"]:
+        importlib.import_module(module)
+    lockdown.prepare()
+    gc.collect()
+    gc.freeze()
+    control = socket.socket(fileno=control_fd)
+    wakeup, alarm = os.pipe()
+    os.set_blocking(alarm, False)
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(alarm)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the parent's business
+    home = os.getcwd() if options.get("clean") else None
+    children = {}  # pid: the socket over which its end is reported
+    control.sendall(b"+")
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(wakeup, select.POLLIN)
+    while True:
+        events = sorted(fd for fd, _ in poll.poll())
+        for fd in [
+            *(fd for fd in events if fd != wakeup),
+            *(fd for fd in events if fd == wakeup),
+        ]:  # no fd closes before
+            if fd == control.fileno():
+                data, fds, _, _ = socket.recv_fds(control, 65536, 8)
+                if not data:  # the parent has gone
+                    for pid in children:
+                        os.kill(pid, signal.SIGKILL)
+                    os._exit(0)
+                pid = os.fork()
+                if pid == 0:
+                    be_child(json.loads(data), fds[1:])
+                children[pid] = socket.socket(fileno=fds[0])
+                poll.register(fds[0], select.POLLIN)
+                for other in fds[1:]:
+                    os.close(other)
+                control.sendall(b"+")
+            elif fd == wakeup:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(wakeup, 4096)
+                reap(children, poll, home)
+            else:  # the parent does not want this child any more
+                poll.unregister(fd)
+                os.kill(next(pid for pid, report in children.items() if report.fileno() == fd), signal.SIGKILL)
+
+
+def reap(children: dict, poll, home: str | None) -> None:
+    """Report the children that have ended, once nothing of them is left."""
+    while children:
+        pid, status, usage = os.wait4(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        report = children.pop(pid)
+        with contextlib.suppress(KeyError):
+            poll.unregister(report)
+        code = os.waitstatus_to_exitcode(status)
+        clean = home is None or empty(home)
+        message = {"exit": code, "cpu": usage.ru_utime + usage.ru_stime, "clean": clean}
+        with contextlib.suppress(OSError):
+            report.sendall(json.dumps(message).encode())
+        report.close()
+
+
+def empty(folder: str, most: int = 200) -> bool:
+    """Remove what a child left in its folder. False where it is too much or does not go: then the sandbox is remade."""
+    try:
+        os.chmod(folder, 0o700)
+        names = os.listdir(folder)
+        for name in names[:most]:
+            path = os.path.join(folder, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+        return len(names) <= most
+    except (OSError, RecursionError):
+        return False
+
+
+if __name__ == "__main__":
+    main()

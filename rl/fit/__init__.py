@@ -1,0 +1,1 @@
+"""Memory and time prediction: does a recipe fit on this machine?"""

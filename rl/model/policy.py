@@ -1,0 +1,386 @@
+"""The policy: a language model with a LoRA on every linear layer, its tokenizer, and log-probabilities.
+
+With the LoRA switched on the model is the policy, switched off it is the reference: one set of weights for both. Loaded
+through Unsloth or through transformers + peft (rl/model/backends.py), with 4-bit NF4 weights by bitsandbytes where asked for.
+"""
+
+import contextlib
+import ctypes
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+# On some CPUs bitsandbytes reports on import that an optional kernel is not installed. It is not needed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import httpx  # noqa: E402
+import huggingface_hub  # noqa: E402
+import jinja2  # noqa: E402
+import peft  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+
+from rl.config import Config, ConfigError, first_line  # noqa: E402
+from rl.fit.memory import KEPT_BELOW  # noqa: E402
+from rl.model.backends import (  # noqa: E402
+    LINEAR_LAYERS,
+    choose_device,
+    choose_dtype,
+    import_backend,
+    is_for_unsloth,
+    load_by_unsloth,
+    lora_by_unsloth,
+    missing_weights,
+    set_mode,
+)
+from rl.model.decoder import Decoder, unsupported  # noqa: E402
+
+# Settings of a saved LoRA that is more than A and B on linear layers.
+OTHER_LORAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
+
+
+@dataclass
+class Policy:
+    """A model with its LoRA, and everything needed to ask it questions."""
+
+    model: peft.PeftModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    eos_ids: frozenset[int]  # every token that ends a completion
+    pad_id: int
+    temperature: float
+    system_prompt: str | None
+    chat_template_kwargs: dict
+    continues_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
+    decoder: Decoder | None  # the forward pass written out; None: the model's own is used
+    by_unsloth: bool = False  # loaded by Unsloth, through whose forward it is trained
+    own_forward_because: str | None = None  # why there is no decoder
+    plain_head: bool = True  # logits are the head's product with the last hidden state, and nothing more
+    entropy_gradient: bool = False  # the entropy is part of the loss
+
+    @property
+    def head(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits."""
+        return self.head.out_features
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest text the model takes, in tokens; Unsloth cuts what is longer than its max_seq_length."""
+        limits = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), None
+        if self.by_unsloth:
+            limits = limits[0], getattr(self.model, "max_seq_length", None)
+        return min((limit for limit in limits if limit), default=None)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """In the update a prompt is computed once for its group: not by a forward that is not our own."""
+        return self.decoder is not None and not self.by_unsloth
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def training(self):
+        """Within this context a forward pass can be followed by its backward; outside of it the model answers."""
+        set_mode(self.model, True, self.by_unsloth)
+        try:
+            yield
+        finally:
+            set_mode(self.model, False, self.by_unsloth)
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Within this context the model is the reference: without its LoRA, or with the LoRA it started from."""
+        if not self.continues_adapter:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_adapter("reference", inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.set_adapter("default")
+
+    def render_prompt(self, prompt: str | list[dict]) -> str:
+        """The prompt as the model reads it: system prompt, question and the opening of the answer, by the chat template.
+
+        A tokenizer without a chat template gets the bare text.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.system_prompt:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(message["content"] for message in messages)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+        )
+
+    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
+        """Token ids of a rendered prompt. A template writes its own BOS, so none is added to it."""
+        text = self.render_prompt(prompt)
+        return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
+
+    def encode_prompts(self, rows: list[dict], max_completion_length: int) -> list[list[int]]:
+        """The prompts of data rows as token ids. Raises ConfigError where one leaves no room for a completion."""
+        prompts = []
+        for row in rows:
+            try:
+                prompts.append(self.encode_prompt(row["prompt"]))
+            except (jinja2.TemplateError, ValueError, TypeError) as error:
+                raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {first_line(error)}") from error
+            if not prompts[-1]:
+                raise ConfigError(
+                    f"row {row['id']}: the prompt has no tokens: is there a tokenizer in {self.tokenizer.name_or_path}?"
+                )
+        longest = max(range(len(rows)), key=lambda i: len(prompts[i]))
+        needed = len(prompts[longest]) + max_completion_length
+        if self.context_length and needed > self.context_length:
+            raise ConfigError(
+                f"max_completion_length: the prompt of row {rows[longest]['id']} has {len(prompts[longest])} tokens; with "
+                f"{max_completion_length} more that is {needed}, but the model's context is {self.context_length}"
+            )
+        return prompts
+
+    def opened_thinking(self, prompt: str | list[dict]) -> str:
+        """What a template has already written of the thinking: "<think>" (and a newline), or ""."""
+        text = self.render_prompt(prompt)
+        return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
+
+    def decode(self, completion_ids: list[int]) -> str:
+        """The text of a completion, without the token that ended it. Thinking tags stay, whatever kind of token."""
+        if completion_ids and completion_ids[-1] in self.eos_ids:
+            completion_ids = completion_ids[:-1]
+        return self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def load_policy(config: Config) -> Policy:
+    """Load model, tokenizer and LoRA as the settings say. Raises ConfigError for a model or adapter that cannot be used."""
+    import_backend(config)
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        by_unsloth = config.backend == "unsloth" and is_for_unsloth(AutoConfig.from_pretrained(config.model))
+        model = load_by_unsloth(config, dtype) if by_unsloth else load_by_transformers(config, device, dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"model: {config.model} cannot be loaded: {first_line(error)}") from error
+    config.backend = "unsloth" if by_unsloth else "transformers"
+    if device.type == "cpu":
+        keep_freed_memory(model.config.get_text_config().hidden_size)
+
+    torch.manual_seed(config.seed)  # of the LoRA's random half
+    if config.adapter:
+        model = load_adapter(model, config)
+    elif by_unsloth:
+        model = lora_by_unsloth(
+            model, config, {"r": config.lora_r, "lora_alpha": config.lora_alpha, "target_modules": LINEAR_LAYERS}
+        )
+    else:
+        model = peft.get_peft_model(model, lora_settings(config))
+    make_deterministic(model)
+    set_mode(model, False, by_unsloth)
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        eos_ids=find_eos_ids(tokenizer, model),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        temperature=config.temperature,
+        system_prompt=config.system_prompt,
+        chat_template_kwargs=config.chat_template_kwargs,
+        continues_adapter=config.adapter is not None,
+        decoder=None if unsupported(model) else Decoder(model),
+        by_unsloth=by_unsloth,
+        own_forward_because=unsupported(model),
+        plain_head=not unsupported(model) or has_plain_head(model),
+        entropy_gradient=config.entropy_coef > 0,
+    )
+
+
+def load_by_transformers(config: Config, device: torch.device, dtype: torch.dtype):
+    """The base model, frozen. Raises ConfigError where weights are missing: they would be random numbers."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization if config.load_in_4bit else None,
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:
+        raise ConfigError(missing_weights(config.model, sorted(loading["missing_keys"])))
+    model.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def lora_settings(config: Config) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def make_deterministic(model) -> None:
+    """Take out what would make two forward passes of model and LoRA differ: the ratio of a first update must be 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # applied as a function
+                setattr(module, name, 0.0)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights for good in the first forward without
+            # gradient (an evaluation), and from then on gives no gradient to its input.
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_adapter(model, config: Config) -> peft.PeftModel:
+    """Put a saved LoRA on the model, and its frozen copy as the reference."""
+    try:
+        if config.backend == "unsloth":
+            saved = peft.PeftConfig.from_pretrained(config.adapter)
+            if others := [name for name in OTHER_LORAS if getattr(saved, name, None) not in (None, False, "none")]:
+                raise ValueError(f"it is not a plain LoRA ({', '.join(others)}): set backend to transformers")
+            names = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
+            model = lora_by_unsloth(model, config, {name: getattr(saved, name) for name in names})
+            read_adapter(model, Path(config.adapter))
+        else:
+            model = peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        model.load_adapter(config.adapter, "reference", is_trainable=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"adapter: {config.adapter} does not fit {config.model}: {first_line(error)}") from error
+    model.set_adapter("default")
+    return model
+
+
+def keep_freed_memory(hidden_size: int) -> None:
+    """Tell glibc up to what size to keep freed tensors for later ones: 32 MB in small models, where to give them back to
+    Linux and get them again costs a seventh of the step; 1 MB in larger ones, where that costs up to a tenth, and what is kept,
+    in pieces that little fits into, is a third of the peak. Nothing happens on other systems."""
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, (32 if hidden_size < KEPT_BELOW else 1) * 2**20)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+@torch.no_grad()
+def has_plain_head(model) -> bool:
+    """Whether the logits are the head's product with the last hidden state; some models cap or scale them."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.allclose(
+        model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits, rtol=1e-3
+    )
+
+
+def find_eos_ids(tokenizer, model) -> frozenset[int]:
+    """The union of what tokenizer, model and generation_config call end of sequence, and of what ends a turn.
+
+    Some models have several; of a base model, such as Qwen3-4B-Base, none of the three names the <|im_end|> of its chat
+    template, behind which it would write on up to the limit of length.
+    """
+    configs = (tokenizer, model.config, model.config.get_text_config(), model.generation_config)
+    sources = [getattr(c, "eos_token_id", None) for c in configs]
+    sources.append(end_of_turn(tokenizer))
+    ids = frozenset(i for s in sources for i in (s if isinstance(s, (list, tuple)) else [s]) if i is not None)
+    if not ids:
+        raise ConfigError("the model has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    return ids
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template puts right behind an answer; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "xyzzy"
+    try:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may raise what it likes; it will say so of the prompts
+        return None
+    ids = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids
+    known = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
+
+
+def check_model(config: Config) -> None:
+    """Find device, model and adapter before anything large is loaded. Raises ConfigError."""
+    choose_device(config)
+    if Path(config.model).is_dir():
+        if not (Path(config.model) / "config.json").is_file():
+            raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
+    elif not is_cached(config.model):
+        try:
+            huggingface_hub.HfApi().model_info(config.model, timeout=10)
+        except (httpx.HTTPError, OSError, ValueError) as error:  # not found, no network, not a name
+            near = difflib.get_close_matches(config.model, ["data/tiny"], n=1)
+            hint = "this machine cannot reach the Hub" if isinstance(error, httpx.TransportError) else first_line(error)
+            hint = f"did you mean {near[0]}?" if near else hint
+            raise ConfigError(
+                f"model: {config.model} is neither a folder here nor a model that can be fetched: {hint}"
+            ) from None
+    if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
+            "(give a folder such as runs/NAME/checkpoints/step_000045)"
+        )
+
+
+def is_cached(model: str) -> bool:
+    """Whether a model of the Hub has been downloaded before."""
+    try:
+        return isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str)
+    except ValueError:  # not a name the Hub could have
+        return False
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write LoRA and tokenizer into a folder that peft and others load."""
+    policy.model.save_pretrained(folder, selected_adapters=["default"])
+    policy.tokenizer.save_pretrained(folder)
+
+
+def restore_adapter(policy: Policy, folder: Path) -> None:
+    """Let the policy's LoRA be the one that was saved in `folder`. Raises ConfigError where that is of another shape."""
+    try:
+        read_adapter(policy.model, folder)
+    except ValueError as error:
+        raise ConfigError(f"adapter: {folder} does not fit {policy.model.config.name_or_path}: {error}") from None
+
+
+def read_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """The weights of the LoRA saved in `folder`, into the one that is there. Raises ValueError where the shapes differ."""
+    weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    expected = peft.get_peft_model_state_dict(model, adapter_name="default")
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
+        raise ValueError("its LoRA has other shapes")
+    peft.set_peft_model_state_dict(model, weights, adapter_name="default")
+
+
+@contextlib.contextmanager
+def reloaded_adapter(policy: Policy, folder: Path):
+    """Within this context the policy's LoRA is the one that was saved in `folder`, read back from the disk."""
+    policy.model.load_adapter(folder, "reloaded", is_trainable=False)
+    policy.model.set_adapter("reloaded", inference_mode=True)
+    try:
+        yield
+    finally:
+        policy.model.set_adapter("default")
+        policy.model.delete_adapter("reloaded")

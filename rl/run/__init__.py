@@ -1,0 +1,1 @@
+"""The run: its folder, checkpoints, metrics, alarms, console output, and trackers."""

@@ -1,0 +1,391 @@
+"""Taking a model away: the merge, what it is held to, GGUF, the Hub, and that nothing half-written takes a place."""
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+import yaml
+from conftest import ROOT, fill_lora
+
+import train
+from export import merge
+from rl.config import Config, ConfigError, RunError
+from rl.model.policy import load_policy, save_adapter
+
+export = importlib.util.module_from_spec(importlib.util.spec_from_file_location("export_script", ROOT / "export.py"))
+export.__spec__.loader.exec_module(export)
+
+SMALL = "--max-steps 3 --prompts-per-step 4 --num-generations 4 --eval-questions 12 --save-steps 2 --train-questions 30 --max-completion-length 40 --learning-rate 3e-3 --log-completions-steps 0 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    train.main([*SMALL.split(), "--output-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    """A copy of the run, to be spoilt."""
+    return Path(shutil.copytree(small_run, tmp_path / "small", ignore=shutil.ignore_patterns("export")))
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(*arguments):
+    with pytest.raises((ConfigError, RunError)) as error:
+        export.main([*map(str, arguments)])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def loaded(folder, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+# --- the whole script
+
+
+def test_an_export_of_a_run(small_run, capsys):
+    export.main([str(small_run), "--eval-questions", "8", "--device", "cpu"])
+    said = capsys.readouterr().out
+    out, last = small_run / "export", small_run / "checkpoints/step_000003"
+    assert sorted(p.name for p in out.iterdir()) == ["merged", "report.json"]
+    assert f"checkpoint  {last}" in said and "56 LoRA matrices into 28 of data/tiny" in said
+    report = json.loads((out / "report.json").read_text())
+    assert report["logits"]["merged"]["largest"] < 0.1 < report["logits"]["by_lora"]["largest"]
+    trained, merged = report["accuracy"].values()
+    assert trained["n"] == merged["n"] <= 8 and trained["same_as_trained"] == trained["n"]
+    assert f"merged                                  {merged['n']:>1}" in said
+    # What plain transformers loads is base and LoRA, rounded to 16 bits.
+    model, tokenizer = loaded(out / "merged", "auto"), transformers.AutoTokenizer.from_pretrained(out / "merged")
+    assert model.dtype == torch.bfloat16 and tokenizer.chat_template and model.generation_config.eos_token_id == [1]
+    by_peft = peft.PeftModel.from_pretrained(loaded("data/tiny"), last).merge_and_unload().state_dict()
+    for name, weight in model.state_dict().items():
+        assert weight.equal(by_peft[name].bfloat16()), name
+    card = (out / "merged/README.md").read_text()
+    assert "GRPO, step 3, seed 0" in card and "* before training: " in card and "* merged: " in card
+
+
+# Nothing of this project: only transformers and peft.
+PLAIN = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+adapter, answers = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained("data/tiny", dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+for line in open(answers, encoding="utf-8").readlines()[:6]:
+    answer = json.loads(line)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": answer["question"]}], add_generation_prompt=True,
+                                          return_tensors="pt", return_dict=True)
+    ids = model.generate(**asked, max_new_tokens=40, do_sample=False)[0, asked["input_ids"].shape[1]:]
+    text = tokenizer.decode([i for i in ids.tolist() if i != tokenizer.eos_token_id])
+    assert text == answer["completion"], (text, answer["completion"])
+    print("same")
+assert not {"rl", "grading", "data"} & set(sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_a_saved_lora_answers_the_same_in_a_fresh_process_of_plain_transformers_and_peft(small_run):
+    last = small_run / "checkpoints" / (small_run / "checkpoints/last").read_text().strip()
+    command = [sys.executable, "-c", PLAIN, str(last), str(small_run / "eval/after.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "same\n" * 6
+
+
+def test_any_peft_folder_can_be_merged(run, tmp_path, capsys):
+    alone = Path(shutil.copytree(run / "checkpoints/step_000002", tmp_path / "alone/adapter"))
+    for name in ("SHA256SUMS", "trainer_state.json", "trainer_state.pt", "tokenizer.json"):
+        (alone / name).unlink()
+    export.main([str(alone), "--output-dir", str(tmp_path / "out")])
+    assert "held-out questions" not in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"merged", "report.json"}
+    assert not loaded(tmp_path / "out/merged").model.layers[0].mlp.up_proj.weight.equal(loaded("data/tiny").model.layers[0].mlp.up_proj.weight)  # fmt: skip
+
+
+def test_a_run_over_4_bit_weights_is_merged_into_the_16_bit_ones(run, capsys):
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"load_in_4bit": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    export.main([str(run), "--eval-questions", "2"])
+    assert "as trained, NF4, cpu in float32" in capsys.readouterr().out
+    assert not hasattr(transformers.AutoConfig.from_pretrained(run / "export/merged"), "quantization_config")
+
+
+@pytest.mark.slow
+def test_a_base_that_has_moved_is_named(run, tmp_path, capsys):
+    moved = Path(shutil.copytree("data/tiny", tmp_path / "moved"))
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"model": "no/longer"}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "model: no/longer is neither a folder here nor a model" in refused(run)
+    export.main([str(run), "--base-model", str(moved), "--eval-questions", "2"])
+    assert "as trained, cpu in float32" in capsys.readouterr().out
+
+
+def test_too_little_memory_on_the_card_is_a_line(run, monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    for name in ("merge", "logits_of"):  # before, and while it is being written
+        monkeypatch.setattr(merge, name, too_much)
+        assert refused(run).endswith("--device cpu needs that of the machine alone")
+        monkeypatch.undo()
+
+
+def test_what_cannot_be_exported_is_said_in_a_line(run, tmp_path):
+    assert refused(run.with_name("smal")).endswith(f"did you mean {run}?")
+    assert "nowhere/at/all is neither the folder of a run nor that of a saved LoRA" in refused("nowhere/at/all")
+    weights = run / "checkpoints/step_000003/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    message = refused(run)
+    assert "adapter_model.safetensors has changed since it was written" in message
+    assert f"whole ones: {run}/checkpoints/step_000002" in message
+    (run / "checkpoints/last").unlink()
+    assert "has no checkpoint" in refused(run)
+    assert not (run / "export").exists()
+
+
+def test_another_base_model_is_noticed(run, tmp_path):
+    other = Path(shutil.copytree("data/tiny", tmp_path / "other"))
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    safetensors.torch.save_file(
+        {n: w * 1.01 for n, w in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    assert "is not the base model that" in refused(run, "--base-model", other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))  # fmt: skip
+    assert "itself quantised (bitsandbytes)" in refused(run, "--base-model", other)
+    smaller = transformers.Qwen3Config(**settings | {"hidden_size": 64})
+    transformers.Qwen3ForCausalLM(smaller).save_pretrained(other)
+    assert "does not fit" in refused(run, "--base-model", other)
+    assert not (run / "export").exists()
+
+
+# --- nothing half-written
+
+
+def old_export(folder):
+    """A file in the place of an export that is there."""
+    (folder / "merged").mkdir(parents=True)
+    (folder / "merged/model.safetensors").write_text("of before")
+    return contents(folder)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), None])
+def test_where_an_export_fails_the_one_before_stays(run, fault, monkeypatch):
+    before = old_export(run / "export")
+    write = transformers.PreTrainedModel.save_pretrained
+
+    def fail(model, folder, **options):
+        write(model, folder, **options)
+        if fault:
+            raise fault
+        file = Path(folder) / "model.safetensors"  # written, but not what was to be written
+        weights = {name: w * 1.01 for name, w in safetensors.torch.load_file(file).items()}
+        safetensors.torch.save_file(weights, file, {"format": "pt"})
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises((RunError, KeyboardInterrupt)) as error:
+        export.main([str(run)])
+    if fault is None:
+        assert "the merged model is not what was trained" in str(error.value)
+    elif isinstance(fault, OSError):
+        assert str(error.value) == f"{run}/export/merged cannot be written: No space left on device"
+    assert contents(run / "export") == before
+
+
+def test_a_kill_at_any_moment_leaves_one_of_the_two_whole(tmp_path, monkeypatch):
+    renames = []
+    rename = Path.rename
+    for moment in ("written", 1, 2, 3):
+        shutil.rmtree(tmp_path / "export", ignore_errors=True)
+        old_export(tmp_path / "export")
+        if not (child := os.fork()):
+
+            def counted(path, target, moment=moment):
+                renames.append(path)
+                if len(renames) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return rename(path, target)
+
+            monkeypatch.setattr(Path, "rename", counted)
+            with merge.whole_folder(tmp_path / "export/merged") as folder:
+                (folder / "model.safetensors").write_text("new")
+                if moment == "written":
+                    os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) == (moment != 3)
+        with pytest.raises(ValueError), merge.whole_folder(tmp_path / "export/merged"):
+            raise ValueError  # the next export puts things right, even one that fails
+        text = {"merged/model.safetensors": b"new" if moment == 3 else b"of before"}
+        assert contents(tmp_path / "export") == text
+
+
+# --- GGUF
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch, tmp_path):
+    """Neither on the PATH nor at home."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+
+
+def script(path, source):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\nimport sys\n{source}\n")
+    path.chmod(0o755)
+
+
+def test_a_missing_converter_is_said_before_anything_is_merged(run, nothing_installed, tmp_path):
+    assert "gguf: convert_hf_to_gguf.py of llama.cpp is neither in llama.cpp, " in refused(run, "--gguf", "q8_0")
+    assert not (run / "export").exists()
+    script(tmp_path / "bin/convert-hf-to-gguf", "")
+    assert merge.find_tools(False, None) == {"convert": [str(tmp_path / "bin/convert-hf-to-gguf")]}
+    assert "gguf: llama-quantize of llama.cpp is neither" in refused(run, "--gguf", "q4_k_m")
+    script(tmp_path / "llama.cpp/convert_hf_to_gguf.py", "")
+    script(tmp_path / "llama.cpp/build/bin/llama-quantize", "")
+    tools = merge.find_tools(True, None)
+    assert tools["convert"] == [sys.executable, str(tmp_path / "llama.cpp/convert_hf_to_gguf.py")]
+    assert tools["quantize"] == [str(tmp_path / "llama.cpp/build/bin/llama-quantize")]
+
+
+def test_a_converter_that_fails_leaves_the_merged_model(run, nothing_installed, tmp_path):
+    script(
+        tmp_path / "llama.cpp/convert_hf_to_gguf.py",
+        "sys.exit('loading\\nNotImplementedError: tokenizer not known\\n')",
+    )
+    message = refused(run, "--gguf", "q8_0", "--llama-cpp", tmp_path / "llama.cpp")
+    assert message == (
+        "gguf: convert_hf_to_gguf.py failed: NotImplementedError: tokenizer not known; the merged model is in "
+        f"{run}/export/merged"
+    )
+    assert sorted(p.name for p in (run / "export").iterdir()) == ["merged", "report.json"]
+
+
+def test_a_quantised_file_goes_through_a_16_bit_one(tmp_path):
+    script(tmp_path / "convert_hf_to_gguf.py", "open(sys.argv[3], 'w').write(' '.join(sys.argv[4:]))")
+    script(tmp_path / "llama-quantize", "open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' ' + sys.argv[3])")
+    merge.convert(merge.find_tools(True, str(tmp_path)), "q4_k_m", tmp_path, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_text() == "--outtype bf16 Q4_K_M"
+    assert not (tmp_path / "wide.gguf").exists()
+    merge.convert(merge.find_tools(False, str(tmp_path)), "q8_0", tmp_path, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_text() == "--outtype q8_0"
+
+
+def test_the_modelfile_has_temperature_and_system_prompt():
+    lines = merge.modelfile("m.gguf", 0.7, "Think.\nThen answer.", {}).splitlines()
+    assert lines[2:] == ["FROM ./m.gguf", "PARAMETER temperature 0.7", 'SYSTEM """Think.', 'Then answer."""']
+    assert merge.modelfile("m.gguf", 1.0, None, {}).endswith("PARAMETER temperature 1\n")
+    assert '{"enable_thinking": false}' in merge.modelfile("m.gguf", 1.0, None, {"enable_thinking": False})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+def test_a_gguf_file_read_back_has_the_merged_models_logits(kind, tmp_path):
+    """By the real converter, for a small random Llama whose sentencepiece tokenizer is made here."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("gguf")
+    try:
+        merge.find_tools(False, None)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    base = tmp_path / "llama"
+    base.mkdir()
+    texts = [f"What is {a} + {b}? The answer is {a + b}." for a in range(30) for b in range(30)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(base / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(base)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.1, **shape
+    )
+    transformers.LlamaForCausalLM(settings).bfloat16().save_pretrained(base)
+    policy = load_policy(Config(model=str(base), device="cpu"))
+    fill_lora(policy, 0.05)
+    save_adapter(policy, tmp_path / "adapter")
+    export.main([str(tmp_path / "adapter"), "--gguf", kind, "--device", "cpu"])
+    out = tmp_path / "adapter/export"
+    assert sorted(p.name for p in (out / kind).iterdir()) == ["Modelfile", f"adapter-{kind}.gguf"]
+    logits = json.loads((out / "report.json").read_text())["logits"]
+    assert logits["gguf"]["largest"] < (0.2 * logits["by_lora"]["largest"] if kind == "q8_0" else 1e-4)
+    assert sorted(p.name for p in out.iterdir()) == sorted(["merged", "report.json", kind])
+
+
+# --- the Hub
+
+
+class Hub:
+    def __init__(self, private=True, error=None):
+        self.private, self.error, self.calls = private, error, []
+
+    def create_repo(self, name, **options):
+        self.calls.append(("create_repo", name, options))
+        return f"hub/{name}"
+
+    def model_info(self, name):
+        return SimpleNamespace(private=self.private)
+
+    def upload_folder(self, **options):
+        if self.error:
+            raise self.error
+        self.calls.append(("upload_folder", options["repo_id"], options["folder_path"]))
+
+
+def test_an_upload_is_private_unless_asked_otherwise(tmp_path):
+    hub = Hub()
+    assert merge.push(tmp_path, "me/model", False, hub) == "hub/me/model"
+    assert hub.calls == [
+        ("create_repo", "me/model", {"private": True, "exist_ok": True}),
+        ("upload_folder", "me/model", tmp_path),
+    ]
+    hub = Hub(private=False)
+    with pytest.raises(RunError, match="everybody can read me/model"):
+        merge.push(tmp_path, "me/model", False, hub)
+    assert len(hub.calls) == 1
+    merge.push(tmp_path, "me/model", True, hub)
+    assert hub.calls[1:] == [
+        ("create_repo", "me/model", {"private": False, "exist_ok": True}),
+        ("upload_folder", "me/model", tmp_path),
+    ]
+    with pytest.raises(RunError, match="was not uploaded: the line is cut .log in by.*; the model stays in"):
+        merge.push(tmp_path, "me/model", True, Hub(error=ConnectionError("the line is cut\nand more")))
+
+
+def test_without_a_network_the_model_stays_here(run):
+    assert "push_to_hub: Repo id must" in refused(run, "--push-to-hub", "me/too/many")
+    assert not (run / "export").exists()
+    message = refused(run, "--push-to-hub", "me/model", "--eval-questions", "0")
+    assert message.startswith("push_to_hub: me/model was not uploaded: ") and f"stays in {run}/export/merged" in message
+    assert loaded(run / "export/merged")
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as end:
+        export.main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "--push-to-hub" in said and "q4_k_m" in said and "PATH" in said

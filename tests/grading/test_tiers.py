@@ -1,0 +1,89 @@
+"""Where programs run: what a pass in Monty is worth, which block is the program, and a bubblewrap that may not run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from grading import Ungraded, grade_code
+from grading.sandbox.code_grader import _may_differ, available, extract_code, only
+from grading.sandbox.workers import run_in_worker
+
+
+@pytest.mark.parametrize(
+    "program, test",
+    [
+        ("def f(x):\n    return list(set(x))", "assert f([10, 1, 5, 1]) == [10, 1, 5]"),
+        ("def f(x):\n    return ''.join(set(x))", "assert f('hgfedcba') == 'hgfedcba'"),
+        ("def f(x):\n    return (y * 2 for y in x)", "assert f([1, 2]) == [2, 4]"),
+        ("def f(x):\n    m = (int(y) for y in x)\n    return max(m) - min(m)", "assert f('12') == 1"),
+        ("def f(x):\n    g = map\n    return g(str, x)", "assert f([1]) == ['1']"),
+    ],
+)
+def test_what_only_monty_takes_for_right_does_not_pass(program, test):
+    """Its sets keep their order, its generators are lists."""
+    for tier in available():
+        with only(tier):
+            try:
+                assert grade_code(program, [test])[0] == 0.0
+            except Ungraded:
+                assert tier == "monty"
+    try:
+        assert grade_code(program, [test])[0] == 0.0
+    except Ungraded:
+        assert available() == ("monty",)
+
+
+@pytest.mark.parametrize(
+    "program, differs",
+    [
+        ("def f(x):\n    return sorted(set(x))", False),
+        ("def f(x):\n    return sum(y for y in x) + len({1, 2})", False),
+        ("def f(x):\n    for i, y in enumerate(x): print(*map(str, x))", False),
+        ("def f(x):\n    return list(zip(x, x))", False),
+        ("def f(x):\n    return [y for y in {1, 2}]", True),
+        ("def f(x:", True),
+    ],
+)
+def test_where_monty_is_believed(program, differs):
+    assert _may_differ(program) is differs
+
+
+@pytest.mark.parametrize(
+    "answer, names, code",
+    [
+        ("```python\ndef f(x): return x\n```\n```python\ndef test(): f(1)\n```", ["f"], "def f(x): return x"),
+        ("```python\ndef f(x): return x\n```\n```python\nprint(list(map(lambda x: f(x), [1])))\n```", ["f"], "def f(x): return x"),
+        ("```python\nprint(6)\n```\nSample output\n```\n6\n```", [], "print(6)"),
+        ("```python\nprint(6)\n```\nRun\n```bash\npython main.py\n```", [], "print(6)"),
+        ("```python\nf = abs\n```\n```text\nwe def f\n```", ["f"], "f = abs"),
+    ],
+)  # fmt: skip
+def test_the_block_that_was_asked_for(answer, names, code):
+    assert extract_code(answer, names) == code
+
+
+def test_a_bubblewrap_that_may_not_run_is_said_and_done_without(tmp_path):
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text("#!/bin/sh\necho 'No permissions to create a new namespace' >&2\nexit 1\n")
+    bwrap.chmod(0o755)
+    code = "from grading import sandbox; print(sandbox.describe()); print(sandbox.grade_code('def f(x): return x', ['assert f(1) == 1']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stderr == "" and "in Monty alone: bubblewrap does not run here" in done.stdout
+    assert "No permissions" in done.stdout and "(1.0, 'passed: all tests')" in done.stdout
+
+
+def test_a_worker_that_died_while_idle_is_replaced():
+    pid = run_in_worker("os:getpid", preload=("math",))
+    os.kill(pid, 9)
+    assert run_in_worker("math:sqrt", 4.0, preload=("math",)) == 2.0
+
+
+def test_a_slow_pass_in_monty_is_worth_no_more():
+    """What passes only on the second try, with all its time, is held to the same."""
+    program = "def f(x):\n    n = 0\n    for i in range(600000):\n        n += i\n    return (y * 2 for y in x)"
+    with only("monty"), pytest.raises(Ungraded, match="an iterator or a set"):
+        grade_code(program, ["assert f([1, 2]) == [2, 4]"], timeout=5.0)

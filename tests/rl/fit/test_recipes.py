@@ -1,0 +1,352 @@
+"""The recipes of configs/: what their headers say is what --dry-run says, and their questions can be asked and graded.
+
+python tests/rl/fit/test_recipes.py        writes the predicted memory and time into the headers
+"""
+
+import dataclasses
+import functools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # as a script
+
+from data import hub, levels, load, load_questions
+from grading import Completion, load_rewards, sandbox
+from rl.config import ConfigError
+from rl.fit import recipes
+from rl.fit.cards import GB, Machine
+from rl.fit.memory import dry_run
+from rl.run.read_config import read_config, read_yaml
+
+RECIPES = sorted(
+    str(path) for path in Path("configs").glob("*.yaml") if not path.stem.startswith(("tiny", "long_sums"))
+)
+FIELD = re.compile(r"^# (Card|Memory|Time|Result) +(.*)$", re.MULTILINE)
+# Sources that make their own questions, so that nothing has to be fetched; the families of reasoning_gym with their levels.
+MADE = {"configs/countdown.yaml", "configs/reasoning_gym.yaml"}
+
+
+def header(file):
+    """The fields of a recipe's header, and the memory of its card in GB."""
+    text = Path(file).read_text(encoding="utf-8")
+    fields = dict(FIELD.findall(text[: text.index("\nmodel:")]))
+    return fields, re.search(r"--gpu-memory (\d+)", fields["Card"])[1]
+
+
+def predicted(file):
+    """Memory and time in the words of the header, from those of --dry-run."""
+    config, _ = read_config(["--config", file, "--dry-run", "--gpu-memory", header(file)[1]], "")
+    prompts = [row["prompt"] for row in made_rows(file)] if file in MADE else []  # as local_prompts in train.py
+    text = dry_run(config, prompts=prompts)
+    fits = re.search(r"It fits: .*|It does not fit.*", text)[0]
+    return {"Memory": fits, "Time": re.search(r"time +(about .*);|$", text)[1]}
+
+
+@functools.cache
+def made_rows(file):
+    """Questions of sources that make their own: of reasoning_gym it takes seconds."""
+    return [row for source in read_config(["--config", file], "")[0].train_data for row in load(source)]
+
+
+def write_headers():
+    for file in RECIPES:
+        text = Path(file).read_text(encoding="utf-8")
+        for name, words in predicted(file).items():
+            text = re.sub(rf"^# {name} .*$", f"# {name:8} {words}", text, count=1, flags=re.MULTILINE)
+        Path(file).write_text(text, encoding="utf-8")
+        print(file, *predicted(file).values())
+
+
+# --- headers
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow) if "reasoning_gym" in f else f for f in RECIPES]
+)
+def test_the_header_says_what_the_dry_run_says(file):
+    if "reasoning_gym" in file:
+        pytest.importorskip("reasoning_gym")
+    fields, gigabytes = header(file)
+    text = Path(file).read_text(encoding="utf-8")
+    assert f"#   python train.py --config {file}\n" in text
+    assert "# Not yet run on a GPU: memory and time are predicted, not measured.\n" in text
+    assert re.search(r"verl|no published figure", fields["Result"])
+    assert f"{gigabytes} GB" in fields["Card"]
+    found = predicted(file)
+    assert found["Memory"].startswith("It fits: ") and " modelled for " in found["Time"]
+    stands = {name: fields[name] for name in found}
+    assert stands == found, "python tests/rl/fit/test_recipes.py writes what --dry-run says into the headers"
+    assert len(text.splitlines()) <= 40
+
+
+def test_the_readme_says_what_the_headers_say():
+    rows = dict(
+        re.findall(
+            r"^\| `([\w.]+)`.*?\| \w+ \| ([\d.]+ \| \d+ \([\w ]+\)) \|", Path("README.md").read_text(), re.MULTILINE
+        )
+    )
+    assert rows.keys() == {Path(file).stem for file in RECIPES}
+    for file in RECIPES:
+        fields, _ = header(file)
+        needed = re.search(r"It fits: ([\d.]+)", fields["Memory"])[1]
+        minutes, card = re.search(r"about (\d+) minutes modelled for ([\w ]+) \(", fields["Time"]).groups()
+        assert rows[Path(file).stem] == f"{needed} | {minutes} ({card})", file
+
+
+@pytest.mark.parametrize("file", RECIPES)
+def test_settings_that_every_recipe_must_have(file):
+    config, name = read_config(["--config", file], "")
+    assert name == Path(file).stem
+    assert config.load_in_4bit and config.gradient_checkpointing and config.optim == "adamw_8bit"
+    assert 1e-5 <= config.learning_rate <= 5e-5 and config.lora_r in (16, 32)
+    assert config.rollout_batch_size % config.num_generations == 0
+    assert config.eval_steps and config.max_steps // config.eval_steps <= 4
+    assert config.dtype == ("float16" if name == "t4" else "auto")
+
+
+def test_the_tiny_recipes_load():
+    for file in ("configs/tiny.yaml", "configs/tiny_ppo.yaml", "configs/long_sums.yaml"):
+        assert read_config(["--config", file], "")[0].model == "data/tiny"
+
+
+# --- questions: small rows, made up, as the sources write theirs
+
+DOUBLE = "def double(n):\r\n    return 2 * n\r\n"
+SETS = {
+    ("openai/gsm8k", "main"): [
+        {
+            "question": f"Tom bakes {n} trays with 12 rolls each and burns 5. How many rolls are good?",
+            "answer": f"There are {n}*12=<<{n}*12={12 * n}>>{12 * n} rolls.\nGood are {12 * n}-5=<<{12 * n}-5={12 * n - 5}>>{12 * n - 5}.\n#### {12 * n - 5:,}",
+        }
+        for n in (3, 400)
+    ],
+    ("open-r1/DAPO-Math-17k-Processed", "en"): [
+        {
+            "prompt": f"Find the sum of the odd numbers below {n}.",
+            "solution": str((n // 2) ** 2),
+            "data_source": "math_dapo",
+            "source_prompt": [{"role": "user", "content": f"Find the sum of the odd numbers below {n}."}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": str((n // 2) ** 2), "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": f"made-up-{n}"},
+        }
+        for n in (20, 70)
+    ],
+    ("HuggingFaceH4/MATH-500", None): [
+        {
+            "problem": f"What is {n} divided by {n + 2}?",
+            "solution": f"It is $\\boxed{{\\frac{{{n}}}{{{n + 2}}}}}$.",
+            "answer": f"\\frac{{{n}}}{{{n + 2}}}",
+            "subject": "Prealgebra",
+            "level": 1,
+            "unique_id": f"test/prealgebra/made_up_{n}.json",
+        }
+        for n in (3, 5)
+    ],
+    ("google-research-datasets/mbpp", "full"): [
+        {
+            "task_id": 9001,
+            "text": "Write a function to double a number.",
+            "code": DOUBLE,
+            "test_list": ["assert double(2) == 4", "assert double(0) == 0", "assert double(-3) == -6"],
+            "test_setup_code": "",
+            "challenge_test_list": [],
+        }
+    ],
+    ("google-research-datasets/mbpp", "sanitized"): [
+        {
+            "source_file": "made_up.ipynb",
+            "task_id": 9002,
+            "prompt": "Write a function to double a number.",
+            "code": DOUBLE,
+            "test_imports": ["import math"],
+            "test_list": ["assert double(2) == 4", "assert double(math.floor(1.5)) == 2"],
+        }
+    ],
+    ("openai/openai_humaneval", None): [
+        {
+            "task_id": "HumanEval/9003",
+            "prompt": 'def third(words: list) -> str:\n    """The third of the words.\n    >>> third(["a", "b", "c"])\n    \'c\'\n    """\n',
+            "canonical_solution": "    return words[2]\n",
+            "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(['a', 'b', 'c']) == 'c'\n    assert candidate(list('wxyz')) == 'y'\n",
+            "entry_point": "third",
+        }
+    ],
+}
+SPLIT = {"openai/openai_humaneval": "test", "HuggingFaceH4/MATH-500": "test"}  # the only one
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A Hub that has the sets above: train and test of one row each where there are two."""
+    datasets, huggingface_hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+
+    def load_dataset(name, config=None):
+        rows = SETS[name, config]
+        splits = {SPLIT[name]: rows} if name in SPLIT else {"train": rows[:1], "test": rows[-1:]}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
+    hub._fetch.cache_clear()
+    yield
+    hub._fetch.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    sandbox.start(code_timeout=5.0)
+    return load_rewards("rewards.py")
+
+
+def answered(row, system_prompt, right=True):
+    """An answer in the form that the recipe's system prompt asks for."""
+    forms = {"####": "#### {}", "\\boxed{}": "It is $\\boxed{{{}}}$.", "<answer>": "<answer>{}</answer>", "```python": "```python\n{}\n```"}  # fmt: skip
+    (form,) = [form for asked, form in forms.items() if asked in system_prompt]
+    if "```" in form:
+        gold = row["solution"] if right else row["solution"].replace("return", "return not")
+    elif row.get("grader") == "countdown":
+        gold = row["solution"] if right else row["solution"] + "+1"
+    else:
+        gold = row["answer"] if right else "77777"
+    thinking = "<think>Let me see.</think>" if "<think>" in system_prompt else "Let me see.\n"
+    return Completion(prompt=row["prompt"], text=thinking + form.format(gold), row=row, tokens=20)
+
+
+def check_rows(rows, config, rewards):
+    """Right answers get full marks, wrong ones only those for the form."""
+    assert not [note for note in rewards.check(rows) if "warning" in note]
+    for right in (True, False):
+        for score in rewards.score_all([answered(row, config.system_prompt, right) for row in rows]):
+            assert score.is_right == right and score.parts["format"] == 1, score
+            assert score.total == pytest.approx(1.1 if right else 0.1)
+
+
+@pytest.mark.parametrize("file", [file for file in RECIPES if file not in MADE])
+def test_right_answers_to_its_questions_get_full_marks(file, stand_in, rewards):
+    config, _ = read_config(["--config", file], "")
+    train_rows, eval_rows, notes = load_questions(
+        config.train_data, config.eval_data, config.train_questions, config.eval_questions, config.columns, config.seed
+    )
+    assert train_rows and eval_rows and not [note for note in notes if "evaluation" in note]
+    assert {row["prompt"] for row in train_rows}.isdisjoint(row["prompt"] for row in eval_rows)
+    check_rows(train_rows + eval_rows, config, rewards)
+
+
+def test_the_sanitized_half_of_mbpp_too(stand_in, rewards):
+    rows = load("google-research-datasets/mbpp")
+    assert rows[0]["setup"] == "import math"
+    check_rows(rows, read_config(["--config", "configs/qwen3_1.7b_mbpp.yaml"], "")[0], rewards)
+
+
+def test_countdown_as_the_recipe_asks_for_it(rewards):
+    check_rows(load("countdown", 5), read_config(["--config", "configs/countdown.yaml"], "")[0], rewards)
+
+
+@pytest.mark.slow
+def test_reasoning_gym_as_the_recipe_asks_for_it(rewards):
+    pytest.importorskip("reasoning_gym")
+    config, _ = read_config(["--config", "configs/reasoning_gym.yaml"], "")
+    rows = made_rows("configs/reasoning_gym.yaml")
+    assert set(levels(rows)) == {1, 2, 3, 4} and config.curriculum_steps
+    check_rows(rows[::40], config, rewards)
+
+
+# --- choosing for the person
+
+
+def choose(gigabytes, dtype="bfloat16"):
+    """The recipe for a card that is named by its memory, and what is said of it."""
+    settings = {"gpu_memory": float(gigabytes), "dtype": dtype, "dry_run": True}
+    return recipes.choose_recipe(lambda file: dataclasses.replace(read_yaml(file), **settings))
+
+
+def auto(capsys, *arguments):
+    """The recipe that --config auto takes, and what it says."""
+    name = read_config(["--config", "auto", "--dry-run", *map(str, arguments)], "")[1]
+    return name, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "gigabytes, bf16, fp16",
+    [
+        (2, "tiny", "tiny"),
+        (4, "qwen3_0.6b_gsm8k", "qwen2.5_0.5b_gsm8k"),
+        (6, "qwen3_0.6b_gsm8k", "qwen2.5_0.5b_gsm8k"),
+        (8, "qwen3_1.7b_gsm8k", "t4"),
+        (12, "llama3.2_3b_gsm8k", "t4"),
+        (16, "qwen3_4b_base_dapo", "t4"),
+        (24, "qwen3_8b_base_dapo", "t4"),
+        (80, "qwen3_8b_base_dapo", "t4"),
+    ],
+)
+def test_auto_takes_the_largest_that_fits(gigabytes, bf16, fp16):
+    file, text = choose(gigabytes)
+    assert Path(file).stem == bf16 and f"Taking {file}" in text
+    assert f"This card: a CUDA card of {gigabytes} GB, in bfloat16." in text and "not measured" in text
+    assert Path(choose(gigabytes, "float16")[0]).stem == fp16
+
+
+@pytest.mark.parametrize("gigabytes", [3.0, 3.6, 5.5, 7.6, 9.4, 11.6, 14.9, 15.6, 22.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_auto_takes_fits(gigabytes, dtype):
+    file, text = choose(gigabytes, dtype)
+
+    def said(file, gigabytes):
+        config = dataclasses.replace(read_yaml(file), gpu_memory=float(gigabytes), dtype=dtype)
+        return dry_run(config, prompt_length=256)
+
+    assert "It fits: " in said(file, gigabytes)
+    if found := re.search(r"the next larger, (\S+), would need ([\d.]+) GB", text):  # and not with less
+        assert float(found[2]) > gigabytes and "It fits: " in said(*found.groups())
+
+
+def test_a_card_too_small_is_told_the_least():
+    file, text = choose(2)
+    least = re.search(r"The smallest recipe, (\S+), would need ([\d.]+) GB", text)
+    assert file == recipes.TINY and least[1] == recipes.LADDER[-1]
+    assert choose(least[2])[0] == least[1]
+
+
+def test_settings_on_the_command_line_count_in_the_choice(capsys):
+    name, text = auto(capsys, "--gpu-memory", 12, "--max-completion-length", 4096)
+    assert name == "qwen2.5_0.5b_gsm8k" and "configs/qwen3_0.6b_gsm8k.yaml, would need" in text
+    arguments = ["--config=auto", "--dry-run", "--gpu-memory", "15", "--dtype", "float16", "--max-steps", "7"]
+    config, name = read_config(arguments, "")
+    assert name == "t4" and config.max_steps == 7 and config.model == "Qwen/Qwen2.5-1.5B-Instruct"
+    with pytest.raises(ConfigError, match="gpu_memory is 15, but is the GB of a card for --dry-run"):
+        read_config(["--config", "auto", "--gpu-memory", "15"], "")
+
+
+def test_without_a_gpu_it_is_the_tiny_model(capsys):
+    name, text = auto(capsys, "--device", "cpu")
+    assert name == "tiny" and text.startswith("No NVIDIA GPU here: taking configs/tiny.yaml")
+
+
+def test_a_card_that_is_here(monkeypatch):
+    """Its free memory counts, and what PyTorch says of bf16."""
+
+    def here(memory, dtype):
+        machine = Machine("cuda", dtype, memory * GB, f"NVIDIA Something with {memory:.1f} GB free")
+        monkeypatch.setattr(recipes, "find_machine", lambda config: machine)
+        return recipes.choose_recipe(read_yaml)
+
+    file, text = here(11.6, "bfloat16")
+    assert file == "configs/llama3.2_3b_gsm8k.yaml" and "NVIDIA Something with 11.6 GB free, in bfloat16" in text
+    assert here(5.4, "float16")[0] == "configs/qwen2.5_0.5b_gsm8k.yaml"
+    assert here(14.5, "float16")[0] == "configs/t4.yaml"
+
+
+def test_the_ladders_go_down():
+    machine = Machine("cuda", "bfloat16", 0.1 * GB, "a card")
+    for ladder in (recipes.LADDER, recipes.LADDER_FP16):
+        assert set(ladder) <= set(RECIPES)
+        least = [recipes.least_memory(read_yaml(file), machine) for file in ladder]
+        assert least == sorted(least, reverse=True)
+
+
+if __name__ == "__main__":
+    write_headers()

@@ -1,0 +1,335 @@
+"""The written-out forward pass against the models' own, for random small models of each family."""
+
+import peft
+import pytest
+import torch
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rl.model import engine, logprobs
+from rl.model.decoder import Decoder, Linears, folded_weight, unsupported
+from rl.model.engine import Engine
+from rl.model.logprobs import completion_logprobs, completion_states
+from rl.model.policy import Policy, has_plain_head, make_deterministic
+from rl.model.sampling import Sampling
+from rl.rollout import rollout
+
+SIZES = dict(vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3, max_position_embeddings=256)
+SLIDING = {
+    "use_sliding_window": True, "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, HEADS),
+    "llama, every head its own keys, tied": (
+        LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "llama, one key head, biases": (
+        LlamaForCausalLM, LlamaConfig, HEADS | {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama, llama3 rope": (LlamaForCausalLM, LlamaConfig, HEADS | {"rope_parameters": LLAMA3}),
+    "llama, linear rope": (
+        LlamaForCausalLM, LlamaConfig, HEADS | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
+    "llama, yarn": (
+        LlamaForCausalLM, LlamaConfig,
+        HEADS | {"rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_attention_heads": 6, "num_key_value_heads": 2}),
+    "qwen2, sliding window": (Qwen2ForCausalLM, Qwen2Config, {"num_attention_heads": 6, "num_key_value_heads": 3} | SLIDING),
+    "qwen3, tied": (Qwen3ForCausalLM, Qwen3Config, HEADS | {"tie_word_embeddings": True}),
+    "qwen3, sliding window": (Qwen3ForCausalLM, Qwen3Config, HEADS | SLIDING),
+}  # fmt: skip
+
+
+def make_policy(name, lora_scale=0.1, **changes):
+    """A random model of a family under a LoRA of noise, also on its head; the biases are noise as well."""
+    kind, config, settings = MODELS[name]
+    torch.manual_seed(1)
+    model = kind(config(**SIZES | settings | changes)).float()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(("bias", "norm.weight")):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    tied = model.config.tie_word_embeddings
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split() + ([] if tied else ["lm_head"])
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data = lora_scale * torch.randn_like(parameter)
+    make_deterministic(model)
+    model.eval()
+    assert unsupported(model) is None
+    return Policy(
+        model=model, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({2, 3}), pad_id=0,
+        temperature=1.0, system_prompt=None, chat_template_kwargs={}, continues_adapter=False, decoder=Decoder(model),
+    )  # fmt: skip
+
+
+def random_rows(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, SIZES["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+def own_logits(policy, row):
+    with torch.no_grad():
+        return policy.model(input_ids=torch.tensor([row])).logits[0]
+
+
+@pytest.mark.parametrize("scratch", [True, False], ids=["scratch weights", "modules"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_through_prefill_decode_refill_and_tail(name, scratch, monkeypatch):
+    """Every logit of every step is the model's own for that row, whichever slot the row lived in at the time."""
+    policy, drawn, seen, widths = make_policy(name), [], {}, []
+    sample = engine.sample
+
+    def keep_logits(logits, *args):
+        drawn.append(logits.clone())
+        return sample(logits, *args)
+
+    class Recording(Engine):
+        def leave(self, first, tokens, logprobs):
+            widths.append((len(waiting_places(self)), len(self.rows)))
+            for row, logits in zip(self.rows[first:], drawn[-1]):
+                seen[row.place, len(row.ids)] = logits
+            return super().leave(first, tokens, logprobs)
+
+    def waiting_places(engine):
+        return set(range(len(prompts) * 3)) - {place for place, _ in seen} - {row.place for row in engine.rows}
+
+    monkeypatch.setattr(engine, "sample", keep_logits)
+    monkeypatch.setattr(engine, "fits", lambda *_: scratch)
+    monkeypatch.setattr(engine, "GROWTH", 4)
+    monkeypatch.setattr("rl.rollout.Engine", Recording)
+    prompts = random_rows(5, 11, 1, 8, 3, 7)
+    episodes = rollout(policy, prompts, 3, 20, Sampling(), torch.Generator().manual_seed(2), rows_at_a_time=7)
+    assert len({len(e.completion_ids) for e in episodes}) > 5 and {e.truncated for e in episodes} == {True, False}
+    refills = sum(later > earlier for (_, earlier), (_, later) in zip(widths, widths[1:]))
+    assert refills > 1 and min(rows for waiting, rows in widths if waiting == 0) < 6  # and a tail
+    for place, episode in enumerate(episodes):
+        logits = own_logits(policy, episode.prompt_ids + episode.completion_ids)
+        for t in range(len(episode.completion_ids)):
+            expected = logits[len(episode.prompt_ids) - 1 + t]
+            torch.testing.assert_close(seen[place, t], expected, atol=1e-5, rtol=0)
+            logprob = expected.log_softmax(-1)[episode.completion_ids[t]].item()
+            assert episode.sampler_logprobs[t] == pytest.approx(logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_generate(name):
+    policy = make_policy(name)
+    prompts = random_rows(6, 2, 9)
+    episodes = rollout(policy, prompts, 1, 24, Sampling(0), torch.Generator(), rows_at_a_time=2)
+    for prompt, episode in zip(prompts, episodes):
+        ids = torch.tensor([prompt])
+        generated = policy.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=[2, 3],
+            pad_token_id=0,
+        )  # fmt: skip
+        assert episode.completion_ids == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_update_with_shared_prompts_is_the_plain_path(name):
+    """Log-probabilities, entropies and gradients of rows that share prompts, against the model's own forward row by row."""
+    policy = make_policy(name)
+    first, second = random_rows(9, 4)
+    prompts = [first, second, first, first, second]
+    completions = random_rows(7, 12, 1, 3, 5, seed=3)
+    weights = torch.randn(5, 12, generator=torch.Generator().manual_seed(4))
+
+    def run():
+        policy.model.zero_grad()
+        values, mask, entropy = completion_logprobs(policy, prompts, completions, with_entropy=True)
+        (values * weights * mask).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+        return values.detach(), entropy, gradients
+
+    values, entropy, gradients = run()
+    policy.decoder = None
+    expected_values, expected_entropy, expected = run()
+    torch.testing.assert_close(values, expected_values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=0)
+    assert torch.cosine_similarity(gradients, expected, dim=0) > 0.9999
+    torch.testing.assert_close(gradients, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+def test_completions_of_one_token():
+    """Alone in their batch they leave nothing to compute behind the prompts; beside longer ones neither."""
+    policy = make_policy("qwen3, tied")
+    prompts = random_rows(5, 3, 5)
+    for completions in ([[7], [2], [9]], [[7], [8, 9, 2], [4]]):
+        values, mask, _ = completion_logprobs(policy, prompts, completions)
+        values.sum().backward()
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            logits = own_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
+            expected = logits[range(len(completion)), completion]
+            torch.testing.assert_close(values[i][mask[i]].detach(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_width_that_cuda_wants_changes_nothing(monkeypatch):
+    """Rows of attention as multiples of 16, as on CUDA: the same figures, of the same shapes."""
+    policy = make_policy("qwen2, sliding window")
+    prompts, completions = random_rows(9, 4, 4), random_rows(7, 12, 1, seed=3)
+
+    def run():
+        policy.model.zero_grad()
+        values, mask, entropy = completion_logprobs(policy, prompts, completions, with_entropy=True)
+        values.sum().backward()
+        generator = torch.Generator().manual_seed(0)
+        episodes = rollout(policy, prompts, 2, 9, Sampling(), generator, rows_at_a_time=4)
+        states, _ = completion_states(policy, prompts, completions)
+        gradients = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+        return [values.detach(), mask, entropy, states.detach(), gradients], [e.completion_ids for e in episodes]
+
+    tensors, sampled = run()
+    monkeypatch.setattr("rl.model.attention.round_up", lambda width, device: -(-width // 16) * 16)
+    monkeypatch.setattr("rl.model.engine.round_up", lambda width, device: -(-width // 16) * 16)
+    wider_tensors, wider_sampled = run()
+    assert sampled == wider_sampled
+    for a, b in zip(tensors, wider_tensors, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_of_the_head_and_recomputed_layers_change_nothing(monkeypatch):
+    policy = make_policy("llama")
+    prompts, completions = random_rows(9, 4, 4), random_rows(7, 12, 5, seed=3)
+
+    def run():
+        policy.model.zero_grad()
+        values, _, _ = completion_logprobs(policy, prompts, completions, with_entropy=True)
+        values.sum().backward()
+        return values.detach(), torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+
+    values, gradients = run()
+    monkeypatch.setattr(logprobs, "LOGITS_AT_A_TIME", 5 * SIZES["vocab_size"])  # five tokens at a time
+    in_chunks = run()
+    policy.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    calls, run_layer = [], Decoder.run_layer
+    monkeypatch.setattr(Decoder, "run_layer", lambda *args: calls.append(1) or run_layer(*args))
+    recomputed = run()
+    assert len(calls) == 6  # three layers, forward and again in the backward
+    for other in (in_chunks, recomputed):
+        torch.testing.assert_close(other[0], values, atol=1e-6, rtol=0)
+        torch.testing.assert_close(other[1], gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_states_before_and_after_each_token():
+    policy = make_policy("qwen2")
+    prompts, completions = random_rows(4, 6), random_rows(5, 2, seed=1)
+    with torch.no_grad():
+        states, mask = completion_states(policy, prompts, completions)
+        assert states.shape == (2, 6, 48) and mask.sum(1).tolist() == [5, 2]
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            row = torch.tensor([prompt + completion])
+            hidden = policy.model.get_base_model().model(input_ids=row).last_hidden_state[0]
+            n = len(completion) + 1
+            torch.testing.assert_close(states[i, :n], hidden[len(prompt) - 1 :], atol=1e-5, rtol=0)
+            assert not states[i, n:].any()
+
+
+def test_adapters_that_are_off_or_others_are_honoured():
+    """The engine follows disable_adapter and set_adapter, as evaluation and the reloaded LoRA need it."""
+    policy = make_policy("qwen3, tied")
+    policy.model.add_adapter("other", policy.model.peft_config["default"])
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B.other" in name:
+            parameter.data = torch.randn_like(parameter)
+    prompts = random_rows(5, 8)
+
+    def agrees():
+        (episode, _) = rollout(policy, prompts, 1, 9, Sampling(), torch.Generator().manual_seed(0), 2)
+        row = episode.prompt_ids + episode.completion_ids
+        logits = own_logits(policy, row)[len(episode.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = logits[range(len(episode.completion_ids)), episode.completion_ids].tolist()
+        assert episode.sampler_logprobs == pytest.approx(expected, abs=1e-5)
+        return sum(expected)
+
+    sums = [agrees()]
+    with policy.model.disable_adapter():
+        sums.append(agrees())
+    policy.model.set_adapter("other")
+    sums.append(agrees())
+    assert len({round(s, 3) for s in sums}) == 3
+
+
+def test_folding_is_exact_and_leaves_the_model_alone():
+    policy = make_policy("llama, one key head, biases")
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    layer = policy.model.get_base_model().model.layers[1]
+    x = torch.randn(3, 48)
+    both = Linears(layer.mlp.gate_proj, layer.mlp.up_proj)
+    for part, module in zip(both.folded(torch.float32)(x), (layer.mlp.gate_proj, layer.mlp.up_proj)):
+        torch.testing.assert_close(part, module(x), atol=1e-5, rtol=0)
+    fp32 = folded_weight(layer.self_attn.q_proj, torch.float32)
+    assert torch.equal(
+        folded_weight(layer.self_attn.q_proj, torch.bfloat16), fp32.bfloat16()
+    )  # rounded once, at the end
+    Decoder(policy.model).folded()
+    assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+
+
+def test_a_lora_of_another_kind_is_run_by_its_own_module():
+    """DoRA cannot be folded in: sampler and update still are the model's own forward."""
+    policy = make_policy("llama")
+    settings = peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"])
+    policy.model.add_adapter("dora", settings)
+    policy.model.set_adapter("dora")
+    for name, parameter in policy.model.named_parameters():
+        if ".dora." in name and "lora_B" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    assert not policy.decoder.can_fold()
+    (prompt,) = random_rows(6)
+    (episode,) = rollout(policy, [prompt], 1, 8, Sampling(), torch.Generator().manual_seed(0), 1)
+    logits = own_logits(policy, prompt + episode.completion_ids)[len(prompt) - 1 : -1].log_softmax(-1)
+    expected = logits[range(len(episode.completion_ids)), episode.completion_ids]
+    assert episode.sampler_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+    logprobs, _, _ = completion_logprobs(policy, [prompt], [episode.completion_ids])
+    torch.testing.assert_close(logprobs[0], expected, atol=1e-5, rtol=0)
+
+
+def test_what_is_not_supported_says_why():
+    other = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40))
+    assert "GPTNeoXForCausalLM is not of" in unsupported(other)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES | HEADS | {"rope_parameters": rope}))
+    assert "rotary embedding is of the type dynamic" in unsupported(llama)
+
+    class Patched(LlamaForCausalLM):
+        """A class of another name may do anything."""
+
+    assert "Patched" in unsupported(Patched(LlamaConfig(**SIZES | HEADS)))
+
+
+def test_a_head_that_scales_its_logits_is_noticed():
+    from transformers import CohereConfig, CohereForCausalLM
+
+    def model(scale):
+        config = CohereConfig(**SIZES, num_attention_heads=4, logit_scale=scale, pad_token_id=0, eos_token_id=1)
+        return peft.get_peft_model(CohereForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"])).eval()
+
+    assert has_plain_head(model(1.0)) and not has_plain_head(model(0.25))
+
+    scaled, prompts, completions = model(0.25), random_rows(4, 6), random_rows(5, 1, seed=1)
+    policy = Policy(
+        model=scaled, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({1}), pad_id=0,
+        temperature=1.0, system_prompt=None, chat_template_kwargs={}, continues_adapter=False, decoder=None, plain_head=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        values, mask, _ = completion_logprobs(policy, prompts, completions)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        logits = own_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(values[i][mask[i]], logits[range(len(completion)), completion], atol=1e-5, rtol=0)

@@ -1,0 +1,324 @@
+"""The policy: log-probabilities against a slow reference, the LoRA, 4-bit weights, templates and end tokens."""
+
+import json
+import shutil
+
+import bitsandbytes
+import pytest
+import safetensors.torch
+import torch
+from conftest import fill_lora, vectors
+
+from rl.config import Config, ConfigError
+from rl.model.logprobs import completion_logprobs
+from rl.model.policy import check_model, choose_device, load_policy, make_deterministic, reloaded_adapter, save_adapter
+from rl.update import Updater
+
+
+def copy_of_tiny(folder, **changes):
+    """A copy of the bundled model with changes to its JSON files: file stem -> entries."""
+    shutil.copytree("data/tiny", folder)
+    for stem, entries in changes.items():
+        path = folder / f"{stem}.json"
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
+    return str(folder)
+
+
+def rowwise_logprobs(policy, prompt, completion, temperature):
+    """One row alone, no padding, the whole distribution in fp32: what the batched path must equal."""
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0].float()
+    table = torch.log_softmax(logits / temperature, -1)[len(prompt) - 1 : -1]  # (C, V)
+    return table[range(len(completion)), completion], -(table.exp() * table).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_and_entropy_equal_a_row_by_row_forward(policy, episodes, temperature):
+    policy.temperature = temperature
+    prompts, completions = [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
+    logprobs, mask, entropy = completion_logprobs(policy, prompts, completions, with_entropy=True)
+    assert logprobs.shape == mask.shape == entropy.shape == (16, max(map(len, completions)))
+    for i, completion in enumerate(completions):
+        expected, expected_entropy = rowwise_logprobs(policy, prompts[i], completion, temperature)
+        n = len(completion)
+        torch.testing.assert_close(logprobs[i, :n], expected, atol=3e-5, rtol=0)  # of logits up to 50 at 0.6
+        torch.testing.assert_close(entropy[i, :n], expected_entropy, atol=1e-5, rtol=0)
+        assert mask[i].tolist() == [True] * n + [False] * (mask.shape[1] - n)
+        assert not logprobs[i, n:].any() and not entropy[i, n:].any()
+
+
+def test_the_mask_comes_from_lengths_not_from_token_ids(policy):
+    """A completion may hold the padding token, and its first end token belongs to it."""
+    (eos,) = policy.eos_ids
+    completions = [[policy.pad_id, 20, eos], [eos]]
+    _, mask, _ = completion_logprobs(policy, [[4, 40], [4, 41]], completions)
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_sampler_and_scorer_agree(policy, episodes):
+    logprobs, _, _ = completion_logprobs(policy, [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes])
+    for row, episode in zip(logprobs, episodes):
+        sampled = torch.tensor(episode.sampler_logprobs)
+        torch.testing.assert_close(row[: len(sampled)], sampled, atol=1e-4, rtol=0)
+
+
+def test_lora_is_on_every_linear_layer_and_nothing_else_trains(policy):
+    linear = [name for name, m in policy.model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name]
+    without = [name for name in linear if not name.endswith(".base_layer")]
+    assert len(linear) == 4 * 7 + 1 and without == ["base_model.model.lm_head"]
+    trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 * 7 * 2 and all("lora_" in name for name in trained)
+
+
+def test_the_reference_is_the_base_model(policy):
+    """Adapter off equals a model that never had one; adapter on does not."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained("data/tiny", dtype=torch.float32)
+    ids = torch.tensor([policy.encode_prompt("What is 3 + 4?")])
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        with policy.reference():
+            torch.testing.assert_close(policy.model(input_ids=ids).logits, expected)
+        assert not torch.allclose(policy.model(input_ids=ids).logits, expected, atol=1e-2)
+
+
+def test_no_dropout_anywhere(policy, tmp_path, config):
+    """Two forward passes in training mode are the same, also where model and LoRA were trained with dropout."""
+    save_adapter(policy, tmp_path / "a")
+    lora = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(lora | {"lora_dropout": 0.5}))
+    config.model = copy_of_tiny(tmp_path / "m", config={"attention_dropout": 0.5})
+    config.adapter = str(tmp_path / "a")
+    policy = load_policy(config)
+    policy.model.train()
+    batch = [[4, 30, 31, 32]], [[33, 34, 35]]
+    assert torch.equal(completion_logprobs(policy, *batch)[0], completion_logprobs(policy, *batch)[0])
+
+
+def test_dropout_applied_as_a_function_is_off_too(policy):
+    layer = policy.model.base_model.model.model.layers[0]
+    layer.hidden_dropout = 0.3  # as OPT and others keep theirs
+    make_deterministic(policy.model)
+    assert layer.hidden_dropout == 0.0
+
+
+def test_saved_reloaded_and_compared(policy, tmp_path):
+    prompt = torch.tensor([policy.encode_prompt("What is 3 + 4?")])
+    with torch.no_grad():
+        in_memory = policy.model(input_ids=prompt).logits
+        save_adapter(policy, tmp_path / "step_1")
+        fill_lora(policy, 0.0)
+        with reloaded_adapter(policy, tmp_path / "step_1"):
+            torch.testing.assert_close(policy.model(input_ids=prompt).logits, in_memory)
+        assert not torch.allclose(policy.model(input_ids=prompt).logits, in_memory, atol=1e-2)
+    assert all(p.requires_grad for name, p in policy.model.named_parameters() if "lora_" in name)
+    assert "reloaded" not in policy.model.peft_config
+    files = {path.name for path in (tmp_path / "step_1").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
+
+
+def test_going_on_from_an_adapter_uses_its_frozen_copy_as_reference(policy, tmp_path, config):
+    save_adapter(policy, tmp_path / "a")
+    config.adapter = str(tmp_path / "a")
+    again = load_policy(config)
+    prompt = torch.tensor([policy.encode_prompt("What is 3 + 4?")])
+    with torch.no_grad():
+        before = policy.model(input_ids=prompt).logits
+        torch.testing.assert_close(again.model(input_ids=prompt).logits, before)
+        fill_lora(again, 0.05, seed=7)
+        with again.reference():
+            torch.testing.assert_close(again.model(input_ids=prompt).logits, before)
+        assert not torch.allclose(again.model(input_ids=prompt).logits, before, atol=1e-2)
+    trained = [name for name, p in again.model.named_parameters() if p.requires_grad]
+    assert trained and all(".default." in name for name in trained)
+
+
+def test_an_adapter_of_another_model_is_refused(policy, tmp_path, config):
+    save_adapter(policy, tmp_path / "a")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = AutoConfig.from_pretrained("data/tiny", hidden_size=64)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "m")
+    policy.tokenizer.save_pretrained(tmp_path / "m")
+    config.adapter, config.model = str(tmp_path / "a"), str(tmp_path / "m")
+    with pytest.raises(ConfigError, match="adapter: .* does not fit"):
+        load_policy(config)
+
+
+# --- 4-bit
+
+
+def test_4bit_gives_every_lora_matrix_a_gradient_also_after_an_evaluation(config):
+    """bitsandbytes on a CPU with AVX512-BF16 repacks weights in a no-grad forward and then gives no input gradient."""
+    config.load_in_4bit = True
+    policy = load_policy(config)
+    layers = [m for m in policy.model.modules() if type(m) is bitsandbytes.nn.Linear4bit]
+    assert len(layers) == 4 * 7 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    fill_lora(policy, 0.02)
+    batch = [policy.encode_prompt("What is 3 + 4?")], [[20, 21, 22]]
+
+    def gradients():
+        policy.model.zero_grad()
+        policy.model.train()
+        completion_logprobs(policy, *batch)[0].sum().backward()
+        return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+
+    fresh = gradients()
+    policy.model.eval()
+    with torch.no_grad():
+        completion_logprobs(policy, *batch)
+    after_evaluation = gradients()
+    assert len(fresh) == 4 * 7 * 2 and all(g.abs().max() > 0 for g in fresh.values())
+    for name, gradient in fresh.items():
+        torch.testing.assert_close(after_evaluation[name], gradient, msg=name)
+
+
+def test_4bit_logits_and_gradients_are_those_of_the_dequantised_weights(config):
+    """NF4 against the same weights dequantised to fp32: nearer by far than these are to the original ones."""
+    config.load_in_4bit = True
+    quantised = load_policy(config)
+    config.load_in_4bit = False
+    original, dequantised = load_policy(config), load_policy(config)
+    modules = dict(dequantised.model.named_modules())
+    for name, module in quantised.model.named_modules():
+        if type(module) is bitsandbytes.nn.Linear4bit:
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            modules[name].weight.data = weight.float().view(modules[name].weight.shape)
+    batch = [quantised.encode_prompt("Compute 9 - 2 + 1.")], [[20, 21, 22]]
+
+    def found(policy):
+        fill_lora(policy, 0.02)
+        logprobs = completion_logprobs(policy, *batch)[0]
+        logprobs.sum().backward()
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor(batch[0])).logits
+        return logits, vectors(p.grad for p in policy.trainable_parameters())
+
+    for a, b, c in zip(*map(found, (quantised, dequantised, original))):
+        assert (a - b).norm() < 1e-4 * b.norm()
+        assert (b - c).norm() > 100 * (a - b).norm()
+
+
+# --- prompts and end tokens
+
+
+def test_prompts_follow_the_chat_template(policy):
+    assert policy.render_prompt("Hi") == "<|user|>Hi<|assistant|>"
+    policy.system_prompt = "Be brief."
+    assert policy.render_prompt("Hi") == "<|system|>Be brief.<|user|>Hi<|assistant|>"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert policy.render_prompt(turns).endswith("<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>")
+
+
+def test_a_template_that_opens_the_thinking(policy):
+    from grading import Rewards
+    from rl.evaluate import Marking
+    from rl.rollout import Episode
+
+    policy.tokenizer.chat_template += "{{- '<think>\\n' if enable_thinking else '' -}}"
+    policy.chat_template_kwargs = {"enable_thinking": True}
+    assert policy.opened_thinking("Hi") == "<think>\n"
+    ids = policy.tokenizer.encode("1+1=2</think>\\boxed{2}<|end|>", add_special_tokens=False)
+    row = {"id": 1, "task": "t", "prompt": "Hi"}
+    marking = Marking(policy, [row], Rewards("rewards.py", []), 1)
+    marking.add({0: Episode(0, [4], ids, [], False)})
+    (completion,) = marking.completions.values()
+    assert completion.text == "<think>\n1+1=2</think>\\boxed{2}"
+    assert (completion.thinking, completion.answer) == ("1+1=2", "\\boxed{2}")
+    policy.chat_template_kwargs = {"enable_thinking": False}
+    assert policy.opened_thinking("Hi") == ""
+
+
+def test_no_second_bos(policy):
+    """A template that writes the BOS itself, and a tokenizer that would add one of its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = policy.tokenizer
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert policy.encode_prompt("Hi").count(bos) == 1
+    tokenizer.chat_template = None  # a base model: bare text, and the tokenizer's own BOS
+    assert policy.encode_prompt("Hi") == [bos, *tokenizer.encode("Hi", add_special_tokens=False)]
+
+
+def test_end_tokens_are_the_union_of_all_sources(tmp_path, config):
+    config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [0, 2]}, config={"eos_token_id": 3})
+    policy = load_policy(config)
+    assert policy.eos_ids == {0, 1, 2, 3}
+    for eos in policy.eos_ids:
+        assert policy.decode([20, 21, eos]) == policy.decode([20, 21])
+
+
+def test_a_turn_ends_where_the_chat_template_ends_it(policy):
+    """A base model may name another token its end than the one that its template writes behind an answer."""
+    from rl.model.policy import end_of_turn
+
+    tokenizer = policy.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    ending = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    assert end_of_turn(tokenizer) == ending and ending not in policy.eos_ids
+    for template in ("{{ messages[1]['content'] }} over", "{{ messages[1]['content'] }}", "{{ raise('no') }}", None):
+        tokenizer.chat_template = template
+        assert end_of_turn(tokenizer) is None
+
+
+def test_prompts_that_leave_no_room_are_refused(policy):
+    rows = [{"id": "long", "prompt": "1" * 600}]
+    with pytest.raises(ConfigError, match="row long has 602 tokens; with 24 more that is 626, .* context is 512"):
+        policy.encode_prompts(rows, 24)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pointer", "missing", "shape"])
+def test_damaged_weights_are_refused(tmp_path, config, damage):
+    """Never trained on with random numbers in their place."""
+    config.model = copy_of_tiny(tmp_path / "m", config={"vocab_size": 256} if damage == "shape" else {})
+    weights = tmp_path / "m/model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif damage == "pointer":
+        weights.write_text("version 1\noid sha256:0\nsize 3\n")
+    elif damage == "missing":
+        tensors = safetensors.torch.load_file(weights)
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+        safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ConfigError, match="model: ") as error:
+        load_policy(config)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_that_cannot_be_encoded_name_their_row(policy):
+    policy.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ConfigError, match="row r7: the prompt cannot be encoded: System role not supported"):
+        policy.encode_prompts([{"id": "r7", "prompt": "Hi"}], 24)
+
+
+# --- what cannot work, before anything is loaded
+
+
+def test_models_and_adapters_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="model: data/tinny is neither .* did you mean data/tiny?"):
+        check_model(Config(model="data/tinny"))
+    with pytest.raises(ConfigError, match="has no config.json"):
+        check_model(Config(model=str(tmp_path)))
+    with pytest.raises(ConfigError, match="adapter: .* is not a saved LoRA"):
+        check_model(Config(adapter=str(tmp_path)))
+
+
+def test_what_needs_a_gpu_says_so():
+    with pytest.raises(ConfigError, match="device is cuda, but torch sees no NVIDIA GPU"):
+        choose_device(Config(device="cuda"))
+    with pytest.raises(ConfigError, match="optim is adamw_8bit, which needs an NVIDIA GPU"):
+        choose_device(Config(optim="adamw_8bit"))
+
+
+def test_fp16_scales_its_loss(config):
+    config.dtype = "float16"
+    assert Updater(load_policy(config), config).optimizer.scaler.is_enabled()
+    config.dtype = "float32"
+    assert not Updater(load_policy(config), config).optimizer.scaler.is_enabled()

@@ -1,0 +1,290 @@
+"""The calls into Unsloth, against the real package: on a machine without a GPU its fallback runs them (`make test-unsloth`).
+
+It has to be imported before transformers and changes it for good, so these tests have a process and an environment of
+their own, with the first version that runs on a CPU (requirements.txt has one that does not, until its dependencies are
+there). Both backends load the same model with the same seed, and everything that they compute has to be the same.
+"""
+
+import os
+
+import pytest
+
+if not os.environ.get("TEST_UNSLOTH"):
+    pytest.skip("make test-unsloth runs these, in an environment with Unsloth", allow_module_level=True)
+
+import copy  # noqa: E402
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from rl.config import Config, ConfigError  # noqa: E402
+from rl.model.backends import import_backend, set_mode  # noqa: E402
+
+import_backend(Config(backend="unsloth"))
+
+import torch  # noqa: E402
+from conftest import fill_lora  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from rl.checks import check_sampler  # noqa: E402
+from rl.critic import Critic  # noqa: E402
+from rl.model.logprobs import completion_logprobs  # noqa: E402
+from rl.model.policy import load_policy, reloaded_adapter, save_adapter  # noqa: E402
+from rl.model.sampling import Sampling  # noqa: E402
+from rl.rollout import rollout  # noqa: E402
+from rl.update import Updater  # noqa: E402
+
+QUESTIONS = ["What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "1 + 1 = ?"]
+BATCH = [[4, 30, 31, 32], [5, 40], [4, 30, 31, 32]], [[33, 34, 35, 36], [41], [37, 38]]
+
+
+def loaded(config, backend, noise=0.02):
+    policy = load_policy(dataclasses.replace(config, backend=backend))
+    assert policy.by_unsloth == (backend == "unsloth")
+    if noise:
+        fill_lora(policy, noise)
+    return policy
+
+
+@pytest.fixture(params=[False, True], ids=["16 or 32 bits", "4 bits"])
+def both(config, request):
+    """The same policy by Unsloth and by transformers."""
+    config.load_in_4bit = request.param
+    return [loaded(config, backend) for backend in ("unsloth", "transformers")]
+
+
+def gradients(policy, loss, of):
+    policy.model.zero_grad()
+    with policy.training():
+        loss(of).backward()
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def assert_close(a: dict, b: dict):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_the_same_lora_log_probabilities_and_gradients(both):
+    """Unsloth's side runs its own forward over right-padded rows, without a mask; the other our decoder, packed."""
+    a, b = both
+    assert not a.shares_prompts and b.shares_prompts
+    assert_close(*({n: p for n, p in policy.model.named_parameters() if "lora_" in n} for policy in both))
+    with torch.no_grad():
+        for x, y in zip(*(completion_logprobs(policy, *BATCH, with_entropy=True) for policy in both)):
+            torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+    assert_close(*(gradients(policy, lambda p: completion_logprobs(p, *BATCH)[0].sum(), policy) for policy in both))
+
+
+def test_a_new_lora_starts_as_that_of_peft(config):
+    a, b = (loaded(config, backend, noise=0) for backend in ("unsloth", "transformers"))
+    assert_close(*({n: p for n, p in policy.model.named_parameters() if "lora_A" in n} for policy in (a, b)))
+    trained = [name for name, p in a.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 * 7 * 2 and all("lora_" in name for name in trained)
+
+
+def test_adapter_off_is_the_reference(both):
+    def scores(policy):
+        with torch.no_grad(), policy.reference():
+            return completion_logprobs(policy, *BATCH)[0]
+
+    a, b = map(scores, both)
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    assert not torch.allclose(a, completion_logprobs(both[0], *BATCH)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "head"])
+def test_the_critic_shares_the_base_and_has_its_own_gradient(both, ppo, kind):
+    ppo.critic = kind
+    critics = []
+    for policy in both:
+        torch.manual_seed(0)
+        critic = Critic(policy, ppo)
+        torch.nn.init.normal_(critic.head.weight)
+        for name, p in policy.model.named_parameters():
+            if "lora_B.critic" in name:
+                p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02
+        critics.append(critic)
+
+    def values(critic):
+        with critic.policy.training(), critic.active():
+            return critic.values(*BATCH)[0]
+
+    torch.testing.assert_close(*map(values, critics), atol=1e-4, rtol=0)
+    found = []
+    for policy, critic in zip(both, critics):
+        with critic.active():
+            found.append(gradients(policy, lambda c: c.values(*BATCH)[0].square().mean(), critic))
+    if kind == "adapter":
+        assert_close(*found)
+        assert all(".critic." in name for name in found[0]) and len(found[0]) == 4 * 7 * 2
+    else:
+        assert found == [{}, {}]
+    assert both[0].model.active_adapters == ["default"]
+
+
+def test_modes(both):
+    policy = both[0]
+    assert not policy.model.training
+    with policy.training():
+        assert all(module.training for module in policy.model.modules())
+    assert not any(module.training for module in policy.model.modules())
+
+
+@pytest.mark.parametrize("path", ["engine", "generate"])
+def test_what_samples_is_what_is_trained(both, path):
+    """Greedy answers are those of the other backend; sampled ones have the scorer's log-probabilities."""
+    texts = []
+    for policy in both:
+        policy = copy.copy(policy)
+        if path == "generate" and policy.by_unsloth:
+            policy.decoder = None
+            policy.model.generation_config.repetition_penalty = 5.0  # must not come in between
+        prompts = [policy.encode_prompt(question) for question in QUESTIONS]
+        asked = policy, prompts, 2, 12
+        texts.append([e.completion_ids for e in rollout(*asked, Sampling(0), torch.Generator(), 4)])
+        episodes = rollout(*asked, Sampling(), torch.Generator().manual_seed(1), 4)
+        ids = [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
+        with torch.no_grad():
+            logprobs, mask, _ = completion_logprobs(policy, *ids)
+        sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
+        torch.testing.assert_close(logprobs[mask], sampled, atol=1e-4, rtol=0)
+        assert {e.finish_reason for e in episodes} <= {"stop", "length"}
+        assert all(e.truncated == (e.completion_ids[-1] not in policy.eos_ids) for e in episodes)
+        assert not any(token in policy.eos_ids for e in episodes for token in e.completion_ids[:-1])
+    assert texts[0] == texts[1]
+
+
+def test_the_check_before_a_run(both, monkeypatch):
+    policy = both[0]
+    prompts = [policy.encode_prompt(question) for question in QUESTIONS]
+    found = check_sampler(policy, prompts, 24)
+    assert found.shift >= 3 and found.sampler < 1e-3 and policy.decoder
+    monkeypatch.setattr("rl.model.decoder.active_loras", lambda module: iter(()))  # the engine leaves the LoRA out
+    found = check_sampler(policy, prompts, 24)
+    assert policy.decoder is None and found.sampler < 1e-3  # `generate` does not
+
+
+def test_saved_here_and_loaded_by_transformers_and_back(both, config, tmp_path):
+    by_unsloth, by_transformers = both
+    fill_lora(by_unsloth, 0.04, seed=9)
+    with torch.no_grad():
+        expected = completion_logprobs(by_unsloth, *BATCH)[0]
+        save_adapter(by_unsloth, tmp_path / "a")
+        with reloaded_adapter(by_transformers, tmp_path / "a"):
+            torch.testing.assert_close(completion_logprobs(by_transformers, *BATCH)[0], expected, atol=2e-5, rtol=0)
+        config.adapter = str(tmp_path / "a")
+        again = loaded(config, "unsloth", noise=0)
+        torch.testing.assert_close(completion_logprobs(again, *BATCH)[0], expected, atol=2e-5, rtol=0)
+        fill_lora(again, 0.0)
+        with again.reference():  # the LoRA that it goes on from
+            torch.testing.assert_close(completion_logprobs(again, *BATCH)[0], expected, atol=2e-5, rtol=0)
+    trained = [name for name, p in again.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 * 7 * 2 and all(".default." in name for name in trained)
+
+
+def test_an_update_is_the_same(both, config):
+    """One optimizer step on the same episodes, with a KL in the loss."""
+    config.beta, config.num_iterations = 0.05, 2
+    prompts = [both[0].encode_prompt(question) for question in QUESTIONS]
+    episodes = rollout(both[0], prompts, 4, 16, Sampling(), torch.Generator().manual_seed(2), 12)
+    for i, episode in enumerate(episodes):
+        episode.advantages = torch.full((len(episode.completion_ids),), [1.0, -0.5, 0.0, -0.5][i % 4])
+    metrics = [Updater(policy, config).update(copy.deepcopy(episodes)) for policy in both]
+    for name in ("loss", "kl", "grad_norm", "entropy", "lora_norm"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-6), name
+
+
+def test_a_text_above_max_seq_length_is_refused_and_not_cut(both):
+    policy = both[0]
+    policy.model.max_seq_length = 40
+    with pytest.raises(ConfigError, match="that is .*, but the model's context is 40"):
+        policy.encode_prompts([{"id": "r1", "prompt": QUESTIONS[0]}], 36)
+
+
+def test_other_families_go_through_transformers(config, tmp_path):
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=128)
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained("data/tiny").save_pretrained(tmp_path)
+    policy = load_policy(dataclasses.replace(config, backend="unsloth", model=str(tmp_path)))
+    assert not policy.by_unsloth and "GPTNeoX" in policy.own_forward_because
+
+
+def test_a_roll_out_answers_whatever_the_mode_was(both):
+    """Unsloth flips the cache with its modes."""
+    policy = both[0]
+    set_mode(policy.model, True, by_unsloth=True)
+    rollout(policy, [policy.encode_prompt(QUESTIONS[0])], 2, 4, Sampling(), torch.Generator(), 2)
+    assert not policy.model.training and policy.model.config.use_cache
+
+
+def test_missing_weights_are_not_random_numbers(config, tmp_path):
+    folder = shutil.copytree("data/tiny", tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="lack model.layers.1.mlp.down_proj.weight: the files are not whole"):
+        load_policy(dataclasses.replace(config, backend="unsloth", model=str(folder)))
+
+
+def test_an_adapter_with_patterns_is_taken_as_it_is(both, config, tmp_path):
+    """Policy and frozen reference are the same at the start; what Unsloth would not take is refused."""
+    save_adapter(both[0], tmp_path / "a")
+    file = tmp_path / "a/adapter_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"alpha_pattern": {"down_proj": 64}}))
+    policy = loaded(dataclasses.replace(config, adapter=str(tmp_path / "a")), "unsloth", noise=0)
+    with torch.no_grad():
+        trained = completion_logprobs(policy, *BATCH)[0]
+        with policy.reference():
+            torch.testing.assert_close(completion_logprobs(policy, *BATCH)[0], trained)
+    file.write_text(json.dumps(saved | {"use_dora": True}))
+    with pytest.raises(ConfigError, match=r"not a plain LoRA \(use_dora\): set backend to transformers"):
+        loaded(dataclasses.replace(config, adapter=str(tmp_path / "a")), "unsloth")
+
+
+@pytest.mark.parametrize("settings", [[], ["--algorithm", "ppo"]], ids=["grpo", "ppo"])
+def test_a_whole_run_and_going_on_with_it(tmp_path, settings):
+    common = (
+        "--backend unsloth --load-in-4bit --gradient-checkpointing --prompts-per-step 4 --num-generations 4".split()
+    )
+    common += "--max-completion-length 32 --eval-questions 12 --learning-rate 1e-3 --save-steps 1".split()
+    run = tmp_path / "run"
+    arguments = [*common, *settings, "--max-steps", "3", "--output-dir", str(run)]
+    done = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data/tiny through Unsloth" in done.stdout and "Double" not in done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"] and summary["versions"]["unsloth"]
+    assert "read back, it gives the same" in done.stdout
+    again = subprocess.run(
+        [sys.executable, "train.py", "--resume", str(run), "--max-steps", "4", "--accept-changes"],
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+
+
+def test_requirements_txt_can_be_installed_together(tmp_path):
+    """pip finds versions of everything for a GPU; nothing is installed, and of most packages only the metadata is fetched."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    done = subprocess.run(
+        [*command, "--report", str(tmp_path / "found.json"), "-r", "requirements.txt"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    packages = [item["metadata"] for item in json.loads((tmp_path / "found.json").read_text())["install"]]
+    found = {package["name"].lower(): package["version"] for package in packages}
+    asked = dict(
+        line.split("==")
+        for name in ("requirements.txt", "requirements-cpu.txt")
+        for line in Path(name).read_text().splitlines()
+        if "==" in line
+    )
+    assert {name: found[name.lower()].partition("+")[0] for name in asked} == asked

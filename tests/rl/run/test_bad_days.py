@@ -1,0 +1,390 @@
+"""Faults put into runs: each goes on, or stops with a clear line; none trains on a wrong number or loses what was saved."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from running import SHORT, assert_same, finish, printed, result
+from safetensors.torch import load_file
+
+import train
+from rl.config import Config, ConfigError
+from rl.model.oom import within_memory
+from rl.update import Updater
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- memory that runs out
+
+
+def test_what_is_done_at_a_time_is_halved_down_to_the_least(capsys):
+    config, tried = Config(rollout_batch_size=512), []
+
+    def work():
+        tried.append(config.rollout_batch_size)
+        if config.rollout_batch_size > 8:
+            raise OUT_OF_MEMORY
+        return "done"
+
+    assert within_memory(work, config, "rollout_batch_size", needed=100, least=8) == "done"
+    assert tried == [512, 50, 25, 12, 8] and config.rollout_batch_size == 8
+    assert capsys.readouterr().out.startswith(
+        "  memory   ran out: rollout_batch_size 100 -> 50, and again (CUDA out of"
+    )
+    with pytest.raises(
+        ConfigError, match="out of memory with the least .* lower max_completion_length, which is 256, .*--dry-run"
+    ):
+        within_memory(out_of_memory, config, "rollout_batch_size", needed=100, least=8)
+
+
+@pytest.mark.parametrize(
+    "error, is_memory",
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape mismatch"), False),
+        (KeyError("out of memory"), False),
+    ],
+)  # fmt: skip
+def test_only_memory_is_taken_for_memory(error, is_memory):
+    config, calls = Config(), []
+
+    def work():
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+
+    if is_memory:
+        within_memory(work, config, "max_tokens_per_micro_batch", 10**6, 10)
+    else:
+        with pytest.raises(type(error)):
+            within_memory(work, config, "max_tokens_per_micro_batch", 10**6, 10)
+    assert len(calls) == 1 + is_memory
+
+
+def test_really_too_much_memory_is_noticed_here_too():
+    """What torch says on this machine, on a CPU."""
+    config, sizes = Config(max_tokens_per_micro_batch=2**46), []
+
+    def work():
+        sizes.append(config.max_tokens_per_micro_batch)
+        if config.max_tokens_per_micro_batch > 1000:
+            torch.empty(config.max_tokens_per_micro_batch)
+        return True
+
+    assert within_memory(work, config, "max_tokens_per_micro_batch", 2**46, 1)
+    assert 2**46 in sizes and sizes[-1] < 2**46
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "dpo"])
+def test_the_gradient_is_the_same_after_memory_ran_out_in_its_middle(policy, config, monkeypatch, algorithm):
+    """In the second micro-batch, when the gradient of the first is there already."""
+    from conftest import Rewards, marked
+
+    import rl.critic
+    import rl.update
+    from rl.advantages import Advantages
+    from rl.model.sampling import Sampling
+    from rl.rollout import rollout
+
+    config.algorithm, config.max_tokens_per_micro_batch, config.beta = algorithm, 10**6, 0.1
+    generator = torch.Generator().manual_seed(0)
+    prompts = [policy.encode_prompt(q) for q in ("1 + 1 = ?", "What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "2 + 2 = ?")]
+    episodes = rollout(policy, prompts, 4, 24, Sampling(), generator, 16)
+    critic = rl.critic.Critic(policy, config) if algorithm == "ppo" else None
+    updater = Updater(policy, config, critic)
+    name = "critic_optimizer" if critic else "optimizer"
+    updater.look(episodes)
+    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+    gradients = []
+
+    def keep(self):
+        gradients.append(torch.cat([p.grad.flatten().clone() for p in self.parameters if p.grad is not None]))
+        self.clear()
+        return 1.0
+
+    monkeypatch.setattr(rl.optimizer.Optimizer, "step", keep)
+    plain = updater.update(episodes)
+    for e in episodes:
+        e.old_logprobs = e.reference_logprobs = None
+    if algorithm == "ppo":
+        updater.look(episodes)
+    config.max_tokens_per_micro_batch = 200
+    score, calls = rl.update.completion_logprobs, []
+
+    def failing(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 2 and calls[-1]:
+            raise OUT_OF_MEMORY
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(rl.update, "completion_logprobs", failing)
+    again = updater.update(episodes)
+    assert config.max_tokens_per_micro_batch < 200 and sum(calls) > 3 and name
+    half = len(gradients) // 2
+    assert half >= 1
+    for before, after in zip(gradients[:half], gradients[half:], strict=True):
+        torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-4)
+    for metric in ("loss", "entropy", "clip_ratio/region_mean", "policy/approxkl_avg"):
+        assert again[metric] == pytest.approx(plain[metric], abs=1e-6, nan_ok=True)
+
+
+def test_memory_runs_out_in_a_roll_out(tmp_path, whole):
+    """No step is lost, the same questions are asked, and the settings found hold for the rest of the run."""
+    folder = tmp_path / "run"
+    assert finish(folder, "grpo", faults={"rl.model.engine:Engine:step": (250, OUT_OF_MEMORY)}) == 0
+    assert "memory   ran out: rollout_batch_size 9 -> 4, and again (CUDA out of memory. Tried" in printed(folder)
+    for file, place in (("checkpoints/step_000008/trainer_state.json", None), ("summary.json", "memory")):
+        kept = json.loads((folder / file).read_text())
+        kept = kept[place] if place else kept
+        assert kept["rollout_batch_size"] == 4 and kept["max_tokens_per_micro_batch"] == 4096
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
+    rollouts, expected = (
+        [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+        for run in (folder, whole("grpo")[0])
+    )
+    assert [sum(r["step"] == step for r in rollouts) for step in range(1, 9)] == [16] * 8
+    assert [r["prompt_id"] for r in rollouts] == [r["prompt_id"] for r in expected]
+
+
+def test_memory_runs_out_in_an_update(tmp_path, whole):
+    """The run is the one without it, but for rounding."""
+    folder = tmp_path / "run"
+    assert finish(folder, "grpo", faults={"rl.update::completion_logprobs": (12, OUT_OF_MEMORY)}) == 0
+    assert "memory   ran out: max_tokens_per_micro_batch" in printed(folder)
+    first, expected = metrics(folder)[0], metrics(whole("grpo")[0])[0]
+    for name in ("reward", "loss", "grad_norm", "entropy", "kl"):
+        assert first[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
+
+
+def out_of_memory(*_, **__):
+    raise OUT_OF_MEMORY
+
+
+def test_what_never_fits_is_said_at_the_start(tmp_path, monkeypatch):
+    import rl.model.engine
+
+    monkeypatch.setattr(rl.model.engine.Engine, "rehearse", out_of_memory)
+    with pytest.raises(ConfigError, match="out of memory with the least that is done at a time .rollout_batch_size 4."):
+        train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
+
+
+def test_the_rehearsal_leaves_the_policy_alone(policy, config):
+    from conftest import vectors
+
+    from rl.checks import rehearse
+    from rl.critic import Critic
+
+    config.algorithm = "ppo"
+    critic = Critic(policy, config)
+    updater, before = Updater(policy, config, critic), vectors(policy.model.parameters())
+    prompts = [policy.encode_prompt(q) for q in ("1 + 1 = ?", "What is 3 + 4 + 5?")]
+    torch.manual_seed(5)
+    expected = torch.get_rng_state()
+    rehearse(updater, prompts, prompts, config)
+    assert torch.equal(vectors(policy.model.parameters()), before) and torch.equal(torch.get_rng_state(), expected)
+    assert all(p.grad is None for p in policy.model.parameters()) and not updater.optimizer.adamw.state
+    assert (config.rollout_batch_size, config.max_tokens_per_micro_batch) == (512, 8192)
+
+
+# --- numbers that are none
+
+
+def nan_once(logprobs, *_):
+    nan = logprobs * float("nan")
+    return nan, nan.detach()
+
+
+def test_a_loss_that_is_nan_is_left_out_and_counted(tmp_path):
+    """The second mini-batch of step 3: nothing is learned from it; the run goes on and an alarm says so."""
+    folder = tmp_path / "run"
+    assert finish(folder, "grpo", faults={"rl.algorithms::policy_loss": (10, nan_once)}) == 0
+    skipped = [m["skipped_updates"] for m in metrics(folder)]
+    assert sum(skipped) == 1 and metrics(folder)[skipped.index(1)]["updates"] == 3
+    assert "  alarm: 1 of " in printed(folder) and "were skipped, their gradients were NaN" in printed(folder)
+    weights = load_file(folder / "checkpoints/step_000008/adapter_model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+# --- processes that are killed
+
+
+def kill_children(marking):
+    """Every process that this one has started: the sandboxes and the graders' workers."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    scores = marking._scoring.results()
+    return [marking.completions[place] for place in range(len(scores))], scores
+
+
+def test_sandboxes_and_workers_that_are_killed_change_no_reward(tmp_path, whole):
+    folder = tmp_path / "run"
+    assert finish(folder, "grpo", faults={"rl.evaluate:Marking:results": (4, kill_children)}) == 0
+    assert_same(folder, whole("grpo")[0])
+
+
+def test_a_tracker_that_raises_changes_nothing(tmp_path, whole, monkeypatch):
+    package = tmp_path / "packages/tensorboard"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    folder = tmp_path / "run"
+    assert finish(folder, "grpo", more="--report-to tensorboard wandb") == 0
+    assert "note: " in printed(folder) and "tensorboard" in printed(folder)
+    found, expected = result(folder), result(whole("grpo")[0])
+    assert found["metrics"] == expected["metrics"] and found["adapter"] == expected["adapter"]
+
+
+# --- disks and folders
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of a few megabytes; a function that makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.name != "posix"
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4500k", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("no rights to mount a disk")
+
+    def remount(size):
+        command = ["mount", "-o", f"remount,{size}", disk]
+        for _ in range(50):  # a process that was just killed may still hold a file
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                return
+            time.sleep(0.2)
+        subprocess.run(command, check=True)
+
+    yield disk, remount
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(small_disk, whole):
+    disk, remount = small_disk
+    folder = disk / "run"
+    assert finish(folder, "grpo") == 1
+    said = Path(f"{folder}.txt").read_text()
+    assert "cannot be written: the disk is full: make room" in said
+    assert f"step_000004 is saved. To go on: python train.py --resume {folder}" in said
+    assert "Traceback" not in said
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder / "checkpoints/step_000002", check=True)
+    remount("size=64m")
+    assert finish(folder, "grpo", resume=True) == 0
+    assert_same(folder, whole("grpo")[0])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
+    import rl.run.folder
+
+    begin = rl.run.RunFolder.begin
+
+    def on_a_full_disk(run, *args):
+        (run.path / "rollouts.jsonl").symlink_to("/dev/full")
+        begin(run, *args)
+
+    monkeypatch.setattr(rl.run.RunFolder, "begin", on_a_full_disk)
+    with pytest.raises(train.RunError, match="rollouts.jsonl cannot be written: No space left on device"):
+        train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
+
+
+def test_a_read_only_folder_stops_the_run_at_the_start(small_disk, tmp_path, whole):
+    disk, remount = small_disk
+    folder = disk / "run"
+    remount("size=64m")
+    assert finish(folder, "grpo", faults={"rl.optimizer:Optimizer:step": (9, signal.SIGTERM)}) == 143
+    remount("ro")
+    with pytest.raises(train.RunError, match="cannot be written: Read-only file system$"):
+        train.main(["--resume", str(folder)])
+    with pytest.raises(ConfigError, match="output_dir: .*other cannot be made: Read-only file system$"):
+        train.main([*SHORT.split(), "--output-dir", str(disk / "other")])
+    remount("rw")
+    assert finish(folder, "grpo", resume=True) == 0
+    assert_same(folder, whole("grpo")[0])
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, monkeypatch, policy):
+    from rl.run.checkpoint import Checkpoints
+
+    (tmp_path / "checkpoints").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    first = checkpoints.save(1, policy, "card", {}, {}, best=0)
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(train.RunError, match="step_000002 cannot be written"):
+            patch.setattr(torch, "save", raising(error))
+            checkpoints.save(2, policy, "card", {}, {}, best=2)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == [first.name]
+        assert checkpoints.marked("last") == first
+
+
+def raising(error):
+    def raises(*_, **__):
+        raise error
+
+    return raises
+
+
+# --- a terminal that goes away
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
+def test_a_terminal_that_goes_away_takes_nothing_along(tmp_path, whole):
+    import pty
+
+    folder = tmp_path / "run"
+    main, terminal = pty.openpty()
+    arguments = [*SHORT.split(), *"--num-mini-batches 2 --num-iterations 2 --save-total-limit 2".split()]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, "--output-dir", str(folder)], stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+    while b"step 2/8" not in seen:
+        seen += os.read(main, 4096)
+    os.close(main)  # the terminal's window is closed
+    assert process.wait(120) == 0
+    assert (
+        "step 8/8" in (folder / "console.log").read_text()
+        and "Next:\n  python ui/app.py" in (folder / "console.log").read_text()
+    )
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_pipe_that_is_closed_takes_nothing_along(tmp_path):
+    folder = tmp_path / "run"
+    command = f"{sys.executable} train.py {SHORT} --max-steps 3 --output-dir {folder} | head -n 2"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(metrics(folder)) == 3 and "Next:\n  python ui/app.py" in (folder / "console.log").read_text()
+
+
+def test_memory_that_runs_out_in_the_optimizer_is_said_in_one_line(policy, episodes, config, monkeypatch):
+    updater = Updater(policy, config)
+    monkeypatch.setattr(updater.optimizer.adamw, "step", out_of_memory)
+    with pytest.raises(ConfigError, match="out of memory in the optimizer's step: lower lora_r"):
+        updater.update(episodes)

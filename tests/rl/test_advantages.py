@@ -1,0 +1,204 @@
+"""From rewards to the advantages of episodes, by each algorithm, and what the updater makes of them."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import Rewards, completion, episodes_of, fill_lora, marked
+
+from rl import algorithms
+from rl.advantages import Advantages, learned_rewards, teaching_groups
+from rl.model.logprobs import completion_logprobs
+from rl.model.policy import load_policy
+from rl.rollout import Episode
+from rl.update import Updater
+
+NAN = math.nan
+
+
+# --- advantages of episodes
+
+
+def test_advantages_of_actor_and_critic_by_hand(policy, ppo):
+    """Two completions with gamma 0.5, lam 1, KL in the reward, a truncated one without and with its last value."""
+    ppo.gamma, ppo.beta = 0.5, 2.0
+    for bootstrap, last in ((False, 0.0), (True, 0.5 * 8.0)):
+        ppo.bootstrap_truncated = bootstrap
+        episodes = episodes_of(2, 1, truncated=(1,))
+        for e, values in zip(episodes, ([0.5, 1.0, 9.0], [0.25, 8.0])):
+            e.values = torch.tensor(values)
+            e.old_logprobs = torch.full((len(e.completion_ids),), -1.0)
+            e.reference_logprobs = torch.full((len(e.completion_ids),), -1.1)  # k1 = 0.1 a token
+        metrics = Advantages(policy, ppo, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0]))
+        expected = [[-0.2 + 0.5 * 0.8, 0.8], [-0.2 + last]]
+        for e, returns in zip(episodes, expected):
+            assert e.returns.tolist() == pytest.approx(returns, abs=1e-6)
+        raw = torch.tensor([0.2 - 0.5, 0.8 - 1.0, -0.2 + last - 0.25])
+        whitened = (raw - raw.mean()) / (raw.std() + 1e-8)
+        torch.testing.assert_close(torch.cat([e.advantages for e in episodes]), whitened, atol=1e-5, rtol=0)
+        assert metrics["kl"] == pytest.approx(0.1) and metrics["beta"] == 2.0
+
+
+def test_ungraded_completions_teach_neither(policy, ppo):
+    episodes = episodes_of(2, 2, 3, 1)
+    for e in episodes:
+        e.values = torch.zeros(len(e.completion_ids) + 1)
+    Advantages(policy, ppo, Rewards).fill(episodes, *marked(episodes, [1.0, NAN, 0.0, 1.0]))
+    assert [e.in_loss for e in episodes] == [True, False, True, True]
+    counted = torch.cat([e.advantages for e in episodes if e.in_loss])
+    assert counted.mean() == pytest.approx(0, abs=1e-6) and counted.std() == pytest.approx(1, abs=1e-5)
+    assert not episodes[1].advantages.any()
+
+
+def test_process_rewards_reach_their_tokens(policy, ppo, config):
+    """In PPO they are paid where the step ends; in GRPO they count for the tokens up to it, the outcome without them."""
+    process = [[(2, 1.0), (4, -1.0)], []]
+    episodes = episodes_of(4, 3)
+    for e in episodes:
+        e.values = torch.zeros(len(e.completion_ids) + 1)
+        e.completion_ids = policy.tokenizer.encode("x" * len(e.completion_ids), add_special_tokens=False)
+    Advantages(policy, ppo, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0], process))
+    assert episodes[0].returns.tolist() == [1.0, 1.0, 0.5, 0.5]  # 0.5 at token 1, 1 - 0.5 at token 3
+    config.algorithm, config.num_generations = "grpo", 2
+    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0], process))
+    outcome = algorithms.group_advantages(torch.tensor([1.0, 0.0]), 2)
+    step = 0.5 * 1 / (math.sqrt(2) + 1e-4)  # weight 0.5; values 1 and -1: deviation sqrt(2)
+    expected = outcome[0] + torch.tensor([0.0, 0.0, -step, -step])
+    torch.testing.assert_close(episodes[0].advantages, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(episodes[1].advantages, outcome[1].expand(3), atol=1e-6, rtol=0)
+
+
+def test_steps_are_found_in_the_text_whatever_the_tokens(policy, config):
+    text = "<think>1+1=2\n2+2=5</think>4"
+    ids = policy.tokenizer.encode(text, add_special_tokens=False) + [min(policy.eos_ids)]
+    episode = Episode(0, [1], ids, [0.0] * len(ids), False)
+    teacher = Advantages(policy, config, Rewards)
+    places = teacher.place(episode, completion(text), [(text.index("\n"), 1.0), (text.index("</think>"), -1.0)])
+    decoded = [policy.decode(ids[: token + 1]) for token, _ in places]
+    assert decoded == ["<think>1+1=2", "<think>1+1=2\n2+2=5"] and [v for _, v in places] == [1.0, -1.0]
+    opened = Episode(0, [1], ids[1:], [0.0] * (len(ids) - 1), False)  # the template had written <think>
+    assert [t for t, _ in teacher.place(opened, completion(text), [(text.index("\n"), 1.0)])] == [places[0][0] - 1]
+    assert teacher.place(episode, completion(text), [(0, 1.0), (len(text), 1.0)]) == [(0, 1.0), (len(ids) - 2, 1.0)]
+
+
+def test_reinforce_baselines(policy, config):
+    config.algorithm, config.num_generations = "reinforce", 2
+    rewards = [1.0, 0.0, NAN, 1.0]
+
+    def advantages(teacher):
+        episodes = episodes_of(2, 1, 3, 2)
+        teacher.fill(episodes, *marked(episodes, rewards))
+        return [e.advantages.tolist() for e in episodes]
+
+    config.baseline = "none"
+    assert advantages(Advantages(policy, config, Rewards)) == [[1.0, 1.0], [0.0], [0.0] * 3, [1.0, 1.0]]
+    config.baseline = "group"
+    assert advantages(Advantages(policy, config, Rewards)) == [[0.5, 0.5], [-0.5], [0.0] * 3, [0.0, 0.0]]
+    config.baseline = "running"
+    teacher = Advantages(policy, config, Rewards)
+    assert advantages(teacher)[0] == [1.0, 1.0]  # nothing is known before the first step
+    torch.testing.assert_close(torch.tensor(advantages(teacher)[1]), torch.tensor([-2 / 3]))
+    config.baseline, config.gamma = "none", 0.5
+    assert advantages(Advantages(policy, config, Rewards))[0] == [0.5, 1.0]
+
+
+def test_length_penalties(config):
+    config.max_completion_length, config.missing_eos_penalty = 100, 0.3
+    episodes = episodes_of(10, 100, truncated=(1,))
+    rewards = torch.tensor([1.0, 1.0])
+    torch.testing.assert_close(learned_rewards(rewards, episodes, config), torch.tensor([1.0, 0.7]))
+    config.soft_punish_cache = 20
+    torch.testing.assert_close(learned_rewards(rewards, episodes, config), torch.tensor([1.0, -0.3]))
+
+
+def test_adaptive_beta_follows_its_target(policy, ppo):
+    ppo.beta, ppo.beta_target_kl = 0.1, 0.05
+    teacher = Advantages(policy, ppo, Rewards)
+    for expected in (0.1, 0.1 * 1.02):  # a KL of 0.2 a completion is far above 0.05: the error is clipped at 0.2
+        episodes = episodes_of(2, 2)
+        for e in episodes:
+            e.values = torch.zeros(3)
+            e.old_logprobs, e.reference_logprobs = torch.zeros(2), torch.full((2,), -0.1)
+        assert teacher.fill(episodes, *marked(episodes, [1.0, 0.0]))["beta"] == pytest.approx(expected)
+
+
+# --- the rest of the family, through the updater
+
+
+def test_dpo_moves_best_and_worst_apart(policy, episodes, config):
+    config.algorithm, config.beta, config.learning_rate = "dpo", 0.1, 5e-4
+    teacher, updater = Advantages(policy, config, Rewards), Updater(policy, config)
+    rewards = marked(episodes, [0.0, 1.0, 0.5, 0.5, *[0.3] * 4, 1.0, 0.0, 1.0, 0.0, NAN, NAN, 1.0, 0.0])
+    margins = []
+    for _ in range(4):
+        teacher.fill(episodes, *rewards)
+        metrics = updater.update(episodes)
+        margins.append(metrics["rewards/margins"])
+    assert margins[-1] > margins[0] + 0.05
+    for e in episodes:
+        e.reference_logprobs = None
+    fill_lora(policy, 0.0)
+    teacher.fill(episodes, *rewards)
+    assert updater.update(episodes)["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference agree
+    assert sum(e.reference_logprobs is not None for e in episodes) == 6
+
+
+def test_dpo_pairs_only_what_is_in_the_loss(policy, config):
+    config.algorithm, config.num_generations, config.mask_truncated_completions = "dpo", 4, True
+    episodes = episodes_of(2, 2, 2, 2, truncated=(1,))
+    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0, 0.1, 0.1]))
+    assert [e.advantages[0].item() for e in episodes] == [1.0, 0.0, -1.0, 0.0]
+
+
+def test_dpo_prefers_by_the_whole_reward(policy, config):
+    """Process rewards are part of what is compared, and do not change the signs that mark a pair."""
+    config.algorithm, config.num_generations = "dpo", 3
+    episodes = episodes_of(2, 2, 2)
+    Advantages(policy, config, Rewards).fill(
+        episodes, *marked(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []])
+    )
+    assert [e.advantages.tolist() for e in episodes] == [[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("budget", [1, 100, 10**6])
+def test_dpo_gradient_does_not_depend_on_the_split(policy, episodes, config, budget):
+    config.algorithm, config.beta, config.max_tokens_per_micro_batch = "dpo", 0.1, budget
+    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [0.0, 1.0, 0.5, 0.5] * 4))
+    updater = Updater(policy, config)
+    with policy.reference():
+        updater.fill_logprobs(episodes, "reference_logprobs")
+    updater.backward_pairs(episodes, Counter())
+    got = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    policy.model.zero_grad()
+    loss = 0.0
+    for i in range(0, 16, 4):  # the definition, pair by pair
+        best, worst = (
+            completion_logprobs(policy, [e.prompt_ids], [e.completion_ids])[0].sum()
+            for e in (episodes[i + 1], episodes[i])
+        )
+        margin = best - worst - episodes[i + 1].reference_logprobs.sum() + episodes[i].reference_logprobs.sum()
+        loss = loss + torch.log1p(torch.exp(-0.1 * margin)) / 4
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_entropy_bonus_raises_entropy(config, episodes):
+    config.entropy_coef = 1.0
+    policy = load_policy(config)
+    for e in episodes:
+        e.advantages = torch.zeros(len(e.completion_ids))
+    updater = Updater(policy, config)
+    entropies = [updater.update(episodes)["entropy"] for _ in range(6)]
+    assert entropies[-1] > entropies[0] * 1.1
+
+
+def test_groups_that_teach():
+    _, _, scores = marked(episodes_of(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
+    assert teaching_groups(scores, 2) == [True, False, False, False, False]
+    scores[4].total = 0.1  # shaping differs, right or wrong does not
+    assert teaching_groups(scores, 2)[2] is False
+    for score in scores:
+        score.judge = None  # nothing says what is right: a difference is enough
+    assert teaching_groups(scores, 2)[2] is True

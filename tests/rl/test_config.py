@@ -1,0 +1,139 @@
+"""Settings: YAML types, overrides, and errors that name the key and what to write instead."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rl.config import Config, ConfigError
+from rl.run.read_config import ELSEWHERE, read_config, read_yaml
+
+
+def from_yaml(tmp_path, text, *arguments):
+    (tmp_path / "c.yaml").write_text(text)
+    return read_config(["--config", str(tmp_path / "c.yaml"), *arguments], "unused.yaml")[0]
+
+
+def test_yaml_types_and_overrides(tmp_path):
+    text = "learning_rate: 1e-5\nbeta: 0\ndelta: null\ntrain_data: sums\ncolumns: {prompt: q}\nmax_steps: 3.0\n"
+    config = from_yaml(tmp_path, text, "--max-steps", "7", "--scale_rewards", "none", "--load-in-4bit")
+    assert config.learning_rate == 1e-5 and isinstance(config.beta, float) and config.delta is None
+    assert config.train_data == ["sums"] and config.columns == {"prompt": "q"}
+    assert config.max_steps == 7 and config.scale_rewards == "none" and config.load_in_4bit
+    assert from_yaml(tmp_path, "") == Config()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lerning_rate: 1", "there is no setting lerning_rate; did you mean learning_rate?"),
+        ("max_steps: ten", "max_steps must be a whole number, but is 'ten'"),
+        ("max_steps: 1.5", "max_steps must be a whole number"),
+        ("max_steps: true", "max_steps must be a whole number"),
+        ("learning_rate: fast", "learning_rate must be a number"),
+        ("learning_rate: .nan", "learning_rate must be a number"),
+        ("load_in_4bit: 1", "load_in_4bit must be true or false"),
+        ("loss_type: gpro", "loss_type must be one of dapo, grpo, dr_grpo, cispo, sapo .did you mean grpo"),
+        ("system_prompt: 3", "system_prompt must be text"),
+        ("columns: [a]", "columns must be a mapping"),
+        ("- a", "expected lines of the form"),
+        ("max_steps: 1\na: ]", "c.yaml:2: not valid YAML"),
+        ("num_generations: 1", "num_generations is 1.*compares"),
+        ("temperature: 0", "temperature is 0, but must be above 0"),
+        ("temperature: -1", "temperature is -1"),
+        ("max_steps: 0", "max_steps is 0, but must be at least 1"),
+        ("learning_rate: -1", "learning_rate is -1.0, but must not be negative"),
+        ("top_p: 0", "top_p must be in"),
+        ("epsilon: 1.5", "epsilon is 1.5"),
+        ("delta: 1.1", "delta is 1.1.*exceed"),
+        ("{beta: 0.1, kl_estimator: k1, use_bias_correction_kl: false}", "k1 in the loss has a gradient of zero"),
+        ("{num_mini_batches: 5, prompts_per_step: 4}", "num_mini_batches .5. is more than prompts_per_step .4."),
+        ("train_data: []", "train_data is empty"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_key(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        from_yaml(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_trl_and_unsloth_name_their_equivalent(tmp_path):
+    with pytest.raises(ConfigError, match="per_device_train_batch_size .* use prompts_per_step"):
+        from_yaml(tmp_path, "per_device_train_batch_size: 8")
+    with pytest.raises(ConfigError, match="max_seq_length .* max_completion_length"):
+        from_yaml(tmp_path, "", "--max-seq-length", "2048")
+    assert not set(ELSEWHERE) & set(vars(Config()))  # none of them exists here after all
+    with pytest.raises(ConfigError, match="did you mean max_steps"):
+        from_yaml(tmp_path, "", "--max_step=3")
+
+
+def test_missing_files():
+    with pytest.raises(ConfigError, match="no file configs/tny.yaml; there are .*configs/tiny.yaml"):
+        read_config(["--config=configs/tny.yaml"], "unused")
+    with pytest.raises(ConfigError, match="--config needs a path"):
+        read_config(["--config"], "unused")
+
+
+def test_a_wrong_type_on_the_command_line_names_the_flag(capfd):
+    with pytest.raises(SystemExit):
+        read_config(["--lora-r", "many"], "configs/tiny.yaml")
+    assert "--lora-r" in capfd.readouterr().err
+
+
+def test_samplers_that_change_the_policy_are_noted():
+    assert not Config().notes()
+    assert "top_k 20" in Config(top_k=20).notes()[0]
+
+
+def test_every_setting_has_a_line_of_help_and_help_loads_no_torch():
+    code = """if True:
+        import runpy, sys
+        sys.argv = ["train.py", "--help"]
+        try:
+            runpy.run_path("train.py", run_name="__main__")
+        finally:
+            assert not {"torch", "transformers"} & set(sys.modules)
+    """
+    help = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    source = Path("rl/config.py").read_text()
+    for name in vars(Config()):
+        (line,) = [line for line in source.splitlines() if line.startswith(f"    {name}: ")]
+        assert "  # " in line, name
+        assert f"--{name.replace('_', '-')}" in help or name == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=str)
+def test_recipes_are_valid_and_show_their_command(path):
+    read_yaml(str(path)).check()
+    text = path.read_text()
+    assert text.startswith("#") and "python train.py" in text
+    assert yaml.safe_load(text)
+
+
+def test_columns_are_pairs_in_either_form(tmp_path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("{}")
+    for form in (["--columns", "answer=gold", "id=n"], ["--columns", "answer", "gold", "id", "n"]):
+        config, _ = read_config(["--config", str(file), *form, "--seed", "3"], default_file=str(file))
+        assert config.columns == {"answer": "gold", "id": "n"} and config.seed == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--resume", "nothing"], "resume: nothing is not the folder of a run"),
+        (["--gpu-memory", "8"], "gpu_memory is 8, but is the GB of a card for --dry-run"),
+        (["--dry-run", "--gpu-memory", "0"], "gpu_memory is 0"),
+        (["--config", "FILE"], "FILE: dry_run is for the command line: --dry-run"),
+        (["--resume-from-checkpoint", "x"], "python train.py --resume runs/NAME goes on with a run"),
+        (["--early-stopping-patience", "3"], "use early_stopping"),
+    ],
+)
+def test_what_is_for_the_command_line_alone(tmp_path, arguments, message):
+    (tmp_path / "mine.yaml").write_text("dry_run: true\n")
+    arguments = [a.replace("FILE", str(tmp_path / "mine.yaml")) for a in arguments]
+    with pytest.raises(ConfigError) as error:
+        read_config(arguments, "configs/tiny.yaml")
+    assert message.replace("FILE", str(tmp_path / "mine.yaml")) in str(error.value)

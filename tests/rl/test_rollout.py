@@ -1,0 +1,203 @@
+"""The roll-out samples from the policy's own distribution, stops where it should, and keeps what it sampled."""
+
+import collections
+
+import pytest
+import torch
+from test_policy import copy_of_tiny
+
+from rl.model import engine
+from rl.model import hf_generate as own_forward
+from rl.model.policy import load_policy
+from rl.model.sampling import Sampling, draw_by_inversion, draw_by_race, sample
+from rl.rollout import rollout
+
+
+@pytest.fixture(params=["written out", "own forward"])
+def policy(policy, request):
+    """The tiny model on the engine, and as if its architecture were not known."""
+    if request.param == "own forward":
+        policy.decoder = None
+    return policy
+
+
+def roll(policy, questions, n=1, length=24, sampling=None, seed=0, rows=64, **kwargs):
+    prompts = [policy.encode_prompt(question) for question in questions]
+    generator = torch.Generator().manual_seed(seed)
+    return rollout(policy, prompts, n, length, sampling or Sampling(), generator, rows, **kwargs)
+
+
+QUESTIONS = [
+    "What is 3 + 4 + 5?",
+    "Compute 9 - 2 + 1.",
+    "Write f(x) in Python: add 4, then multiply by 3.",
+    "1 + 1 = ?",
+]
+
+
+def chi_square(counts, probabilities, n):
+    """Pearson's statistic over the tokens expected at least five times, the rest in one cell; and its cells."""
+    common = [i for i, p in enumerate(probabilities) if p * n >= 5]
+    observed = [counts.get(i, 0) for i in common]
+    expected = [probabilities[i] * n for i in common]
+    cells = [*zip(observed, expected), (n - sum(observed), n - sum(expected))]
+    return sum((o - e) ** 2 / e for o, e in cells if e > 1e-9), len(common)
+
+
+def test_a_qwen_like_generation_config_does_not_change_what_is_sampled(tmp_path, config):
+    """temperature 0.7 and top_k 20 in the model's folder: frequencies still follow the raw softmax."""
+    qwen = {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.3}
+    config.model = copy_of_tiny(tmp_path / "m", generation_config=qwen)
+    policy = load_policy(config)
+    assert policy.model.generation_config.top_k == 2
+    prompt = policy.encode_prompt("What is 8 - 3 + 9?") + policy.tokenizer.encode("\\boxed{", add_special_tokens=False)
+    with torch.no_grad():
+        probabilities = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).tolist()
+    n = 4000
+    episodes = rollout(policy, [prompt], n, 1, Sampling(), torch.Generator().manual_seed(0), rows_at_a_time=n)
+    counts = collections.Counter(e.completion_ids[0] for e in episodes)
+    statistic, freedom = chi_square(counts, probabilities, n)
+    assert freedom >= 3 and statistic < 3 * freedom + 12  # far out in the tail; top_k 2 would give thousands
+    greedier = torch.tensor(probabilities) ** (1 / 0.7)
+    wrong, _ = chi_square(counts, (greedier / greedier.sum()).tolist(), n)
+    assert wrong > 3 * freedom + 12  # the test would see a temperature of 0.7
+
+
+def test_greedy_equals_generate(policy):
+    episodes = roll(policy, QUESTIONS, sampling=Sampling(0), length=40)
+    for question, episode in zip(QUESTIONS, episodes):
+        ids = torch.tensor([policy.encode_prompt(question)])
+        generated = policy.model.generate(input_ids=ids, do_sample=False, max_new_tokens=40, pad_token_id=policy.pad_id)
+        assert episode.completion_ids == generated[0, ids.shape[1] :].tolist()
+
+
+def test_completions_end_at_the_first_end_token_or_are_truncated(policy):
+    (eos,) = policy.eos_ids
+    episodes = roll(policy, QUESTIONS, n=8, length=24)
+    assert len(episodes) == 32
+    for i, episode in enumerate(episodes):
+        assert episode.question == i // 8 and len(episode.sampler_logprobs) == len(episode.completion_ids) <= 24
+        ended = episode.completion_ids[-1] == eos
+        assert episode.completion_ids.count(eos) == int(ended) and episode.truncated == (not ended)
+        assert episode.finish_reason == ("stop" if ended else "length")
+        assert episode.truncated <= (len(episode.completion_ids) == 24)
+    assert {e.truncated for e in episodes} == {True, False}
+
+
+@pytest.mark.parametrize("rows", [64, 16])
+def test_completions_are_handed_on_as_they_end(policy, rows):
+    """Each once, whole, at its place in the result, the short ones first."""
+    handed = []
+    episodes = roll(policy, QUESTIONS, n=8, length=24, rows=rows, on_finished=handed.append)
+    assert {i: e for finished in handed for i, e in finished.items()} == dict(enumerate(episodes))
+    assert sum(map(len, handed)) == 32 and len(handed) > 3
+    first_batch = [e for finished in handed for i, e in finished.items() if i < rows]
+    lengths = [len(e.completion_ids) for e in first_batch]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+
+
+def test_several_end_tokens(tmp_path, config):
+    """Any of them ends a completion: here the digit 1 is one."""
+    one = 8 + 1 + ord("1") - ord(" ")
+    config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [1, one]})
+    policy = load_policy(config)
+    assert policy.tokenizer.decode([one]) == "1"
+    episodes = roll(policy, ["What is 5 + 5 + 5?", "What is 2 + 3 + 2?"], n=64)
+    last = {episode.completion_ids[-1] for episode in episodes if not episode.truncated}
+    assert last == {1, one} and all(one not in e.completion_ids[:-1] for e in episodes)
+
+
+def test_batches_of_any_size_keep_the_order_and_greedy_answers(policy):
+    together = roll(policy, QUESTIONS, sampling=Sampling(0), rows=64)
+    for rows in (1, 3):
+        apart = roll(policy, QUESTIONS, sampling=Sampling(0), rows=rows)
+        assert [e.completion_ids for e in apart] == [e.completion_ids for e in together]
+        assert [e.question for e in apart] == [0, 1, 2, 3]
+
+
+def test_the_same_seed_gives_the_same_completions(policy):
+    first, again, other = (roll(policy, QUESTIONS, n=4, seed=seed) for seed in (5, 5, 6))
+    assert [e.completion_ids for e in first] == [e.completion_ids for e in again] != [e.completion_ids for e in other]
+
+
+def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch):
+    """Training mode would switch the cache off; each step would then see nothing of the text before it."""
+    expected = roll(load_policy(config), QUESTIONS, sampling=Sampling(0))
+    config.gradient_checkpointing = True
+    policy = load_policy(config)
+    policy.decoder = None  # through the model's own forward
+    policy.model.train()
+    widths = []
+    forward = policy.model.forward
+
+    def spy(*args, **kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy.model, "forward", spy)
+    episodes = roll(policy, QUESTIONS, sampling=Sampling(0))
+    assert widths[0] > 1 and set(widths[1:]) == {1}
+    assert [e.completion_ids for e in episodes] == [e.completion_ids for e in expected]
+
+
+def test_a_repetition_penalty_sees_prompt_and_completion(policy, monkeypatch):
+    """So strong that no token comes twice, nor one of the prompt, wherever the row lives and however often rows move."""
+    for module in (engine, own_forward):  # all logits negative, so that the penalty takes a token's whole probability
+        monkeypatch.setattr(module, "sample", lambda logits, *how: sample(logits - 1000, *how))
+    episodes = roll(policy, QUESTIONS, n=4, length=30, rows=6, sampling=Sampling(repetition_penalty=1e6))
+    for episode in episodes:
+        ids = episode.prompt_ids + episode.completion_ids[:-1]  # the end may stand in the prompt's template
+        new = ids[len(episode.prompt_ids) :]
+        assert len(set(new)) == len(new) and not set(new) & set(episode.prompt_ids)
+
+
+# --- drawing one token
+
+
+LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
+
+
+def frequencies(sampling, n=4000, seen=None):
+    generator = torch.Generator().manual_seed(0)
+    tokens, logprobs = sample(LOGITS.repeat(n, 1), sampling, generator, seen)
+    raw = (LOGITS[0] / (sampling.temperature or 1)).log_softmax(-1)
+    torch.testing.assert_close(logprobs, raw[tokens])  # the recorded one is that of the whole distribution
+    return (torch.bincount(tokens, minlength=4) / n).tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(temperature=0), [1, 0, 0, 0]),
+        (Sampling(temperature=0.5), [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
+        (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),  # 0.5 does not reach 0.7; 0.25 crosses it and stays
+        (Sampling(top_p=0.4), [1, 0, 0, 0]),
+        (Sampling(min_p=0.25), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
+    ],
+)
+def test_drawing_follows_the_settings(sampling, expected):
+    assert frequencies(sampling) == pytest.approx(expected, abs=0.025)
+
+
+@pytest.mark.parametrize("draw", [draw_by_inversion, draw_by_race])
+def test_tokens_are_drawn_as_often_as_they_are_likely(draw):
+    """Chi-square, for a peaked and a flat distribution; what has no probability is never drawn, first and last included."""
+    generator = torch.Generator().manual_seed(0)
+    for peak in (4.0, 0.3):
+        probabilities = (peak * torch.randn(300, generator=generator)).softmax(-1)
+        probabilities[[0, 1, 40, 298, 299]] = 0.0
+        n = 20_000
+        tokens = draw(probabilities.repeat(n, 1), generator).tolist()
+        assert not {0, 1, 40, 298, 299} & set(tokens)
+        expected = (probabilities / probabilities.sum()).tolist()
+        statistic, freedom = chi_square(collections.Counter(tokens), expected, n)
+        assert freedom > 20 and statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_repetition_penalty_makes_seen_tokens_rarer():
+    # log 0.5 = -0.693 becomes -1.386, so 0.5 becomes 0.25: (0.25, 0.25, 0.15, 0.1) / 0.75
+    assert frequencies(
+        Sampling(repetition_penalty=2.0), seen=torch.tensor([[True, False, False, False]])
+    ) == pytest.approx([1 / 3, 1 / 3, 0.2, 0.4 / 3], abs=0.025)

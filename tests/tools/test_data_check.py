@@ -1,0 +1,171 @@
+"""`python -m data check`: golds must get full marks, wrong answers and junk nothing, by the graders of the rows."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+
+import tools.data_check
+from data import gym, load
+from data.tasks import questions
+from grading import grade_row
+from grading.gym import final_answer, grade_gym
+from tools.data_check import changed_texts, check, ideal_answers, wrong_answers, wrong_numbers
+from tools.mutants import changed_programs, constant_programs, expected_values
+
+CODE = {
+    "id": "c", "prompt": "Write add.", "task": "code", "solution": "def add(a, b):\n    return a + b",
+    "tests": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"],
+}  # fmt: skip
+
+
+def run(program, *arguments):
+    scope = {}
+    exec(program, scope)
+    return scope["add"](*arguments)
+
+
+# --- wrong answers
+
+
+def test_wrong_numbers_are_other_numbers():
+    assert wrong_numbers("18") == ["19", "17", "-18", "187"]
+    assert wrong_numbers("-1,080") == ["-1079", "-1081", "1080", "-10793"]
+    assert wrong_numbers("0") == ["1", "-1", "7"]
+    assert wrong_numbers("0.5") == ["1.5", "-0.5", "12"]
+    assert wrong_numbers("\\frac{3}{4}") == wrong_numbers("red") == []
+
+
+def test_changed_texts_differ_from_the_gold():
+    assert changed_texts("\\frac{3}{4}") == ["\\frac{3}{5}"]
+    assert changed_texts("Eva") == ["Evb"] and changed_texts("b") == ["c"]
+    assert changed_texts("18") == changed_texts("\\pi") == []
+
+
+def test_wrong_programs_do_not_what_was_asked():
+    programs = dict(constant_programs(CODE))
+    assert run(programs["constant"], 1, 2) == 3 == run(programs["constant"], 2, 2)  # what the shown test gives away
+    assert run(programs["None"], 1, 2) is None
+    assert run(programs["equal to all"], 1, 2) == 17
+    *changed, off_by_one = changed_programs(CODE)
+    assert [run(program, 5, 3) for program in changed] == [2] and run(off_by_one, 5, 3) == 9
+    assert all(ast.unparse(ast.parse(program)) for program in [*programs.values(), *changed])
+
+
+def test_the_constant_is_no_right_answer():
+    """Where all tests expect the same, that value is right as far as anyone can tell: another is taken."""
+    same = CODE | {"tests": ["assert add(1, 2) == 3", "assert add(2, 1) == 3"]}
+    assert run(dict(constant_programs(same))["constant"], 1, 2) not in (3, None)
+    assert expected_values("def check(candidate):\n    assert candidate(1) == [2]\n    assert candidate(2)\n") == [
+        "[2]"
+    ]
+
+
+def test_programs_on_standard_input():
+    row = CODE | {"solution": "print(int(input()) + 1)", "tests": [{"input": "1\n", "output": "2\n"}]}
+    assert {what for what, _ in constant_programs(row)} == {"constant", "None"}
+    assert list(changed_programs(row)) == ["print(int(input()) - 1)", "print(int(input()) + 2)"]
+
+
+def test_changes_to_loops_come_last():
+    row = CODE | {"solution": "def add(a, b):\n    while b > 0:\n        a += 1\n        b -= 1\n    return a - 0"}
+    first, *_ = changed_programs(row)
+    assert "return a + 0" in first or "return a - 1" in first
+
+
+# --- the report
+
+
+@pytest.mark.parametrize("family", ["sums", "functions", "countdown"])
+def test_the_built_in_families_are_sound(family):
+    rows = questions(family, "eval", 5, seed=0)
+    report = check(rows)
+    assert report.failures == [] and report.notes == [] and report.without_gold == 0
+    assert report.tried == report.as_due and report.tried["gold"] == (10 if family == "sums" else 5)
+    if family == "functions":
+        assert report.deciders.total() == 5 and report.tried["changed"] == 5
+
+
+def test_whole_solutions_are_graded_too(tmp_path):
+    row = {"question": "3 + 4?", "answer": "It is <<3+4=7>>7.\n#### 7"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    (row,) = load(str(tmp_path / "q.jsonl"))
+    assert ideal_answers(row) == ["\\boxed{7}", "It is 7.\n#### 7"]
+    assert ideal_answers({"answer": "So \\boxed{7}"}) == ["So \\boxed{7}"]
+    assert ("wrong", "\\boxed{8}") in wrong_answers({"answer": "So \\boxed{7}"})
+
+
+def test_a_gold_that_fails_and_tests_that_tell_nothing():
+    wrong = CODE | {"id": "w", "solution": "def add(a, b):\n    return a * b"}
+    loose = CODE | {
+        "id": "l",
+        "tests": ["assert type(add(1, 2)) == int"],
+        "solution": "def add(a, b):\n    return a + b",
+    }
+    report = check([wrong, loose])
+    assert any(line.startswith("w: gold gets 0: failed") for line in report.failures)
+    assert report.tried["gold"] == 2 and report.as_due["gold"] == 1
+    assert any(line.startswith("l: constant") for line in report.failures)
+
+
+def test_a_slow_gold_is_right_but_noted(monkeypatch):
+    limits = [1.0]
+
+    def grade(answer, row):
+        is_gold = row["solution"] in answer and "before_" not in answer
+        return (0.0, "timeout: too slow") if is_gold and limits[-1] < 5 else grade_row(answer, row)
+
+    monkeypatch.setattr(tools.data_check, "grade_row", grade)
+    monkeypatch.setattr(tools.data_check.sandbox, "start", lambda code_timeout=1.0: limits.append(code_timeout))
+    report = check([CODE])
+    assert report.as_due["gold"] == 1 and not report.failures and limits == [1.0, 10.0, 1.0]
+    assert report.notes == ["slow     c: right, but only with more time than code_timeout"]
+
+
+def test_rows_without_a_gold_are_counted():
+    report = check([{"id": "a", "prompt": "Write.", "task": "t", "tests": ["assert f(1) == 2"]}])
+    assert report.without_gold == 1 and not report.failures and report.as_due["junk"] == report.tried["junk"] > 5
+    assert any("no gold" in line for line in report.lines())
+    report = check([{"id": "a", "prompt": "Hi", "task": "t"}, {"id": "b", "prompt": "1?", "task": "t", "answer": " "}])
+    assert report.without_gold == 1 and report.notes == ["ungraded b: the gold answer is empty: nothing could be right"]
+
+
+def test_the_command_reports_and_exits(tmp_path):
+    def run_check(*rows):
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        command = [sys.executable, "-m", "data", "check", str(tmp_path / "q.jsonl")]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    good = run_check(CODE)
+    assert good.returncode == 0 and "q.jsonl: 1 questions" in good.stdout
+    assert "gold             1 of 1 get full marks" in good.stdout and "of 1 golds" in good.stdout
+    bad = run_check(CODE, CODE | {"id": "b", "solution": "def add(a, b):\n    return b"})
+    assert bad.returncode == 1 and "FAIL     b: gold gets 0: failed" in bad.stdout
+    broken = run_check(CODE | {"tests": ["assert True"]})
+    assert broken.returncode == 1 and broken.stderr.startswith("error: ") and len(broken.stderr.splitlines()) == 1
+
+
+# --- reasoning_gym
+
+
+def test_final_answers():
+    assert final_answer("thus <answer>\n0 1\n1 0\n</answer>.") == "0 1\n1 0"
+    assert final_answer("<answer>1</answer> no, <answer>\\boxed{2}</answer>") == "2"
+    assert final_answer("so \\boxed{3}") == "3" and final_answer(" A B \n") == "A B"
+    assert final_answer("<answer></answer>") == "" and final_answer("\\boxed{}") == ""
+    assert final_answer("  ") is None
+
+
+@pytest.mark.parametrize("family", ["chain_sum", "arc_1d", "rearc", "prime_factorization", "rectangle_count"])
+def test_reasoning_gym_golds_and_junk(family):
+    """rearc compares tuples; prime_factorization raises on junk; rectangle_count pays for numbers that are near."""
+    pytest.importorskip("reasoning_gym")
+    for row in gym._make(family, "train", 2, 0):
+        assert grade_row(f"Thus <answer>{row['answer']}</answer>", row) == (1.0, "right")
+        for junk in ("<answer>qwertz</answer>", "\\boxed{-1}", "\x00\ud800", "[" * 9000, '{"a": 1}'):
+            score, reason = grade_gym(junk, row)
+            assert score == 0 and reason.startswith("wrong: score_answer")
+        assert grade_gym("", row)[1].startswith("no_answer")
+        assert grade_gym("9" * 20_000, row)[1].startswith("no_answer")

@@ -1,0 +1,288 @@
+"""The self-test of reward files: what it passes, what it catches, its table, --watch and --rescore."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import yaml
+from conftest import asked_in_a_run
+
+from grading.rewards import probes
+from tools.self_test import WIDTH, self_test
+
+
+def write(tmp_path, source, name="my_rewards.py"):
+    path = tmp_path / name
+    path.write_text("from grading import *\n" + textwrap.dedent(source))
+    return str(path)
+
+
+def run(capsys, *arguments):
+    """The self-test's exit status and its lines."""
+    status = 0
+    try:
+        self_test(arguments[0], list(arguments[1:]))
+    except SystemExit as end:
+        status = end.code or 0
+    return status, capsys.readouterr().out.splitlines()
+
+
+def row_of(lines, start):
+    return next(line for line in lines if line[2:].startswith(start))
+
+
+CORRECT = '@reward(when="math")\ndef correct(c): return grade_math(c.answer, c.row["answer"])\n'
+
+
+def test_the_projects_own_rewards_pass():
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "rewards.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("self-test passed; ") and time.perf_counter() - start < 10
+    assert max(map(len, lines)) <= WIDTH and not [line for line in lines if line.startswith("! ")]
+    titles = [line.split(", the answers written as")[0] for line in lines if "3 questions such as" in line]
+    assert titles == ["sums", "words", "functions"]
+    assert row_of(lines, "ideal, thinks").split()[:7] == ["ideal,", "thinks", "right", "1", "1", "1", "1.1"]
+    for name in (
+        "wrong answer",
+        "only in the thinking",
+        "several, the last wrong",
+        "cut off",
+        "very long",
+        "tags only",
+    ):
+        found = [line.split() for line in lines if line[2:].startswith(name)]
+        assert len(found) == 3 and all("right" not in line for line in found)
+
+
+def test_it_starts_at_once_and_imports_nothing_large():
+    code = (
+        "import sys; sys.argv = ['rewards.py', '--help']; from tools.self_test import self_test\n"
+        "try: self_test('rewards.py')\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'sympy', 'math_verify', 'datasets'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--rescore" in done.stdout, done.stderr
+    assert time.perf_counter() - start < 5
+
+
+def test_a_reward_for_an_empty_answer_is_caught(tmp_path, capsys):
+    """The second journey: short answers, and an empty one is the shortest."""
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "Capitale de la France ?"}\n{"question": "Deux et deux ?"}\n')
+    short = "@reward\ndef short(c): return max(0.0, 1 - len(c.text) / 100)\n"
+    status, lines = run(capsys, write(tmp_path, short), "--data", str(questions))
+    assert status == 1 and "self-test FAILED: 1 problem" in lines[-1]
+    assert (
+        "FAIL: q.jsonl: 'empty' (wrong) gets 1, the best there is 1, in 2 of 2 questions" in lines
+        and "no gold" in " ".join(lines)
+    )
+    assert row_of(lines, "empty").startswith("! ")
+    example = {"label": "right", "text": "Paris.", "prompt": "Capitale de la France ?"}
+    mended = f"@reward\ndef short(c): return 2 < len(c.text) < 10\nexamples = [{example}]\n"
+    status, lines = run(capsys, write(tmp_path, mended), "--data", str(questions))
+    assert status == 0 and "self-test passed" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "source, failing",
+    [
+        ("@reward\ndef f(c): return c.row['answer'] in c.text\n", "'only in the thinking'"),
+        ("@reward\ndef f(c): return c.row['answer'] in c.text\n", "'several, the last wrong'"),
+        ("@reward\ndef f(c): return c.text.endswith('}') and len(c.text) > 10\n", "'wrong answer'"),
+        (
+            "import re\n@reward\ndef f(c): return re.findall('boxed.(.*?)}', c.text)[:1] == [c.row['answer']]\n",
+            "'thinking never ends'",
+        ),
+        ("@reward\ndef f(c): return min(1, len(c.text) / 1000)\n", "'very long'"),
+    ],
+)
+def test_rewards_that_can_be_cheated_fail(tmp_path, capsys, source, failing):
+    status, lines = run(capsys, write(tmp_path, source), "--data", "sums")
+    assert status == 1 and any(line.startswith("FAIL: sums: " + failing) for line in lines)
+
+
+def test_only_the_total_is_judged(tmp_path, capsys):
+    """A format reward pays wrong answers as well: that is its nature, and no fault."""
+    status, lines = run(capsys, write(tmp_path, CORRECT + "@reward(weight=0.1)\ndef box(c): return 'boxed' in c.text\n"), "--data", "sums")  # fmt: skip
+    assert status == 0 and "self-test passed" in lines[-1]
+
+
+def test_a_constant_reward_fails_and_one_that_never_applies_is_noted(tmp_path, capsys):
+    source = CORRECT + "@reward(weight=0.1)\ndef same(c): return 0.5\n@reward(when='code')\ndef code(c): return 1\n"
+    status, lines = run(capsys, write(tmp_path, source), "--data", "sums")
+    assert status == 1 and "FAIL: same gives 0.5 to all 36 completions: nothing can be learnt from it" in lines
+    assert "code applied to none of these questions: --data SOURCE tries others" in lines
+
+
+def test_examples_are_judged(tmp_path, capsys):
+    examples = [
+        {"label": "right", "text": "\\boxed{7}", "prompt": "3+4?", "answer": "7"},
+        {"label": "wrong", "text": "I think \\boxed{7}", "prompt": "3+4?", "answer": "7"},
+        {"label": "wrong", "text": "\\boxed{8}", "prompt": "3+4?", "answer": "7"},
+    ]
+    status, lines = run(capsys, write(tmp_path, CORRECT + f"examples = {examples}\n"), "--data", "sums")
+    assert status == 1 and [line for line in lines if line.startswith("FAIL")] == [
+        "FAIL: example 2 ('2. I think \\\\boxed{7}'), marked wrong, gets 1, the best right one 1"
+    ]
+    status, _ = run(capsys, write(tmp_path, CORRECT + "examples = [{'text': 'x'}]\n"), "--data", "sums")
+    assert "example 1 must be a dict with label" in status
+
+
+def test_the_style_of_answers_is_found(tmp_path, capsys):
+    source = "@reward\ndef xml(completions, answer): return ['<answer>\\n' + a + '\\n</answer>' in c[0]['content'] for a, c in zip(answer, completions)]\n"
+    status, lines = run(capsys, write(tmp_path, source), "--data", "sums", "-n", "1")
+    assert any("written as <reasoning>" in line for line in lines)
+    assert status == 1 and "'only in the thinking'" in " ".join(lines)
+
+
+def test_faults_are_one_line(tmp_path, capsys):
+    assert run(capsys, write(tmp_path, "@reward\ndef f(c): return c.row['gold']\n"))[0].startswith("error: reward function 'f' (my_rewards.py:3), row sums-train-0-0: KeyError")  # fmt: skip
+    assert "there is no such file" in run(capsys, write(tmp_path, CORRECT), "--data", "nothing.jsonl")[0]
+    assert "there is no file" in run(capsys, str(tmp_path / "none.py"))[0]
+
+
+def test_long_names_keep_the_table_narrow(tmp_path, capsys):
+    names = [f"a_reward_function_with_a_long_name_{i}" for i in range(5)]
+    source = CORRECT + "".join(f"@reward(weight=0.01)\ndef {name}(c): return len(c.text) % 7 / 7\n" for name in names)
+    _, lines = run(capsys, write(tmp_path, source), "--data", "sums")
+    assert len(lines) > 15 and max(map(len, lines)) <= WIDTH
+
+
+# --- probes
+
+
+def test_probes_of_code_rows_are_wrong_for_every_form_of_tests():
+    forms = [
+        {"tests": ["assert g(2) == 4"], "solution": "def g(x):\n    return 2*x"},
+        {"tests": "def check(candidate):\n    assert candidate(2) == 4", "entry_point": "g", "solution": "def g(x):\n    return x+x"},
+        {"tests": [{"args": [2], "expected": 4}], "entry_point": "g", "solution": "def g(x):\n    return x*x"},
+        {"tests": [{"input": "2\n", "output": "4\n"}], "solution": "print(2 * int(input()))"},
+    ]  # fmt: skip
+    from grading import grade_code
+
+    for form in forms:
+        row = {"id": 1, "task": "t", "prompt": "q"} | form
+        answers = [probes.gold_of(row), probes.wrong_answer(row)]
+        assert [grade_code(a, row["tests"], row.get("entry_point"))[0] for a in answers] == [1.0, 0.0]
+    own = {"id": 1, "task": "t", "prompt": "q", "tests": ["look at it"], "entry_point": "g"}
+    assert "def g(" in probes.wrong_answer(own) and probes.ideals(own, "plain") == []
+
+
+def test_wrong_answers_differ_from_the_gold():
+    for gold, wrong in {"7": "8", "1,080": "1081", "-1/2": "1/2", "0.5": "3/2", "Paris": "another answer"}.items():
+        assert probes.wrong_answer({"answer": gold}) == wrong
+    assert probes.gold_of({"answer": "3+4=7\n#### 7"}) == "7" == probes.gold_of({"answer": "so \\boxed{7}"})
+    assert probes.gold_of({"answer": ""}) is None and probes.gold_of({"prompt": "q"}) is None
+    countdown = {"grader": "countdown", "target": 6, "nums": [2, 3], "solution": "2 * 3"}
+    assert (probes.gold_of(countdown), probes.wrong_answer(countdown)) == ("2 * 3", "6")
+
+
+# --- --watch
+
+
+def test_watch_runs_again_at_every_save(tmp_path):
+    path = write(tmp_path, CORRECT)
+    command = [sys.executable, "-c", f"from tools.self_test import self_test; self_test({path!r})"]
+    process = subprocess.Popen(
+        [*command, "--data", "sums", "-n", "1", "--watch"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    try:
+        first = read_until(process, "self-test passed")
+        assert first[0].startswith("--- ") and "correct 1" in first[1]
+        write(tmp_path, CORRECT + "@reward(weight=0.2)\ndef same(c): return 1\n")
+        assert any(line.startswith("FAIL: same gives 1") for line in read_until(process, "self-test FAILED"))
+        write(tmp_path, "def broken(:\n")
+        assert "my_rewards.py:2: SyntaxError" in read_until(process, "error:")[-1]
+        write(tmp_path, CORRECT)
+        read_until(process, "self-test passed")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        killer.cancel()
+
+
+def read_until(process, text):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text} never came: {lines}")
+
+
+# --- --rescore
+
+
+def saved(question, text, step=1, **fields):
+    return {
+        "step": step, "prompt_id": question["id"], "task": "t", "prompt": question["prompt"], "completion": text, "tokens": 3,
+        "finish_reason": "stop", **fields,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run of two steps on three questions of its own file; its reward was lax: it paid for any box."""
+    questions, rows, folder = asked_in_a_run(tmp_path)
+    settings = {
+        "train_data": [str(questions)], "eval_data": [], "train_questions": 100, "eval_questions": 1, "columns": {}, "seed": 0,
+        "reward_funcs": [], "reward_weights": {"correct": 2.0, "gone": 1.0},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    lines = [
+        saved(row, f"\\boxed{{{2}}}", step, reward=2.0, rewards={"correct": 1.0}, verdict="right")
+        for step in (1, 2)
+        for row in rows[:3]
+    ]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_rescoring_a_run_shows_old_and_new(run_folder, tmp_path, capsys):
+    status, lines = run(capsys, write(tmp_path, CORRECT), "--rescore", str(run_folder))
+    assert status == 0 and lines[-1].startswith("rescored 6 completions of ")
+    assert row_of(lines, "correct").split() == ["correct", "1.0000", "0.3333", "4"]
+    assert row_of(lines, "total").split() == ["total", "2.0000", "0.6667", "4"]  # with the run's own weight
+    assert "  verdicts: 4 right -> wrong" in lines
+    changes = lines[lines.index("the largest changes:") + 1 : -1]
+    assert len(changes) == 4 and changes[0].split()[:4] == ["q0", "2", "->", "0"] and "wrong: 2 is not 1" in changes[0]
+    assert "'\\\\boxed{2}'" in changes[0] and max(map(len, lines[:-1])) <= WIDTH
+
+
+def test_rescoring_what_failed_shows_the_failure_again(run_folder, tmp_path, capsys):
+    row = {"id": "x", "prompt": "q", "task": "t", "answer": "1"}
+    failed = run_folder / "failed.jsonl"
+    failed.write_text(json.dumps(saved(row, "a", row=row)) + "\n")
+    status, _ = run(
+        capsys, write(tmp_path, "@reward\ndef f(c): return 1 / (c.text != 'a')\n"), "--rescore", str(failed)
+    )
+    assert "'f' (my_rewards.py:3), row x: ZeroDivisionError" in status
+    status, lines = run(capsys, write(tmp_path, CORRECT), "--rescore", str(failed))
+    assert status == 0 and row_of(lines, "correct").split() == ["correct", "-", "0.0000", "1"]
+
+
+def test_rescoring_says_what_is_missing(run_folder, tmp_path, capsys):
+    path = write(tmp_path, CORRECT)
+    status, _ = run(capsys, path, "--rescore", str(run_folder.parent / "mien"))
+    assert "there is no file" in status and f"Did you mean '{run_folder}'" in status
+    lines = (run_folder / "rollouts.jsonl").read_text()
+    (run_folder / "rollouts.jsonl").write_text(lines + lines.replace('"q0"', '"q9"') + '{"step": 3')
+    assert "rollouts.jsonl:13 is not a completion" in run(capsys, path, "--rescore", str(run_folder))[0]
+    (run_folder / "rollouts.jsonl").write_text(lines + lines.replace('"q0"', '"q9"'))
+    status, printed = run(capsys, path, "--rescore", str(run_folder))
+    assert status == 0 and printed[0].startswith("note  2 completions are left out")
+    os.remove(run_folder / "config.yaml")
+    assert "there is no config.yaml beside" in run(capsys, path, "--rescore", str(run_folder))[0]

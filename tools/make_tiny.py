@@ -1,0 +1,194 @@
+"""Make the bundled tiny model: a 0.8-million-parameter Qwen3 that can think but seldom does.
+
+It is trained from nothing on demonstrations of the built-in families. In the first stage, a quarter of them work the
+question out inside <think> ... </think> and are right; the rest blurt an answer at once, and a fifth of those is right. So
+the skill is there and rarely used: what reinforcement learning has to find. Then sums of two to four numbers with two
+digits join, most of them thought out. Longer ones (long_sums) are never shown, and it gets lost in them: what
+reinforcement learning has to improve. Questions come from the split "pretrain" and never meet those used for training or
+evaluation (data/tasks.py).
+
+    python tools/make_tiny.py --out data/tiny          # about an hour on two cores
+
+Writes config, tokenizer with chat template, and bf16 safetensors. The model card (data/tiny/README.md) is written by
+hand from the figures that this script and `python train.py --eval-only` print.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.tasks import Problem, build_expressions, problems  # noqa: E402
+
+SHORT = ("sums", "words", "functions")
+STAGES = (  # families in equal parts, optimizer steps, peak learning rate
+    (SHORT, 6000, 2e-3),
+    ((*SHORT, "big_sums", "big_sums"), 1800, 1.5e-3),
+    ((*SHORT, "big_sums", "big_sums"), 2000, 1.5e-3),
+)
+THINKS = dict.fromkeys(SHORT, 0.25) | {"big_sums": 0.75}  # share of demonstrations that think
+BLURT_RIGHT = 0.2  # share of the others that happen to be right
+MEAN_REPLY_TOKENS = 25  # of a demonstration, about: the scale of the loss
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set content = message.content -%}
+{%- if message.role == 'assistant' and not loop.last -%}{%- set content = content.split('</think>')[-1] -%}{%- endif -%}
+{{- '<|' + message.role + '|>' + content -}}
+{%- if message.role == 'assistant' -%}{{- '<|end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character (printable ASCII and newline), and a few special ones."""
+    special = ["<|endoftext|>", "<|end|>", "<unk>", *ROLES]
+    tags = ["<think>", "</think>"]  # ordinary tokens, so that they stay in decoded text
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocab = {token: i for i, token in enumerate(special + tags + characters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|endoftext|>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False, model_max_length=512,
+    )  # fmt: skip
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer) -> Qwen3ForCausalLM:
+    """Every linear layer has dimensions that are multiples of 64, so that NF4's blocks fit."""
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+def blurt(problem: Problem, rng: random.Random) -> str:
+    """An answer without thinking: usually off by a little, or a function that forgets its brackets."""
+    right = rng.random() < BLURT_RIGHT
+    if problem.family != "functions":
+        return problem.answer if right else str(int(problem.answer) + rng.choice([-1, 1]) * rng.randint(1, 6))
+    if right:
+        return problem.answer
+    without_brackets = "x" + "".join(f"{op}{n}" for op, n in problem.ops)
+    if without_brackets != problem.answer:
+        return without_brackets
+    ops = list(problem.ops)  # brackets were not needed: one number is off instead
+    i = rng.randrange(len(ops))
+    ops[i] = (ops[i][0], rng.choice([n for n in range(2, 10) if n != ops[i][1]]))
+    return build_expressions(ops)[-1]
+
+
+def demonstration(problem: Problem, rng: random.Random) -> str:
+    """One assistant turn."""
+    thinks = rng.random() < THINKS[problem.family]
+    thought = "<think>" + "\n".join(problem.steps) + "</think>" if thinks else ""
+    answer = problem.answer if thinks else blurt(problem, rng)
+    if problem.family == "functions":
+        return f"{thought}def {problem.entry_point}(x):\n    return {answer}"
+    return f"{thought}\\boxed{{{answer}}}"
+
+
+def batches(tokenizer, families, batch_size: int, rng: random.Random):
+    """Endless (ids, labels), each (B, T), rows of similar length; labels are -100 on prompt and padding."""
+    sources = [problems(family, "pretrain", rng) for family in families]
+    while True:
+        rows = []
+        for i in range(batch_size * 30):
+            problem = next(sources[i % len(sources)])
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
+            )
+            prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+            reply = tokenizer.encode(demonstration(problem, rng) + "<|end|>", add_special_tokens=False)
+            rows.append((prompt_ids + reply, [-100] * len(prompt_ids) + reply))
+        rows.sort(key=lambda row: len(row[0]) + rng.random())
+        chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rng.shuffle(chunks)
+        for chunk in chunks:
+            width = max(len(ids) for ids, _ in chunk)
+            yield (
+                torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in chunk]),
+                torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in chunk]),
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="data/tiny", help="folder to write the model into")
+    parser.add_argument("--first-stage", type=int, default=1, help="go on from the model in --out with this stage")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer()
+    for stage in range(args.first_stage, len(STAGES) + 1):
+        if stage == 1:
+            model = make_model(tokenizer)
+        else:  # goes on from what the stage before has saved, rounded to bf16
+            model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+        rng = random.Random(args.seed + stage - 1)
+        train(model, tokenizer, *STAGES[stage - 1], args.batch_size, rng, args.out)
+
+
+def train(model, tokenizer, families, steps: int, learning_rate: float, batch_size: int, rng: random.Random, out: str):
+    """One stage; the model is saved every 500 steps and at its end."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {steps} steps of {batch_size}, {torch.get_num_threads()} threads")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.04, div_factor=20, final_div_factor=50
+    )
+    began, mean_loss = time.time(), None
+    stream = batches(tokenizer, families, batch_size, rng)
+    for step in range(1, steps + 1):
+        ids, labels = next(stream)
+        loss = token_loss(model, ids, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
+        if step % 100 == 0:
+            print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - began) / 60:.1f} min", flush=True)
+        if step % 500 == 0 or step == steps:
+            save(model, tokenizer, out)
+
+
+def token_loss(model, ids, labels):
+    """Cross-entropy summed over the batch's reply tokens, per row of average length.
+
+    Not the mean over the batch's tokens: batches hold rows of similar length, so in a mean the first token of a short
+    row, the one that decides whether to think, would weigh more than that of a long one, and blurts are short.
+    """
+    logits = model(input_ids=ids).logits  # causal and right-padded: no mask needed
+    total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / (len(ids) * MEAN_REPLY_TOKENS)
+
+
+def save(model, tokenizer, out: str):
+    """bf16 weights, so that the folder stays under 2 MB; the training copy stays fp32."""
+    half = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()
