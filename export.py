@@ -104,7 +104,7 @@ def export(asked: Settings, at_end: contextlib.ExitStack) -> None:
     def load(**changes):
         """The run's policy, but for these settings. adapter=None gives it a new LoRA, which does nothing."""
         policy = load_policy(replace(config, **changes))
-        if policy.continues_adapter:
+        if policy.starts_from_adapter:
             policy.model.delete_adapter("reference")  # a second copy
         return policy
 

@@ -94,7 +94,7 @@ def measure_memory(tokens: int, vocabulary: int) -> dict[str, float]:
     model = peft.get_peft_model(Qwen3ForCausalLM(settings), peft.LoraConfig(r=4, target_modules="all-linear"))
     policy = Policy(
         model=model, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({1}), pad_id=0,
-        temperature=1.0, system_prompt=None, chat_template_kwargs={}, continues_adapter=False, decoder=Decoder(model),
+        temperature=1.0, system_prompt=None, chat_template_kwargs={}, starts_from_adapter=False, decoder=Decoder(model),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, vocabulary, (8, tokens // 8), generator=generator).tolist()

@@ -24,7 +24,7 @@ from data.hub import held_out_split, is_hub_source, read_hub
 from data.sources import FILE_TYPES, DataError, read_file
 from data.tasks import MAKERS, questions
 
-__all__ = ["DataError", "Order", "levels", "load", "load_questions", "local_prompts"]
+__all__ = ["DataError", "QuestionSampler", "levels", "load", "load_questions", "local_prompts"]
 
 EVAL_SEED = 0  # the built-in held-out questions are the same for every run, so that runs can be compared
 MAX_HELD_OUT = 0.2  # of a source that serves for training and evaluation
@@ -65,14 +65,10 @@ def is_made(source: str) -> bool:
     return source in MAKERS or source.startswith(PREFIX)
 
 
-def load_questions(
-    train_data: list[str], eval_data: list[str], train_n: int, eval_n: int, columns: dict, seed: int
-) -> tuple[list[dict], list[dict], list[str]]:
-    """The training rows, the held-out rows (no prompt in both), and notes for the person on what was set aside.
-
-    train_n: for each source. eval_n: in all. Without eval_data each training source gives its own held-out part: one
-    that is made, or a set of the Hub that has one, its evaluation split, any other at most a fifth of its questions.
-    """
+def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
+    """The training rows, the held-out rows (no prompt in both), and notes."""
+    train_data, eval_data, columns = config.train_data, config.eval_data, config.columns
+    train_n, eval_n, seed = config.train_questions, config.eval_questions, config.seed
     train_rows, eval_rows, notes = [], [], []
 
     def load_at_most(source, n, split, seed, use):
@@ -128,30 +124,37 @@ def local_prompts(train_data: list[str], eval_data: list[str], columns: dict) ->
     return [str(row["prompt"]) for source in sources for row in load(source, columns=columns)]
 
 
-class Order:
-    """Which training questions are asked next: all of them in an order of their own in each epoch, by the seed.
+class QuestionSampler:
+    """Draws training questions: all of them once in each epoch, in an order that follows from the seed.
 
-    levels: how hard each one is. With curriculum_steps the levels join one by one over so many first steps.
+    questions: objects with a data row in `.row`. With curriculum_steps, levels join one by one over that many first steps.
     """
 
-    def __init__(self, levels: list[float], curriculum_steps: int, seed: int):
-        self.levels, self.curriculum_steps = levels, curriculum_steps
-        self.drawn = 0  # the position
-        self._rng, self._epoch = random.Random(seed), []
+    def __init__(self, questions: list, curriculum_steps: int, seed: int):
+        self.questions = questions
+        rows = [question.row for question in questions]
+        self.levels = levels(rows) if curriculum_steps else [0] * len(rows)
+        self.curriculum_steps = curriculum_steps
+        self.drawn = 0
+        self._rng = random.Random(seed)
+        self._epoch = []
 
-    def take(self, n: int, step: int) -> list[int]:
-        """The next n questions. Those that are too hard yet are left out of their epoch."""
+    def take(self, n: int, step: int) -> list:
+        """The next n questions. Those that are still too hard are left out of their epoch."""
         hardest = highest_level(self.levels, step, self.curriculum_steps)
         taken = []
         while len(taken) < n:
             i = self._next()
             if self.levels[i] <= hardest:
-                taken.append(i)
+                taken.append(self.questions[i])
         return taken
 
-    def skip(self, drawn: int) -> None:
-        """Go on from the position that another one of the same seed had reached."""
-        while self.drawn < drawn:
+    def state_dict(self) -> dict:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from the position that another sampler of the same seed had reached."""
+        while self.drawn < state["drawn"]:
             self._next()
 
     def _next(self) -> int:

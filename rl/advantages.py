@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from grading import Completion, Rewards, Score
+from grading import Rewards
 from rl import algorithms
 from rl.config import Config
 from rl.model.policy import Policy
@@ -20,63 +20,64 @@ Steps = list[tuple[int, float]]  # process rewards of one completion: (index of 
 
 
 class Advantages:
-    """Gives episodes their advantages, and keeps what an algorithm carries from one step of the run to the next."""
+    """Computes the advantages of episodes, and keeps what an algorithm carries from one training step to the next."""
 
-    def __init__(self, policy: Policy, config: Config, rewards: Rewards):
-        self.policy, self.config = policy, config
+    def __init__(self, policy: Policy, rewards: Rewards, config: Config):
+        self.policy = policy
+        self.config = config
         self.weights = {f.name: f.weight for f in rewards.functions}
-        self.mean_return = None  # of the completions so far: REINFORCE's running baseline
-        self.beta = config.beta  # of the KL in PPO's rewards; follows beta_target_kl
+        self.mean_return = None  # running mean over the completions so far: REINFORCE's running baseline
+        self.beta = config.beta  # weight of the KL in PPO's rewards; follows beta_target_kl
 
     def state_dict(self) -> dict:
         return {"mean_return": self.mean_return, "beta": self.beta}
 
     def load_state_dict(self, state: dict) -> None:
         self.mean_return = state["mean_return"]
-        if self.config.beta_target_kl:  # else it is what the settings say
+        if self.config.beta_target_kl:  # otherwise the setting decides
             self.beta = state["beta"]
 
-    def fill(
-        self, episodes: list[Episode], rewards: torch.Tensor, completions: list[Completion], scores: list[Score]
-    ) -> dict[str, float]:
-        """Set each episode's `advantages`, (C,), and `in_loss`; with a critic `returns` too. Returns metrics.
+    def compute(self, episodes: list[Episode]) -> dict[str, float]:
+        """Set each episode's `advantages` (C,) and `in_loss`, and with a critic its `returns`. Returns metrics.
 
-        rewards: (N,) what is learned from, nan where ungraded; it includes the process rewards of `scores`.
+        Reads each episode's `reward`, which includes the process rewards of its score, and with a critic its `values`.
         """
-        config, metrics = self.config, {}
+        config = self.config
+        metrics = {}
         if not episodes:
             return metrics
         for episode in episodes:
             episode.in_loss = not (episode.truncated and config.mask_truncated_completions)
         in_loss = torch.tensor([episode.in_loss for episode in episodes])
+        rewards = torch.tensor([episode.reward for episode in episodes])  # (N,)
+        lengths = [len(episode.completion_ids) for episode in episodes]
         if config.algorithm == "dpo":
             eligible = torch.where(in_loss, rewards, torch.nan)
-            for episode, sign in zip(episodes, algorithms.preference_signs(eligible, config.num_generations).tolist()):
-                episode.advantages = torch.full((len(episode.completion_ids),), sign)
+            signs = algorithms.preference_signs(eligible, config.num_generations).tolist()
+            for episode, length, sign in zip(episodes, lengths, signs):
+                episode.advantages = torch.full((length,), sign)
             return metrics
-        steps = self.steps(episodes, completions, scores)  # by reward function
-        paid = [
-            sum(value for of_function in steps.values() for _, value in of_function[i]) for i in range(len(episodes))
-        ]
+        steps = self.process_rewards(episodes)
+        paid = [sum(value for by_episode in steps.values() for _, value in by_episode[i]) for i in range(len(episodes))]
         outcome = rewards - torch.tensor(paid)  # (N,) without the process rewards
         if config.has_critic or config.algorithm == "reinforce":
-            merged = [[step for of_function in steps.values() for step in of_function[i]] for i in range(len(episodes))]
-            of_tokens = self.actor_critic if config.has_critic else self.reinforce
-            advantages = of_tokens(episodes, outcome, merged, metrics)
+            merged = [[step for by_episode in steps.values() for step in by_episode[i]] for i in range(len(episodes))]
+            by_token = self.actor_critic if config.has_critic else self.reinforce
+            advantages = by_token(episodes, outcome, merged, metrics)
         else:
-            lengths = [len(episode.completion_ids) for episode in episodes]
-            by_completion = self.of_completions(outcome, lengths, in_loss).tolist()
-            advantages = [torch.full((n,), a) for n, a in zip(lengths, by_completion)]
-            for name, of_function in steps.items():
-                unweighted = [[(position, value / self.weights[name]) for position, value in s] for s in of_function]
-                more = algorithms.process_advantages(unweighted, lengths, config.num_generations)
-                advantages = [a + self.weights[name] * extra for a, extra in zip(advantages, more)]
-        for episode, of_episode in zip(episodes, advantages):
-            episode.advantages = of_episode
+            by_completion = self.group_relative(outcome, lengths, in_loss).tolist()
+            advantages = [torch.full((length,), a) for length, a in zip(lengths, by_completion)]
+            for name, by_episode in steps.items():
+                weight = self.weights[name]
+                unweighted = [[(token, value / weight) for token, value in pairs] for pairs in by_episode]
+                extra = algorithms.process_advantages(unweighted, lengths, config.num_generations)
+                advantages = [a + weight * more for a, more in zip(advantages, extra)]
+        for episode, tensor in zip(episodes, advantages):
+            episode.advantages = tensor
         return metrics
 
-    def of_completions(self, rewards: torch.Tensor, lengths: list[int], in_loss: torch.Tensor) -> torch.Tensor:
-        """One advantage for each completion, (N,), from those of its group. rewards: (N,), nan where ungraded."""
+    def group_relative(self, rewards: torch.Tensor, lengths: list[int], in_loss: torch.Tensor) -> torch.Tensor:
+        """One advantage for each completion, (N,), relative to its group. rewards: (N,), nan if ungraded."""
         group = self.config.num_generations
         if self.config.algorithm == "rloo":
             return algorithms.leave_one_out_advantages(rewards, group)
@@ -110,7 +111,8 @@ class Advantages:
         self, episodes: list[Episode], outcome: torch.Tensor, steps: list[Steps], metrics: dict
     ) -> list[torch.Tensor]:
         """GAE over token rewards with the KL in them, whitened. Ungraded completions take no part in the update."""
-        config, mask = self.config, mask_of(episodes)
+        config = self.config
+        mask = mask_of(episodes)  # (N, C)
         kl = None
         if config.beta:
             old, reference = (pad([getattr(e, f"{name}_logprobs") for e in episodes]) for name in ("old", "reference"))
@@ -137,55 +139,32 @@ class Advantages:
         metrics["value"] = values[counted].mean().item() if counted.any() else 0.0
         return unpad(algorithms.whiten(advantages, counted), episodes)
 
-    def steps(
-        self, episodes: list[Episode], completions: list[Completion], scores: list[Score]
-    ) -> dict[str, list[Steps]]:
-        """Weighted process rewards by function, for each completion in the order of its text. None for the control."""
-        found = {}
+    def process_rewards(self, episodes: list[Episode]) -> dict[str, list[Steps]]:
+        """Weighted process rewards by function, for each episode in the order of its text. Empty for a control run."""
+        by_function = {}
         if self.config.control != "none":
-            return found
-        for i, score in enumerate(scores):
-            for name, steps in score.process.items():
-                if self.weights[name] and score.verdict != "ungraded":
-                    placed = self.place(episodes[i], completions[i], steps)
-                    found.setdefault(name, [[] for _ in scores])[i] = [(t, self.weights[name] * v) for t, v in placed]
-        return found
+            return by_function
+        for i, episode in enumerate(episodes):
+            for name, steps in episode.score.process.items():
+                weight = self.weights[name]
+                if weight and episode.score.verdict != "ungraded":
+                    by_episode = by_function.setdefault(name, [[] for _ in episodes])
+                    by_episode[i] = [(token, weight * value) for token, value in self.place(episode, steps)]
+        return by_function
 
-    def place(self, episode: Episode, completion: Completion, steps: list[tuple[int, float]]) -> Steps:
-        """Process rewards at character positions of the text, as (index of the token in which the step ends, value)."""
-        ids, decode = episode.completion_ids, self.policy.decode
-        opened = len(completion.text) - len(decode(ids))  # what the template had written of the thinking
+    def place(self, episode: Episode, steps: list[tuple[int, float]]) -> Steps:
+        """Convert process rewards at character positions to (index of the token in which the step ends, value)."""
+        ids = episode.completion_ids
+        decode = self.policy.decode
+        opening = len(episode.completion.text) - len(decode(ids))  # characters that the chat template had written
 
         @functools.cache
-        def end(n):
+        def end(n: int) -> int:
             """The position in the text after n tokens."""
-            return opened + len(decode(ids[:n]))
+            return opening + len(decode(ids[:n]))
 
-        counts = range(1, len(ids))  # of tokens; the last one takes what lies beyond
+        counts = range(1, len(ids))  # numbers of tokens; the last token takes what lies beyond
         return [(bisect.bisect_left(counts, position, key=end), value) for position, value in sorted(steps)]
-
-
-def learned_rewards(rewards: torch.Tensor, episodes: list[Episode], config: Config) -> torch.Tensor:
-    """The rewards less what the settings take off for length: of truncated completions, and DAPO's overlong punishment. (N,)"""
-    if config.missing_eos_penalty:
-        rewards = rewards - config.missing_eos_penalty * torch.tensor([float(e.truncated) for e in episodes])
-    if config.soft_punish_cache:
-        lengths = torch.tensor([len(e.completion_ids) for e in episodes])
-        rewards = rewards + algorithms.overlong_penalty(lengths, config.max_completion_length, config.soft_punish_cache)
-    return rewards
-
-
-def teaching_groups(scores: list[Score], num_generations: int) -> list[bool]:
-    """Which groups have something to learn from: some of their completions are right and some wrong, and rewards differ.
-
-    Where nothing says what is right, it is enough that rewards differ. Ungraded completions do not count.
-    """
-    totals = torch.tensor([score.total for score in scores])
-    varied = algorithms.varied_groups(totals, num_generations)
-    if any(score.judge for score in scores):
-        right = torch.tensor([float(score.is_right) for score in scores])
-        varied &= algorithms.varied_groups(torch.where(totals.isnan(), torch.nan, right), num_generations)
-    return varied.tolist()
 
 
 def mask_of(episodes: list[Episode]) -> torch.Tensor:

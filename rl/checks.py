@@ -1,8 +1,11 @@
-"""Before a run: does the roll-out sample from the policy that is trained?
+"""Two checks before training: the roll-out samples from the policy that is trained, and the largest batches fit into memory.
 
-A LoRA that is left out of the roll-out shows nowhere at the start, where it is zero, and one update moves less than the
-rounding of bf16. So its second matrices are filled with noise for a moment, until it moves the log-probabilities by a nat,
-and then three paths have to agree: the sampler, the trainer, and the model's own forward.
+Sampler: a LoRA that the roll-out ignores goes unnoticed at the start, where it is zero, and one update moves less than the
+rounding of bf16. So the LoRA's second matrices are filled with noise for a moment, until log-probabilities move by some nats,
+and then three paths have to agree: the sampler, the trainer, and the model's own forward pass.
+
+Memory: the largest batches of roll-out, evaluation and update are run once, and batch settings are halved if memory runs
+out, so that what does not fit shows at once and not at step 120. Measured now, the peak is that of the whole run.
 """
 
 import contextlib
@@ -13,15 +16,15 @@ import torch
 from rl.config import Config, ConfigError
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs
-from rl.model.oom import within_memory
-from rl.model.policy import Policy
+from rl.model.oom import retry_on_oom
+from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
 from rl.update import Updater, ids_of
 
-PROMPTS, COMPLETIONS, TOKENS = 4, 2, 16  # of the trial roll-out: so many of each, of at most so many tokens
+PROMPTS, COMPLETIONS, TOKENS = 4, 2, 16  # of the trial roll-out; TOKENS is the greatest length
 SHIFT = 3.0  # nats a token by which the noise is to move the policy; at 1 the rounding of bf16 is up to 7 % of it
-ALLOWED = 0.05  # of that shift may lie between two paths
+ALLOWED = 0.05  # share of that shift by which two paths may differ
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Agreement:
 
     shift: float  # between LoRA on and off
     sampler: float  # between sampler and trainer
-    own_forward: float  # between trainer and the model's own forward
+    own_forward: float  # between trainer and the model's own forward pass
 
     def sampler_agrees(self) -> bool:
         return self.sampler <= ALLOWED * max(self.shift, 1)  # False for nan
@@ -39,73 +42,78 @@ class Agreement:
         return self.own_forward <= ALLOWED * max(self.shift, 1)
 
 
-def check_sampler(policy: Policy, prompts: list[list[int]], max_completion_length: int) -> Agreement:
-    """Compare the three paths, and leave the policy as it was. Where the written-out forward pass is not the model's, it
-    is given up (`policy.decoder` becomes None). Raises ConfigError where the roll-out samples from another policy."""
-    tokens = min(TOKENS, max_completion_length)
-    found = compare(policy, prompts[:PROMPTS], tokens)
-    if policy.decoder and not (found.sampler_agrees() and found.trainer_agrees()):
-        policy.decoder, policy.own_forward_because = (
-            None,
-            (
-                f"with noise in the LoRA, which moves log-probabilities by {found.shift:.2g} nats a token, the written-out one "
-                f"differs from it by {found.own_forward:.2g} in the update and by {found.sampler:.2g} more in the roll-out"
-            ),
+def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
+    """Compare the three paths, and leave the policy as it was.
+
+    If the written-out forward pass disagrees with the model's own, fall back to the model's (`policy.decoder` becomes None).
+
+    Raises:
+        ConfigError: the roll-out samples from another policy than the one that is trained.
+    """
+    prompts = [question.prompt_ids for question in questions[:PROMPTS]]
+    agreement = compare_paths(policy, prompts)
+    if policy.decoder and not (agreement.sampler_agrees() and agreement.trainer_agrees()):
+        policy.decoder = None
+        policy.fallback_reason = (
+            f"with noise in the LoRA, which moves log-probabilities by {agreement.shift:.2g} nats a token, the written-out one "
+            f"differs from it by {agreement.own_forward:.2g} in the update and by {agreement.sampler:.2g} more in the roll-out"
         )
-        found = compare(policy, prompts[:PROMPTS], tokens)
-    if not found.sampler_agrees():
+        agreement = compare_paths(policy, prompts)
+    if not agreement.sampler_agrees():
         raise ConfigError(
             f"model: the roll-out does not sample from the policy that is trained: log-probabilities differ by "
-            f"{found.sampler:.2g} nats a token where the LoRA moves them by {found.shift:.2g}; try dtype: float32"
+            f"{agreement.sampler:.2g} nats a token where the LoRA moves them by {agreement.shift:.2g}; try dtype: float32"
         )
-    return found
+    return agreement
 
 
 @torch.no_grad()
-def compare(policy: Policy, prompts: list[list[int]], tokens: int) -> Agreement:
-    """The differences on completions of at most so many tokens, written by the policy with noise in its LoRA."""
+def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
+    """The differences on completions that the policy writes with noise in its LoRA."""
     generator = torch.Generator(policy.device).manual_seed(0)
+    length = min(TOKENS, policy.max_completion_length)
 
-    def ask():
+    def sample() -> list[Episode]:
         sampling = Sampling(policy.temperature)
-        return rollout(policy, prompts, COMPLETIONS, tokens, sampling, generator, PROMPTS * COMPLETIONS)
+        return rollout(policy, prompts, COMPLETIONS, length, sampling, generator, PROMPTS * COMPLETIONS)
 
-    def score(episodes):  # packed log-probabilities
-        ids = [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
-        logprobs, mask, _ = completion_logprobs(policy, *ids)
-        return logprobs[mask]
+    def score(episodes: list[Episode]) -> torch.Tensor:
+        logprobs, mask, _ = completion_logprobs(policy, *ids_of(episodes))
+        return logprobs[mask]  # packed, (tokens,)
 
-    def shift(episodes):
-        on = score(episodes)
+    def shift(episodes: list[Episode]) -> float:
         with policy.model.disable_adapter():
-            return (on - score(episodes)).abs().mean().item()
+            without = score(episodes)
+        return (score(episodes) - without).abs().mean().item()
 
     with noise_in_lora(policy) as refill:
-        episodes, best = ask(), (0.0, 0.0)  # best: shift, scale
+        episodes = sample()
+        best = (0.0, 0.0)  # shift, scale
         for scale in (0.01 * 2 ** (n / 2) for n in range(24)):
             refill(scale)
             best = max(best, (shift(episodes), scale))
             if best[0] >= SHIFT:
                 break
         refill(best[1])
-        episodes = ask()
+        episodes = sample()
         trainer = score(episodes)
         sampler = torch.tensor([p for e in episodes for p in e.sampler_logprobs], device=policy.device)
-        decoder, policy.decoder = policy.decoder, None
+        decoder = policy.decoder
+        policy.decoder = None
         try:
-            own = score(episodes)
+            own_forward = score(episodes)
         finally:
             policy.decoder = decoder
         return Agreement(
             shift=shift(episodes),
             sampler=(sampler - trainer).abs().mean().item(),
-            own_forward=(own - trainer).abs().mean().item(),
+            own_forward=(own_forward - trainer).abs().mean().item(),
         )
 
 
 @contextlib.contextmanager
 def noise_in_lora(policy: Policy):
-    """Gives a function that fills the LoRA's second matrices with seeded noise of a scale; at the end they are as before."""
+    """Yield a function that fills the LoRA's second matrices with seeded noise of a scale; restore them at the end."""
     second = [p for name, p in policy.model.named_parameters() if "lora_B.default" in name]
     before = [p.detach().clone() for p in second]
 
@@ -121,49 +129,62 @@ def noise_in_lora(policy: Policy):
             p.copy_(values)
 
 
-def rehearse(updater: Updater, train_prompts: list[list[int]], eval_prompts: list[list[int]], config: Config) -> None:
-    """Try roll-out, evaluation and update at full length. Policy and critic stay as they are.
+def check_memory(updater: Updater, questions: list[Question], held_out: list[Question]) -> None:
+    """Run roll-out, evaluation and update once at full length. Policy and critic stay as they are.
 
-    train_prompts, eval_prompts: token ids. Raises ConfigError where even the least does not fit.
+    Raises:
+        ConfigError: not even the smallest batch fits.
     """
-    if updater.policy.decoder:  # the model's own forward takes long for a full length, and shows at its first roll-out
-        rehearse_rollout(updater.policy, train_prompts, config.prompts_per_step, config.num_generations, config)
-        rehearse_rollout(updater.policy, eval_prompts, len(eval_prompts), 1, config)
-    rehearse_update(updater, train_prompts, config)
+    policy = updater.policy
+    config = updater.config
+    if policy.decoder:  # the fallback takes long for a full length, and shows at its first roll-out
+        try_rollout(policy, questions, config.prompts_per_step, config.num_generations, config)
+        try_rollout(policy, held_out, len(held_out), 1, config)
+    try_update(updater, questions)
 
 
 @torch.no_grad()
-def rehearse_rollout(
-    policy: Policy, prompts: list[list[int]], asked: int, num_generations: int, config: Config
-) -> None:
-    """Prefill the longest of the prompts for as many rows as there will be, and decode one token at the full length."""
-    longest = sorted(prompts, key=len, reverse=True)
-    longest = (longest * -(-asked // len(longest)))[:asked]
+def try_rollout(policy: Policy, questions: list[Question], count: int, num_generations: int, config: Config) -> None:
+    """Prefill the longest prompts for as many rows as there will be, and decode one token at the full length."""
+    prompts = sorted((question.prompt_ids for question in questions), key=len, reverse=True)
+    prompts = (prompts * -(-count // len(prompts)))[:count]
 
-    def work():
+    def attempt() -> None:
         Engine(
-            policy, longest, num_generations, config.max_completion_length, Sampling(config.temperature),
-            torch.Generator(policy.device), config.rollout_batch_size,
-        ).rehearse()  # fmt: skip
+            policy,
+            prompts,
+            num_generations,
+            config.max_completion_length,
+            Sampling(config.temperature),
+            torch.Generator(policy.device),
+            config.rollout_batch_size,
+        ).rehearse()
 
-    within_memory(work, config, "rollout_batch_size", needed=asked * num_generations, least=num_generations)
+    retry_on_oom(attempt, config, "rollout_batch_size", requested=count * num_generations, minimum=num_generations)
 
 
-def rehearse_update(updater: Updater, prompts: list[list[int]], config: Config) -> None:
-    """One forward and backward pass of the fullest micro-batch, of policy and critic, beside what the optimizers hold."""
-    policy, critic = updater.policy, updater.critic
+def try_update(updater: Updater, questions: list[Question]) -> None:
+    """One forward and backward pass of the fullest micro-batch, of policy and critic, beside what the optimizers will hold."""
+    policy = updater.policy
+    critic = updater.critic
+    config = updater.config
+    prompts = sorted((question.prompt_ids for question in questions), key=len, reverse=True)
     filler = next(token for token in range(policy.vocabulary) if token not in policy.eos_ids)
-    longest = sorted(prompts, key=len, reverse=True)[: config.prompts_per_step]
     completion = [filler] * config.max_completion_length
-    episodes = [Episode(0, prompt, completion, [], True) for prompt in longest for _ in range(config.num_generations)]
+    episodes = [
+        Episode(prompt, completion, [], True)
+        for prompt in prompts[: config.prompts_per_step]
+        for _ in range(config.num_generations)
+    ]
     trained = [*policy.trainable_parameters(), *(critic.parameters if critic else ())]
 
-    def work():
-        batch = max(
-            updater.micro_batches(episodes), key=lambda b: sum(len(e.prompt_ids) + len(e.completion_ids) for e in b)
-        )
-        # What a later micro-batch finds taken: the gradients so far, and AdamW's two moments.
-        taken = [torch.zeros_like(p) for p in trained for _ in range(3)]
+    def size(batch: list[Episode]) -> int:
+        return sum(len(episode.prompt_ids) + len(completion) for episode in batch)
+
+    def attempt() -> None:
+        batch = max(updater.micro_batches(episodes), key=size)
+        # What a later micro-batch finds allocated: the gradients so far, and AdamW's two moments.
+        allocated = [torch.zeros_like(p) for p in trained for _ in range(3)]
         try:
             with policy.training():
                 completion_logprobs(policy, *ids_of(batch), with_entropy=True)[0].sum().backward()
@@ -173,7 +194,7 @@ def rehearse_update(updater: Updater, prompts: list[list[int]], config: Config) 
         finally:
             for p in trained:
                 p.grad = None
-        del taken
+        del allocated
 
-    least = len(longest[0]) + len(completion)
-    within_memory(work, config, "max_tokens_per_micro_batch", needed=len(episodes) * least, least=least)
+    minimum = len(prompts[0]) + len(completion)
+    retry_on_oom(attempt, config, "max_tokens_per_micro_batch", len(episodes) * minimum, minimum)

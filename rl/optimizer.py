@@ -52,16 +52,15 @@ class Optimizer:
                         "adamw_8bit"
                     ) from error
             self.scaler.update()
-        self.discard()
+        self.skip_step()
         return norm if norm is None or math.isfinite(norm) else math.nan
 
-    def clear(self) -> None:
-        """Forget the gradients so far."""
+    def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
 
-    def discard(self) -> None:
-        """Clear the gradients, and let the schedule go on."""
-        self.clear()
+    def skip_step(self) -> None:
+        """Clear the gradients, and advance the learning-rate schedule."""
+        self.zero_grad()
         with warnings.catch_warnings():  # torch takes a step that is left out for a mistake
             warnings.simplefilter("ignore", UserWarning)
             self.schedule.step()

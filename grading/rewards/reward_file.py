@@ -65,6 +65,13 @@ class Rewards:
         able = [f for f in able if f.name in graders or self.can_judge(f)]
         return max(able, key=lambda f: (f.name in graders, f.sees_row, f.weight), default=None)
 
+    def state_dict(self) -> dict:
+        return {"scored": self.scored, "errors": self.errors}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scored = state["scored"]
+        self.errors = state["errors"]
+
     def score(self, completion: Completion) -> Score:
         """What the functions make of one completion. Raises RewardError where one of them fails."""
         return self.score_all([completion])[0]

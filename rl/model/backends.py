@@ -114,7 +114,7 @@ def load_by_unsloth(config: Config, dtype: torch.dtype):
     from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    # Inputs above max_seq_length are cut with a warning; encode_prompts refuses what is longer than the context before.
+    # Inputs above max_seq_length are cut with a warning; Policy.encode refuses what is longer than the context before.
     context = AutoConfig.from_pretrained(config.model).max_position_embeddings
     model, _ = FastLanguageModel.from_pretrained(
         model_name=config.model,

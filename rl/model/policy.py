@@ -44,6 +44,15 @@ OTHER_LORAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_tr
 
 
 @dataclass
+class Question:
+    """A data row, and its prompt as the policy reads it."""
+
+    row: dict
+    prompt_ids: list[int]
+    opening: str = ""  # text of the completion that the chat template has already written: "<think>", or nothing
+
+
+@dataclass
 class Policy:
     """A model with its LoRA, and everything needed to ask it questions."""
 
@@ -56,11 +65,12 @@ class Policy:
     temperature: float
     system_prompt: str | None
     chat_template_kwargs: dict
-    continues_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
+    starts_from_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
     decoder: Decoder | None  # the forward pass written out; None: the model's own is used
     by_unsloth: bool = False  # loaded by Unsloth, through whose forward it is trained
-    own_forward_because: str | None = None  # why there is no decoder
+    fallback_reason: str | None = None  # why there is no decoder
     plain_head: bool = True  # logits are the head's product with the last hidden state, and nothing more
+    max_completion_length: int = 256  # tokens
     entropy_gradient: bool = False  # the entropy is part of the loss
 
     @property
@@ -100,7 +110,7 @@ class Policy:
     @contextlib.contextmanager
     def reference(self):
         """Within this context the model is the reference: without its LoRA, or with the LoRA it started from."""
-        if not self.continues_adapter:
+        if not self.starts_from_adapter:
             with self.model.disable_adapter():
                 yield
             return
@@ -129,26 +139,29 @@ class Policy:
         text = self.render_prompt(prompt)
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
 
-    def encode_prompts(self, rows: list[dict], max_completion_length: int) -> list[list[int]]:
-        """The prompts of data rows as token ids. Raises ConfigError where one leaves no room for a completion."""
-        prompts = []
+    def encode(self, rows: list[dict]) -> list["Question"]:
+        """Encode data rows. Raises ConfigError if a prompt cannot be encoded or leaves no room for a completion."""
+        questions = []
         for row in rows:
             try:
-                prompts.append(self.encode_prompt(row["prompt"]))
+                prompt_ids = self.encode_prompt(row["prompt"])
+                opening = self.opened_thinking(row["prompt"])
             except (jinja2.TemplateError, ValueError, TypeError) as error:
                 raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {first_line(error)}") from error
-            if not prompts[-1]:
+            if not prompt_ids:
                 raise ConfigError(
                     f"row {row['id']}: the prompt has no tokens: is there a tokenizer in {self.tokenizer.name_or_path}?"
                 )
-        longest = max(range(len(rows)), key=lambda i: len(prompts[i]))
-        needed = len(prompts[longest]) + max_completion_length
+            questions.append(Question(row, prompt_ids, opening))
+        longest = max(questions, key=lambda question: len(question.prompt_ids))
+        length = len(longest.prompt_ids)
+        needed = length + self.max_completion_length
         if self.context_length and needed > self.context_length:
             raise ConfigError(
-                f"max_completion_length: the prompt of row {rows[longest]['id']} has {len(prompts[longest])} tokens; with "
-                f"{max_completion_length} more that is {needed}, but the model's context is {self.context_length}"
+                f"max_completion_length: the prompt of row {longest.row['id']} has {length} tokens; with "
+                f"{self.max_completion_length} more that is {needed}, but the model's context is {self.context_length}"
             )
-        return prompts
+        return questions
 
     def opened_thinking(self, prompt: str | list[dict]) -> str:
         """What a template has already written of the thinking: "<think>" (and a newline), or ""."""
@@ -200,10 +213,11 @@ def load_policy(config: Config) -> Policy:
         temperature=config.temperature,
         system_prompt=config.system_prompt,
         chat_template_kwargs=config.chat_template_kwargs,
-        continues_adapter=config.adapter is not None,
+        max_completion_length=config.max_completion_length,
+        starts_from_adapter=config.adapter is not None,
         decoder=None if unsupported(model) else Decoder(model),
         by_unsloth=by_unsloth,
-        own_forward_because=unsupported(model),
+        fallback_reason=unsupported(model),
         plain_head=not unsupported(model) or has_plain_head(model),
         entropy_gradient=config.entropy_coef > 0,
     )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rl.config import Config
+
 # Completions that have ended, by their place in a roll-out: token ids, log-probabilities, whether it was cut.
 Ended = dict[int, tuple[list[int], list[float], bool]]
 
@@ -17,6 +19,11 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Sampling":
+        """The settings of the training roll-out."""
+        return cls(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
 
 
 def sample(

@@ -1,4 +1,4 @@
-"""The process of a run and its surroundings: signals, a STOP file, and a terminal that goes away."""
+"""The process of a run: stop signals, and output that survives its terminal."""
 
 import contextlib
 import os
@@ -10,87 +10,77 @@ from pathlib import Path
 class Stopped(KeyboardInterrupt):
     """The run was asked to stop: by Ctrl-C, by SIGTERM, or by a STOP file in the run folder."""
 
-    def __init__(self, asked: str, exit_code: int):
-        super().__init__(asked)
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
         self.exit_code = exit_code
 
 
-class Stopping:
-    """Ends the run between two steps. As a context manager it takes the signals, and gives them back at the end.
+class StopSignals:
+    """Handles Ctrl-C and SIGTERM, as a context manager. SIGHUP is ignored: a run outlives its terminal.
 
-    A roll-out is dropped at once, since it can be repeated; a step that has begun to learn is finished first (`hold` to
-    `release`), unless Ctrl-C comes a second time.
+    While `deferred`, the first signal only sets `requested`, so that the present step can be finished and saved; a second
+    Ctrl-C raises KeyboardInterrupt. Otherwise a signal raises Stopped at once.
     """
 
     def __init__(self):
-        self.file: Path | None = None  # once the run folder is known
-        self.asked = ""  # by what
+        self.deferred = False
+        self.requested = False
         self.exit_code = 0
-        self.held = False
-        self._before = {}
+        self._previous = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignals":
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
-            handler = signal.SIG_IGN if name == "SIGHUP" else self._on_signal
+            handler = signal.SIG_IGN if name == "SIGHUP" else self._handle
             with contextlib.suppress(ValueError):  # not in the main thread: the signals stay as they are
                 if number:
-                    self._before[number] = signal.signal(number, handler)
+                    self._previous[number] = signal.signal(number, handler)
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number, frame):
-        first, self.asked = not self.asked, "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    def _handle(self, number, frame) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        is_first = not self.requested
+        self.requested = True
         self.exit_code = 128 + number
-        if not self.held:
-            print(f"\n{self.asked}: stopping", flush=True)
-            raise Stopped(self.asked, self.exit_code)
-        if first:
-            print(f"\n{self.asked}: finishing and saving first (Ctrl-C again: back to the last checkpoint)", flush=True)
+        if not self.deferred:
+            print(f"\n{name}: stopping", flush=True)
+            raise Stopped(self.exit_code)
+        if is_first:
+            print(f"\n{name}: finishing and saving this step (Ctrl-C again: stop now, without it)", flush=True)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    def hold(self) -> None:
-        """From here on a first signal waits, whatever came before."""
-        self.held, self.asked = True, ""
-
-    def release(self) -> None:
-        """Up to here. Raises Stopped where the run has been asked to stop, or a STOP file lies in its folder."""
-        self.held = False
-        if self.file and self.file.exists():
-            self.asked, self.exit_code = "the STOP file", 0
-            with contextlib.suppress(OSError):
-                self.file.unlink()
-        if self.asked:
-            raise Stopped(self.asked, self.exit_code)
-
 
 class Console:
-    """What is printed goes to the terminal, for as long as there is one, and into a file. To be used as a context."""
+    """Copies everything printed into a file, and keeps printing harmless once the terminal is closed. A context manager."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> "Console":
         self.file = self.path.open("a", encoding="utf-8", errors="replace")
-        self.before = sys.stdout, sys.stderr
-        sys.stdout = Lines(sys.stdout, self.file)
-        sys.stderr = Lines(sys.stderr, None)
+        self.streams = sys.stdout, sys.stderr
+        sys.stdout = Tee(sys.stdout, self.file)
+        sys.stderr = Tee(sys.stderr, None)
+        return self
 
-    def __exit__(self, *_):
-        sys.stdout, sys.stderr = self.before
+    def __exit__(self, *_) -> None:
+        sys.stdout, sys.stderr = self.streams
         with contextlib.suppress(OSError):
             self.file.close()
 
 
-class Lines:
-    """A text stream that goes on without its terminal or pipe once that is closed. copy: a file that gets the same text."""
+class Tee:
+    """A text stream that continues without its terminal or pipe once that is closed. copy: a file that gets the same text."""
 
     def __init__(self, stream, copy):
-        self.stream, self.copy, self.is_lost = stream, copy, False
+        self.stream = stream
+        self.copy = copy
+        self.is_lost = False
 
     def write(self, text: str) -> int:
         self._try("write", text)
@@ -106,8 +96,8 @@ class Lines:
         except (OSError, ValueError):
             self.is_lost = True
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # what it still holds is written there at the end
-        except RuntimeError:  # a signal's handler prints while something is being printed
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # its buffer is flushed there at exit
+        except RuntimeError:  # a signal handler prints while something is being printed
             pass
         if self.copy:
             with contextlib.suppress(OSError, ValueError, RuntimeError):

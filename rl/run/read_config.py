@@ -127,6 +127,12 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     return config, path.parent.name if path.name == "config.yaml" else path.stem
 
 
+def saved_settings(config: Config) -> dict:
+    """The settings as they are saved with a run, before any is resolved or halved; they can be used as a recipe again."""
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in COMMANDS} | {"output_dir": None}
+
+
 def config_to_resume(resume: str, arguments: list[str], file: str | None) -> str:
     """config.yaml of the run that is named by its folder, or by that of one of its checkpoints. Raises ConfigError."""
     others = ("--output-dir", "--output_dir", "--probe", "--dry-run", "--dry_run")

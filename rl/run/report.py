@@ -1,6 +1,6 @@
-"""What the person sees: the console line of a step, its best completions, an evaluation's table, and the model card.
+"""What is printed: the opening, the console line of a step, its best completions, an evaluation's table, the model card.
 
-Also the metrics of a step's completions, by TRL's names. No torch in here.
+Imports no torch.
 """
 
 import math
@@ -8,79 +8,8 @@ import shlex
 import unicodedata
 from pathlib import Path
 
-from grading import Completion, Rewards, Score, outcome_of, outcome_shares
+from grading import Rewards
 from rl.config import Config
-
-LONG_TOKENS, N_GRAM = 64, 8  # repetition is looked for in completions this long, by runs of so many tokens
-
-
-def describe_step(
-    completions: list[Completion], scores: list[Score], rewards: Rewards, group_size: int
-) -> dict[str, float]:
-    """Metrics of a step's completions, by TRL's names; accuracy and reward first. Rates are shares from 0 to 1.
-
-    shaping: what of the reward comes from functions other than those that say right or wrong; shaping_when_wrong: the
-    same of wrong completions alone.
-    """
-    totals = [s.total for s in scores if not math.isnan(s.total)]
-    metrics = {
-        "accuracy": mean([s.is_right for s in scores]),
-        "reward": mean(totals),
-        "reward_std": standard_deviation(totals),
-        "shaping": mean([s.total - judged_part(s, rewards) for s in scores if not math.isnan(s.total)]),
-        "shaping_when_wrong": mean([s.total - judged_part(s, rewards) for s in scores if s.verdict == "wrong"]),
-        "ungraded": mean([s.verdict == "ungraded" for s in scores]),
-        "reward_errors": sum("reward_error" in map(outcome_of, s.reasons.values()) for s in scores),
-    }
-    for kind, of in (("rewards", lambda score: score.parts), ("metrics", lambda score: score.metrics)):
-        for name in dict.fromkeys(name for score in scores for name in of(score)):
-            values = [of(score)[name] for score in scores if of(score).get(name) is not None]
-            metrics[f"{kind}/{name}/mean"], metrics[f"{kind}/{name}/std"] = mean(values), standard_deviation(values)
-    groups = [{s.verdict for s in scores[i : i + group_size]} - {"ungraded"} for i in range(0, len(scores), group_size)]
-    lengths = [c.tokens for c in completions]
-    return metrics | {
-        "frac_groups_all_wrong": mean([verdicts == {"wrong"} for verdicts in groups]) if group_size > 1 else math.nan,
-        "frac_groups_all_right": mean([verdicts == {"right"} for verdicts in groups]) if group_size > 1 else math.nan,
-        "completions/mean_length": mean(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": mean([c.truncated for c in completions]),
-        "completions/thinking": mean([bool(c.thinking) for c in completions]),
-        "completions/repetitive": mean([is_repetitive(c.token_ids) for c in completions]),
-        **outcome_shares(scores),
-    }
-
-
-def judged_part(score: Score, rewards: Rewards) -> float:
-    """What of a completion's reward comes from the function that gave the verdict, and from other graders."""
-    return sum(
-        f.weight * (score.parts.get(f.name) or 0.0)
-        for f in rewards.functions
-        if f.name == score.judge or outcome_of(score.reasons.get(f.name, ""))
-    )
-
-
-def is_repetitive(token_ids: list[int]) -> bool:
-    """Whether a completion is long and more than half of its runs of N_GRAM tokens stood in it before."""
-    if len(token_ids) < LONG_TOKENS:
-        return False
-    runs = list(zip(*(token_ids[i:] for i in range(N_GRAM))))
-    return len(set(runs)) < len(runs) / 2
-
-
-def describe_tokens(inspected: list[dict]) -> dict[str, float]:
-    """Metrics from the one group that was looked at token by token, before its update.
-
-    kl: the mean of k3 against the reference. sampling_logp_difference: between the sampler's log-probabilities and the
-    trainer's, which should agree. The update replaces them by those of all completions that it trains on: kl where beta is
-    set, the difference in bf16 and fp16.
-    """
-    differences = [abs(a - b) for t in inspected for a, b in zip(t["logprobs"], t["sampler_logprobs"])]
-    return {
-        "kl": mean([kl for t in inspected for kl in t["kl"]]),
-        "sampling/sampling_logp_difference/mean": mean(differences),
-        "sampling/sampling_logp_difference/max": max(differences),
-    }
 
 
 def console_line(metrics: dict, config: Config, seconds_left: float, warnings: list[str]) -> str:
@@ -94,15 +23,16 @@ def console_line(metrics: dict, config: Config, seconds_left: float, warnings: l
     )
 
 
-def highest_rewards(step: int, completions: list[Completion], scores: list[Score]) -> str:
-    """The two completions of a step with the highest reward, of different texts, and what each reward made of them."""
-    ranked = [i for i, score in enumerate(scores) if not math.isnan(score.total)]
+def highest_rewards(step: int, episodes: list) -> str:
+    """The two episodes of a step with the highest reward, of different texts, and what each reward function gave them."""
+    graded = [episode for episode in episodes if not math.isnan(episode.score.total)]
     best = {}  # by text, the first of equals
-    for i in sorted(ranked, key=lambda i: -scores[i].total):
-        best.setdefault(completions[i].text, i)
+    for episode in sorted(graded, key=lambda episode: -episode.score.total):
+        best.setdefault(episode.completion.text, episode)
     lines = [f"  highest rewards of step {step}:"]
-    for i in list(best.values())[:2]:
-        completion, score = completions[i], scores[i]
+    for episode in list(best.values())[:2]:
+        completion = episode.completion
+        score = episode.score
         parts = ", ".join(f"{name} {value:g}" for name, value in score.parts.items() if value is not None)
         lines.append(f"    {score.total:.2f} ({parts}), {score.verdict}, {completion.tokens} tokens")
         for label, text in (("question", completion.prompt), ("answer", completion.text)):
@@ -118,9 +48,9 @@ def printable(text: str) -> str:
 
 
 def seconds_left(step: int, config: Config, seconds: dict[str, float]) -> float:
-    """An estimate from what the steps and evaluations so far have taken. seconds: by part of the run."""
+    """An estimate from the seconds by part of the run that steps and evaluations have taken so far."""
     steps_left = config.max_steps - step
-    per_step = (seconds["rollout"] + seconds["score"] + seconds["update"]) / step
+    per_step = (seconds["rollout"] + seconds["update"]) / step
     evaluations = 1 + (step // config.eval_steps if config.eval_steps else 0)
     evaluations_left = max(1, math.ceil(steps_left / config.eval_steps)) if config.eval_steps else 1
     return steps_left * per_step + evaluations_left * seconds["eval"] / evaluations
@@ -163,9 +93,10 @@ def dialogue(record: dict) -> str:
     return "\n".join("  " + printable(line).replace("\n", "\n            ") for line in lines)
 
 
-def model_card(config: Config, step: int, evaluations: dict[int, dict]) -> str:
-    """README.md of a saved adapter. evaluations: summaries by step."""
-    first, last = evaluations[0], evaluations[max(evaluations)]
+def model_card(config: Config, step: int, evaluations: dict) -> str:
+    """README.md of a saved adapter. evaluations: rl.evaluate.Evaluation by step."""
+    last = max(evaluations)
+    loss = "" if config.algorithm == "dpo" else f" (loss_type {config.loss_type})"
     return f"""\
 ---
 base_model: {config.model}
@@ -176,42 +107,55 @@ tags: [lora, {config.algorithm}, ponder]
 
 # A LoRA for {config.model}, trained by Ponder
 
-{config.algorithm.upper()}{"" if config.algorithm == "dpo" else f" (loss_type {config.loss_type})"}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}.
+{config.algorithm.upper()}{loss}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}.
 
-Held-out accuracy, greedy, {first["n"]} questions: {first["accuracy"]:.1%} before training, {last["accuracy"]:.1%} at step
-{max(evaluations)}.
+Held-out accuracy, greedy, {len(evaluations[0].greedy)} questions: {evaluations[0].accuracy:.1%} before training, {evaluations[last].accuracy:.1%} at step
+{last}.
 """
 
 
-def opening(config, machine: str, run: Path, policy, critic, agreement, rewards: Rewards, asked, resumed: int) -> str:
-    """What is said before a run. asked: how many questions to train on, and held out. resumed: the step that it goes on after."""
+def describe_model(config: Config, policy, critic) -> list[str]:
+    """Lines on the policy and the critic."""
     trainable, parameters = policy.model.get_nb_trainable_parameters()
-    lines = [f"Ponder on {machine}; everything goes into {run}"]
     through = " through Unsloth" if policy.by_unsloth else ""
-    lines.append(
-        f"model    {config.model}{through}, {parameters:,} parameters, of which {trainable:,} are trained (LoRA)"
-    )
+    lines = [f"model    {config.model}{through}, {parameters:,} parameters, {trainable:,} of them trained (LoRA)"]
     if critic:
         kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"
         size = sum(p.numel() for p in critic.parameters)
         lines.append(f"critic   {kind}, {size:,} parameters, on the same base model")
-    lines.append(
-        f"sampler  differs from the trainer by {agreement.sampler:.1g} nats a token (where a LoRA of noise moves "
-        f"{agreement.shift:.1f})"
-    )
-    lines.append(f"rewards  {', '.join(f'{f.name} {f.weight:g}' for f in rewards.functions if f.weight)}")
-    lines.append(f"asks     {asked[0]:,} training questions, {asked[1]:,} held out")
+    return lines
+
+
+def opening(
+    config: Config,
+    machine: str,
+    folder: Path,
+    policy,
+    critic,
+    agreement,
+    rewards: Rewards,
+    counts: tuple[int, int],
+    step: int,
+) -> str:
+    """What is printed before training. counts: training and held-out questions. step: the step that is resumed from."""
+    weights = ", ".join(f"{f.name} {f.weight:g}" for f in rewards.functions if f.weight)
+    lines = [
+        f"Ponder on {machine}; everything goes into {folder}",
+        *describe_model(config, policy, critic),
+        f"sampler  differs from the trainer by {agreement.sampler:.1g} nats a token (a LoRA of noise moves {agreement.shift:.1f})",
+        f"rewards  {weights}",
+        f"data     {counts[0]:,} train / {counts[1]:,} eval questions",
+    ]
     if not config.eval_only:
-        lines.append(
-            f"plan     {config.max_steps} steps of {config.prompts_per_step} x {config.num_generations} completions"
-        )
+        size = f"{config.prompts_per_step} x {config.num_generations}"
+        lines.append(f"plan     {config.max_steps} steps of {size} completions")
     if config.resume:
-        lines.append(f"resumed  after step {resumed}" if resumed else "resumed  from the beginning: no step was saved")
+        lines.append(f"resumed  after step {step}" if step else "resumed  from the beginning: no step was saved")
     return "\n  ".join(lines)
 
 
 def next_steps(run: Path, checkpoint: Path) -> str:
-    """What can be done with a run that has ended."""
+    """Commands to continue with after a run."""
     folder = "" if run.parent == Path("runs") else f" --runs {shlex.quote(str(run.parent))}"
     commands = {
         f"python ui/app.py{folder}": "a page in the browser: chat with the model before and after",
@@ -220,13 +164,13 @@ def next_steps(run: Path, checkpoint: Path) -> str:
         "python train.py --config auto": "the largest recipe that this machine has room for",
     }
     width = max(map(len, commands))
-    return "Next:\n" + "\n".join(f"  {command:{width}}   {what}" for command, what in commands.items())
+    return "Next:\n" + "\n".join(f"  {command:{width}}   {purpose}" for command, purpose in commands.items())
 
 
 def stopped(step: int, max_steps: int, last: Path | None, run: Path) -> str:
-    """What is said where a run ends before its time. last: its newest checkpoint."""
+    """What is printed if a run ends early. step: the last one done. last: its newest checkpoint."""
     saved = f"{last} is saved" if last else "no step was saved"
-    return f"\nStopped after step {step} of {max_steps}; {saved}. To go on: python train.py --resume {shlex.quote(str(run))}"
+    return f"\nStopped after step {step} of {max_steps}; {saved}. To resume: python train.py --resume {shlex.quote(str(run))}"
 
 
 def memory(figures: dict[str, float | None]) -> str:
@@ -238,33 +182,44 @@ def memory(figures: dict[str, float | None]) -> str:
     return f"{text}, {predicted:,.0f} MB predicted" + (f" ({predicted / measured - 1:+.0%})" if measured else "")
 
 
-def probed(config: Config, history: list[dict], seconds: dict[str, float], questions: int, figures: dict) -> str:
-    """What --probe has found. history: metrics of its steps. seconds: by part of the run. questions: evaluated each time.
-    figures: of the memory."""
-    last = history[-1]
-    parts = ", ".join(f"{part} {last[f'time/{part}']:.1f}" for part in ("rollout", "score", "update"))
-    evaluations = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)
-    evaluation = seconds["eval"] / questions * config.eval_questions
-    whole = seconds["setup"] + last["step_time"] * config.max_steps + evaluation * evaluations
-    halved = f"rollout_batch_size {config.rollout_batch_size}, max_tokens_per_micro_batch {config.max_tokens_per_micro_batch}"
-    return f"""
-Probed: {len(history)} steps, nothing is kept.
-  a step   {last["step_time"]:.1f} s ({parts}), completions of {last["completions/mean_length"]:.0f} tokens; longer ones take longer
-  a run    about {clock(whole)}: {config.max_steps} steps and {evaluations} evaluations of about {clock(evaluation)}
-  memory   {memory(figures)}
-  fits     {halved}"""
-
-
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes}:{seconds:02d} min"
 
 
-def mean(values) -> float:
-    return sum(values) / len(values) if values else math.nan
+def draw_curve(path: Path, evaluations: dict, history: list[dict]) -> None:
+    """Draw held-out accuracy with its intervals and the share that thinks, reward, and length, by step.
 
+    Args:
+        evaluations: rl.evaluate.Evaluation by step.
+        history: the metrics of each step.
+    """
+    import matplotlib
 
-def standard_deviation(values) -> float:
-    """With n - 1; 0 for fewer than two values."""
-    centre = mean(values)
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    steps = list(evaluations)
+    summaries = [evaluation.summary() for evaluation in evaluations.values()]
+    for name, label in (("accuracy", "right (greedy)"), ("accuracy_sampled", "right (sampled)")):
+        interval = name.replace("accuracy", "ci95")
+        left.plot(steps, [100 * summary[name] for summary in summaries], "o-", label=label)
+        low = [100 * summary[interval][0] for summary in summaries]
+        high = [100 * summary[interval][1] for summary in summaries]
+        left.fill_between(steps, low, high, alpha=0.15)
+    left.plot(steps, [100 * summary["thinking_sampled"] for summary in summaries], "--", c="grey", label="thinks")
+    left.set(title="held-out questions", ylabel="%", ylim=(-2, 102))
+    left.legend(loc="lower right")
+    steps = [metrics["step"] for metrics in history]
+    middle.plot(steps, [metrics["reward"] for metrics in history])
+    middle.set(title="reward (training completions)")
+    right.plot(steps, [metrics["completions/mean_length"] for metrics in history])
+    right.set(title="length (training completions)", ylabel="tokens")
+    for axes in (left, middle, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    unfinished = path.with_name(path.name + ".unfinished")
+    figure.savefig(unfinished, format="png", dpi=110)
+    unfinished.replace(path)
+    pyplot.close(figure)

@@ -65,7 +65,7 @@ def test_a_forward_pass_that_is_not_the_models_is_given_up(policy, monkeypatch):
     """Sampler and trainer agree with each other, and are wrong together."""
     monkeypatch.setattr(decoder, "rotate", lambda x, cos, sin: x)
     assert checked(policy).own_forward < 1e-4 and policy.decoder is None
-    assert "the written-out one differs from it by" in policy.own_forward_because
+    assert "the written-out one differs from it by" in policy.fallback_reason
 
 
 def test_where_no_path_samples_from_the_policy_the_run_stops(policy, monkeypatch):

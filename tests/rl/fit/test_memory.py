@@ -204,7 +204,7 @@ def kept_by_autograd(family, layers, prompts, completions) -> int:
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     policy = Policy(
         model=model, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({1}), pad_id=0,
-        temperature=1.0, system_prompt=None, chat_template_kwargs={}, continues_adapter=False, decoder=Decoder(model),
+        temperature=1.0, system_prompt=None, chat_template_kwargs={}, starts_from_adapter=False, decoder=Decoder(model),
     )  # fmt: skip
     storages = {}
 

@@ -75,7 +75,7 @@ def make_policy(name, lora_scale=0.1, **changes):
     assert unsupported(model) is None
     return Policy(
         model=model, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({2, 3}), pad_id=0,
-        temperature=1.0, system_prompt=None, chat_template_kwargs={}, continues_adapter=False, decoder=Decoder(model),
+        temperature=1.0, system_prompt=None, chat_template_kwargs={}, starts_from_adapter=False, decoder=Decoder(model),
     )  # fmt: skip
 
 
@@ -326,7 +326,7 @@ def test_a_head_that_scales_its_logits_is_noticed():
     scaled, prompts, completions = model(0.25), random_rows(4, 6), random_rows(5, 1, seed=1)
     policy = Policy(
         model=scaled, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({1}), pad_id=0,
-        temperature=1.0, system_prompt=None, chat_template_kwargs={}, continues_adapter=False, decoder=None, plain_head=False,
+        temperature=1.0, system_prompt=None, chat_template_kwargs={}, starts_from_adapter=False, decoder=None, plain_head=False,
     )  # fmt: skip
     with torch.no_grad():
         values, mask, _ = completion_logprobs(policy, prompts, completions)

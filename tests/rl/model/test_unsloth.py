@@ -213,7 +213,7 @@ def test_other_families_go_through_transformers(config, tmp_path):
     GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained("data/tiny").save_pretrained(tmp_path)
     policy = load_policy(dataclasses.replace(config, backend="unsloth", model=str(tmp_path)))
-    assert not policy.by_unsloth and "GPTNeoX" in policy.own_forward_because
+    assert not policy.by_unsloth and "GPTNeoX" in policy.fallback_reason
 
 
 def test_a_roll_out_answers_whatever_the_mode_was(both):

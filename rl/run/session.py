@@ -1,0 +1,351 @@
+"""A training run: its folder, its state, its logs, and how it stops and resumes."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from grading import RewardError, Rewards, sandbox
+from rl.checks import Agreement
+from rl.config import Config
+from rl.critic import Critic
+from rl.evaluate import Evaluation, best_step, check_saved
+from rl.model.backends import describe_precision
+from rl.model.policy import Policy, Question, restore_adapter
+from rl.rollout import Episode
+from rl.run import report
+from rl.run.alarms import Alarms, find_alarms, find_hacking, find_notes
+from rl.run.checkpoint import Checkpoint, RandomState, fingerprint, made_with, shrunk_settings
+from rl.run.files import to_json, write_errors
+from rl.run.folder import RunFolder, choose_folder
+from rl.run.metrics import describe_episodes, summarize
+from rl.run.monitor import MemoryUse, Stopwatch, describe_machine, peak_memory_mb, versions
+from rl.run.process import Stopped, StopSignals
+from rl.run.token_log import describe_tokens
+from rl.run.trackers import Trackers
+
+
+class Run:
+    """One training run, as a context manager around all of it.
+
+    `start` opens the folder and restores the state of a resumed run. During the steps a first Ctrl-C or SIGTERM, or a STOP
+    file in the folder, ends the run after the present step, which is saved; a second Ctrl-C is a plain KeyboardInterrupt,
+    and --resume repeats the step from the last checkpoint.
+
+    Attributes:
+        step: the step that is being made, or was made last; 0 before the first one.
+        history: the metrics of each step, with its alarms.
+        evaluations: by step; 0 is before training.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        settings: dict,
+        rewards: Rewards,
+        train_rows: list[dict],
+        eval_rows: list[dict],
+        notes: list[str],
+        started: float,
+    ):
+        self.config = config
+        self.settings = settings
+        self.rewards = rewards
+        self.counts = len(train_rows), len(eval_rows)
+        self.notes = notes
+        self.step = 0
+        self.history: list[dict] = []
+        self.evaluations: dict[int, Evaluation] = {}
+        self.memory = MemoryUse()
+        self.stopwatch = Stopwatch(started)
+        self.signals = StopSignals()
+        self.trackers = None
+        self.folder = RunFolder(choose_folder(config, name), config)
+        self.made = made_with(settings, rewards.path, train_rows, eval_rows, describe_precision(config))
+        self.checkpoint: Checkpoint | None = None  # the one to resume from
+
+    def __enter__(self) -> "Run":
+        """Find and check the checkpoint to resume from, before a model is loaded. Raises ConfigError or RunError."""
+        self.signals.__enter__()
+        if self.config.resume:
+            try:
+                self._open_to_resume()
+            except BaseException:
+                self._close()
+                raise
+        return self
+
+    def _open_to_resume(self) -> None:
+        accept = self.config.accept_changes
+        self.folder.open()
+        checkpoints = self.folder.checkpoints
+        if path := checkpoints.to_resume(Path(self.config.resume), accept):
+            self.checkpoint = checkpoints.read(path)
+            self.notes += checkpoints.check_same(self.checkpoint, self.made, accept)
+            self.step = self.checkpoint.step
+        self.folder.check_unfinished()
+        self.folder.check_complete(self.step, self.counts[1])
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if error and self.trackers:  # it had started
+                last = self.folder.checkpoints.marked("last")
+                done = self.history[-1]["step"] if self.history else 0
+                print(report.stopped(done, self.config.max_steps, last, self.folder.path), flush=True)
+            if isinstance(error, RewardError) and error.completions and self.folder.is_open:
+                raise self.folder.write_failed(error, self.rewards) from error
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self.trackers:
+            self.trackers.close()
+        if self.folder.is_open:
+            self.folder.close()
+        self.signals.__exit__()
+
+    def start(
+        self,
+        policy: Policy,
+        critic: Critic | None,
+        state: dict,
+        generator: torch.Generator,
+        questions: list[Question],
+        held_out: list[Question],
+        agreement: Agreement,
+    ) -> None:
+        """Open the folder, restore a resumed run, and print what is about to happen.
+
+        Args:
+            state: objects with state_dict and load_state_dict, by name: all that a checkpoint saves beside the LoRA.
+            generator: of the roll-out; saved too.
+            agreement: from `check_sampler`.
+        """
+        config = self.config
+        self.policy = policy
+        self.made["model"] = fingerprint(policy)
+        if self.checkpoint:
+            self.folder.checkpoints.check_same(self.checkpoint, self.made, config.accept_changes)
+            restore_adapter(policy, self.checkpoint.folder)
+        if config.resume:
+            self.folder.cut_back(self.step)
+        else:
+            self.folder.open()
+        self.folder.write_settings(self.settings, self.rewards.path, self.step)
+        self.stopwatch.end_setup()
+        self.state = state | {"stopwatch": self.stopwatch, "random": RandomState(generator, config.seed)}
+        self.trackers = Trackers(config.report_to, self.folder.path, self.settings, self.step + 1, print_note)
+        machine = describe_machine(policy.device)
+        print(
+            report.opening(
+                config, machine, self.folder.path, policy, critic, agreement, self.rewards, self.counts, self.step
+            )
+        )
+        if policy.fallback_reason:
+            self.notes.append(f"the model's own forward is used, which is slower: {policy.fallback_reason}")
+        for note in [*self.notes, *config.notes()]:
+            print(f"  note     {note}")
+        self.warnings = warnings_of(config)
+        for warning in self.warnings:
+            print(f"  WARNING  {warning}")
+        if self.checkpoint:
+            self._restore(self.checkpoint)
+        self.memory.predict(config, policy, questions, held_out)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Load the training state, metrics and evaluations. Settings that were halved for memory stay so, unless set anew."""
+        for name, part in self.state.items():
+            part.load_state_dict(checkpoint.state[name])
+        checkpoint.state.clear()  # it is large, and has been copied to where it belongs
+        then = checkpoint.meta["made"]["config"]
+        for name, value in checkpoint.meta["shrunk"].items():
+            if getattr(self.config, name) == then[name]:
+                setattr(self.config, name, value)
+        self.history = self.folder.history()
+        evaluations = self.folder.evaluations()
+        self.evaluations = {step: evaluation.without_texts() for step, evaluation in evaluations.items()}
+        with write_errors(self.folder.checkpoints.path):
+            self.folder.checkpoints.mark(self.step, best_step(self.evaluations))
+        self._print_example("Before training, one held-out question", evaluations[0])
+
+    # --- during the steps
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.signals.requested or (self.folder.path / "STOP").exists()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last `early_stopping` evaluations brought no new best."""
+        later = sum(step > best_step(self.evaluations) for step in self.evaluations)
+        return 0 < self.config.early_stopping <= later
+
+    @property
+    def done(self) -> bool:
+        """True at max_steps, after early stopping, or if a stop was requested."""
+        return self.step >= self.config.max_steps or self.stopped_early or self.stop_requested
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """True every `save_steps`, at a new best evaluation, and at the end."""
+        is_best = self.step in self.evaluations and best_step(self.evaluations) == self.step
+        is_regular = self.config.save_steps > 0 and self.step % self.config.save_steps == 0
+        return is_regular or is_best or self.done
+
+    def begin_step(self) -> None:
+        self.step += 1
+        self.stopwatch.begin_step()
+        self.signals.deferred = True
+
+    def timer(self, part: str):
+        """A context manager that adds its seconds to a part of the run: rollout, update or eval."""
+        return self.stopwatch.measure(part)
+
+    def log_step(self, episodes: list[Episode], tokens: dict, stats: dict[str, float]) -> None:
+        """Write roll-outs, tokens and metrics of the step, look for alarms, and print the console line.
+
+        Args:
+            tokens: from `inspect_tokens`.
+            stats: metrics of advantages and update.
+        """
+        config = self.config
+        previous = self.history[-1] if self.history else {}
+        metrics = {"step": self.step} | describe_episodes(episodes, self.rewards, config)
+        metrics |= describe_tokens(tokens) | stats | self.stopwatch.step_metrics()
+        metrics["num_tokens"] = previous.get("num_tokens", 0) + sum(len(e.completion_ids) for e in episodes)
+        metrics["num_completions"] = previous.get("num_completions", 0) + len(episodes)
+        metrics["peak_memory_mb"] = peak_memory_mb(self.policy.device)
+        metrics["judges"] = sorted({e.score.judge for e in episodes if e.score.judge})
+        if evaluation := self.evaluations.get(self.step):
+            metrics["eval/accuracy"] = evaluation.accuracy
+            metrics["eval/accuracy_sampled"] = evaluation.accuracy_sampled
+        self.history.append(metrics)
+        notes = find_notes(self.history, config)
+        alarms = find_alarms(self.history, self.evaluations, episodes, self.rewards, config)
+        metrics["notes"] = list(notes)
+        metrics["alarms"] = list(alarms)
+        self.folder.write_rollouts(self.step, episodes)
+        self.folder.write_tokens(self.step, {"step": self.step} | tokens)
+        self.folder.append_metrics(metrics)
+        self.trackers.log(self.step, metrics)
+        if self.step % config.logging_steps == 0 or self.done:
+            left = report.seconds_left(self.step, config, self.stopwatch.seconds)
+            print(report.console_line(metrics, config, left, self.warnings), flush=True)
+        self._print_new("alarm", alarms)
+        self._print_new("note", notes)
+        if config.log_completions_steps and self.step % config.log_completions_steps == 0:
+            print(report.highest_rewards(self.step, episodes), flush=True)
+
+    def _print_new(self, kind: str, lines: Alarms) -> None:
+        """Print the alarms or notes that no earlier step had."""
+        printed = {subject for metrics in self.history[:-1] for subject in metrics[f"{kind}s"]}
+        for subject, text in lines.items():
+            if subject not in printed:
+                print(f"  {kind}: {text}", flush=True)
+
+    def log_evaluation(self, evaluation: Evaluation) -> None:
+        """Write the answers into the folder, and keep what rates and gains are computed from."""
+        self.evaluations[self.step] = evaluation.without_texts()
+        name = self.folder.evaluation_file(self.step).stem
+        self.folder.write_evaluation(name, evaluation)
+        if self.step == 0:
+            self._print_example("Before training, one held-out question", evaluation)
+        self.write_summary()
+
+    def _print_example(self, title: str, evaluation: Evaluation) -> None:
+        """Print the first question that was not answered right before training."""
+        before = self.evaluations[0].greedy
+        example = next((i for i, record in enumerate(before) if record["verdict"] != "right"), 0)
+        print(f"\n{title}:\n{report.dialogue(evaluation.greedy[example])}\n")
+
+    def write_summary(self, is_finished: bool = False) -> None:
+        summary = summarize(self.config, self.history, self.evaluations, is_finished) | {
+            "versions": versions(),
+            "seconds": self.stopwatch.summary(),
+            "peak_memory_mb": peak_memory_mb(self.policy.device),
+            "memory": self.memory.figures(self.policy.device) | shrunk_settings(self.config),
+            "reward_errors": self.rewards.errors,
+        }
+        self.folder.write("summary.json", to_json(summary, indent=2) + "\n")
+
+    def save(self) -> Path:
+        """Write a checkpoint of the step that has just been made."""
+        meta = {
+            "seed": self.config.seed,
+            "eval": self.evaluations[max(self.evaluations)].summary(),
+            "made": self.made,
+            "versions": versions(),
+            "shrunk": shrunk_settings(self.config),
+        }
+        state = {name: part.state_dict() for name, part in self.state.items()}
+        card = report.model_card(self.config, self.step, self.evaluations)
+        best = best_step(self.evaluations)
+        path = self.folder.checkpoints.save(self.step, self.policy, card, meta, state, best)
+        self.write_summary()
+        return path
+
+    # --- the end
+
+    def raise_if_stopped(self) -> None:
+        """After the last step: signals act at once again. Raises Stopped if the run was asked to stop; all of it is saved."""
+        self.signals.deferred = False
+        if self.stop_requested:
+            with contextlib.suppress(OSError):
+                (self.folder.path / "STOP").unlink()
+            raise Stopped(self.signals.exit_code)
+        if self.step < self.config.max_steps:
+            best = best_step(self.evaluations)
+            print(f"Stopped early: no evaluation after step {best} was better, of {len(self.evaluations)}.")
+
+    def finish(self, evaluation: Evaluation, held_out: list[Question]) -> None:
+        """Log the final evaluation, save, check that the saved LoRA gives the same answers, and print the results."""
+        self.evaluations[self.step] = evaluation.without_texts()
+        self.folder.write_evaluation("after", evaluation)
+        self._print_example("After training, the same question", evaluation)
+        before = self.evaluations[0].summary()
+        gain = evaluation.gain_over(self.evaluations[0])
+        print(report.evaluation_table(before, evaluation.summary(), gain))
+        last = self.history[-1] if self.history else {"step": 0, "judges": [], "alarms": [], "notes": []}
+        alarms = find_hacking(self.history, self.evaluations, set(last["judges"]), self.rewards, self.config)
+        for subject, text in alarms.items():
+            if not any(subject in metrics["alarms"] for metrics in self.history):
+                print(f"  alarm: {text}", flush=True)
+                last["alarms"] = [*last["alarms"], subject]
+        self.signals.deferred = True
+        checkpoint = self.save()  # now with the final evaluation
+        asked, changed = check_saved(self.policy, checkpoint, held_out, self.config)
+        with write_errors(self.folder.path / "curve.png"):
+            report.draw_curve(self.folder.path / "curve.png", self.evaluations, self.history)
+        self.write_summary(is_finished=True)
+        self._print_results(checkpoint, asked, changed)
+
+    def _print_results(self, checkpoint: Path, asked: int, changed: int) -> None:
+        print(f"\nSaved {checkpoint}; read back, it gives the same {asked} of {asked} greedy answers as in memory")
+        print(f"and another answer than before training to {changed} of them.")
+        if not changed:
+            print("  hint: training changed no greedy answer: raise learning_rate or max_steps")
+        if (best := self.folder.checkpoints.marked("best")) and best != checkpoint:
+            print(f"The best on the held-out questions was {best}.")
+        completions = self.history[-1]["num_completions"] if self.history else 0
+        print(
+            f"{completions:,} completions in {report.clock(self.stopwatch.total)}. Curve: {self.folder.path}/curve.png"
+        )
+        print(f"Memory: {report.memory(self.memory.figures(self.policy.device))}.")
+        for warning in self.warnings:
+            print(f"  WARNING  {warning}")
+        print(report.next_steps(self.folder.path, checkpoint))
+
+
+def print_note(text: str) -> None:
+    print(f"  note: {text}", flush=True)
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What must not be overlooked about a run; printed in every console line."""
+    warnings = []
+    if "unprotected" in sandbox.available():
+        warnings.append("UNSAFE: model-written code runs unprotected")
+    if config.control == "random-reward":
+        warnings.append("CONTROL: learning from random rewards")
+    return warnings

@@ -1,0 +1,76 @@
+"""What happens at each token of one group in a step, for the page and for two metrics: tokens/000012.json."""
+
+import torch
+
+from rl import algorithms
+from rl.model.logprobs import completion_logprobs
+from rl.rollout import Episode
+from rl.run.metrics import mean
+from rl.update import Updater, ids_of
+
+
+@torch.no_grad()
+def inspect_tokens(updater: Updater, episodes: list[Episode]) -> dict:
+    """Look at the group with the largest advantages, under the policy before its update.
+
+    Returns:
+        `prompt_id`, and for each of the group's `completions` lists with one value a token: tokens, logprobs,
+        sampler_logprobs, advantages, entropy, kl, and with a critic values.
+    """
+    policy = updater.policy
+
+    def signal(group: list[Episode]) -> float:
+        return sum(e.advantages.abs().mean().item() for e in group if e.advantages is not None)
+
+    group = max(updater.groups(episodes), key=signal)
+    by_episode = {}
+
+    def inspect() -> None:
+        for batch in updater.micro_batches(group):
+            logprobs, mask, entropy = completion_logprobs(policy, *ids_of(batch), with_entropy=True)  # (B, C)
+            with policy.reference():
+                reference, _, _ = completion_logprobs(policy, *ids_of(batch))
+            kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
+            for i, episode in enumerate(batch):
+                by_episode[id(episode)] = describe(episode, logprobs[i], entropy[i], kl[i])
+
+    def describe(episode: Episode, logprobs, entropy, kl) -> dict:
+        n = len(episode.completion_ids)
+        advantages = torch.zeros(n) if episode.advantages is None else episode.advantages
+        columns = {
+            "tokens": [policy.tokenizer.decode([token]) for token in episode.completion_ids],
+            "logprobs": rounded(logprobs[:n]),
+            "sampler_logprobs": rounded(torch.tensor(episode.sampler_logprobs)),
+            "advantages": rounded(advantages),
+            "entropy": rounded(entropy[:n]),
+            "kl": rounded(kl[:n]),
+        }
+        if episode.values is not None:
+            columns["values"] = rounded(episode.values[:n])
+        return columns
+
+    updater.retry_on_oom(inspect, group)
+    return {
+        "prompt_id": group[0].completion.row["id"],
+        "completions": [by_episode[id(episode)] for episode in group],
+    }
+
+
+def describe_tokens(tokens: dict) -> dict[str, float]:
+    """Metrics of the inspected group, before its update.
+
+    kl: the mean of k3 against the reference. sampling_logp_difference: between the sampler's log-probabilities and the
+    trainer's, which should agree. If the update computes them over all completions, its values replace these: kl with
+    beta, the difference in bf16 and fp16.
+    """
+    completions = tokens["completions"]
+    differences = [abs(a - b) for c in completions for a, b in zip(c["logprobs"], c["sampler_logprobs"])]
+    return {
+        "kl": mean([kl for c in completions for kl in c["kl"]]),
+        "sampling/sampling_logp_difference/mean": mean(differences),
+        "sampling/sampling_logp_difference/max": max(differences),
+    }
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]
