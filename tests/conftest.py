@@ -114,7 +114,7 @@ def episodes(policy):
     ]
     prompts = [policy.encode_prompt(question) for question in questions]
     generator = torch.Generator().manual_seed(3)
-    episodes = rollout(policy, prompts, 4, 24, Sampling(), generator, rows_at_a_time=16)
+    episodes = rollout(policy, prompts, 4, 24, Sampling(), generator, rollout_batch_size=16)
     for i, episode in enumerate(episodes):
         advantage = 0.0 if i // 4 == 2 else [1.2, -0.4, -0.9, 0.1][i % 4]
         episode.advantages = torch.full((len(episode.completion_ids),), advantage)
@@ -134,17 +134,17 @@ class Rewards:
 
 
 def marked(episodes, rewards, process=None):
-    """Completions and scores of episodes with these rewards."""
-    texts = [completion("x" * len(e.completion_ids)) for e in episodes]
-    verdicts = ["ungraded" if math.isnan(r) else "right" if r >= 1 else "wrong" for r in rewards]
-    parts = [{"correct": None if math.isnan(r) else r} for r in rewards]
-    scores = [Score(r, p, {}, {}, v, judge="correct") for r, p, v in zip(rewards, parts, verdicts)]
-    for score, steps in zip(scores, process or []):
-        score.process = {"right_steps": steps}
-        score.total += 0.5 * sum(value for _, value in steps)
-    import torch
-
-    return torch.tensor([s.total for s in scores]), texts, scores
+    """The episodes, with completions and scores that have these rewards. process: of each, (position, value)."""
+    for i, (episode, reward) in enumerate(zip(episodes, rewards)):
+        verdict = "ungraded" if math.isnan(reward) else "right" if reward >= 1 else "wrong"
+        parts = {"correct": None if math.isnan(reward) else reward}
+        episode.completion = completion("x" * len(episode.completion_ids))
+        episode.score = Score(reward, parts, {}, {}, verdict, judge="correct")
+        if process:
+            episode.score.process = {"right_steps": process[i]}
+            episode.score.total += 0.5 * sum(value for _, value in process[i])
+        episode.reward = episode.score.total
+    return episodes
 
 
 def vectors(parameters):
@@ -156,7 +156,7 @@ def vectors(parameters):
 def episodes_of(*lengths, truncated=()):
     from rl.rollout import Episode
 
-    return [Episode(0, [1], [2] * n, [0.0] * n, i in truncated) for i, n in enumerate(lengths)]
+    return [Episode([1], [2] * n, [0.0] * n, i in truncated) for i, n in enumerate(lengths)]
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ processes = multiprocessing.get_context(
     "forkserver"
 )  # its children have everything imported, and are forked from no threads
 processes.set_forkserver_preload(
-    "train rl.advantages rl.run.checkpoint rl.critic rl.run.folder rl.checks rl.run.trackers tqdm matplotlib.pyplot "
+    "train rl.advantages rl.critic rl.checks rl.run.session rl.run.commands tqdm matplotlib.pyplot "
     "matplotlib.backends.backend_agg transformers.models.qwen3.modeling_qwen3 pydantic_monty".split()
 )
 
@@ -105,13 +105,20 @@ def result(folder: Path) -> dict:
     last = folder / "checkpoints/step_000008"
     return {
         "metrics": [{k: v for k, v in m.items() if not any(t in k for t in timed)} for m in metrics],
-        "files": {name: (folder / name).read_text() for name in ("rollouts.jsonl", "tokens.jsonl", "config.yaml")},
+        "config": (folder / "config.yaml").read_text(),
+        "steps": step_files(folder),
         "evaluations": {file.name: file.read_text() for file in folder.glob("eval/*")},
         "summary": summary,
         "adapter": (last / "adapter_model.safetensors").read_bytes(),
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
         "best": (folder / "checkpoints/best").read_text() if (folder / "checkpoints/best").exists() else None,
     }
+
+
+def step_files(folder: Path) -> dict[str, str]:
+    """What the run has written of each step: its roll-outs and tokens."""
+    files = [*folder.glob("rollouts/*"), *folder.glob("tokens/*")]
+    return {str(file.relative_to(folder)): file.read_text() for file in files}
 
 
 def assert_same(folder: Path, expected: Path):

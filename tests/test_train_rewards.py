@@ -8,21 +8,33 @@ import textwrap
 import pytest
 import torch
 import yaml
-from test_train import SMALL, lines, own_files, run
+from conftest import episodes_of, marked
+from test_train import SMALL, lines, own_files, rollouts_of, run
 
 import train
-from data import Order, load_questions
+from data import QuestionSampler, load_questions
 from grading import Completion, RewardError, Score
 from rl.algorithms import group_advantages
+from rl.config import Config
+from rl.rollout import set_rewards
 from rl.run import report
+
+
+def coin_flips(n, seed, step):
+    """The rewards that a control learns from."""
+    episodes = marked(episodes_of(*[1] * n), [0.0] * n)
+    set_rewards(episodes, Config(control="random-reward", seed=seed), step)
+    return [episode.reward for episode in episodes]
 
 
 def raising_on_one_row(tmp_path, held_out=False):
     """The files of a person whose reward fails on one question: one asked in step 2, or one that is held out."""
     arguments = [str(argument) for argument in own_files(tmp_path)]
-    train_rows, eval_rows, _ = load_questions([arguments[1]], [], 30, 12, {}, 0)
-    asked = Order([0] * len(train_rows), 0, seed=0).take(7, step=1)[6]
-    row = eval_rows[-1] if held_out else train_rows[asked]
+    settings = Config(train_data=[arguments[1]], train_questions=30, eval_questions=12)
+    train_rows, eval_rows, _ = load_questions(settings)
+    questions = [SimpleNamespace(row=row) for row in train_rows]
+    drawn = QuestionSampler(questions, 0, seed=0).take(7, step=1)
+    row = eval_rows[-1] if held_out else drawn[6].row
     path = tmp_path / "my_rewards.py"
     fault = f"    return 1 / (completion.row['id'] != {row['id']!r})"
     path.write_text(path.read_text() + f"\n\n@reward(weight=0.1)\ndef rare(completion):\n{fault}\n")
@@ -106,13 +118,13 @@ def test_the_control_learns_from_coin_flips_alone(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("CONTROL: learning from random rewards") == 2 * (1 + 2 + 1)  # at the start, each step, at the end
     assert out.count("highest rewards of step 2:") == 2
-    rollouts = lines(first / "rollouts.jsonl")
-    assert rollouts == lines(again / "rollouts.jsonl")
+    rollouts = rollouts_of(first)
+    assert rollouts == rollouts_of(again)
     weights = "checkpoints/step_000002/adapter_model.safetensors"
     assert (first / weights).read_bytes() == (again / weights).read_bytes()
     for step in (1, 2):
         of_step = [r for r in rollouts if r["step"] == step]
-        flips = train.coin_flips(24, 0, step)
+        flips = coin_flips(24, 0, step)
         assert [r["learned_reward"] for r in of_step] == flips and set(flips) == {0.0, 1.0}
         advantages = group_advantages(torch.tensor(flips), 4).tolist()
         assert [r["advantage"] for r in of_step] == pytest.approx(advantages)
@@ -120,8 +132,8 @@ def test_the_control_learns_from_coin_flips_alone(tmp_path, capsys):
         assert all(
             r["reward"] == pytest.approx(r["rewards"]["format"] * 0.1 + (r["verdict"] == "right")) for r in of_step
         )
-    assert train.coin_flips(1000, 0, 1) != train.coin_flips(1000, 1, 1)
-    assert 420 < sum(train.coin_flips(1000, 0, 1)) < 580
+    assert coin_flips(1000, 0, 1) != coin_flips(1000, 1, 1)
+    assert 420 < sum(coin_flips(1000, 0, 1)) < 580
     assert json.loads((first / "summary.json").read_text())["control"] == "random-reward"
     assert yaml.safe_load((first / "config.yaml").read_text())["control"] == "random-reward"
 

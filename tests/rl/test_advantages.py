@@ -8,10 +8,10 @@ import torch
 from conftest import Rewards, completion, episodes_of, fill_lora, marked
 
 from rl import algorithms
-from rl.advantages import Advantages, learned_rewards, teaching_groups
+from rl.advantages import Advantages
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy
-from rl.rollout import Episode
+from rl.rollout import Episode, groups_with_signal, set_rewards
 from rl.update import Updater
 
 NAN = math.nan
@@ -30,7 +30,7 @@ def test_advantages_of_actor_and_critic_by_hand(policy, ppo):
             e.values = torch.tensor(values)
             e.old_logprobs = torch.full((len(e.completion_ids),), -1.0)
             e.reference_logprobs = torch.full((len(e.completion_ids),), -1.1)  # k1 = 0.1 a token
-        metrics = Advantages(policy, ppo, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0]))
+        metrics = Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0]))
         expected = [[-0.2 + 0.5 * 0.8, 0.8], [-0.2 + last]]
         for e, returns in zip(episodes, expected):
             assert e.returns.tolist() == pytest.approx(returns, abs=1e-6)
@@ -44,7 +44,7 @@ def test_ungraded_completions_teach_neither(policy, ppo):
     episodes = episodes_of(2, 2, 3, 1)
     for e in episodes:
         e.values = torch.zeros(len(e.completion_ids) + 1)
-    Advantages(policy, ppo, Rewards).fill(episodes, *marked(episodes, [1.0, NAN, 0.0, 1.0]))
+    Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, NAN, 0.0, 1.0]))
     assert [e.in_loss for e in episodes] == [True, False, True, True]
     counted = torch.cat([e.advantages for e in episodes if e.in_loss])
     assert counted.mean() == pytest.approx(0, abs=1e-6) and counted.std() == pytest.approx(1, abs=1e-5)
@@ -58,10 +58,10 @@ def test_process_rewards_reach_their_tokens(policy, ppo, config):
     for e in episodes:
         e.values = torch.zeros(len(e.completion_ids) + 1)
         e.completion_ids = policy.tokenizer.encode("x" * len(e.completion_ids), add_special_tokens=False)
-    Advantages(policy, ppo, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0], process))
+    Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0], process))
     assert episodes[0].returns.tolist() == [1.0, 1.0, 0.5, 0.5]  # 0.5 at token 1, 1 - 0.5 at token 3
     config.algorithm, config.num_generations = "grpo", 2
-    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0], process))
+    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0], process))
     outcome = algorithms.group_advantages(torch.tensor([1.0, 0.0]), 2)
     step = 0.5 * 1 / (math.sqrt(2) + 1e-4)  # weight 0.5; values 1 and -1: deviation sqrt(2)
     expected = outcome[0] + torch.tensor([0.0, 0.0, -step, -step])
@@ -72,14 +72,16 @@ def test_process_rewards_reach_their_tokens(policy, ppo, config):
 def test_steps_are_found_in_the_text_whatever_the_tokens(policy, config):
     text = "<think>1+1=2\n2+2=5</think>4"
     ids = policy.tokenizer.encode(text, add_special_tokens=False) + [min(policy.eos_ids)]
-    episode = Episode(0, [1], ids, [0.0] * len(ids), False)
-    teacher = Advantages(policy, config, Rewards)
-    places = teacher.place(episode, completion(text), [(text.index("\n"), 1.0), (text.index("</think>"), -1.0)])
+    episode = Episode([1], ids, [0.0] * len(ids), False)
+    episode.completion = completion(text)
+    teacher = Advantages(policy, Rewards, config)
+    places = teacher.place(episode, [(text.index("\n"), 1.0), (text.index("</think>"), -1.0)])
     decoded = [policy.decode(ids[: token + 1]) for token, _ in places]
     assert decoded == ["<think>1+1=2", "<think>1+1=2\n2+2=5"] and [v for _, v in places] == [1.0, -1.0]
-    opened = Episode(0, [1], ids[1:], [0.0] * (len(ids) - 1), False)  # the template had written <think>
-    assert [t for t, _ in teacher.place(opened, completion(text), [(text.index("\n"), 1.0)])] == [places[0][0] - 1]
-    assert teacher.place(episode, completion(text), [(0, 1.0), (len(text), 1.0)]) == [(0, 1.0), (len(ids) - 2, 1.0)]
+    opened = Episode([1], ids[1:], [0.0] * (len(ids) - 1), False)  # the template had written <think>
+    opened.completion = completion(text)
+    assert [t for t, _ in teacher.place(opened, [(text.index("\n"), 1.0)])] == [places[0][0] - 1]
+    assert teacher.place(episode, [(0, 1.0), (len(text), 1.0)]) == [(0, 1.0), (len(ids) - 2, 1.0)]
 
 
 def test_reinforce_baselines(policy, config):
@@ -88,39 +90,41 @@ def test_reinforce_baselines(policy, config):
 
     def advantages(teacher):
         episodes = episodes_of(2, 1, 3, 2)
-        teacher.fill(episodes, *marked(episodes, rewards))
+        teacher.compute(marked(episodes, rewards))
         return [e.advantages.tolist() for e in episodes]
 
     config.baseline = "none"
-    assert advantages(Advantages(policy, config, Rewards)) == [[1.0, 1.0], [0.0], [0.0] * 3, [1.0, 1.0]]
+    assert advantages(Advantages(policy, Rewards, config)) == [[1.0, 1.0], [0.0], [0.0] * 3, [1.0, 1.0]]
     config.baseline = "group"
-    assert advantages(Advantages(policy, config, Rewards)) == [[0.5, 0.5], [-0.5], [0.0] * 3, [0.0, 0.0]]
+    assert advantages(Advantages(policy, Rewards, config)) == [[0.5, 0.5], [-0.5], [0.0] * 3, [0.0, 0.0]]
     config.baseline = "running"
-    teacher = Advantages(policy, config, Rewards)
+    teacher = Advantages(policy, Rewards, config)
     assert advantages(teacher)[0] == [1.0, 1.0]  # nothing is known before the first step
     torch.testing.assert_close(torch.tensor(advantages(teacher)[1]), torch.tensor([-2 / 3]))
     config.baseline, config.gamma = "none", 0.5
-    assert advantages(Advantages(policy, config, Rewards))[0] == [0.5, 1.0]
+    assert advantages(Advantages(policy, Rewards, config))[0] == [0.5, 1.0]
 
 
 def test_length_penalties(config):
     config.max_completion_length, config.missing_eos_penalty = 100, 0.3
     episodes = episodes_of(10, 100, truncated=(1,))
-    rewards = torch.tensor([1.0, 1.0])
-    torch.testing.assert_close(learned_rewards(rewards, episodes, config), torch.tensor([1.0, 0.7]))
+    marked(episodes, [1.0, 1.0])
+    set_rewards(episodes, config, step=1)
+    assert [e.reward for e in episodes] == pytest.approx([1.0, 0.7])
     config.soft_punish_cache = 20
-    torch.testing.assert_close(learned_rewards(rewards, episodes, config), torch.tensor([1.0, -0.3]))
+    set_rewards(episodes, config, step=1)
+    assert [e.reward for e in episodes] == pytest.approx([1.0, -0.3])
 
 
 def test_adaptive_beta_follows_its_target(policy, ppo):
     ppo.beta, ppo.beta_target_kl = 0.1, 0.05
-    teacher = Advantages(policy, ppo, Rewards)
+    teacher = Advantages(policy, Rewards, ppo)
     for expected in (0.1, 0.1 * 1.02):  # a KL of 0.2 a completion is far above 0.05: the error is clipped at 0.2
         episodes = episodes_of(2, 2)
         for e in episodes:
             e.values = torch.zeros(3)
             e.old_logprobs, e.reference_logprobs = torch.zeros(2), torch.full((2,), -0.1)
-        assert teacher.fill(episodes, *marked(episodes, [1.0, 0.0]))["beta"] == pytest.approx(expected)
+        assert teacher.compute(marked(episodes, [1.0, 0.0]))["beta"] == pytest.approx(expected)
 
 
 # --- the rest of the family, through the updater
@@ -128,18 +132,18 @@ def test_adaptive_beta_follows_its_target(policy, ppo):
 
 def test_dpo_moves_best_and_worst_apart(policy, episodes, config):
     config.algorithm, config.beta, config.learning_rate = "dpo", 0.1, 5e-4
-    teacher, updater = Advantages(policy, config, Rewards), Updater(policy, config)
-    rewards = marked(episodes, [0.0, 1.0, 0.5, 0.5, *[0.3] * 4, 1.0, 0.0, 1.0, 0.0, NAN, NAN, 1.0, 0.0])
+    teacher, updater = Advantages(policy, Rewards, config), Updater(policy, None, config)
+    marked(episodes, [0.0, 1.0, 0.5, 0.5, *[0.3] * 4, 1.0, 0.0, 1.0, 0.0, NAN, NAN, 1.0, 0.0])
     margins = []
     for _ in range(4):
-        teacher.fill(episodes, *rewards)
+        teacher.compute(episodes)
         metrics = updater.update(episodes)
         margins.append(metrics["rewards/margins"])
     assert margins[-1] > margins[0] + 0.05
     for e in episodes:
         e.reference_logprobs = None
     fill_lora(policy, 0.0)
-    teacher.fill(episodes, *rewards)
+    teacher.compute(episodes)
     assert updater.update(episodes)["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference agree
     assert sum(e.reference_logprobs is not None for e in episodes) == 6
 
@@ -147,7 +151,7 @@ def test_dpo_moves_best_and_worst_apart(policy, episodes, config):
 def test_dpo_pairs_only_what_is_in_the_loss(policy, config):
     config.algorithm, config.num_generations, config.mask_truncated_completions = "dpo", 4, True
     episodes = episodes_of(2, 2, 2, 2, truncated=(1,))
-    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0, 0.1, 0.1]))
+    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0, 0.1, 0.1]))
     assert [e.advantages[0].item() for e in episodes] == [1.0, 0.0, -1.0, 0.0]
 
 
@@ -155,17 +159,15 @@ def test_dpo_prefers_by_the_whole_reward(policy, config):
     """Process rewards are part of what is compared, and do not change the signs that mark a pair."""
     config.algorithm, config.num_generations = "dpo", 3
     episodes = episodes_of(2, 2, 2)
-    Advantages(policy, config, Rewards).fill(
-        episodes, *marked(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []])
-    )
+    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []]))
     assert [e.advantages.tolist() for e in episodes] == [[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("budget", [1, 100, 10**6])
 def test_dpo_gradient_does_not_depend_on_the_split(policy, episodes, config, budget):
     config.algorithm, config.beta, config.max_tokens_per_micro_batch = "dpo", 0.1, budget
-    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [0.0, 1.0, 0.5, 0.5] * 4))
-    updater = Updater(policy, config)
+    Advantages(policy, Rewards, config).compute(marked(episodes, [0.0, 1.0, 0.5, 0.5] * 4))
+    updater = Updater(policy, None, config)
     with policy.reference():
         updater.fill_logprobs(episodes, "reference_logprobs")
     updater.backward_pairs(episodes, Counter())
@@ -189,16 +191,17 @@ def test_the_entropy_bonus_raises_entropy(config, episodes):
     policy = load_policy(config)
     for e in episodes:
         e.advantages = torch.zeros(len(e.completion_ids))
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     entropies = [updater.update(episodes)["entropy"] for _ in range(6)]
     assert entropies[-1] > entropies[0] * 1.1
 
 
 def test_groups_that_teach():
-    _, _, scores = marked(episodes_of(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
-    assert teaching_groups(scores, 2) == [True, False, False, False, False]
+    episodes = marked(episodes_of(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
+    scores = [episode.score for episode in episodes]
+    assert groups_with_signal(scores, 2) == [True, False, False, False, False]
     scores[4].total = 0.1  # shaping differs, right or wrong does not
-    assert teaching_groups(scores, 2)[2] is False
+    assert groups_with_signal(scores, 2)[2] is False
     for score in scores:
         score.judge = None  # nothing says what is right: a difference is enough
-    assert teaching_groups(scores, 2)[2] is True
+    assert groups_with_signal(scores, 2)[2] is True

@@ -3,10 +3,13 @@
 import random
 
 import pytest
+from tqdm import tqdm
 
 from grading import load_rewards
 from rl.config import Config
-from rl.evaluate import Answers, Marking, paired_gain, rates, wilson_interval
+from rl.evaluate import Evaluation, paired_gain, rates, wilson_interval
+from rl.model.policy import Question
+from rl.rollout import StreamingScorer
 from rl.run import report
 
 
@@ -45,15 +48,20 @@ def test_the_paired_interval_covers_the_truth():
 
 def test_completions_are_scored_as_they_end_in_the_order_of_the_roll_out(policy, episodes):
     rows = [{"id": f"r{i}", "task": "t", "prompt": q, "answer": "12"} for i, q in enumerate(["a", "b", "c", "d"])]
-    rewards, told = load_rewards("rewards.py"), []
-    marking = Marking(policy, rows, rewards, 3, told.append)
+    rewards = load_rewards("rewards.py")
+    questions = [Question(row, [4]) for row in rows]
+    progress = tqdm(total=16, disable=True)
+    finished = []
+    progress.update = finished.append
+    scorer = StreamingScorer(policy, questions, rewards, 3, progress)
     places = random.Random(0).sample(range(16), 16)
     for first in range(0, 16, 5):
-        marking.add({place: episodes[place] for place in places[first : first + 5]})
-    completions, scores = marking.results()
-    assert told == [5, 5, 5, 1]
+        scorer.add({place: episodes[place] for place in places[first : first + 5]})
+    scores = scorer.results()
+    completions = [episode.completion for episode in episodes]
+    assert finished == [5, 5, 5, 1]
     for completion, episode in zip(completions, episodes, strict=True):
-        assert completion.row == rows[episode.question] and completion.token_ids == episode.completion_ids
+        assert completion.row == rows[episode.group] and completion.token_ids == episode.completion_ids
         assert (completion.text, completion.step) == (policy.decode(episode.completion_ids), 3)
     alone = rewards.score_all(completions)
     assert [(s.total, s.parts, s.reasons) for s in scores] == [(s.total, s.parts, s.reasons) for s in alone]
@@ -61,9 +69,9 @@ def test_completions_are_scored_as_they_end_in_the_order_of_the_roll_out(policy,
 
 
 def test_gain_over_an_earlier_evaluation():
-    before = Answers(verdicts([1, 0, 0, 0]), verdicts([0, 0, 0, 0]))
-    after = Answers(verdicts([0, 1, 1, 0]), verdicts([1, 1, 1, 0]))
-    gain = after.verdicts().gain_over(before.verdicts())
+    before = Evaluation(verdicts([1, 0, 0, 0]), verdicts([0, 0, 0, 0]))
+    after = Evaluation(verdicts([0, 1, 1, 0]), verdicts([1, 1, 1, 0]))
+    gain = after.without_texts().gain_over(before.without_texts())
     assert (gain["accuracy"], gain["accuracy_sampled"], after.accuracy) == (0.25, 0.75, 0.5)
     assert gain["ci95_sampled"] == paired_gain(before.sampled, after.sampled)["ci95"]
 

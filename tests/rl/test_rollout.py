@@ -54,7 +54,7 @@ def test_a_qwen_like_generation_config_does_not_change_what_is_sampled(tmp_path,
     with torch.no_grad():
         probabilities = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).tolist()
     n = 4000
-    episodes = rollout(policy, [prompt], n, 1, Sampling(), torch.Generator().manual_seed(0), rows_at_a_time=n)
+    episodes = rollout(policy, [prompt], n, 1, Sampling(), torch.Generator().manual_seed(0), rollout_batch_size=n)
     counts = collections.Counter(e.completion_ids[0] for e in episodes)
     statistic, freedom = chi_square(counts, probabilities, n)
     assert freedom >= 3 and statistic < 3 * freedom + 12  # far out in the tail; top_k 2 would give thousands

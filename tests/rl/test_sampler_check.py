@@ -7,13 +7,14 @@ from rl.checks import ALLOWED, SHIFT, check_sampler
 from rl.config import ConfigError
 from rl.model import decoder
 from rl.model import hf_generate as own_forward
-from rl.model.policy import load_policy
+from rl.model.policy import Question, load_policy
 
 QUESTIONS = ["What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "1 + 1 = ?"]
 
 
 def checked(policy, max_completion_length=24):
-    return check_sampler(policy, [policy.encode_prompt(question) for question in QUESTIONS], max_completion_length)
+    policy.max_completion_length = max_completion_length
+    return check_sampler(policy, [Question({}, policy.encode_prompt(question)) for question in QUESTIONS])
 
 
 def lora(policy):

@@ -145,7 +145,7 @@ def of_ours(numbers: Numbers, config: Config):
     by_token = numbers.advantages.view(ROWS, -1).expand(ROWS, WIDTH)
     episodes = [
         Episode(
-            question=i // GROUP,
+            group=i // GROUP,
             prompt_ids=[i],
             completion_ids=[0] * n,
             sampler_logprobs=[],

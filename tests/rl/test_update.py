@@ -7,20 +7,21 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import fill_lora
+from conftest import fill_lora, marked
 
 from rl import algorithms
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy
 from rl.optimizer import Optimizer
 from rl.rollout import Episode
+from rl.run.token_log import inspect_tokens
 from rl.update import Updater, micro_batches
 
 
 def gradient(policy, episodes, config):
     """The gradient of one optimizer step as a flat vector, and the totals."""
     policy.model.zero_grad()
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     totals = Counter()
     if not config.on_policy:
         updater.fill_logprobs(episodes, "old_logprobs")
@@ -114,11 +115,11 @@ def test_masked_out_completions_leave_tokens_but_not_sequences(policy, episodes,
 def test_kl_is_exactly_zero_at_step_0(episodes, config):
     policy = load_policy(config)  # the LoRA's second matrix is zero
     config.beta = 0.1
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     with policy.reference():
         updater.fill_logprobs(episodes, "reference_logprobs")
-    _, inspected = updater.inspect(episodes)
-    assert all(kl == 0.0 for row in inspected for kl in row["kl"])
+    inspected = inspect_tokens(updater, marked(episodes, [0.0] * 16))
+    assert all(kl == 0.0 for row in inspected["completions"] for kl in row["kl"])
     _, totals = gradient(policy, episodes, config)
     assert totals["kl"] == 0.0
 
@@ -126,7 +127,7 @@ def test_kl_is_exactly_zero_at_step_0(episodes, config):
 def test_old_logprobs_are_those_before_the_first_update(policy, episodes, config):
     """With several epochs the ratio leaves 1 after the first update, and clipping sets in; on-policy it stays 1."""
     config.num_iterations, config.learning_rate = 4, 0.02
-    metrics = Updater(policy, config).update(episodes)
+    metrics = Updater(policy, None, config).update(episodes)
     assert [e.old_logprobs is None for e in episodes] == 8 * [False] + 4 * [True] + 4 * [
         False
     ]  # nothing to learn there
@@ -152,7 +153,7 @@ def test_what_is_exactly_on_policy_needs_no_pass_for_old_logprobs(
 
     monkeypatch.setattr("rl.update.completion_logprobs", spy)
     config.num_mini_batches = num_mini_batches
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     metrics = updater.update(episodes)
     later = [] if num_mini_batches == 1 else list(mini_batches_of(episodes, config))[1]
     learning = [e for e in episodes if e.advantages.any()]
@@ -172,7 +173,7 @@ def mini_batches_of(episodes, config):
 
 def test_mini_batches_are_whole_groups_and_cover_everything(policy, episodes, config):
     config.num_mini_batches = 3
-    parts = list(Updater(policy, config).mini_batches(episodes))
+    parts = list(Updater(policy, None, config).mini_batches(episodes))
     assert sorted(len(part) for part in parts) == [4, 4, 8]
     assert sorted(id(e) for part in parts for e in part) == sorted(map(id, episodes))
     assert all(len({e.question for e in part[i : i + 4]}) == 1 for part in parts for i in range(0, len(part), 4))
@@ -183,7 +184,7 @@ def test_one_step_makes_the_rewarded_completion_likelier(policy, config):
     good, bad = ([*policy.tokenizer.encode(text, add_special_tokens=False)] for text in ("yes", "no!"))
     episodes = []
     for ids in (good, bad, bad, good):
-        episodes.append(Episode(0, prompt, ids, [0.0] * 3, False))
+        episodes.append(Episode(prompt, ids, [0.0] * 3, False))
     advantages = algorithms.group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), 4)
     for episode, advantage in zip(episodes, advantages.tolist()):
         episode.advantages = torch.full((3,), advantage)
@@ -193,7 +194,7 @@ def test_one_step_makes_the_rewarded_completion_likelier(policy, config):
             return completion_logprobs(policy, [prompt] * 2, [good, bad])[0].sum(1)
 
     before = probabilities()
-    Updater(policy, config).update(episodes)
+    Updater(policy, None, config).update(episodes)
     change = probabilities() - before
     assert change[0] > 0.01 and change[0] > change[1]
 
@@ -202,7 +203,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(policy, episodes, config):
     before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
     broken = copy.deepcopy(episodes)
     broken[0].advantages = torch.full_like(broken[0].advantages, math.inf)
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     metrics = updater.update(broken)
     after = torch.cat([p.detach().flatten() for p in policy.trainable_parameters()])
     assert metrics["skipped_updates"] == 1 and torch.equal(after, before)
@@ -219,8 +220,8 @@ def test_fp16_trains_with_a_scaled_loss(config, episodes):
     fill_lora(policy, 0.02)
     for episode in episodes:
         episode.advantages = episode.advantages * 1e-4
-    before = Updater(exact, config).update(episodes)
-    metrics = Updater(policy, config).update(episodes)
+    before = Updater(exact, None, config).update(episodes)
+    metrics = Updater(policy, None, config).update(episodes)
     assert metrics["skipped_updates"] == 0
     assert metrics["grad_norm"] == pytest.approx(before["grad_norm"], rel=0.1)
 
@@ -238,7 +239,7 @@ def test_what_the_sampler_drew_too_often_counts_less(policy, episodes, config):
         corrected, totals = gradient(policy, episodes, config)
         torch.testing.assert_close(corrected, factor * plain, atol=1e-6, rtol=1e-4)
         if cap:
-            metrics = Updater(policy, config).describe(totals, 0.0)
+            metrics = Updater(policy, None, config).metrics(totals, 0.0)
             assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(factor, rel=1e-4)
             assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(1.5), abs=1e-4)
 
@@ -248,22 +249,22 @@ def test_the_greatest_mismatch_is_that_of_all_optimizer_steps(policy, episodes, 
     for i, episode in enumerate(episodes):
         logprobs, _, _ = completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])
         episode.sampler_logprobs = (logprobs[0].detach() - 0.5 - 0.01 * i).tolist()
-    metrics = Updater(policy, config).update(episodes)
+    metrics = Updater(policy, None, config).update(episodes)
     assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.65, abs=1e-3)
 
 
 def test_gradients_are_clipped_and_the_schedule_warms_up(policy, episodes, config):
     config.max_grad_norm, config.warmup_ratio, config.max_steps = 1e-9, 0.5, 4
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     rates = [updater.update(episodes)["learning_rate"] for _ in range(4)]
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3])
     config.lr_scheduler_type, config.warmup_ratio = "linear", 0.0
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     assert [updater.update(episodes)["learning_rate"] for _ in range(4)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 def test_micro_batches_stay_within_the_budget_and_lose_nobody():
-    rows = [Episode(0, [1] * p, [2] * c, [], False) for p, c in [(3, 9), (5, 1), (2, 2), (8, 8), (30, 30), (1, 1)]]
+    rows = [Episode([1] * p, [2] * c, [], False) for p, c in [(3, 9), (5, 1), (2, 2), (8, 8), (30, 30), (1, 1)]]
     for budget in (1, 16, 40, 1000):
         batches = list(micro_batches(rows, budget, shares_prompts=False))
         assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, rows))
@@ -274,15 +275,15 @@ def test_micro_batches_stay_within_the_budget_and_lose_nobody():
 
 
 def test_micro_batches_count_a_shared_prompt_once_and_keep_groups_together():
-    groups = [[Episode(g, [g] * 20, [2] * n, [], False) for n in lengths] for g, lengths in enumerate([(3, 9), (4, 4)])]
+    groups = [[Episode([g] * 20, [2] * n, [], False) for n in lengths] for g, lengths in enumerate([(3, 9), (4, 4)])]
     rows = [e for pair in zip(*groups) for e in pair]  # not side by side
     (batch,) = micro_batches(rows, 4 * 9 + 2 * 20, shares_prompts=True)  # four completions and two prompts
-    assert [e.question for e in batch] == [1, 1, 0, 0]
+    assert [e.prompt_ids[0] for e in batch] == [1, 1, 0, 0]
     assert [len(b) for b in micro_batches(rows, 4 * 9 + 2 * 20 - 1, shares_prompts=True)] == [3, 1]
     assert [len(b) for b in micro_batches(rows, 2 * 9 + 20, shares_prompts=True)] == [2, 2]
     assert len(list(micro_batches(rows, 2 * 9 + 20, shares_prompts=False))) == 4
     # A long prompt counts once, but its keys and values stand before each completion: those are bounded, too.
-    long = [Episode(0, [1] * 1000, [2] * 10, [], False) for _ in range(64)]
+    long = [Episode([1] * 1000, [2] * 10, [], False) for _ in range(64)]
     assert max(len(batch) for batch in micro_batches(long, 4000, shares_prompts=True)) == 2 * 4000 // 1010
 
 
@@ -290,8 +291,8 @@ def test_inspect_gives_one_value_a_token(policy, episodes, config):
     config.max_tokens_per_micro_batch = 60  # more than one forward pass, and the order is kept
     for episode in episodes[4:8]:
         episode.advantages = 2 * episode.advantages
-    group, rows = Updater(policy, config).inspect(episodes)
-    assert group == 1 and len(rows) == 4  # where most is learnt
+    rows = inspect_tokens(Updater(policy, None, config), marked(episodes, [0.0] * 16))["completions"]
+    assert len(rows) == 4  # those of the group with the largest advantages
     for row, episode in zip(rows, episodes[4:8]):
         assert {len(row[name]) for name in ("tokens", "logprobs", "advantages", "entropy", "kl")} == {
             len(episode.completion_ids)

@@ -115,7 +115,7 @@ def test_logits_through_prefill_decode_refill_and_tail(name, scratch, monkeypatc
     monkeypatch.setattr(engine, "GROWTH", 4)
     monkeypatch.setattr("rl.rollout.Engine", Recording)
     prompts = random_rows(5, 11, 1, 8, 3, 7)
-    episodes = rollout(policy, prompts, 3, 20, Sampling(), torch.Generator().manual_seed(2), rows_at_a_time=7)
+    episodes = rollout(policy, prompts, 3, 20, Sampling(), torch.Generator().manual_seed(2), rollout_batch_size=7)
     assert len({len(e.completion_ids) for e in episodes}) > 5 and {e.truncated for e in episodes} == {True, False}
     refills = sum(later > earlier for (_, earlier), (_, later) in zip(widths, widths[1:]))
     assert refills > 1 and min(rows for waiting, rows in widths if waiting == 0) < 6  # and a tail
@@ -132,7 +132,7 @@ def test_logits_through_prefill_decode_refill_and_tail(name, scratch, monkeypatc
 def test_greedy_is_generate(name):
     policy = make_policy(name)
     prompts = random_rows(6, 2, 9)
-    episodes = rollout(policy, prompts, 1, 24, Sampling(0), torch.Generator(), rows_at_a_time=2)
+    episodes = rollout(policy, prompts, 1, 24, Sampling(0), torch.Generator(), rollout_batch_size=2)
     for prompt, episode in zip(prompts, episodes):
         ids = torch.tensor([prompt])
         generated = policy.model.generate(
@@ -190,7 +190,7 @@ def test_the_width_that_cuda_wants_changes_nothing(monkeypatch):
         values, mask, entropy = completion_logprobs(policy, prompts, completions, with_entropy=True)
         values.sum().backward()
         generator = torch.Generator().manual_seed(0)
-        episodes = rollout(policy, prompts, 2, 9, Sampling(), generator, rows_at_a_time=4)
+        episodes = rollout(policy, prompts, 2, 9, Sampling(), generator, rollout_batch_size=4)
         states, _ = completion_states(policy, prompts, completions)
         gradients = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
         return [values.detach(), mask, entropy, states.detach(), gradients], [e.completion_ids for e in episodes]

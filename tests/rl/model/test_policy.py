@@ -212,18 +212,20 @@ def test_prompts_follow_the_chat_template(policy):
 
 
 def test_a_template_that_opens_the_thinking(policy):
+    from tqdm import tqdm
+
     from grading import Rewards
-    from rl.evaluate import Marking
-    from rl.rollout import Episode
+    from rl.rollout import Episode, StreamingScorer
 
     policy.tokenizer.chat_template += "{{- '<think>\\n' if enable_thinking else '' -}}"
     policy.chat_template_kwargs = {"enable_thinking": True}
     assert policy.opened_thinking("Hi") == "<think>\n"
     ids = policy.tokenizer.encode("1+1=2</think>\\boxed{2}<|end|>", add_special_tokens=False)
     row = {"id": 1, "task": "t", "prompt": "Hi"}
-    marking = Marking(policy, [row], Rewards("rewards.py", []), 1)
-    marking.add({0: Episode(0, [4], ids, [], False)})
-    (completion,) = marking.completions.values()
+    episode = Episode([4], ids, [], False)
+    scorer = StreamingScorer(policy, policy.encode([row]), Rewards("rewards.py", []), 1, tqdm(disable=True))
+    scorer.add({0: episode})
+    completion = episode.completion
     assert completion.text == "<think>\n1+1=2</think>\\boxed{2}"
     assert (completion.thinking, completion.answer) == ("1+1=2", "\\boxed{2}")
     policy.chat_template_kwargs = {"enable_thinking": False}
@@ -271,7 +273,7 @@ def test_a_turn_ends_where_the_chat_template_ends_it(policy):
 def test_prompts_that_leave_no_room_are_refused(policy):
     rows = [{"id": "long", "prompt": "1" * 600}]
     with pytest.raises(ConfigError, match="row long has 602 tokens; with 24 more that is 626, .* context is 512"):
-        policy.encode_prompts(rows, 24)
+        policy.encode(rows)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pointer", "missing", "shape"])
@@ -295,7 +297,7 @@ def test_damaged_weights_are_refused(tmp_path, config, damage):
 def test_prompts_that_cannot_be_encoded_name_their_row(policy):
     policy.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ConfigError, match="row r7: the prompt cannot be encoded: System role not supported"):
-        policy.encode_prompts([{"id": "r7", "prompt": "Hi"}], 24)
+        policy.encode([{"id": "r7", "prompt": "Hi"}])
 
 
 # --- what cannot work, before anything is loaded
@@ -319,6 +321,6 @@ def test_what_needs_a_gpu_says_so():
 
 def test_fp16_scales_its_loss(config):
     config.dtype = "float16"
-    assert Updater(load_policy(config), config).optimizer.scaler.is_enabled()
+    assert Updater(load_policy(config), None, config).optimizer.scaler.is_enabled()
     config.dtype = "float32"
-    assert not Updater(load_policy(config), config).optimizer.scaler.is_enabled()
+    assert not Updater(load_policy(config), None, config).optimizer.scaler.is_enabled()

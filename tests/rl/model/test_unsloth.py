@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from rl.checks import check_sampler  # noqa: E402
 from rl.critic import Critic  # noqa: E402
 from rl.model.logprobs import completion_logprobs  # noqa: E402
-from rl.model.policy import load_policy, reloaded_adapter, save_adapter  # noqa: E402
+from rl.model.policy import Question, load_policy, reloaded_adapter, save_adapter  # noqa: E402
 from rl.model.sampling import Sampling  # noqa: E402
 from rl.rollout import rollout  # noqa: E402
 from rl.update import Updater  # noqa: E402
@@ -161,11 +161,11 @@ def test_what_samples_is_what_is_trained(both, path):
 
 def test_the_check_before_a_run(both, monkeypatch):
     policy = both[0]
-    prompts = [policy.encode_prompt(question) for question in QUESTIONS]
-    found = check_sampler(policy, prompts, 24)
+    questions = [Question({}, policy.encode_prompt(question)) for question in QUESTIONS]
+    found = check_sampler(policy, questions)
     assert found.shift >= 3 and found.sampler < 1e-3 and policy.decoder
     monkeypatch.setattr("rl.model.decoder.active_loras", lambda module: iter(()))  # the engine leaves the LoRA out
-    found = check_sampler(policy, prompts, 24)
+    found = check_sampler(policy, questions)
     assert policy.decoder is None and found.sampler < 1e-3  # `generate` does not
 
 
@@ -194,7 +194,7 @@ def test_an_update_is_the_same(both, config):
     episodes = rollout(both[0], prompts, 4, 16, Sampling(), torch.Generator().manual_seed(2), 12)
     for i, episode in enumerate(episodes):
         episode.advantages = torch.full((len(episode.completion_ids),), [1.0, -0.5, 0.0, -0.5][i % 4])
-    metrics = [Updater(policy, config).update(copy.deepcopy(episodes)) for policy in both]
+    metrics = [Updater(policy, None, config).update(copy.deepcopy(episodes)) for policy in both]
     for name in ("loss", "kl", "grad_norm", "entropy", "lora_norm"):
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-6), name
 
@@ -202,8 +202,9 @@ def test_an_update_is_the_same(both, config):
 def test_a_text_above_max_seq_length_is_refused_and_not_cut(both):
     policy = both[0]
     policy.model.max_seq_length = 40
+    policy.max_completion_length = 36
     with pytest.raises(ConfigError, match="that is .*, but the model's context is 40"):
-        policy.encode_prompts([{"id": "r1", "prompt": QUESTIONS[0]}], 36)
+        policy.encode([{"id": "r1", "prompt": QUESTIONS[0]}])
 
 
 def test_other_families_go_through_transformers(config, tmp_path):

@@ -9,8 +9,10 @@ import pytest
 import train
 from grading import Completion, Score, load_rewards
 from rl.config import Config
-from rl.evaluate import Answers
-from rl.run import alarms, report
+from rl.evaluate import Evaluation
+from rl.rollout import Episode
+from rl.run import alarms
+from rl.run.metrics import describe_episodes, is_repetitive
 
 REWARDS = """
 from grading import grade_math, reward
@@ -56,7 +58,7 @@ def answers(accuracy, n=400, sampled=None):
     def records(share):
         return [{"verdict": "right" if i < round(share * n) else "wrong"} for i in rng.sample(range(n), n)]
 
-    return Answers(records(accuracy), records(accuracy if sampled is None else sampled))
+    return Evaluation(records(accuracy), records(accuracy if sampled is None else sampled))
 
 
 def score(verdict="wrong", judge="correct", error=None, **reasons):
@@ -66,8 +68,9 @@ def score(verdict="wrong", judge="correct", error=None, **reasons):
 
 def find(history, evaluations, rewards, scores=None, **settings):
     scores = scores or [score(correct="wrong: 5 is not 6")]
-    completions = [Completion("q", "... 5", {"id": "r"}) for _ in scores]
-    return alarms.find(history, evaluations, scores, completions, rewards, Config(prompts_per_step=32, **settings))
+    completion = Completion("q", "... 5", {"id": "r"})
+    episodes = [Episode([], [], [], False, completion=completion, score=score) for score in scores]
+    return alarms.find_alarms(history, evaluations, episodes, rewards, Config(prompts_per_step=32, **settings))
 
 
 RISING = {0: answers(0.30), 15: answers(0.80), 30: answers(0.95)}
@@ -81,7 +84,7 @@ def test_a_healthy_run_is_silent(rewards):
     for n in range(1, 31):
         seen = {step: evaluation for step, evaluation in RISING.items() if step <= n}
         assert find(history[:n], seen, rewards) == {}
-    assert alarms.notes(history, Config()) == {}
+    assert alarms.find_notes(history, Config()) == {}
 
 
 def test_the_reward_rises_and_the_held_out_accuracy_does_not(rewards):
@@ -179,7 +182,7 @@ def test_rewards_of_0_and_groups_without_a_difference_are_named_once_they_last(r
     assert "no_reward" not in find(history, {0: answers(0.3)}, rewards, control="random-reward")
 
     same = steps(20, frac_reward_zero_std=(1, 1))
-    assert find(same[:4], {0: answers(0.3)}, rewards) == {} and "same" in alarms.notes(same[:4], Config())
+    assert find(same[:4], {0: answers(0.3)}, rewards) == {} and "same" in alarms.find_notes(same[:4], Config())
     assert find(same, {0: answers(0.3)}, rewards, algorithm="ppo") == {}  # its advantages do not come from the group
     unmarked = steps(20, frac_reward_zero_std=(1, 1), ungraded=(1, 1), reward=(math.nan, math.nan))
     assert set(find(unmarked, {0: answers(0.3)}, rewards)) == {"ungraded"}
@@ -199,7 +202,7 @@ def test_updates_that_change_nothing(rewards):
         steps(20, **UPDATED),  # of an older version
         steps(20, **UPDATED | {"learning_rate": (0, 0)}, lora_norm=(5.0, 5.0)),  # a warm-up, or the end of a schedule
     ):
-        assert find(healthy, evaluations, rewards) == {} == alarms.notes(healthy, Config())
+        assert find(healthy, evaluations, rewards) == {} == alarms.find_notes(healthy, Config())
 
 
 def test_no_updates_at_all(rewards):
@@ -218,10 +221,10 @@ def test_no_updates_at_all(rewards):
 
 def test_a_policy_that_hardly_moves_is_a_note():
     history = steps(20, **UPDATED | {"kl": (0, 0)}, lora_norm=(5, 6))
-    assert alarms.notes(history[:10], Config()) == {}
-    assert "raise learning_rate (now 1e-05)" in alarms.notes(history, Config())["still"]
-    assert alarms.notes(steps(20, **UPDATED | {"kl": (0, 0)}, lora_norm=(5, 5)), Config()) == {}  # an alarm by then
-    assert alarms.notes(steps(20, **UPDATED | {"kl": (0, 1e-5)}, lora_norm=(5, 6)), Config()) == {}
+    assert alarms.find_notes(history[:10], Config()) == {}
+    assert "raise learning_rate (now 1e-05)" in alarms.find_notes(history, Config())["still"]
+    assert alarms.find_notes(steps(20, **UPDATED | {"kl": (0, 0)}, lora_norm=(5, 5)), Config()) == {}  # an alarm by then
+    assert alarms.find_notes(steps(20, **UPDATED | {"kl": (0, 1e-5)}, lora_norm=(5, 6)), Config()) == {}
 
 
 def test_what_healthy_runs_show_is_no_alarm(rewards):
@@ -237,23 +240,23 @@ def test_what_healthy_runs_show_is_no_alarm(rewards):
         }
     for n in range(1, 31):
         seen = {step: evaluation for step, evaluation in RISING.items() if step <= n}
-        assert find(history[:n], seen, rewards) == {} == alarms.notes(history[:n], Config())
+        assert find(history[:n], seen, rewards) == {} == alarms.find_notes(history[:n], Config())
 
 
 def test_a_history_with_gaps(rewards):
     """Read back from metrics.jsonl, where nan is null, or made by an older version."""
     for history in ([{"step": i} for i in range(1, 31)], [dict.fromkeys(step) for step in steps(30, **NOT_UPDATED)]):
-        assert find(history, FLAT, rewards) == {} == alarms.notes(history, Config())
+        assert find(history, FLAT, rewards) == {} == alarms.find_notes(history, Config())
 
 
 def test_what_goes_away_is_no_alarm_any_more_and_easy_questions_are_a_note(rewards):
     history = steps(10, completions__clipped_ratio=(0.5, 0), frac_groups_all_right=(0, 1))
     assert set(find(history[:2], {0: answers(0.3)}, rewards)) == {"cut"}
     assert find(history, {0: answers(0.3)}, rewards) == {}
-    assert alarms.notes(history[:2], Config()) == {} and "have become easy" in alarms.notes(history, Config())["easy"]
+    assert alarms.find_notes(history[:2], Config()) == {} and "have become easy" in alarms.find_notes(history, Config())["easy"]
     assert (
         "in 95% of the groups all rewards are the same"
-        in alarms.notes(steps(3, frac_reward_zero_std=(0.95, 0.95)), Config())["same"]
+        in alarms.find_notes(steps(3, frac_reward_zero_std=(0.95, 0.95)), Config())["same"]
     )
 
 
@@ -266,11 +269,11 @@ def test_the_commonest_outcome_is_shown(rewards):
 def test_repetition_is_told_from_long_working(rewards):
     rng = random.Random(0)
     worked = [rng.randrange(12) for _ in range(300)]  # few kinds of tokens, like arithmetic
-    assert not report.is_repetitive(worked)
-    assert report.is_repetitive(worked[:40] * 5)
-    assert not report.is_repetitive([7] * 40)  # short
-    assert report.is_repetitive([7] * 100)
-    assert not report.is_repetitive(worked[:100] + worked[:60])  # some of it
+    assert not is_repetitive(worked)
+    assert is_repetitive(worked[:40] * 5)
+    assert not is_repetitive([7] * 40)  # short
+    assert is_repetitive([7] * 100)
+    assert not is_repetitive(worked[:100] + worked[:60])  # some of it
 
 
 def test_shares_of_the_reward(tmp_path):
@@ -281,11 +284,12 @@ def test_shares_of_the_reward(tmp_path):
     completions = [Completion("q", text, row, tokens=10, token_ids=[1] * 10) for text in texts]
     scores = rewards.score_all(completions)
     assert [s.judge for s in scores] == ["correct"] * 4 and [s.is_right for s in scores] == [True, False, False, False]
-    metrics = report.describe_step(completions, scores, rewards, group_size=2)
-    assert (metrics["reward"], metrics["shaping"], metrics["shaping_when_wrong"]) == (2.25, 2.0, 2.0)
-    assert (metrics["frac_groups_all_wrong"], metrics["frac_groups_all_right"]) == (0.5, 0.0)
-    assert (metrics["outcomes/right"], metrics["outcomes/wrong"]) == (0.25, 0.75)
-    assert metrics["completions/repetitive"] == 0 and metrics["reward_errors"] == 0
+    episodes = [Episode([], [], [], False, completion=c, score=s, reward=s.total) for c, s in zip(completions, scores)]
+    found = describe_episodes(episodes, rewards, Config(num_generations=2))
+    assert (found["reward"], found["shaping"], found["shaping_when_wrong"]) == (2.25, 2.0, 2.0)
+    assert (found["frac_groups_all_wrong"], found["frac_groups_all_right"]) == (0.5, 0.0)
+    assert (found["outcomes/right"], found["outcomes/wrong"]) == (0.25, 0.75)
+    assert found["completions/repetitive"] == 0 and found["reward_errors"] == 0
 
 
 # --- planted hacks in short runs on the tiny model

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import train
 from rl.config import Config, ConfigError
-from rl.model.oom import within_memory
+from rl.model.oom import retry_on_oom
+from rl.model.policy import Question
 from rl.update import Updater
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
@@ -40,15 +41,15 @@ def test_what_is_done_at_a_time_is_halved_down_to_the_least(capsys):
             raise OUT_OF_MEMORY
         return "done"
 
-    assert within_memory(work, config, "rollout_batch_size", needed=100, least=8) == "done"
+    assert retry_on_oom(work, config, "rollout_batch_size", requested=100, minimum=8) == "done"
     assert tried == [512, 50, 25, 12, 8] and config.rollout_batch_size == 8
     assert capsys.readouterr().out.startswith(
-        "  memory   ran out: rollout_batch_size 100 -> 50, and again (CUDA out of"
+        "  memory   out of memory: rollout_batch_size 100 -> 50, retrying (CUDA out of"
     )
     with pytest.raises(
-        ConfigError, match="out of memory with the least .* lower max_completion_length, which is 256, .*--dry-run"
+        ConfigError, match="out of memory at the smallest .* lower max_completion_length .now 256., .*--dry-run"
     ):
-        within_memory(out_of_memory, config, "rollout_batch_size", needed=100, least=8)
+        retry_on_oom(out_of_memory, config, "rollout_batch_size", requested=100, minimum=8)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,10 @@ def test_only_memory_is_taken_for_memory(error, is_memory):
             raise error
 
     if is_memory:
-        within_memory(work, config, "max_tokens_per_micro_batch", 10**6, 10)
+        retry_on_oom(work, config, "max_tokens_per_micro_batch", 10**6, 10)
     else:
         with pytest.raises(type(error)):
-            within_memory(work, config, "max_tokens_per_micro_batch", 10**6, 10)
+            retry_on_oom(work, config, "max_tokens_per_micro_batch", 10**6, 10)
     assert len(calls) == 1 + is_memory
 
 
@@ -87,7 +88,7 @@ def test_really_too_much_memory_is_noticed_here_too():
             torch.empty(config.max_tokens_per_micro_batch)
         return True
 
-    assert within_memory(work, config, "max_tokens_per_micro_batch", 2**46, 1)
+    assert retry_on_oom(work, config, "max_tokens_per_micro_batch", 2**46, 1)
     assert 2**46 in sizes and sizes[-1] < 2**46
 
 
@@ -107,15 +108,15 @@ def test_the_gradient_is_the_same_after_memory_ran_out_in_its_middle(policy, con
     prompts = [policy.encode_prompt(q) for q in ("1 + 1 = ?", "What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "2 + 2 = ?")]
     episodes = rollout(policy, prompts, 4, 24, Sampling(), generator, 16)
     critic = rl.critic.Critic(policy, config) if algorithm == "ppo" else None
-    updater = Updater(policy, config, critic)
+    updater = Updater(policy, critic, config)
     name = "critic_optimizer" if critic else "optimizer"
-    updater.look(episodes)
-    Advantages(policy, config, Rewards).fill(episodes, *marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+    updater.fill_values(episodes)
+    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     gradients = []
 
     def keep(self):
         gradients.append(torch.cat([p.grad.flatten().clone() for p in self.parameters if p.grad is not None]))
-        self.clear()
+        self.zero_grad()
         return 1.0
 
     monkeypatch.setattr(rl.optimizer.Optimizer, "step", keep)
@@ -123,7 +124,7 @@ def test_the_gradient_is_the_same_after_memory_ran_out_in_its_middle(policy, con
     for e in episodes:
         e.old_logprobs = e.reference_logprobs = None
     if algorithm == "ppo":
-        updater.look(episodes)
+        updater.fill_values(episodes)
     config.max_tokens_per_micro_batch = 200
     score, calls = rl.update.completion_logprobs, []
 
@@ -148,14 +149,14 @@ def test_memory_runs_out_in_a_roll_out(tmp_path, whole):
     """No step is lost, the same questions are asked, and the settings found hold for the rest of the run."""
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.model.engine:Engine:step": (250, OUT_OF_MEMORY)}) == 0
-    assert "memory   ran out: rollout_batch_size 9 -> 4, and again (CUDA out of memory. Tried" in printed(folder)
-    for file, place in (("checkpoints/step_000008/trainer_state.json", None), ("summary.json", "memory")):
+    assert "memory   out of memory: rollout_batch_size 9 -> 4, retrying (CUDA out of memory. Tried" in printed(folder)
+    for file, place in (("checkpoints/step_000008/trainer_state.json", "shrunk"), ("summary.json", "memory")):
         kept = json.loads((folder / file).read_text())
-        kept = kept[place] if place else kept
+        kept = kept[place]
         assert kept["rollout_batch_size"] == 4 and kept["max_tokens_per_micro_batch"] == 4096
     assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
     rollouts, expected = (
-        [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+        [json.loads(line) for file in sorted((run / "rollouts").iterdir()) for line in file.read_text().splitlines()]
         for run in (folder, whole("grpo")[0])
     )
     assert [sum(r["step"] == step for r in rollouts) for step in range(1, 9)] == [16] * 8
@@ -166,7 +167,7 @@ def test_memory_runs_out_in_an_update(tmp_path, whole):
     """The run is the one without it, but for rounding."""
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.update::completion_logprobs": (12, OUT_OF_MEMORY)}) == 0
-    assert "memory   ran out: max_tokens_per_micro_batch" in printed(folder)
+    assert "memory   out of memory: max_tokens_per_micro_batch" in printed(folder)
     first, expected = metrics(folder)[0], metrics(whole("grpo")[0])[0]
     for name in ("reward", "loss", "grad_norm", "entropy", "kl"):
         assert first[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
@@ -181,23 +182,23 @@ def test_what_never_fits_is_said_at_the_start(tmp_path, monkeypatch):
     import rl.model.engine
 
     monkeypatch.setattr(rl.model.engine.Engine, "rehearse", out_of_memory)
-    with pytest.raises(ConfigError, match="out of memory with the least that is done at a time .rollout_batch_size 4."):
+    with pytest.raises(ConfigError, match="out of memory at the smallest possible batch .rollout_batch_size 4."):
         train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
 
 
 def test_the_rehearsal_leaves_the_policy_alone(policy, config):
     from conftest import vectors
 
-    from rl.checks import rehearse
+    from rl.checks import check_memory
     from rl.critic import Critic
 
     config.algorithm = "ppo"
     critic = Critic(policy, config)
-    updater, before = Updater(policy, config, critic), vectors(policy.model.parameters())
-    prompts = [policy.encode_prompt(q) for q in ("1 + 1 = ?", "What is 3 + 4 + 5?")]
+    updater, before = Updater(policy, critic, config), vectors(policy.model.parameters())
+    questions = [Question({}, policy.encode_prompt(q)) for q in ("1 + 1 = ?", "What is 3 + 4 + 5?")]
     torch.manual_seed(5)
     expected = torch.get_rng_state()
-    rehearse(updater, prompts, prompts, config)
+    check_memory(updater, questions, questions)
     assert torch.equal(vectors(policy.model.parameters()), before) and torch.equal(torch.get_rng_state(), expected)
     assert all(p.grad is None for p in policy.model.parameters()) and not updater.optimizer.adamw.state
     assert (config.rollout_batch_size, config.max_tokens_per_micro_batch) == (512, 8192)
@@ -225,18 +226,17 @@ def test_a_loss_that_is_nan_is_left_out_and_counted(tmp_path):
 # --- processes that are killed
 
 
-def kill_children(marking):
+def kill_children(scorer):
     """Every process that this one has started: the sandboxes and the graders' workers."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    scores = marking._scoring.results()
-    return [marking.completions[place] for place in range(len(scores))], scores
+    return scorer.scoring.results()
 
 
 def test_sandboxes_and_workers_that_are_killed_change_no_reward(tmp_path, whole):
     folder = tmp_path / "run"
-    assert finish(folder, "grpo", faults={"rl.evaluate:Marking:results": (4, kill_children)}) == 0
+    assert finish(folder, "grpo", faults={"rl.rollout:StreamingScorer:results": (4, kill_children)}) == 0
     assert_same(folder, whole("grpo")[0])
 
 
@@ -284,7 +284,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(small_disk,
     assert finish(folder, "grpo") == 1
     said = Path(f"{folder}.txt").read_text()
     assert "cannot be written: the disk is full: make room" in said
-    assert f"step_000004 is saved. To go on: python train.py --resume {folder}" in said
+    assert f"step_000004 is saved. To resume: python train.py --resume {folder}" in said
     assert "Traceback" not in said
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder / "checkpoints/step_000002", check=True)
     remount("size=64m")
@@ -294,16 +294,16 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(small_disk,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_log_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
-    import rl.run.folder
+    from rl.run.folder import RunFolder
 
-    begin = rl.run.RunFolder.begin
+    begin = RunFolder.write_settings
 
     def on_a_full_disk(run, *args):
-        (run.path / "rollouts.jsonl").symlink_to("/dev/full")
+        (run.path / "metrics.jsonl").symlink_to("/dev/full")
         begin(run, *args)
 
-    monkeypatch.setattr(rl.run.RunFolder, "begin", on_a_full_disk)
-    with pytest.raises(train.RunError, match="rollouts.jsonl cannot be written: No space left on device"):
+    monkeypatch.setattr(RunFolder, "write_settings", on_a_full_disk)
+    with pytest.raises(train.RunError, match="metrics.jsonl cannot be written: No space left on device"):
         train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
 
 
@@ -384,7 +384,7 @@ def test_a_pipe_that_is_closed_takes_nothing_along(tmp_path):
 
 
 def test_memory_that_runs_out_in_the_optimizer_is_said_in_one_line(policy, episodes, config, monkeypatch):
-    updater = Updater(policy, config)
+    updater = Updater(policy, None, config)
     monkeypatch.setattr(updater.optimizer.adamw, "step", out_of_memory)
     with pytest.raises(ConfigError, match="out of memory in the optimizer's step: lower lora_r"):
         updater.update(episodes)

@@ -13,7 +13,7 @@ from running import assert_same, finish, into, last, printed, processes, refused
 
 import train
 from rl.config import Config, ConfigError
-from rl.run.checkpoint import digest
+from rl.run.files import sha256
 from rl.run.folder import RunFolder, choose_folder
 
 KILL = signal.SIGKILL
@@ -150,9 +150,9 @@ def test_a_run_that_goes_on_keeps_others_out(tmp_path):
     process = start(folder, "grpo", more="--max-steps 400 --eval-steps 0")
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
-    with pytest.raises(train.RunError, match="is in use by a run that goes on; to end that one: touch"):
+    with pytest.raises(train.RunError, match="is in use by a run that is still running; to end it: touch"):
         train.main(["--resume", str(folder)])
-    with pytest.raises(train.ConfigError, match="exists already: choose another, go on with it by --resume"):
+    with pytest.raises(train.ConfigError, match="exists already: choose another, resume it with --resume"):
         train.main(["--output-dir", str(folder)])
     (folder / "STOP").touch()
     process.join()
@@ -161,11 +161,13 @@ def test_a_run_that_goes_on_keeps_others_out(tmp_path):
 
 def test_a_stop_that_is_asked_for_while_the_model_loads_is_kept(tmp_path):
     (tmp_path / "STOP").touch()  # of before
-    with RunFolder(tmp_path, Config(output_dir=str(tmp_path))) as run:
-        assert not (tmp_path / "STOP").exists()
-        (tmp_path / "STOP").touch()
-        run.begin({}, Path("rewards.py"), 0)
-        assert (tmp_path / "STOP").exists()
+    folder = RunFolder(tmp_path, Config(output_dir=str(tmp_path)))
+    folder.open()
+    assert not (tmp_path / "STOP").exists()
+    (tmp_path / "STOP").touch()
+    folder.write_settings({}, Path("rewards.py"), 0)
+    assert (tmp_path / "STOP").exists()
+    folder.close()
 
 
 def test_a_look_at_the_lock_does_not_keep_a_run_out(tmp_path):
@@ -173,8 +175,9 @@ def test_a_look_at_the_lock_does_not_keep_a_run_out(tmp_path):
     looking = filelock.FileLock(tmp_path / "lock", thread_local=False)
     looking.acquire()
     threading.Timer(0.3, looking.release).start()
-    with RunFolder(tmp_path, Config(output_dir=str(tmp_path))):
-        pass
+    folder = RunFolder(tmp_path, Config(output_dir=str(tmp_path)))
+    folder.open()
+    folder.close()
 
 
 def test_a_finished_run_without_checkpoints_keeps_its_logs(copy):
@@ -200,7 +203,7 @@ def test_marks_that_were_not_made_are_made_up(copy):
 @pytest.mark.parametrize("nth", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6)), 4])
 def test_killed_while_an_accepted_change_is_written(copy, nth):
     more = "--max-steps 6 --accept-changes"
-    status = finish(copy, "grpo", resume=True, more=more, faults={"rl.run.folder::write_whole": (nth, KILL)})
+    status = finish(copy, "grpo", resume=True, more=more, faults={"rl.run.folder::write_atomic": (nth, KILL)})
     assert status == -KILL
     assert finish(copy, "grpo", resume=True, more=more) == 0
     assert "max_steps: 8" in (copy / "config_until_step_000005.yaml").read_text()
@@ -209,7 +212,7 @@ def test_killed_while_an_accepted_change_is_written(copy, nth):
 
 def test_what_a_run_was_made_with_is_kept_once(copy):
     for rate in ("1e-3", "5e-4"):
-        faults = {"rl.checks::rehearse": (1, KILL)}
+        faults = {"rl.checks::check_memory": (1, KILL)}
         finish(copy, "grpo", resume=True, more=f"--learning-rate {rate} --accept-changes", faults=faults)
     assert "learning_rate: 0.002" in (copy / "config_until_step_000005.yaml").read_text()
     assert "learning_rate: 0.0005" in (copy / "config.yaml").read_text()
@@ -234,7 +237,7 @@ def test_evaluations_that_have_changed_are_missed(copy):
     before.write_text("".join(text.splitlines(keepends=True)[:4]))
     assert "eval/before.jsonl has" in refused(copy)
     before.unlink()
-    assert "eval/before.jsonl has 0 bytes" in refused(copy)
+    assert "eval/before.jsonl has 0 of 8 questions" in refused(copy)
 
 
 def test_what_was_halved_stays_so_and_is_halved_before_the_rehearsal(copy, monkeypatch):
@@ -243,18 +246,20 @@ def test_what_was_halved_stays_so_and_is_halved_before_the_rehearsal(copy, monke
     class Seen(Exception):
         pass
 
-    def look(updater, train_prompts, eval_prompts, config):
-        raise Seen(config.rollout_batch_size, config.max_tokens_per_micro_batch)
+    def look(updater, questions, held_out):
+        raise Seen(updater.config.rollout_batch_size, updater.config.max_tokens_per_micro_batch)
 
     state = copy / "checkpoints/step_000005/trainer_state.json"
     state.write_text(
         state.read_text().replace(
-            '"rollout_batch_size": 512,\n  "max_tokens', '"rollout_batch_size": 4,\n  "max_tokens'
+            '"rollout_batch_size": 512,\n    "max_tokens_per_micro_batch": 4096\n',
+            '"rollout_batch_size": 4,\n    "max_tokens_per_micro_batch": 4096\n',
+        
         )
     )
     sums = state.with_name("SHA256SUMS")
-    sums.write_text("".join(f"{digest(file)}  {file.name}\n" for file in state.parent.iterdir() if file != sums))
-    monkeypatch.setattr(rl.checks, "rehearse", look)
+    sums.write_text("".join(f"{sha256(file)}  {file.name}\n" for file in state.parent.iterdir() if file != sums))
+    monkeypatch.setattr(rl.checks, "check_memory", look)
     with pytest.raises(Seen, match=r"\(4, 4096\)"):
         train.main(["--resume", str(copy)])
     with pytest.raises(Seen, match=r"\(64, 4096\)"):
@@ -272,8 +277,11 @@ def test_two_runs_begun_in_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")  # a clock that stands still, or was set back
     chosen = [RunFolder(choose_folder(Config(), "tiny"), Config()) for _ in range(3)]  # before any of them has begun
-    with chosen[0] as first, chosen[1] as second, chosen[2] as third:
-        names = [run.path.name for run in (first, second, third)]
+    for folder in chosen:
+        folder.open()
+    names = [folder.path.name for folder in chosen]
+    for folder in reversed(chosen):
+        folder.close()
     assert names == ["tiny-20260101-000000", "tiny-20260101-000000-2", "tiny-20260101-000000-3"]
 
 
