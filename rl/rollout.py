@@ -35,6 +35,7 @@ class Episode:
     sampler_logprobs: list[float]  # (C,) at the sampling temperature, before top-k and the like
     truncated: bool  # reached max_completion_length without an end-of-sequence token
     group: int = 0  # completions of one question have the same number
+    refill: int = 0  # dynamic_sampling: 0, or which refill of the step its question came with
     completion: Completion | None = None  # as reward functions see it
     score: Score | None = None
     reward: float = math.nan  # the reward to learn from: after penalties for length; nan if ungraded
@@ -185,7 +186,7 @@ def collect(
     sampling = Sampling.from_config(config)
     episodes = []
     missing = config.prompts_per_step
-    for _ in range(1 + config.dynamic_sampling):
+    for refill in range(1 + config.dynamic_sampling):
         batch = questions.take(missing, step)
         first_group = len(episodes) // config.num_generations
         more = rollout_and_score(
@@ -193,6 +194,7 @@ def collect(
         )
         for episode in more:
             episode.group += first_group
+            episode.refill = refill
         episodes += more
         signals = groups_with_signal([episode.score for episode in episodes], config.num_generations)
         missing = config.prompts_per_step - sum(signals)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import tempfile
 import textwrap
 import time
@@ -75,6 +76,28 @@ def served(folder):
 
     with serving(folder) as client:
         yield client
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def rollouts_of(folder):
+    """The lines of all steps' roll-outs."""
+    return [line for file in sorted((folder / "rollouts").iterdir()) for line in lines(file)]
+
+
+def tokens_of(folder):
+    return [json.loads(file.read_text()) for file in sorted((folder / "tokens").iterdir())]
+
+
+def copy_of_tiny(folder, **changes):
+    """A copy of the bundled model with changes to its JSON files: file stem -> entries."""
+    shutil.copytree("data/tiny", folder)
+    for stem, entries in changes.items():
+        path = folder / f"{stem}.json"
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
+    return str(folder)
 
 
 def completion(text, **row):

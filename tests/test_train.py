@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import yaml
+from conftest import lines, rollouts_of, tokens_of
 
 import train
 
@@ -18,19 +19,6 @@ SMALL = "--max-steps 3 --prompts-per-step 6 --num-generations 4 --eval-questions
 def run(folder, *arguments):
     train.main([*SMALL.split(), "--output-dir", str(folder), "--device", "cpu", *map(str, arguments)])
     return folder
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def rollouts_of(folder):
-    """The lines of all steps' roll-outs."""
-    return [line for file in sorted((folder / "rollouts").iterdir()) for line in lines(file)]
-
-
-def tokens_of(folder):
-    return [json.loads(file.read_text()) for file in sorted((folder / "tokens").iterdir())]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Whole runs of every algorithm; dynamic sampling, the curriculum, and settings that do not go together."""
 
-import json
 
 import pytest
+from conftest import lines, rollouts_of, tokens_of
 
 import train
 from data import highest_level
@@ -11,16 +11,12 @@ from rl.config import Config, ConfigError
 SMALL = "--max-steps 3 --prompts-per-step 6 --num-generations 4 --eval-questions 6 --eval-steps 0 --train-questions 60 --device cpu"
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_dynamic_sampling_is_capped_and_counted(tmp_path):
     """No group without variance enters an update; refills are at most what is allowed; what was left out is logged."""
     train.main(
         [*SMALL.split(), "--dynamic-sampling", "2", "--train-data", "sums", "--output-dir", str(tmp_path / "run")]
     )
-    rollouts = lines(tmp_path / "run/rollouts.jsonl")
+    rollouts = rollouts_of(tmp_path / "run")
     for metrics in lines(tmp_path / "run/metrics.jsonl"):
         of_step = [r for r in rollouts if r["step"] == metrics["step"]]
         groups = [of_step[i : i + 4] for i in range(0, len(of_step), 4)]
@@ -47,7 +43,7 @@ def test_the_curriculum_begins_with_what_is_easy(tmp_path):
     arguments = "--train-data big_sums long_sums --curriculum-steps 3"
     train.main([*SMALL.split(), *arguments.split(), "--output-dir", str(tmp_path / "run")])
     terms = {}
-    for line in lines(tmp_path / "run/rollouts.jsonl"):
+    for line in rollouts_of(tmp_path / "run"):
         terms.setdefault(line["step"], set()).add(line["prompt"].count(" + ") + line["prompt"].count(" - ") + 1)
     assert terms[1] <= {2, 3} and terms[2] <= {2, 3, 4} and max(terms[3]) == 5
     assert [highest_level([1, 1, 2, 5], step, 6) for step in (1, 2, 3, 4, 5, 6, 60)] == [1, 1, 2, 2, 5, 5, 5]
@@ -101,8 +97,8 @@ def test_every_algorithm_runs(tmp_path, arguments):
     train.main([*SMALL.split(), "--max-steps", "2", *arguments.split(), "--output-dir", str(tmp_path / "run")])
     metrics = lines(tmp_path / "run/metrics.jsonl")
     assert len(metrics) == 2 and all(m["skipped_updates"] == 0 for m in metrics) and metrics[1]["grad_norm"] > 0
-    rollouts = lines(tmp_path / "run/rollouts.jsonl")
+    rollouts = rollouts_of(tmp_path / "run")
     assert ("learned_reward" in rollouts[0]) == ("penalty" in arguments or "punish" in arguments)
-    tokens = lines(tmp_path / "run/tokens.jsonl")[1]["completions"][0]
+    tokens = tokens_of(tmp_path / "run")[1]["completions"][0]
     assert ("values" in tokens) == ("ppo" in arguments or "a2c" in arguments)
     assert len(tokens.get("values", tokens["advantages"])) == len(tokens["tokens"])

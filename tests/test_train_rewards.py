@@ -4,19 +4,20 @@ import json
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import episodes_of, marked
-from test_train import SMALL, lines, own_files, rollouts_of, run
+from conftest import episodes_of, lines, marked, rollouts_of
+from test_train import SMALL, own_files, run
 
 import train
 from data import QuestionSampler, load_questions
 from grading import Completion, RewardError, Score
 from rl.algorithms import group_advantages
 from rl.config import Config
-from rl.rollout import set_rewards
+from rl.rollout import Episode, set_rewards
 from rl.run import report
 
 
@@ -49,8 +50,8 @@ def test_a_reward_that_raises_in_training(tmp_path):
     assert failed.returncode == 1 and f"'rare' (my_rewards.py:15), row {row['id']}: ZeroDivisionError" in failed.stderr
     assert failed.stderr.count("\n") == 1
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 1  # what was done is kept, whole
-    assert len(lines(tmp_path / "run/rollouts.jsonl")) == 24
-    assert (tmp_path / "run/checkpoints/last").read_text() == "step_000001\n"
+    assert len(rollouts_of(tmp_path / "run")) == 24
+    assert "Stopped after step 1 of 3; no step was saved. To resume: python train.py" in failed.stdout
     (kept,) = lines(tmp_path / "run/failed.jsonl")
     assert (kept["step"], kept["prompt_id"], kept["row"]["gold"]) == (2, row["id"], row["gold"])
 
@@ -64,6 +65,11 @@ def test_a_reward_that_raises_in_training(tmp_path):
     seen = subprocess.run([sys.executable, *again], capture_output=True, text=True)
     assert seen.returncode == 1 and "'rare' (my_rewards.py:15)" in seen.stderr
 
+    mended = tmp_path / "my_rewards.py"
+    mended.write_text(mended.read_text().replace("return 1 / (", "return 1 * ("))
+    train.main(["--resume", str(tmp_path / "run"), "--accept-changes"])
+    assert [m["step"] for m in lines(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+
 
 def test_a_reward_that_raises_in_an_evaluation(tmp_path):
     arguments, row = raising_on_one_row(tmp_path, held_out=True)
@@ -76,7 +82,7 @@ def test_reward_errors_skip_goes_on(tmp_path, capsys):
     """The completions of that row take no part in learning, are counted, and an alarm says so."""
     arguments, row = raising_on_one_row(tmp_path)
     folder = run(tmp_path / "run", *arguments, "--reward-errors", "skip")
-    metrics, rollouts = lines(folder / "metrics.jsonl"), lines(folder / "rollouts.jsonl")
+    metrics, rollouts = lines(folder / "metrics.jsonl"), rollouts_of(folder)
     assert [m["reward_errors"] for m in metrics] == [0, 4, 0] and "reward_errors" in metrics[1]["alarms"]
     assert metrics[1]["outcomes/reward_error"] == pytest.approx(4 / 24)
     left_out = [r for r in rollouts if r["prompt_id"] == row["id"]]
@@ -103,7 +109,7 @@ def test_trl_functions_see_groups_together_and_their_logs_are_kept(tmp_path):
         """
     path.write_text(path.read_text() + textwrap.dedent(trl))
     folder = run(tmp_path / "run", *arguments)
-    metrics, rollouts = lines(folder / "metrics.jsonl"), lines(folder / "rollouts.jsonl")
+    metrics, rollouts = lines(folder / "metrics.jsonl"), rollouts_of(folder)
     assert [m["metrics/together/mean"] for m in metrics] == [1, 1, 1]
     assert [r["extra"]["ids"] for r in rollouts] == [r["tokens"] for r in rollouts]
 
@@ -155,7 +161,8 @@ def test_the_two_highest_rewards_are_printed_short_and_safe():
     totals = [1.0, 1.0, 1.1, 0.5, float("nan")]
     completions = [Completion("What?", text, {}, tokens=len(text)) for text in texts]
     scores = [Score(total, {"correct": 1.0, "other": None}, {}, {}, "right") for total in totals]
-    printed = report.highest_rewards(7, completions, scores)
+    episodes = [Episode([], [], [], False, completion=c, score=s) for c, s in zip(completions, scores)]
+    printed = report.highest_rewards(7, episodes)
     assert printed.split("\n") == [
         "  highest rewards of step 7:",
         "    1.10 (correct 1), right, 7 tokens",
@@ -166,4 +173,4 @@ def test_the_two_highest_rewards_are_printed_short_and_safe():
         "      question: What?",
         "      answer:   a",
     ]
-    assert len(report.highest_rewards(7, completions[3:], scores[3:])) < 700
+    assert len(report.highest_rewards(7, episodes[3:])) < 700

@@ -177,6 +177,7 @@ class Policy:
 
 def load_policy(config: Config) -> Policy:
     """Load model, tokenizer and LoRA as the settings say. Raises ConfigError for a model or adapter that cannot be used."""
+    check_model(config)
     import_backend(config)
     device = choose_device(config)
     dtype = choose_dtype(config, device)

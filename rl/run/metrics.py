@@ -65,7 +65,7 @@ def describe_groups(episodes: list, config: Config) -> dict[str, float]:
         "frac_reward_zero_std": mean([len(group) < 2 for group in rewards]),
     }
     if config.dynamic_sampling:
-        metrics["dynamic_sampling/groups_sampled"] = len(groups)
+        metrics["dynamic_sampling/refills"] = max(episode.refill for episode in episodes)
         metrics["dynamic_sampling/groups_left_out"] = sum(not group[0].has_signal for group in groups)
     return metrics
 

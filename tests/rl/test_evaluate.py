@@ -71,9 +71,17 @@ def test_completions_are_scored_as_they_end_in_the_order_of_the_roll_out(policy,
 def test_gain_over_an_earlier_evaluation():
     before = Evaluation(verdicts([1, 0, 0, 0]), verdicts([0, 0, 0, 0]))
     after = Evaluation(verdicts([0, 1, 1, 0]), verdicts([1, 1, 1, 0]))
-    gain = after.without_texts().gain_over(before.without_texts())
+    gain = after.gain_over(before)
     assert (gain["accuracy"], gain["accuracy_sampled"], after.accuracy) == (0.25, 0.75, 0.5)
     assert gain["ci95_sampled"] == paired_gain(before.sampled, after.sampled)["ci95"]
+
+
+def test_rates_and_gains_need_no_texts():
+    records = [answer("right", True) | {"completion": "2"}, answer("wrong", False) | {"completion": "3"}]
+    evaluation = Evaluation(records, records[::-1])
+    short = evaluation.without_texts()
+    assert short.summary() == evaluation.summary() and short.gain_over(evaluation) == evaluation.gain_over(short)
+    assert "completion" not in short.greedy[0] and "completion" in evaluation.greedy[0]
 
 
 def answer(verdict, thinks, tokens=10, reward=1.0, task="sums"):
@@ -94,7 +102,7 @@ def test_rates():
 
 
 def test_time_left_counts_steps_and_evaluations():
-    seconds = {"rollout": 10.0, "score": 2.0, "update": 8.0, "eval": 9.0, "setup": 99.0}
+    seconds = {"rollout": 12.0, "update": 8.0, "eval": 9.0, "setup": 99.0}
     config = Config(max_steps=40, eval_steps=10)
     # 20 steps took 20 s, three evaluations (0, 10, 20) 9 s: 20 more steps and two evaluations
     assert report.seconds_left(20, config, seconds) == pytest.approx(20 + 6)

@@ -4,7 +4,7 @@ import collections
 
 import pytest
 import torch
-from test_policy import copy_of_tiny
+from conftest import copy_of_tiny
 
 from rl.model import engine
 from rl.model import hf_generate as own_forward
@@ -76,7 +76,7 @@ def test_completions_end_at_the_first_end_token_or_are_truncated(policy):
     episodes = roll(policy, QUESTIONS, n=8, length=24)
     assert len(episodes) == 32
     for i, episode in enumerate(episodes):
-        assert episode.question == i // 8 and len(episode.sampler_logprobs) == len(episode.completion_ids) <= 24
+        assert episode.group == i // 8 and len(episode.sampler_logprobs) == len(episode.completion_ids) <= 24
         ended = episode.completion_ids[-1] == eos
         assert episode.completion_ids.count(eos) == int(ended) and episode.truncated == (not ended)
         assert episode.finish_reason == ("stop" if ended else "length")
@@ -112,7 +112,7 @@ def test_batches_of_any_size_keep_the_order_and_greedy_answers(policy):
     for rows in (1, 3):
         apart = roll(policy, QUESTIONS, sampling=Sampling(0), rows=rows)
         assert [e.completion_ids for e in apart] == [e.completion_ids for e in together]
-        assert [e.question for e in apart] == [0, 1, 2, 3]
+        assert [e.group for e in apart] == [0, 1, 2, 3]
 
 
 def test_the_same_seed_gives_the_same_completions(policy):

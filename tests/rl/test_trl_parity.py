@@ -213,7 +213,7 @@ def test_losses(case, parts):
         assert gradient.abs().max() > 1e-3  # something was compared
         if parts == 1 and config.importance_sampling_level == "token":
             tokens = (numbers.mask & ~numbers.truncated[:, None]).sum().item()
-            for name, key in (("low", "clip_ratio/low_mean"), ("high", "clip_ratio/high_mean")):
+            for name, key in (("clipped_low", "clip_ratio/low_mean"), ("clipped_high", "clip_ratio/high_mean")):
                 if key in metrics:
                     assert totals[name] == pytest.approx(metrics[key] * tokens)
                     assert totals[name] > 0 or config.on_policy

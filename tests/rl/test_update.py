@@ -176,7 +176,7 @@ def test_mini_batches_are_whole_groups_and_cover_everything(policy, episodes, co
     parts = list(Updater(policy, None, config).mini_batches(episodes))
     assert sorted(len(part) for part in parts) == [4, 4, 8]
     assert sorted(id(e) for part in parts for e in part) == sorted(map(id, episodes))
-    assert all(len({e.question for e in part[i : i + 4]}) == 1 for part in parts for i in range(0, len(part), 4))
+    assert all(len({e.group for e in part[i : i + 4]}) == 1 for part in parts for i in range(0, len(part), 4))
 
 
 def test_one_step_makes_the_rewarded_completion_likelier(policy, config):

@@ -1,27 +1,17 @@
 """The policy: log-probabilities against a slow reference, the LoRA, 4-bit weights, templates and end tokens."""
 
 import json
-import shutil
 
 import bitsandbytes
 import pytest
 import safetensors.torch
 import torch
-from conftest import fill_lora, vectors
+from conftest import copy_of_tiny, fill_lora, vectors
 
 from rl.config import Config, ConfigError
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import check_model, choose_device, load_policy, make_deterministic, reloaded_adapter, save_adapter
 from rl.update import Updater
-
-
-def copy_of_tiny(folder, **changes):
-    """A copy of the bundled model with changes to its JSON files: file stem -> entries."""
-    shutil.copytree("data/tiny", folder)
-    for stem, entries in changes.items():
-        path = folder / f"{stem}.json"
-        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
-    return str(folder)
 
 
 def rowwise_logprobs(policy, prompt, completion, temperature):

@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from conftest import lines
 
 import train
 from grading import Completion, Score, load_rewards
@@ -298,10 +299,6 @@ SHORT = (
     "--train-data words --max-steps {steps} --prompts-per-step 8 --num-generations 8 --eval-questions 30 --eval-steps 3 "
     "--train-questions 300 --learning-rate 5e-3 --lr-scheduler-type constant --num-mini-batches 1 --save-steps 0 --device cpu"
 )
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def run(tmp_path, steps, settings=""):

@@ -237,7 +237,7 @@ def test_evaluations_that_have_changed_are_missed(copy):
     before.write_text("".join(text.splitlines(keepends=True)[:4]))
     assert "eval/before.jsonl has" in refused(copy)
     before.unlink()
-    assert "eval/before.jsonl has 0 of 8 questions" in refused(copy)
+    assert "eval/before.jsonl has 0 of 9 questions" in refused(copy)
 
 
 def test_what_was_halved_stays_so_and_is_halved_before_the_rehearsal(copy, monkeypatch):
