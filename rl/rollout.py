@@ -1,8 +1,8 @@
 """The roll-out: sample completions from the policy's own distribution.
 
-Sampling is done here, not by the model's `generate`, so nothing of a model's generation_config (a temperature, a top_k)
-comes in between: what is sampled is what is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/model/engine.py, other
-architectures through their own forward (rl/model/hf_generate.py).
+Every token is drawn by rl/model/sampling.py, so nothing of a model's generation_config (a temperature, a top_k) takes part:
+what is sampled is what is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/model/engine.py, other architectures
+through their own `generate` (rl/model/hf_generate.py).
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rl.model import hf_generate as own_forward
 from rl.model.backends import set_mode
 from rl.model.engine import Engine
+from rl.model.hf_generate import HFGenerate
 from rl.model.policy import Policy
 from rl.model.sampling import Sampling
 
@@ -55,7 +55,7 @@ def rollout(
     just ended, by their place in the result, so that they can be scored while the others go on.
     """
     set_mode(policy.model, False, policy.by_unsloth)  # the KV cache stays on where training would recompute activations
-    generating = Engine if policy.decoder else own_forward.Generated if policy.by_unsloth else own_forward.Batches
+    generating = Engine if policy.decoder else HFGenerate
     asked = prompts, num_generations, max_completion_length, sampling, generator, rows_at_a_time
     episodes = {}
     for ended in generating(policy, *asked).run():
