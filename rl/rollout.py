@@ -2,7 +2,7 @@
 
 Sampling is done here, not by the model's `generate`, so nothing of a model's generation_config (a temperature, a top_k)
 interferes: what is sampled is what is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/model/engine.py, other
-architectures through `generate` with our own draw (rl/model/hf_generate.py).
+architectures through their own `generate`, with our own draw (rl/model/hf_generate.py).
 """
 
 import math
@@ -18,9 +18,9 @@ from data import QuestionSampler
 from grading import Completion, Rewards, Score, Scoring, prompt_text
 from rl import algorithms
 from rl.config import Config
-from rl.model import hf_generate
 from rl.model.backends import set_mode
 from rl.model.engine import Engine
+from rl.model.hf_generate import HFGenerate
 from rl.model.oom import retry_on_oom
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
@@ -74,7 +74,7 @@ def rollout(
         The episodes, in the order of the prompts; the completions of one prompt stand side by side.
     """
     set_mode(policy.model, False, policy.by_unsloth)  # keeps the KV cache on if training recomputes activations
-    engine = Engine if policy.decoder else hf_generate.Generated if policy.by_unsloth else hf_generate.Batches
+    engine = Engine if policy.decoder else HFGenerate
     sampler = engine(policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size)
     episodes = {}
     for ended in sampler.run():

@@ -34,9 +34,7 @@ def small_run(tmp_path_factory):
 def test_the_run_folder_holds_what_other_programs_read(small_run):
     folder, _ = small_run
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    expected = (
-        "config.yaml rewards.py metrics.jsonl rollouts/000003.jsonl tokens/000003.json summary.json curve.png checkpoints/last"
-    )
+    expected = "config.yaml rewards.py metrics.jsonl rollouts/000003.jsonl tokens/000003.json summary.json curve.png checkpoints/last"
     expected += " eval/before.jsonl eval/after.jsonl eval/step_000002.jsonl"
     for step in (2, 3):
         expected += "".join(f" checkpoints/step_00000{step}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "chat_template.jinja", "trainer_state.json"))  # fmt: skip

@@ -1,6 +1,5 @@
 """Whole runs of every algorithm; dynamic sampling, the curriculum, and settings that do not go together."""
 
-
 import pytest
 from conftest import lines, rollouts_of, tokens_of
 

@@ -278,7 +278,7 @@ class Worker:
         import torch
 
         from rl.model.engine import Engine
-        from rl.model.hf_generate import Batches
+        from rl.model.hf_generate import HFGenerate
         from rl.model.sampling import Sampling
 
         if self._base != turn.base:
@@ -303,7 +303,7 @@ class Worker:
         generator.manual_seed(ask.seed)
         how = policy, [prompt], ask.samples, min(ask.max_tokens, room), sampling, generator, ask.samples
         turn.engine = Engine(*how) if policy.decoder else None  # without one the answer comes as a whole
-        turn.steps = turn.engine.steps() if turn.engine else Batches(*how).run()
+        turn.steps = turn.engine.steps() if turn.engine else HFGenerate(*how).run()
         turn.policy, turn.opening = policy, policy.opened_thinking(turn.messages)
         turn.say("answering")
 

@@ -1,7 +1,6 @@
-"""Taking a model away: the merge, what it is held to, GGUF, the Hub, and that nothing half-written takes a place."""
+"""The command export.py: merging, GGUF, the Hub, errors, and that an export that fails leaves the previous one."""
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -20,12 +19,11 @@ import yaml
 from conftest import ROOT, fill_lora
 
 import train
-from export import merge
+from export import gguf, merge
+from export.command import main
+from export.hub import push
 from rl.config import Config, ConfigError, RunError
 from rl.model.policy import load_policy, save_adapter
-
-export = importlib.util.module_from_spec(importlib.util.spec_from_file_location("export_script", ROOT / "export.py"))
-export.__spec__.loader.exec_module(export)
 
 SMALL = "--max-steps 3 --prompts-per-step 4 --num-generations 4 --eval-questions 12 --save-steps 2 --train-questions 30 --max-completion-length 40 --learning-rate 3e-3 --log-completions-steps 0 --device cpu"
 
@@ -49,7 +47,7 @@ def contents(folder):
 
 def refused(*arguments):
     with pytest.raises((ConfigError, RunError)) as error:
-        export.main([*map(str, arguments)])
+        main([*map(str, arguments)])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -62,13 +60,13 @@ def loaded(folder, dtype=torch.float32):
 
 
 def test_an_export_of_a_run(small_run, capsys):
-    export.main([str(small_run), "--eval-questions", "8", "--device", "cpu"])
+    main([str(small_run), "--eval-questions", "8", "--device", "cpu"])
     said = capsys.readouterr().out
     out, last = small_run / "export", small_run / "checkpoints/step_000003"
     assert sorted(p.name for p in out.iterdir()) == ["merged", "report.json"]
-    assert f"checkpoint  {last}" in said and "56 LoRA matrices into 28 of data/tiny" in said
+    assert f"checkpoint  {last}" in said and "a LoRA on 28 layers into data/tiny" in said
     report = json.loads((out / "report.json").read_text())
-    assert report["logits"]["merged"]["largest"] < 0.1 < report["logits"]["by_lora"]["largest"]
+    assert report["logits"]["merged"] < 0.1 < report["logits"]["lora"]
     trained, merged = report["accuracy"].values()
     assert trained["n"] == merged["n"] <= 8 and trained["same_as_trained"] == trained["n"]
     assert f"merged                                  {merged['n']:>1}" in said
@@ -116,16 +114,19 @@ def test_any_peft_folder_can_be_merged(run, tmp_path, capsys):
     alone = Path(shutil.copytree(run / "checkpoints/step_000002", tmp_path / "alone/adapter"))
     for name in ("SHA256SUMS", "trainer_state.json", "trainer_state.pt", "tokenizer.json"):
         (alone / name).unlink()
-    export.main([str(alone), "--output-dir", str(tmp_path / "out")])
+    main([str(alone), "--output-dir", str(tmp_path / "out")])
     assert "held-out questions" not in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"merged", "report.json"}
-    assert not loaded(tmp_path / "out/merged").model.layers[0].mlp.up_proj.weight.equal(loaded("data/tiny").model.layers[0].mlp.up_proj.weight)  # fmt: skip
+    merged, base = (
+        loaded(folder).model.layers[0].mlp.up_proj.weight for folder in (tmp_path / "out/merged", "data/tiny")
+    )
+    assert not merged.equal(base)
 
 
 def test_a_run_over_4_bit_weights_is_merged_into_the_16_bit_ones(run, capsys):
     settings = yaml.safe_load((run / "config.yaml").read_text()) | {"load_in_4bit": True}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    export.main([str(run), "--eval-questions", "2"])
+    main([str(run), "--eval-questions", "2"])
     assert "as trained, NF4, cpu in float32" in capsys.readouterr().out
     assert not hasattr(transformers.AutoConfig.from_pretrained(run / "export/merged"), "quantization_config")
 
@@ -136,7 +137,7 @@ def test_a_base_that_has_moved_is_named(run, tmp_path, capsys):
     settings = yaml.safe_load((run / "config.yaml").read_text()) | {"model": "no/longer"}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert "model: no/longer is neither a folder here nor a model" in refused(run)
-    export.main([str(run), "--base-model", str(moved), "--eval-questions", "2"])
+    main([str(run), "--base-model", str(moved), "--eval-questions", "2"])
     assert "as trained, cpu in float32" in capsys.readouterr().out
 
 
@@ -144,9 +145,9 @@ def test_too_little_memory_on_the_card_is_a_line(run, monkeypatch):
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    for name in ("merge", "logits_of"):  # before, and while it is being written
+    for name in ("merge_lora", "compute_logits"):
         monkeypatch.setattr(merge, name, too_much)
-        assert refused(run).endswith("--device cpu needs that of the machine alone")
+        assert refused(run).startswith("the GPU is out of memory: --device cpu ")
         monkeypatch.undo()
 
 
@@ -157,7 +158,7 @@ def test_what_cannot_be_exported_is_said_in_a_line(run, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     message = refused(run)
     assert "adapter_model.safetensors has changed since it was written" in message
-    assert f"whole ones: {run}/checkpoints/step_000002" in message
+    assert f"intact ones: {run}/checkpoints/step_000002" in message
     (run / "checkpoints/last").unlink()
     assert "has no checkpoint" in refused(run)
     assert not (run / "export").exists()
@@ -171,8 +172,9 @@ def test_another_base_model_is_noticed(run, tmp_path):
     )
     assert "is not the base model that" in refused(run, "--base-model", other)
     settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))  # fmt: skip
-    assert "itself quantised (bitsandbytes)" in refused(run, "--base-model", other)
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (other / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
+    assert "is quantized (bitsandbytes)" in refused(run, "--base-model", other)
     smaller = transformers.Qwen3Config(**settings | {"hidden_size": 64})
     transformers.Qwen3ForCausalLM(smaller).save_pretrained(other)
     assert "does not fit" in refused(run, "--base-model", other)
@@ -204,7 +206,7 @@ def test_where_an_export_fails_the_one_before_stays(run, fault, monkeypatch):
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
     with pytest.raises((RunError, KeyboardInterrupt)) as error:
-        export.main([str(run)])
+        main([str(run)])
     if fault is None:
         assert "the merged model is not what was trained" in str(error.value)
     elif isinstance(fault, OSError):
@@ -212,32 +214,20 @@ def test_where_an_export_fails_the_one_before_stays(run, fault, monkeypatch):
     assert contents(run / "export") == before
 
 
-def test_a_kill_at_any_moment_leaves_one_of_the_two_whole(tmp_path, monkeypatch):
-    renames = []
-    rename = Path.rename
-    for moment in ("written", 1, 2, 3):
-        shutil.rmtree(tmp_path / "export", ignore_errors=True)
-        old_export(tmp_path / "export")
-        if not (child := os.fork()):
-
-            def counted(path, target, moment=moment):
-                renames.append(path)
-                if len(renames) == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return rename(path, target)
-
-            monkeypatch.setattr(Path, "rename", counted)
-            with merge.whole_folder(tmp_path / "export/merged") as folder:
-                (folder / "model.safetensors").write_text("new")
-                if moment == "written":
-                    os.kill(os.getpid(), signal.SIGKILL)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) == (moment != 3)
-        with pytest.raises(ValueError), merge.whole_folder(tmp_path / "export/merged"):
-            raise ValueError  # the next export puts things right, even one that fails
-        text = {"merged/model.safetensors": b"new" if moment == 3 else b"of before"}
-        assert contents(tmp_path / "export") == text
+def test_an_export_that_was_killed_leaves_the_one_before_and_the_next_one_replaces_it(tmp_path):
+    before = old_export(tmp_path / "export")
+    if not (child := os.fork()):
+        with merge.replace_folder(tmp_path / "export/merged") as folder:
+            (folder / "model.safetensors").write_text("new")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert contents(tmp_path / "export").items() > before.items()
+    with pytest.raises(ValueError), merge.replace_folder(tmp_path / "export/merged"):
+        raise ValueError
+    assert contents(tmp_path / "export") == before
+    with merge.replace_folder(tmp_path / "export/merged") as folder:
+        (folder / "model.safetensors").write_text("new")
+    assert contents(tmp_path / "export") == {"merged/model.safetensors": b"new"}
 
 
 # --- GGUF
@@ -261,11 +251,11 @@ def test_a_missing_converter_is_said_before_anything_is_merged(run, nothing_inst
     assert "gguf: convert_hf_to_gguf.py of llama.cpp is neither in llama.cpp, " in refused(run, "--gguf", "q8_0")
     assert not (run / "export").exists()
     script(tmp_path / "bin/convert-hf-to-gguf", "")
-    assert merge.find_tools(False, None) == {"convert": [str(tmp_path / "bin/convert-hf-to-gguf")]}
+    assert gguf.find_tools("q8_0", None) == {"convert": [str(tmp_path / "bin/convert-hf-to-gguf")]}
     assert "gguf: llama-quantize of llama.cpp is neither" in refused(run, "--gguf", "q4_k_m")
     script(tmp_path / "llama.cpp/convert_hf_to_gguf.py", "")
     script(tmp_path / "llama.cpp/build/bin/llama-quantize", "")
-    tools = merge.find_tools(True, None)
+    tools = gguf.find_tools("q4_k_m", None)
     assert tools["convert"] == [sys.executable, str(tmp_path / "llama.cpp/convert_hf_to_gguf.py")]
     assert tools["quantize"] == [str(tmp_path / "llama.cpp/build/bin/llama-quantize")]
 
@@ -286,18 +276,18 @@ def test_a_converter_that_fails_leaves_the_merged_model(run, nothing_installed, 
 def test_a_quantised_file_goes_through_a_16_bit_one(tmp_path):
     script(tmp_path / "convert_hf_to_gguf.py", "open(sys.argv[3], 'w').write(' '.join(sys.argv[4:]))")
     script(tmp_path / "llama-quantize", "open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' ' + sys.argv[3])")
-    merge.convert(merge.find_tools(True, str(tmp_path)), "q4_k_m", tmp_path, tmp_path / "m.gguf")
+    gguf.convert(gguf.find_tools("q4_k_m", str(tmp_path)), "q4_k_m", tmp_path, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_text() == "--outtype bf16 Q4_K_M"
-    assert not (tmp_path / "wide.gguf").exists()
-    merge.convert(merge.find_tools(False, str(tmp_path)), "q8_0", tmp_path, tmp_path / "m.gguf")
+    assert not (tmp_path / "unquantized.gguf").exists()
+    gguf.convert(gguf.find_tools("q8_0", str(tmp_path)), "q8_0", tmp_path, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_text() == "--outtype q8_0"
 
 
 def test_the_modelfile_has_temperature_and_system_prompt():
-    lines = merge.modelfile("m.gguf", 0.7, "Think.\nThen answer.", {}).splitlines()
+    lines = gguf.modelfile("m.gguf", 0.7, "Think.\nThen answer.", {}).splitlines()
     assert lines[2:] == ["FROM ./m.gguf", "PARAMETER temperature 0.7", 'SYSTEM """Think.', 'Then answer."""']
-    assert merge.modelfile("m.gguf", 1.0, None, {}).endswith("PARAMETER temperature 1\n")
-    assert '{"enable_thinking": false}' in merge.modelfile("m.gguf", 1.0, None, {"enable_thinking": False})
+    assert gguf.modelfile("m.gguf", 1.0, None, {}).endswith("PARAMETER temperature 1\n")
+    assert '{"enable_thinking": false}' in gguf.modelfile("m.gguf", 1.0, None, {"enable_thinking": False})
 
 
 @pytest.mark.slow
@@ -307,16 +297,22 @@ def test_a_gguf_file_read_back_has_the_merged_models_logits(kind, tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("gguf")
     try:
-        merge.find_tools(False, None)
+        gguf.find_tools("q8_0", None)
     except ConfigError as error:
         pytest.skip(str(error))
     base = tmp_path / "llama"
     base.mkdir()
     texts = [f"What is {a} + {b}? The answer is {a + b}." for a in range(30) for b in range(30)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(base / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_prefix=str(base / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     tokenizer = transformers.LlamaTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(base)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -328,11 +324,11 @@ def test_a_gguf_file_read_back_has_the_merged_models_logits(kind, tmp_path):
     policy = load_policy(Config(model=str(base), device="cpu"))
     fill_lora(policy, 0.05)
     save_adapter(policy, tmp_path / "adapter")
-    export.main([str(tmp_path / "adapter"), "--gguf", kind, "--device", "cpu"])
+    main([str(tmp_path / "adapter"), "--gguf", kind, "--device", "cpu"])
     out = tmp_path / "adapter/export"
     assert sorted(p.name for p in (out / kind).iterdir()) == ["Modelfile", f"adapter-{kind}.gguf"]
     logits = json.loads((out / "report.json").read_text())["logits"]
-    assert logits["gguf"]["largest"] < (0.2 * logits["by_lora"]["largest"] if kind == "q8_0" else 1e-4)
+    assert logits["gguf"] < (0.2 * logits["lora"] if kind == "q8_0" else 1e-4)
     assert sorted(p.name for p in out.iterdir()) == sorted(["merged", "report.json", kind])
 
 
@@ -358,22 +354,22 @@ class Hub:
 
 def test_an_upload_is_private_unless_asked_otherwise(tmp_path):
     hub = Hub()
-    assert merge.push(tmp_path, "me/model", False, hub) == "hub/me/model"
+    assert push(tmp_path, "me/model", False, hub) == "hub/me/model"
     assert hub.calls == [
         ("create_repo", "me/model", {"private": True, "exist_ok": True}),
         ("upload_folder", "me/model", tmp_path),
     ]
     hub = Hub(private=False)
-    with pytest.raises(RunError, match="everybody can read me/model"):
-        merge.push(tmp_path, "me/model", False, hub)
+    with pytest.raises(RunError, match="me/model exists and is public: add --public"):
+        push(tmp_path, "me/model", False, hub)
     assert len(hub.calls) == 1
-    merge.push(tmp_path, "me/model", True, hub)
+    push(tmp_path, "me/model", True, hub)
     assert hub.calls[1:] == [
         ("create_repo", "me/model", {"private": False, "exist_ok": True}),
         ("upload_folder", "me/model", tmp_path),
     ]
-    with pytest.raises(RunError, match="was not uploaded: the line is cut .log in by.*; the model stays in"):
-        merge.push(tmp_path, "me/model", True, Hub(error=ConnectionError("the line is cut\nand more")))
+    with pytest.raises(RunError, match="was not uploaded: the line is cut .log in with.*; the model stays in"):
+        push(tmp_path, "me/model", True, Hub(error=ConnectionError("the line is cut\nand more")))
 
 
 def test_without_a_network_the_model_stays_here(run):
@@ -386,6 +382,6 @@ def test_without_a_network_the_model_stays_here(run):
 
 def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit) as end:
-        export.main(["--help"])
+        main(["--help"])
     said = capsys.readouterr().out
     assert end.value.code == 0 and "--push-to-hub" in said and "q4_k_m" in said and "PATH" in said

@@ -175,10 +175,9 @@ def test_nothing_at_all_has_a_value(tmp_path):
     "problem_type", [None, "single_label_classification", "multi_label_classification", "regression"]
 )
 def test_labels(tmp_path, problem_type):
-    folder = save(
-        tmp_path / "m", labels=3, id2label={0: "bad", 1: "fair", 2: "good"}, label2id={"bad": 0, "fair": 1, "good": 2},
-        problem_type=problem_type,
-    )  # fmt: skip
+    labels = {0: "bad", 1: "fair", 2: "good"}
+    numbers = {name: number for number, name in labels.items()}
+    folder = save(tmp_path / "m", labels=3, id2label=labels, label2id=numbers, problem_type=problem_type)
     logits = plain_logits(folder, PROMPTS, TEXTS)
     expected = {"multi_label_classification": logits.sigmoid(), "regression": logits}.get(
         problem_type, logits.softmax(-1)

@@ -4,19 +4,20 @@ import collections
 
 import pytest
 import torch
-from conftest import copy_of_tiny
+import transformers
+from conftest import copy_of_tiny, fill_lora
 
-from rl.model import engine
-from rl.model import hf_generate as own_forward
+from rl.model import engine, hf_generate
+from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy
 from rl.model.sampling import Sampling, draw_by_inversion, draw_by_race, sample
 from rl.rollout import rollout
 
 
-@pytest.fixture(params=["written out", "own forward"])
+@pytest.fixture(params=["written out", "hf generate"])
 def policy(policy, request):
     """The tiny model on the engine, and as if its architecture were not known."""
-    if request.param == "own forward":
+    if request.param == "hf generate":
         policy.decoder = None
     return policy
 
@@ -86,11 +87,15 @@ def test_completions_end_at_the_first_end_token_or_are_truncated(policy):
 
 @pytest.mark.parametrize("rows", [64, 16])
 def test_completions_are_handed_on_as_they_end(policy, rows):
-    """Each once, whole, at its place in the result, the short ones first."""
+    """Each once, whole, at its place in the result: by the engine the short ones first, by `generate` batch by batch."""
     handed = []
     episodes = roll(policy, QUESTIONS, n=8, length=24, rows=rows, on_finished=handed.append)
     assert {i: e for finished in handed for i, e in finished.items()} == dict(enumerate(episodes))
-    assert sum(map(len, handed)) == 32 and len(handed) > 3
+    assert sum(map(len, handed)) == 32
+    if not policy.decoder:
+        assert [list(finished) for finished in handed] == [list(range(32))[i : i + rows] for i in range(0, 32, rows)]
+        return
+    assert len(handed) > 3
     first_batch = [e for finished in handed for i, e in finished.items() if i < rows]
     lengths = [len(e.completion_ids) for e in first_batch]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
@@ -125,16 +130,17 @@ def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch)
     expected = roll(load_policy(config), QUESTIONS, sampling=Sampling(0))
     config.gradient_checkpointing = True
     policy = load_policy(config)
-    policy.decoder = None  # through the model's own forward
+    policy.decoder = None
     policy.model.train()
     widths = []
-    forward = policy.model.forward
+    model = policy.model.get_base_model()
+    forward = model.forward
 
     def spy(*args, **kwargs):
         widths.append(kwargs["input_ids"].shape[1])
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(policy.model, "forward", spy)
+    monkeypatch.setattr(model, "forward", spy)
     episodes = roll(policy, QUESTIONS, sampling=Sampling(0))
     assert widths[0] > 1 and set(widths[1:]) == {1}
     assert [e.completion_ids for e in episodes] == [e.completion_ids for e in expected]
@@ -142,13 +148,110 @@ def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch)
 
 def test_a_repetition_penalty_sees_prompt_and_completion(policy, monkeypatch):
     """So strong that no token comes twice, nor one of the prompt, wherever the row lives and however often rows move."""
-    for module in (engine, own_forward):  # all logits negative, so that the penalty takes a token's whole probability
+    for module in (engine, hf_generate):  # all logits negative, so that the penalty takes a token's whole probability
         monkeypatch.setattr(module, "sample", lambda logits, *how: sample(logits - 1000, *how))
     episodes = roll(policy, QUESTIONS, n=4, length=30, rows=6, sampling=Sampling(repetition_penalty=1e6))
     for episode in episodes:
         ids = episode.prompt_ids + episode.completion_ids[:-1]  # the end may stand in the prompt's template
         new = ids[len(episode.prompt_ids) :]
         assert len(set(new)) == len(new) and not set(new) & set(episode.prompt_ids)
+
+
+# --- through the model's own `generate`
+
+
+@pytest.mark.parametrize("policy", ["hf generate"], indirect=True)
+def test_a_batch_has_no_more_rows_than_the_limit(policy, monkeypatch):
+    """Also if that splits a group."""
+    sizes = []
+    complete = hf_generate.HFGenerate.complete
+
+    def spy(self, prompts):
+        sizes.append(len(prompts))
+        return complete(self, prompts)
+
+    monkeypatch.setattr(hf_generate.HFGenerate, "complete", spy)
+    assert len(roll(policy, QUESTIONS, n=4, length=4, rows=3)) == 16
+    assert sizes == [3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("policy", ["hf generate"], indirect=True)
+def test_nothing_of_a_generation_config_changes_what_generate_draws(policy):
+    """Neither its way of sampling, nor tokens that it forces or forbids, nor where it would stop."""
+    expected = roll(policy, QUESTIONS, n=4)
+    drawn = sorted({token for episode in expected for token in episode.completion_ids} - {1})
+    own = policy.model.generation_config
+    hostile = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "top_k": 1,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "forced_bos_token_id": 9,
+        "forced_eos_token_id": 9,
+        "suppress_tokens": drawn,
+        "bad_words_ids": [[drawn[0]]],
+        "min_new_tokens": 20,
+        "max_length": 3,
+        "max_time": 0.0,
+        "stop_strings": ["1"],
+        "eos_token_id": drawn[:3],
+        "return_dict_in_generate": True,
+        "use_cache": False,
+    }
+    for name, value in hostile.items():
+        setattr(own, name, value)
+    episodes = roll(policy, QUESTIONS, n=4)
+    assert [e.completion_ids for e in episodes] == [e.completion_ids for e in expected]
+    assert [e.sampler_logprobs for e in episodes] == [e.sampler_logprobs for e in expected]
+    assert policy.model.generation_config is policy.model.get_base_model().generation_config is own
+
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0, "eos_token_id": 1}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+LINEAR = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+LINEAR |= {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+LINEAR |= {"head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+FAMILIES = {  # learned positions; a sliding window and a soft cap; recurrent layers, the first of which read padding
+    "GPT2LMHeadModel": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "eos_token_id": 1},
+    "Gemma2ForCausalLM": SIZES | HEADS | {"head_dim": 16, "sliding_window": 8},
+    "RecurrentGemmaForCausalLM": SIZES | HEADS | {"lru_width": 32},
+    "Qwen3_5ForCausalLM": SIZES | HEADS | LINEAR,
+    "Lfm2ForCausalLM": SIZES | HEADS | {"layer_types": ["conv", "full_attention", "conv"]},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_sample_what_is_trained(tmp_path, config, name):
+    """Prompts of different lengths together: the log-probabilities are those of each row alone, and of the trainer."""
+    family = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = family(family.config_class(**FAMILIES[name]))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape) * 0.15
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained("data/tiny").save_pretrained(tmp_path)
+    config.model = str(tmp_path)
+    policy = load_policy(config)
+    assert policy.decoder is None and name in policy.own_forward_because
+    fill_lora(policy, 0.2)
+    episodes = roll(policy, [QUESTIONS[i] for i in (0, 2, 3, 1)], n=3, length=12)
+    assert len({len(e.prompt_ids) for e in episodes}) == 3 and len(episodes) == 12
+    assert [e.question for e in episodes] == [place // 3 for place in range(12)]
+    sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
+    alone = []
+    with torch.no_grad():
+        for e in episodes:
+            logits = policy.model(input_ids=torch.tensor([e.prompt_ids + e.completion_ids]), use_cache=False).logits[0]
+            logprobs = logits[len(e.prompt_ids) - 1 : -1].log_softmax(-1)
+            alone.append(logprobs.gather(1, torch.tensor(e.completion_ids)[:, None]).squeeze(1))
+        trained, mask, _ = completion_logprobs(policy, *zip(*((e.prompt_ids, e.completion_ids) for e in episodes)))
+    torch.testing.assert_close(sampled, torch.cat(alone), atol=2e-4, rtol=0)
+    torch.testing.assert_close(sampled, trained[mask], atol=2e-4, rtol=0)
+    assert sampled.std() > 0.1
 
 
 # --- drawing one token

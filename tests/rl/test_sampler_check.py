@@ -6,7 +6,7 @@ import torch
 from rl.checks import ALLOWED, SHIFT, check_sampler
 from rl.config import ConfigError
 from rl.model import decoder
-from rl.model import hf_generate as own_forward
+from rl.model.hf_generate import HFGenerate
 from rl.model.policy import Question, load_policy
 
 QUESTIONS = ["What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "1 + 1 = ?"]
@@ -70,14 +70,14 @@ def test_a_forward_pass_that_is_not_the_models_is_given_up(policy, monkeypatch):
 
 
 def test_where_no_path_samples_from_the_policy_the_run_stops(policy, monkeypatch):
-    forward = own_forward.Batches._forward
+    complete = HFGenerate.complete
 
-    def base_alone(self, *args):
+    def base_alone(self, prompts):
         with policy.model.disable_adapter():
-            return forward(self, *args)
+            return complete(self, prompts)
 
     policy.decoder, before = None, lora(policy)
-    monkeypatch.setattr(own_forward.Batches, "_forward", base_alone)
+    monkeypatch.setattr(HFGenerate, "complete", base_alone)
     with pytest.raises(ConfigError, match="does not sample from the policy that is trained: .* nats a token"):
         checked(policy)
     assert all(torch.equal(p, before[name]) for name, p in lora(policy).items())

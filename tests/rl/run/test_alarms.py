@@ -224,7 +224,9 @@ def test_a_policy_that_hardly_moves_is_a_note():
     history = steps(20, **UPDATED | {"kl": (0, 0)}, lora_norm=(5, 6))
     assert alarms.find_notes(history[:10], Config()) == {}
     assert "raise learning_rate (now 1e-05)" in alarms.find_notes(history, Config())["still"]
-    assert alarms.find_notes(steps(20, **UPDATED | {"kl": (0, 0)}, lora_norm=(5, 5)), Config()) == {}  # an alarm by then
+    assert (
+        alarms.find_notes(steps(20, **UPDATED | {"kl": (0, 0)}, lora_norm=(5, 5)), Config()) == {}
+    )  # an alarm by then
     assert alarms.find_notes(steps(20, **UPDATED | {"kl": (0, 1e-5)}, lora_norm=(5, 6)), Config()) == {}
 
 
@@ -254,7 +256,10 @@ def test_what_goes_away_is_no_alarm_any_more_and_easy_questions_are_a_note(rewar
     history = steps(10, completions__clipped_ratio=(0.5, 0), frac_groups_all_right=(0, 1))
     assert set(find(history[:2], {0: answers(0.3)}, rewards)) == {"cut"}
     assert find(history, {0: answers(0.3)}, rewards) == {}
-    assert alarms.find_notes(history[:2], Config()) == {} and "have become easy" in alarms.find_notes(history, Config())["easy"]
+    assert (
+        alarms.find_notes(history[:2], Config()) == {}
+        and "have become easy" in alarms.find_notes(history, Config())["easy"]
+    )
     assert (
         "in 95% of the groups all rewards are the same"
         in alarms.find_notes(steps(3, frac_reward_zero_std=(0.95, 0.95)), Config())["same"]

@@ -254,7 +254,6 @@ def test_what_was_halved_stays_so_and_is_halved_before_the_rehearsal(copy, monke
         state.read_text().replace(
             '"rollout_batch_size": 512,\n    "max_tokens_per_micro_batch": 4096\n',
             '"rollout_batch_size": 4,\n    "max_tokens_per_micro_batch": 4096\n',
-        
         )
     )
     sums = state.with_name("SHA256SUMS")
