@@ -236,7 +236,7 @@ def test_other_families_sample_what_is_trained(tmp_path, config, name):
     transformers.AutoTokenizer.from_pretrained("data/tiny").save_pretrained(tmp_path)
     config.model = str(tmp_path)
     policy = load_policy(config)
-    assert policy.decoder is None and name in policy.own_forward_because
+    assert policy.decoder is None and name in policy.fallback_reason
     fill_lora(policy, 0.2)
     episodes = roll(policy, [QUESTIONS[i] for i in (0, 2, 3, 1)], n=3, length=12)
     assert len({len(e.prompt_ids) for e in episodes}) == 3 and len(episodes) == 12
