@@ -1,11 +1,14 @@
-# make train   set up .venv and teach the bundled tiny model to think       (ARGS="--seed 1" are passed to train.py)
-# make test    set up .venv and run the tests                               (make test-all: the slow ones too)
-# make compare set up .venv and compare every algorithm of the family       (ARGS="--only ppo grpo"; all: an hour)
-# make bench   set up .venv, and .venv-trl, and time a step beside TRL's    (ARGS="--reward task")
-# make ui             set up .venv and serve the page over runs/, for a browser        (ARGS="--port 7861")
-# make screenshots    the README's pictures of the page, of the newest run; needs chromium
-# make test-unsloth   set up .venv-unsloth-cpu and run the calls into Unsloth against its fallback on a CPU
-# make gpu-check      what only a machine with an NVIDIA GPU can show, in parts      (PART="sampler grpo0"; none: a list)
+# make train       set up .venv and teach the bundled tiny model to reason     (ARGS="--seed 1" are passed to train.py)
+# make ui          serve the page over runs/, for a browser                    (ARGS="--port 7861")
+# make quick       tests of the mathematics, the settings and the graders, in half a minute
+# make test        the fast tests, a few minutes                               (make test-all: the slow ones too, about an hour)
+# make lint        ruff check and ruff format --check
+# make compare     every algorithm of the family, three seeds each             (ARGS="--only ppo grpo"; all: an hour)
+# make bench       a training step beside TRL's, which gets an environment of its own   (ARGS="--reward task")
+# make test-gpu    what only a machine with an NVIDIA GPU can show, in a few minutes
+# make test-unsloth   the calls into Unsloth, against its fallback on a CPU, in .venv-unsloth-cpu
+# make screenshots the README's pictures of the page, of the newest run; needs chromium
+# make clean       remove the environments and caches
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip. On a machine with an NVIDIA
 # card .venv gets Unsloth as well (requirements.txt); REQUIREMENTS=requirements-cpu.txt leaves it out.
@@ -14,12 +17,13 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 REQUIREMENTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),requirements.txt,requirements-cpu.txt)
-GYM = reasoning-gym==0.1.25
-# The first Unsloth that runs on a CPU asks for a newer certifi than the rest has: without dependencies, all of which are there.
-UNSLOTH_ON_CPU = unsloth==2026.10.9 unsloth_zoo==2026.10.9
+GYM = reasoning-gym==0.1.25  # not in a requirements file: one of its packages needs a C compiler on some machines
 PY = .venv/bin/python
+PIP = -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+QUICK = tests/rl/test_algorithms.py tests/rl/test_family.py tests/rl/test_config.py tests/rl/test_terms.py \
+	tests/grading/test_answers.py tests/grading/test_rewards.py tests/grading/test_scoring.py tests/test_rooms.py
 
-.PHONY: train ui screenshots test test-all test-unsloth compare bench gpu-check clean
+.PHONY: train ui quick test test-all lint compare bench test-gpu test-unsloth screenshots clean
 
 train: .venv/installed
 	@$(PY) train.py $(ARGS)
@@ -27,47 +31,53 @@ train: .venv/installed
 ui: .venv/installed
 	@$(PY) ui/app.py $(ARGS)
 
-screenshots: .venv/installed
-	@$(PY) tests/ui/test_ui_page.py $(ARGS)
+quick: .venv/installed-dev
+	@$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(QUICK) $(ARGS)
 
-test: .venv/installed
+test: .venv/installed-dev
 	@$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-test-all: .venv/installed
+test-all: .venv/installed-dev
 	@$(PY) -m pytest $(ARGS)
 
-compare: .venv/installed
+test-gpu: .venv/installed-dev
+	@$(PY) -m pytest -m gpu -s tests/gpu $(ARGS)
+
+lint: .venv/installed-dev
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+compare: .venv/installed-dev
 	@$(PY) bench/compare.py $(ARGS)
 
-bench: .venv/installed
-	@PIP_ARGS="$(PIP_ARGS)" $(PY) bench/step.py --peer trl $(ARGS)
+bench: .venv/installed-dev
+	@PIP_ARGS="$(PIP_ARGS)" $(PY) bench/vs_peer.py $(ARGS)
 
-gpu-check: $(if $(PART)$(ARGS),.venv/installed-unsloth,.venv/installed)
-	@$(PY) bench/gpu_check.py $(PART) $(ARGS)
+screenshots: .venv/installed-dev
+	@$(PY) tests/ui/test_ui_page.py $(ARGS)
 
 test-unsloth: .venv-unsloth-cpu/installed
 	@TEST_UNSLOTH=1 .venv-unsloth-cpu/bin/python -m pytest tests/rl/model/test_unsloth.py $(ARGS)
-
-.venv-unsloth-cpu/installed: requirements-cpu.txt
-	@$(PYTHON) -m venv .venv-unsloth-cpu
-	@.venv-unsloth-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-cpu.txt
-	@.venv-unsloth-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps $(UNSLOTH_ON_CPU)
-	@touch $@
 
 .venv/installed: $(REQUIREMENTS) requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ponder needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	@echo "Setting up .venv from $(REQUIREMENTS): PyTorch, transformers, peft and more, one to two minutes with a fast connection ..."
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $(REQUIREMENTS)
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(GYM) 2>/dev/null || \
-		echo "Without reasoning_gym, since one of its packages needs a C compiler here; everything else works."
+	@$(PY) $(PIP) -r $(REQUIREMENTS)
+	@$(PY) $(PIP) $(GYM) 2>/dev/null || echo "Without reasoning_gym, since one of its packages needs a C compiler here; everything else works."
 	@touch $@
 
-# A .venv made without a card in sight lacks Unsloth.
-.venv/installed-unsloth: .venv/installed requirements.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	@$(PY) $(PIP) -r requirements-dev.txt
+	@touch $@
+
+# Without its dependencies: on a CPU it would bring packages for GPUs, and what it needs is there.
+.venv-unsloth-cpu/installed: requirements-cpu.txt requirements-dev.txt requirements.txt
+	@$(PYTHON) -m venv .venv-unsloth-cpu
+	@.venv-unsloth-cpu/bin/python $(PIP) -r requirements-cpu.txt -r requirements-dev.txt
+	@.venv-unsloth-cpu/bin/python $(PIP) --no-deps $$(grep unsloth requirements.txt)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
