@@ -1,1 +1,0 @@
-"""The algorithm: settings, roll-out, advantages, update, critic, evaluation."""

@@ -6,16 +6,14 @@ after training make a paired comparison, whose interval is narrower than that of
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from grading import Rewards
-from rl.config import Config, RunError
-from rl.model.oom import retry_on_oom
-from rl.model.policy import Policy, Question, reloaded_adapter
+from rl.config import Config
+from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
-from rl.rollout import Episode, rollout, rollout_and_score
+from rl.rollout import Episode, rollout_and_score
 
 Z95 = 1.959964  # the normal quantile of a 95 % interval
 EVAL_SEED = 12345  # of the sampled answers: the same in every evaluation
@@ -94,34 +92,6 @@ def answer(
         policy, questions, 1, Sampling(temperature), generator, rewards, config, step, label="evaluation"
     )
     return [record(episode) for episode in episodes]
-
-
-def check_saved(policy: Policy, folder: Path, questions: list[Question], config: Config) -> tuple[int, int]:
-    """Compare greedy answers of the policy in memory with those of its LoRA read back from `folder`.
-
-    Returns:
-        The number of questions, and how many of them the reference answers differently.
-
-    Raises:
-        RunError: the saved LoRA answers differently.
-    """
-    prompts = [question.prompt_ids for question in questions[:: max(1, len(questions) // 16)]]
-
-    def attempt() -> list[Episode]:
-        generator = torch.Generator(policy.device)
-        limit = config.max_completion_length
-        return rollout(policy, prompts, 1, limit, Sampling(0), generator, config.rollout_batch_size)
-
-    def greedy_answers() -> list[list[int]]:
-        episodes = retry_on_oom(attempt, config, "rollout_batch_size", requested=len(prompts), minimum=1)
-        return [episode.completion_ids for episode in episodes]
-
-    in_memory = greedy_answers()
-    with reloaded_adapter(policy, folder):
-        if greedy_answers() != in_memory:
-            raise RunError(f"{folder}, read back, answers otherwise than the policy in memory: do not use it")
-    with policy.reference():
-        return len(prompts), sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
 
 
 def best_step(evaluations: dict[int, Evaluation]) -> int:

@@ -1,11 +1,11 @@
-"""Out of memory: halve the batch setting and repeat the work, so that nothing of a step is lost.
+"""Bounded memory: micro-batches under a token budget; out of memory, a setting is halved and the work repeated.
 
 `rollout_batch_size` bounds the rows of a roll-out, `max_tokens_per_micro_batch` the tokens of a forward and backward pass.
 The latter changes no result beyond rounding; with other rows other completions are drawn, from the same distribution.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
 import torch
@@ -64,3 +64,55 @@ def retry_on_oom(
             f"  memory   out of memory: {setting} {present} -> {getattr(config, setting)}, retrying ({reason})",
             flush=True,
         )
+
+
+def micro_batches(items: list, max_tokens: int, shares_prompts: bool) -> Iterator[list]:
+    """Batches of similar length whose padded size stays within max_tokens; at least one item each.
+
+    Args:
+        items: episodes (with prompt_ids and completion_ids), or lists of episodes of one prompt that have to stay together.
+        shares_prompts: a prompt counts once in a batch, and the completions of one prompt stay side by side as far as
+            the budget allows; otherwise each completion has a copy of its prompt.
+    """
+
+    def episodes_of(item) -> list:
+        return item if isinstance(item, list) else [item]
+
+    def width_of(item) -> int:
+        return max(len(episode.completion_ids) for episode in episodes_of(item))
+
+    def prompt_of(item) -> tuple[int, ...]:
+        return tuple(episodes_of(item)[0].prompt_ids)
+
+    longest = {}  # the longest completion of each prompt
+    for item in items:
+        longest[prompt_of(item)] = max(longest.get(prompt_of(item), 0), width_of(item))
+
+    def sort_key(item) -> tuple:
+        prompt = prompt_of(item)
+        return (longest[prompt], prompt, width_of(item)) if shares_prompts else (len(prompt) + width_of(item),)
+
+    def is_too_large(rows: int, width: int, prompts: set) -> bool:
+        prompt_width = max(map(len, prompts))
+        copies = len(prompts) if shares_prompts else rows
+        padded = rows * width + copies * prompt_width
+        attended = rows * (width + prompt_width)  # each completion has the keys and values of its prompt
+        return padded > max_tokens or attended > 2 * max_tokens
+
+    batch = []
+    rows = 0
+    width = 0
+    prompts = set()
+    for item in sorted(items, key=sort_key):
+        rows += len(episodes_of(item))
+        width = max(width, width_of(item))
+        prompts.add(prompt_of(item))
+        if batch and is_too_large(rows, width, prompts):
+            yield batch
+            batch = []
+            rows = len(episodes_of(item))
+            width = width_of(item)
+            prompts = {prompt_of(item)}
+        batch.append(item)
+    if batch:
+        yield batch

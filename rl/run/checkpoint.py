@@ -24,8 +24,10 @@ import torch
 from safetensors import SafetensorError
 
 from rl.config import Config, ConfigError, RunError
-from rl.model.oom import AUTO_SHRUNK
-from rl.model.policy import Policy, save_adapter
+from rl.model.oom import AUTO_SHRUNK, retry_on_oom
+from rl.model.policy import Policy, Question, reloaded_adapter, save_adapter
+from rl.model.sampling import Sampling
+from rl.rollout import Episode, rollout
 from rl.run.files import describe_write_error, fsync_path, sha256, write_atomic
 
 FORMAT = 2  # of trainer_state.json and trainer_state.pt
@@ -250,6 +252,34 @@ def _damage(folder: Path) -> str | None:
         if sha256(folder / name) != sums[name]:
             return f"{name} has changed since it was written, or is cut short"
     return None
+
+
+def check_saved(policy: Policy, folder: Path, questions: list[Question], config: Config) -> tuple[int, int]:
+    """Compare greedy answers of the policy in memory with those of its LoRA read back from `folder`.
+
+    Returns:
+        The number of questions, and how many of them the reference answers differently.
+
+    Raises:
+        RunError: the saved LoRA answers differently.
+    """
+    prompts = [question.prompt_ids for question in questions[:: max(1, len(questions) // 16)]]
+
+    def attempt() -> list[Episode]:
+        generator = torch.Generator(policy.device)
+        limit = config.max_completion_length
+        return rollout(policy, prompts, 1, limit, Sampling(0), generator, config.rollout_batch_size)
+
+    def greedy_answers() -> list[list[int]]:
+        episodes = retry_on_oom(attempt, config, "rollout_batch_size", requested=len(prompts), minimum=1)
+        return [episode.completion_ids for episode in episodes]
+
+    in_memory = greedy_answers()
+    with reloaded_adapter(policy, folder):
+        if greedy_answers() != in_memory:
+            raise RunError(f"{folder}, read back, answers otherwise than the policy in memory: do not use it")
+    with policy.reference():
+        return len(prompts), sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
 
 
 # --- what a checkpoint is compared by, and the parts of the state that have no owner

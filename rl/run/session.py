@@ -9,13 +9,13 @@ from grading import RewardError, Rewards, sandbox
 from rl.checks import Agreement
 from rl.config import Config
 from rl.critic import Critic
-from rl.evaluate import Evaluation, best_step, check_saved
+from rl.evaluate import Evaluation, best_step
 from rl.model.backends import describe_precision
 from rl.model.policy import Policy, Question, restore_adapter
 from rl.rollout import Episode
 from rl.run import report
 from rl.run.alarms import Alarms, find_alarms, find_hacking, find_notes
-from rl.run.checkpoint import Checkpoint, RandomState, fingerprint, made_with, shrunk_settings
+from rl.run.checkpoint import Checkpoint, RandomState, check_saved, fingerprint, made_with, shrunk_settings
 from rl.run.files import to_json, write_errors
 from rl.run.folder import RunFolder, choose_folder
 from rl.run.metrics import describe_episodes, summarize

@@ -11,11 +11,12 @@ from conftest import fill_lora, marked
 
 from rl import algorithms
 from rl.model.logprobs import completion_logprobs
+from rl.model.oom import micro_batches
 from rl.model.policy import load_policy
 from rl.optimizer import Optimizer
 from rl.rollout import Episode
 from rl.run.token_log import inspect_tokens
-from rl.update import Updater, micro_batches
+from rl.update import Updater
 
 
 def gradient(policy, episodes, config):
