@@ -17,17 +17,26 @@ import time
 
 from data import DataError, QuestionSampler, load_questions
 from grading import RewardError, check_tests, load_rewards, sandbox
-from rl.config import ConfigError, RunError
+from rl.config import Config, ConfigError, RunError
+from rl.run import commands
 from rl.run.read_config import read_config, saved_settings
 
 
 def main(arguments: list[str]) -> None:
-    started = time.perf_counter()
     config, name = read_config(arguments, default_file="configs/tiny.yaml")
-    if config.dry_run or config.probe or config.eval_only:
-        from rl.run.commands import run_command
+    if config.dry_run:
+        commands.dry_run(config)
+    elif config.eval_only:
+        commands.eval_only(config, name)
+    elif config.probe:
+        commands.probe(config, train)
+    else:
+        train(config, name)
 
-        return run_command(config, name)
+
+def train(config: Config, name: str) -> None:
+    """One training run. name: of the recipe, for the run folder."""
+    started = time.perf_counter()
 
     # Rewards and questions first: mistakes in them are found before a model is loaded.
     settings = saved_settings(config)

@@ -1,51 +1,48 @@
 """What train.py does instead of training: --dry-run, --probe and --eval-only."""
 
+import contextlib
+import dataclasses
+import io
+import json
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from data import load_questions, local_prompts
 from grading import check_tests, load_rewards, sandbox
 from rl.config import Config
-from rl.fit.memory import dry_run
+from rl.run import report
+from rl.run.files import read_jsonl, to_json
 from rl.run.read_config import saved_settings
 
 PROBE_STEPS = 2
 PROBE_QUESTIONS = 16  # held-out questions that a probe answers
 
 
-def run_command(config: Config, name: str) -> None:
-    """Do what the settings ask for, and return."""
-    if config.dry_run:
-        print(dry_run(config, prompts=local_prompts(config.train_data, config.eval_data, config.columns)))
-    elif config.probe:
-        probe(config)
-    else:
-        eval_only(config, name)
+def dry_run(config: Config) -> None:
+    """Predict memory and time, and print them."""
+    from rl.fit.memory import dry_run
 
-
-def load_task(config: Config):
-    """Rewards, training rows, held-out rows, and notes; what is wrong with them is an error before a model is loaded."""
-    sandbox.start(config.code_timeout, config.unsafe_run_model_code)
-    rewards = load_rewards(
-        config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
-    )
-    train_rows, eval_rows, notes = load_questions(config)
-    notes += check_tests(train_rows + eval_rows) + rewards.check(train_rows + eval_rows)
-    return rewards, train_rows, eval_rows, notes
+    print(dry_run(config, prompts=local_prompts(config.train_data, config.eval_data, config.columns)))
 
 
 def eval_only(config: Config, name: str) -> None:
     """Answer the held-out questions: the model without its LoRA, and if there is an adapter, with it."""
     started = time.perf_counter()
     settings = saved_settings(config)
-    rewards, _, eval_rows, notes = load_task(config)
+    sandbox.start(config.code_timeout, config.unsafe_run_model_code)
+    rewards = load_rewards(
+        config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
+    )
+    _, eval_rows, notes = load_questions(config)
+    notes += check_tests(eval_rows) + rewards.check(eval_rows)
 
     from rl.model.backends import import_backend
 
     notes += import_backend(config)
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy
-    from rl.run import report
-    from rl.run.files import to_json
     from rl.run.folder import RunFolder, choose_folder
     from rl.run.metrics import summarize
     from rl.run.monitor import MemoryUse, describe_machine, versions
@@ -81,67 +78,29 @@ def eval_only(config: Config, name: str) -> None:
         folder.close()
 
 
-def probe(config: Config) -> None:
-    """Load everything, run the largest batches and two steps, and print seconds and memory. Nothing is written."""
-    started = time.perf_counter()
-    rewards, train_rows, eval_rows, _ = load_task(config)
-    questions_in_all = config.eval_questions
-    eval_rows = eval_rows[:PROBE_QUESTIONS]
+def probe(config: Config, train: Callable[[Config, str], None]) -> None:
+    """Make a run of two steps, and print what it took: seconds, memory, and the batch settings that fit. Nothing is kept.
 
-    from rl.model.backends import import_backend
-
-    import_backend(config)
-    import torch
-
-    from data import QuestionSampler
-    from rl.advantages import Advantages
-    from rl.checks import check_memory, check_sampler
-    from rl.critic import Critic
-    from rl.evaluate import evaluate
-    from rl.model.policy import load_policy
-    from rl.rollout import collect
-    from rl.run import report
-    from rl.run.metrics import mean
-    from rl.run.monitor import MemoryUse, Stopwatch, describe_machine
-    from rl.update import Updater
-
-    memory = MemoryUse()
-    stopwatch = Stopwatch(started)
-    policy = load_policy(config)
-    critic = Critic(policy, config) if config.has_critic else None
-    train_questions = policy.encode(train_rows)
-    held_out = policy.encode(eval_rows)
-    questions = QuestionSampler(train_questions, config.curriculum_steps, config.seed)
-    advantages = Advantages(policy, rewards, config)
-    updater = Updater(policy, critic, config)
-    generator = torch.Generator(policy.device).manual_seed(config.seed)
-    print(f"Ponder on {describe_machine(policy.device)}: {PROBE_STEPS} steps of {config.model}, nothing is kept")
-    check_sampler(policy, train_questions)
-    memory.predict(config, policy, train_questions, held_out)
-    check_memory(updater, train_questions, held_out)
-    stopwatch.end_setup()
-    with stopwatch.measure("eval"):
-        evaluate(policy, held_out, rewards, config, step=0)
-    for step in range(1, PROBE_STEPS + 1):
-        stopwatch.begin_step()
-        with stopwatch.measure("rollout"):
-            episodes = collect(policy, questions, rewards, generator, config, step)
-        batch = [episode for episode in episodes if episode.has_signal]
-        with stopwatch.measure("update"):
-            updater.fill_values(batch)
-            advantages.compute(batch)
-            updater.update(batch)
-
-    last = stopwatch.step_metrics()
-    length = mean([len(episode.completion_ids) for episode in episodes])
+    train: the function that trains; a run does more than a step, so it is the run that is measured.
+    """
+    with tempfile.TemporaryDirectory(prefix="ponder-probe-") as folder:
+        changes = {"max_steps": PROBE_STEPS, "eval_questions": PROBE_QUESTIONS, "critic_warmup_steps": 0}
+        changes |= {"eval_steps": 0, "save_steps": 0, "report_to": [], "output_dir": f"{folder}/run"}
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(dataclasses.replace(config, **changes), "probe")
+        summary = json.loads((Path(folder) / "run/summary.json").read_text(encoding="utf-8"))
+        last = read_jsonl(Path(folder) / "run/metrics.jsonl")[-1]
     evaluations = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)
-    evaluation = stopwatch.seconds["eval"] / len(held_out) * questions_in_all
-    whole = stopwatch.seconds["setup"] + last["step_time"] * config.max_steps + evaluation * evaluations
+    questions = summary["eval"]["before"]["n"] + summary["eval"]["after"]["n"]
+    evaluation = summary["seconds"]["eval"] / questions * config.eval_questions
+    whole = summary["seconds"]["setup"] + last["step_time"] * config.max_steps + evaluation * evaluations
+    memory = summary["memory"]
+    sizes = memory["rollout_batch_size"], memory["max_tokens_per_micro_batch"]
     print(f"""
 Probed: {PROBE_STEPS} steps, nothing is kept.
   a step   {last["step_time"]:.1f} s (rollout {last["time/rollout"]:.1f}, update {last["time/update"]:.1f}), completions of \
-{length:.0f} tokens; longer ones take longer
+{last["completions/mean_length"]:.0f} tokens; longer ones take longer
   a run    about {report.clock(whole)}: {config.max_steps} steps and {evaluations} evaluations of about \
 {report.clock(evaluation)}
-  memory   {report.memory(memory.figures(policy.device))}
-  fits     rollout_batch_size {config.rollout_batch_size}, max_tokens_per_micro_batch {config.max_tokens_per_micro_batch}""")
+  memory   {report.memory(memory)}
+  fits     rollout_batch_size {sizes[0]}, max_tokens_per_micro_batch {sizes[1]}""")
