@@ -37,7 +37,8 @@ def test_the_run_folder_holds_what_other_programs_read(small_run):
     expected = "config.yaml rewards.py metrics.jsonl rollouts/000003.jsonl tokens/000003.json summary.json curve.png checkpoints/last"
     expected += " eval/before.jsonl eval/after.jsonl eval/step_000002.jsonl"
     for step in (2, 3):
-        expected += "".join(f" checkpoints/step_00000{step}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "chat_template.jinja", "trainer_state.json"))  # fmt: skip
+        names_of_checkpoint = "adapter_config.json adapter_model.safetensors README.md tokenizer.json chat_template.jinja trainer_state.json"
+        expected += "".join(f" checkpoints/step_00000{step}/{name}" for name in names_of_checkpoint.split())
     assert set(expected.split()) <= names
     assert not [name for name in names if "unfinished" in name]
     assert (folder / "checkpoints/last").read_text() == "step_000003\n"

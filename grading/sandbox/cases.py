@@ -141,7 +141,11 @@ def _tree(source: str) -> ast.Module:
 def _as_call(node: ast.stmt) -> Call | None:
     """`assert f(literals) == literal` as a Call; None for any other statement."""
     match node:
-        case ast.Assert(test=ast.Compare(left=ast.Call(func=ast.Name(id=name), args=args, keywords=[]), ops=[ast.Eq()], comparators=[right])):  # fmt: skip
+        case ast.Assert(
+            test=ast.Compare(
+                left=ast.Call(func=ast.Name(id=name), args=args, keywords=[]), ops=[ast.Eq()], comparators=[right]
+            )
+        ):
             try:
                 return Call(name, tuple(map(ast.literal_eval, args)), ast.literal_eval(right))
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):

@@ -47,9 +47,12 @@ class Monty:
     def _session(self, seconds: float, slow: bool):
         # Not to be set from within: time and memory of each feed, sleep, depth.
         limits = {
-            "max_feed_duration_secs": seconds, "max_memory": SLOW_MEMORY_BYTES if slow else FAST_MEMORY_BYTES, "max_total_sleep_secs": 0.1,
-            "max_recursion_depth": 500, "max_suspensions": 100_000,
-        }  # fmt: skip
+            "max_feed_duration_secs": seconds,
+            "max_memory": SLOW_MEMORY_BYTES if slow else FAST_MEMORY_BYTES,
+            "max_total_sleep_secs": 0.1,
+            "max_recursion_depth": 500,
+            "max_suspensions": 100_000,
+        }
         try:
             with self.pool.checkout(limits=limits, assert_message_annotations=False) as session:
                 if hasattr(os, "setpriority") and (pid := session.worker_pid):

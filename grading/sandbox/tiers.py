@@ -288,16 +288,18 @@ def _ask(tester, message: dict, deadline: float) -> dict:
     return answer
 
 
+BUBBLEWRAP_OPTIONS = """
+--unshare-user --unshare-all --hostname sandbox --uid 1000 --gid 1000 --die-with-parent --new-session --cap-drop ALL
+--clearenv --setenv PATH /usr/bin --setenv HOME /tmp --setenv TMPDIR /tmp --setenv LANG C.UTF-8 --setenv PYTHONHASHSEED 0
+--ro-bind /usr /usr
+"""
+
+
 def in_bubblewrap() -> Zygote:
     """A server process inside bubblewrap: no network, no files but /usr and the interpreter, an own process table."""
     here = Path(__file__).parent
     prefixes = {os.path.realpath(p) for p in (sys.base_prefix, sys.base_exec_prefix)} | {sys.base_prefix}
-    command = [
-        "bwrap", "--unshare-user", "--unshare-all", "--hostname", "sandbox", "--uid", "1000", "--gid", "1000", "--die-with-parent", "--new-session",
-        "--cap-drop", "ALL", "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp",
-        "--setenv", "TMPDIR", "/tmp", "--setenv", "LANG", "C.UTF-8", "--setenv", "PYTHONHASHSEED", "0",
-        "--ro-bind", "/usr", "/usr",
-    ]  # fmt: skip
+    command = ["bwrap", *BUBBLEWRAP_OPTIONS.split()]
     for name in ("lib", "lib64", "lib32", "bin"):
         if os.path.islink(f"/{name}"):
             command += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]

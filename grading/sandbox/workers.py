@@ -36,9 +36,16 @@ class Zygote:
     """
 
     def __init__(
-        self, wrap: list[str] = (), script: str | None = None, python: str = sys.executable, flags: tuple[str, ...] = (), preload: tuple[str, ...] = (),
-        path: list[str] = (), home: str | None = None, clean: bool = False,
-    ):  # fmt: skip
+        self,
+        wrap: list[str] = (),
+        script: str | None = None,
+        python: str = sys.executable,
+        flags: tuple[str, ...] = (),
+        preload: tuple[str, ...] = (),
+        path: list[str] = (),
+        home: str | None = None,
+        clean: bool = False,
+    ):
         if not hasattr(os, "fork") or not hasattr(socket, "send_fds"):
             raise WorkerError("this system cannot fork processes: use Linux, macOS or WSL")
         self.control, theirs = socket.socketpair()
@@ -102,9 +109,15 @@ def _start(command: list[str], fd: int, home: str | None) -> subprocess.Popen:
         "PYTHONHASHSEED": "0",
     }
     process = subprocess.Popen(
-        command, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env=environment, cwd=home, start_new_session=True,
-    )  # fmt: skip
+        command,
+        pass_fds=[fd],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd=home,
+        start_new_session=True,
+    )
     atexit.register(process.kill)
     return process
 

@@ -60,8 +60,11 @@ def test_a_notebooks_four_functions_run_unchanged(tmp_path):
     ]
     scores = rewards.score_all([completion(text, answer="2") for text in texts])
     assert [list(score.parts.values()) for score in scores] == [
-        [0.0, 0.5, 0.5, 2.0], [0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.5, 2.0], [0.0, 0.0, 0.0, 0.0],
-    ]  # fmt: skip
+        [0.0, 0.5, 0.5, 2.0],
+        [0.5, 0.0, 0.5, 0.0],
+        [0.0, 0.0, 0.5, 2.0],
+        [0.0, 0.0, 0.0, 0.0],
+    ]
     assert [score.total for score in scores] == [3.0, 1.0, 2.5, 0.0]
     assert [score.judge for score in scores] == ["correctness_reward_func"] * 4  # it alone asks for a column
     assert [score.verdict for score in scores] == ["right", "wrong", "right", "wrong"]

@@ -70,8 +70,11 @@ def test_a_bubblewrap_that_may_not_run_is_said_and_done_without(tmp_path):
     bwrap.chmod(0o755)
     code = "from grading import sandbox; print(sandbox.describe()); print(sandbox.grade_code('def f(x): return x', ['assert f(1) == 1']))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
     assert done.stderr == "" and "in Monty alone: bubblewrap does not run here" in done.stdout
     assert "No permissions" in done.stdout and "(1.0, 'passed: all tests')" in done.stdout
 

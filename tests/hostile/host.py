@@ -49,11 +49,19 @@ class Host:
     def places(self) -> dict[str, str]:
         """What stands for the places in a program's text."""
         return {
-            "@HOME@": str(self.home), "@SECRET@": self.secret, "@MARK@": MARK, "@PID@": str(os.getpid()),
-            "@PROJECT@": str(PROJECT), "@TEMP@": tempfile.gettempdir(), "@SITE@": sysconfig.get_path("purelib"),
-            "@HOST@": os.uname().nodename, "@KEY@": str(_KEY), "@ABSTRACT@": f"{MARK}-host",
-            "@TCP@": str(self.sockets["TCP"].getsockname()[1]), "@UDP@": str(self.sockets["UDP"].getsockname()[1]),
-        }  # fmt: skip
+            "@HOME@": str(self.home),
+            "@SECRET@": self.secret,
+            "@MARK@": MARK,
+            "@PID@": str(os.getpid()),
+            "@PROJECT@": str(PROJECT),
+            "@TEMP@": tempfile.gettempdir(),
+            "@SITE@": sysconfig.get_path("purelib"),
+            "@HOST@": os.uname().nodename,
+            "@KEY@": str(_KEY),
+            "@ABSTRACT@": f"{MARK}-host",
+            "@TCP@": str(self.sockets["TCP"].getsockname()[1]),
+            "@UDP@": str(self.sockets["UDP"].getsockname()[1]),
+        }
 
     def fill(self, text: str) -> str:
         for place, value in self.places().items():
@@ -89,9 +97,13 @@ class Host:
         ]
         devices = {name: (os.stat(name).st_mode, os.stat(name).st_mtime_ns) for name in ("/dev/full", "/dev/zero")}
         return {
-            "home": files, "the secret": (self.home / "secret.txt").read_text(), "marked files": marked,
-            "marked processes": _marked_processes(), "SysV objects": _marked_objects(), "devices": devices,
-        }  # fmt: skip
+            "home": files,
+            "the secret": (self.home / "secret.txt").read_text(),
+            "marked files": marked,
+            "marked processes": _marked_processes(),
+            "SysV objects": _marked_objects(),
+            "devices": devices,
+        }
 
 
 _KEY = 0x50000000 + os.getpid()  # of SysV objects

@@ -74,9 +74,18 @@ def make_policy(name, lora_scale=0.1, **changes):
     model.eval()
     assert unsupported(model) is None
     return Policy(
-        model=model, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({2, 3}), pad_id=0,
-        temperature=1.0, system_prompt=None, chat_template_kwargs={}, starts_from_adapter=False, decoder=Decoder(model),
-    )  # fmt: skip
+        model=model,
+        tokenizer=None,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        eos_ids=frozenset({2, 3}),
+        pad_id=0,
+        temperature=1.0,
+        system_prompt=None,
+        chat_template_kwargs={},
+        starts_from_adapter=False,
+        decoder=Decoder(model),
+    )
 
 
 def random_rows(*lengths, seed=0):
@@ -136,9 +145,13 @@ def test_greedy_is_generate(name):
     for prompt, episode in zip(prompts, episodes):
         ids = torch.tensor([prompt])
         generated = policy.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=[2, 3],
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=[2, 3],
             pad_token_id=0,
-        )  # fmt: skip
+        )
         assert episode.completion_ids == generated[0, len(prompt) :].tolist()
 
 
@@ -325,9 +338,19 @@ def test_a_head_that_scales_its_logits_is_noticed():
 
     scaled, prompts, completions = model(0.25), random_rows(4, 6), random_rows(5, 1, seed=1)
     policy = Policy(
-        model=scaled, tokenizer=None, device=torch.device("cpu"), dtype=torch.float32, eos_ids=frozenset({1}), pad_id=0,
-        temperature=1.0, system_prompt=None, chat_template_kwargs={}, starts_from_adapter=False, decoder=None, plain_head=False,
-    )  # fmt: skip
+        model=scaled,
+        tokenizer=None,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        eos_ids=frozenset({1}),
+        pad_id=0,
+        temperature=1.0,
+        system_prompt=None,
+        chat_template_kwargs={},
+        starts_from_adapter=False,
+        decoder=None,
+        plain_head=False,
+    )
     with torch.no_grad():
         values, mask, _ = completion_logprobs(policy, prompts, completions)
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):

@@ -119,9 +119,16 @@ def test_a_graph_is_captured_once_and_its_warm_up_leaves_no_trace(monkeypatch):
         made.graph(2, 8)()
         assert decoded == [(4, 8)] * 2 + [(2, 8)] * 2
         assert calls == [
-            ("side", None), "generator", ("capture", None), "replay", "replay",
-            ("side", None), "generator", ("capture", "pool"), "replay",
-        ]  # fmt: skip
+            ("side", None),
+            "generator",
+            ("capture", None),
+            "replay",
+            "replay",
+            ("side", None),
+            "generator",
+            ("capture", "pool"),
+            "replay",
+        ]
         assert all(torch.equal(x, y) for x, y in zip(state, (made.token, made.position, made.seen)))
 
 

@@ -353,10 +353,14 @@ def test_a_terminal_that_goes_away_takes_nothing_along(tmp_path, whole):
     main, terminal = pty.openpty()
     arguments = [*SHORT.split(), *"--num-mini-batches 2 --num-iterations 2 --save-total-limit 2".split()]
     process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments, "--output-dir", str(folder)], stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        [sys.executable, "train.py", *arguments, "--output-dir", str(folder)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     os.close(terminal)
     seen = b""
     while b"step 2/8" not in seen:
