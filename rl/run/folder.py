@@ -27,7 +27,8 @@ import yaml
 from grading import Completion, RewardError, Rewards, Score
 from rl.config import Config, ConfigError, RunError
 from rl.evaluate import Answers
-from rl.fit.memory import find_shape, predict
+from rl.fit.memory import predict
+from rl.fit.shapes import find_shape
 from rl.model.engine import free_memory
 from rl.model.policy import Policy
 from rl.rollout import Episode
