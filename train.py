@@ -26,7 +26,6 @@ from pathlib import Path
 from data import DataError, Order, levels, load_questions, local_prompts
 from grading import RewardError, check_tests, load_rewards, sandbox
 from rl.config import COMMANDS, ConfigError, RunError
-from rl.fit.memory import dry_run
 from rl.run.process import Stopping
 from rl.run.read_config import read_config
 
@@ -44,6 +43,8 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     # --- Settings, rewards, questions: what can be wrong with them is found before a model is loaded.
     config, config_name = read_config(arguments, default_file="configs/tiny.yaml")
     if config.dry_run:
+        from rl.fit.dry_run import dry_run  # imports transformers
+
         return print(dry_run(config, prompts=local_prompts(config.train_data, config.eval_data, config.columns)))
     asked_for = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
     asked_for |= {"output_dir": None}  # so that it can be used as a config again
