@@ -1,6 +1,6 @@
-"""Every setting of a run: one dataclass with its checks. Names and meanings are TRL's where TRL has them.
+"""The settings of a run, with their checks. Names and meanings are those of TRL if TRL has the setting.
 
-They are read from a YAML file and the command line by rl/run/read_config.py. Imports no torch.
+rl/run/read_config.py reads them from a YAML file and the command line. Imports neither torch nor transformers.
 """
 
 import math
@@ -8,11 +8,34 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # no settings of a run: not kept with it
+COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # of the command line, not saved with a run
+
+# Bounds of numbers, none of which may be negative. Empty settings are not checked.
+AT_LEAST_1 = (
+    "max_steps prompts_per_step num_generations max_completion_length rollout_batch_size num_iterations num_mini_batches lora_r "
+    "lora_alpha max_tokens_per_micro_batch train_questions eval_questions logging_steps"
+).split()
+AT_MOST_1 = ("gamma", "lam", "top_p", "warmup_ratio")
+BELOW_1 = ("epsilon", "min_p")
+ABOVE_0 = {  # each with a hint
+    "temperature": "at 0 all completions of a group are the same, with nothing to learn from; evaluation is greedy anyway",
+    "top_p": "1 is off",
+    "repetition_penalty": "1 is off",
+    "code_timeout": "seconds; 1 is usual",
+    "max_grad_norm": "a large number is off",
+    "epsilon": "0.2 is usual",
+    "epsilon_high": "empty is as epsilon",
+    "sapo_temperature_pos": "1 is usual",
+    "sapo_temperature_neg": "1.05 is usual",
+    "cliprange_value": "empty is off",
+    "critic_learning_rate": "empty is as learning_rate",
+    "target_kl": "empty is off",
+    "beta_target_kl": "empty is off",
+}
 
 
 class RunError(Exception):
-    """A run cannot go on, for a reason outside of its settings. The message is one line that says why."""
+    """A run cannot continue for a reason outside of its settings. The message is one line that says why."""
 
 
 class ConfigError(Exception):
@@ -20,7 +43,7 @@ class ConfigError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says; its type where it says nothing."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -46,14 +69,14 @@ class Config:
     system_prompt: str | None = None  # put before every question as the system message
     chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # {enable_thinking: false}; YAML only
 
-    # --- what is good
+    # --- rewards
     rewards_file: str = "rewards.py"  # the file with the reward functions
     reward_funcs: list[str] = field(default_factory=list)  # names to use; empty: all in the file
     reward_weights: dict[str, float] = field(default_factory=dict)  # weights by name, in place of the file's
     reward_errors: Literal["stop", "skip"] = "stop"  # a reward function that fails: stop, or leave the completion out
     code_timeout: float = 1.0  # seconds of running time for a model-written program in all its tests; wall: three times
     unsafe_run_model_code: bool = False  # without bubblewrap, run what Monty cannot with the rights of this user
-    control: Literal["none", "random-reward"] = "none"  # learn from coin flips: what still rises is no skill
+    control: Literal["none", "random-reward"] = "none"  # random-reward: an ablation that trains on coin-flip rewards
 
     # --- the roll-out
     max_steps: int = 40  # steps: each is one roll-out and the updates made from it
@@ -135,40 +158,21 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError for values that cannot work."""
         for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if not isinstance(value, (int, float)) or name in ("seed", "gpu_memory"):
+                continue
+            if not math.isfinite(value):
                 raise ConfigError(f"{name} is {value}, but must be a finite number")
-        positive = (
-            "max_steps prompts_per_step num_generations max_completion_length rollout_batch_size num_iterations lora_r "
-            "lora_alpha num_mini_batches max_tokens_per_micro_batch train_questions eval_questions logging_steps"
-        )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        not_negative = (
-            "eval_steps early_stopping save_steps save_total_limit log_completions_steps top_k beta weight_decay learning_rate dynamic_sampling "
-            "curriculum_steps missing_eos_penalty soft_punish_cache critic_warmup_steps entropy_coef importance_sampling_cap"
-        )
-        for name in not_negative.split():
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
-        if not self.temperature > 0:
-            raise ConfigError(
-                f"temperature is {self.temperature:g}, but must be above 0: at 0 every completion of a group is the same "
-                "and there is nothing to learn from (evaluation is greedy anyway)"
-            )
+            if name in AT_LEAST_1 and value < 1:
+                raise ConfigError(f"{name} is {value}, but must be at least 1")
+            if name in ABOVE_0 and value <= 0:
+                raise ConfigError(f"{name} is {value:g}, but must be above 0 ({ABOVE_0[name]})")
+            if value < 0:
+                raise ConfigError(f"{name} is {value}, but must not be negative")
+            if name in AT_MOST_1 and value > 1:
+                raise ConfigError(f"{name} is {value}, but must be at most 1")
+            if name in BELOW_1 and value >= 1:
+                raise ConfigError(f"{name} is {value}, but must be below 1")
         self._check_algorithm()
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
-            raise ConfigError(
-                f"top_p must be in (0, 1] and min_p in [0, 1), but they are {self.top_p} and {self.min_p}"
-            )
-        if self.code_timeout <= 0:
-            raise ConfigError(f"code_timeout is {self.code_timeout:g} seconds, but must be above 0 (1 is usual)")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}, but must be above 0 (1 is off)")
-        if not 0 < self.epsilon < 1:
-            raise ConfigError(f"epsilon is {self.epsilon}, but must lie between 0 and 1 (0.2 is usual)")
-        if self.epsilon_high is not None and self.epsilon_high <= 0:
-            raise ConfigError(f"epsilon_high is {self.epsilon_high}, but must be above 0")
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ConfigError(
                 f"delta is {self.delta}, but bounds the ratio from above: it must exceed 1 + epsilon_high = "
@@ -179,8 +183,6 @@ class Config:
                 "kl_estimator k1 in the loss has a gradient of zero on average: set use_bias_correction_kl to true, or "
                 "kl_estimator to k2 or k3"
             )
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ConfigError(f"warmup_ratio is {self.warmup_ratio}, but is a share of the steps, from 0 to 1")
         if self.num_mini_batches > self.prompts_per_step:
             raise ConfigError(
                 f"num_mini_batches ({self.num_mini_batches}) is more than prompts_per_step ({self.prompts_per_step}): "
@@ -191,21 +193,13 @@ class Config:
                 f"rollout_batch_size ({self.rollout_batch_size}) is less than num_generations ({self.num_generations}): a "
                 "group is generated together"
             )
-        if self.max_grad_norm <= 0:
-            raise ConfigError(f"max_grad_norm is {self.max_grad_norm}, but must be above 0 (a large number is off)")
-        if self.gpu_memory is not None and not (self.dry_run and self.gpu_memory > 0):
+        if self.gpu_memory is not None and not (self.dry_run and 0 < self.gpu_memory < math.inf):
             raise ConfigError(f"gpu_memory is {self.gpu_memory:g}, but is the GB of a card for --dry-run, above 0")
         if not self.train_data:
             raise ConfigError("train_data is empty: name built-in families (sums, words, functions) or files")
 
     def _check_algorithm(self) -> None:
-        """What the algorithms and losses ask of the other settings."""
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1 (1 is usual here)")
-        for name in ("cliprange_value", "critic_learning_rate", "target_kl", "beta_target_kl"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0, or empty")
+        """Check what algorithms and losses require of other settings."""
         if self.num_generations == 1 and (self.uses_group or self.dynamic_sampling):
             raise ConfigError(
                 f"num_generations is 1, but {'dynamic_sampling' if self.dynamic_sampling else self.algorithm} compares the "
@@ -248,8 +242,6 @@ class Config:
             raise ConfigError(
                 f"importance_sampling_level sequence does not go with loss_type {self.loss_type}: use grpo"
             )
-        if min(self.sapo_temperature_pos, self.sapo_temperature_neg) <= 0:
-            raise ConfigError("sapo_temperature_pos and sapo_temperature_neg must be above 0 (1 and 1.05 are usual)")
         if self.soft_punish_cache >= self.max_completion_length:
             raise ConfigError(
                 f"soft_punish_cache ({self.soft_punish_cache}) must be less than max_completion_length "
@@ -262,25 +254,25 @@ class Config:
 
     @property
     def uses_group(self) -> bool:
-        """The advantage of a completion comes from a comparison with its group."""
+        """Advantages compare a completion with its group."""
         return not self.has_critic and not (self.algorithm == "reinforce" and self.baseline != "group")
 
     @property
     def kl_in_loss(self) -> bool:
-        """The KL divergence is a term of the loss; a critic's algorithm has it in the reward, dpo in its margin."""
+        """The KL divergence is a term of the loss. With a critic it is part of the reward, in dpo of the margin."""
         return self.beta > 0 and not self.has_critic and self.algorithm != "dpo"
 
     @property
     def on_policy(self) -> bool:
-        """Exactly one update for each roll-out: the old policy is the policy, and its log-probabilities need no pass."""
+        """There is one update for each roll-out, so that the old policy is the policy and needs no forward pass."""
         return self.num_iterations == 1 and self.num_mini_batches == 1
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the held-out questions are asked after a step; 0 is before the first one, the end is not meant."""
+        """Whether the policy is evaluated after a step. Step 0 is the baseline; the final evaluation is separate."""
         return step == 0 or (self.eval_steps > 0 and step % self.eval_steps == 0 and step < self.max_steps)
 
     def notes(self) -> list[str]:
-        """Notes on settings that are valid together and perhaps not what was meant."""
+        """Notes on settings that are valid together, but perhaps unintended."""
         usual = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
         changed = [f"{name} {getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value]
         notes = []
@@ -291,5 +283,5 @@ class Config:
                 "GSPO is meant for loss_type grpo, epsilon 3e-4 and epsilon_high 4e-4: a sequence's ratio stays near 1"
             )
         if self.has_critic and self.adapter:
-            notes.append("the critic begins anew: with critic_warmup_steps it learns before the policy moves on")
+            notes.append("the critic starts untrained: critic_warmup_steps trains it before the policy")
         return notes

@@ -259,7 +259,7 @@ class Worker:
         if config.device == "cpu" or not torch.cuda.is_available():
             return "cpu"
         run = self._run_on_card()
-        if run and find_shape(config.model).parameters() > SMALL:
+        if run and find_shape(config.model).parameters > SMALL:
             raise UiError(
                 f"{run} is training on the card, and {config.model} is too large to answer from the CPU. Wait for its end, or "
                 "stop it in the tab Watch: it saves."
@@ -318,14 +318,13 @@ class Worker:
     def _load(self, turn: Turn) -> None:
         import torch
 
-        from rl.fit.memory import KEPT_BELOW
-        from rl.model.policy import load_policy
+        from rl.model.policy import KEEPS_FREED_BELOW_HIDDEN, load_policy
 
         self._unload()
         self._policy = load_policy(turn.config)
         self._base = turn.base
         # Of a small model a second thread costs more than it does, twenty times where a run trains on the same cores.
-        is_small = self._policy.model.config.get_text_config().hidden_size < KEPT_BELOW
+        is_small = self._policy.model.config.get_text_config().hidden_size < KEEPS_FREED_BELOW_HIDDEN
         torch.set_num_threads(1 if is_small else self._threads)
 
     def _unload(self) -> None:

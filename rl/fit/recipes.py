@@ -1,18 +1,14 @@
-"""`--config auto`: the largest recipe that this machine has room for, by the prediction of rl/fit/memory.py. Imports no torch.
+"""`--config auto`: the largest recipe that fits this machine, as predicted by rl/fit/memory.py.
 
-python train.py --config auto                                  for this machine
-python train.py --config auto --dry-run --gpu-memory 12        for a card elsewhere
-python train.py --config auto --dry-run --gpu-memory 15 --dtype float16         for one without bf16, such as a T4
+Torch is imported only if there is an NVIDIA card, or if one is given by its memory.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 
 from rl.config import Config
 from rl.fit.cards import GB, Machine, find_machine
-from rl.fit.memory import ASSUMED_PROMPT, predict
-from rl.fit.shapes import find_shape
+from rl.fit.shapes import Shape, find_shape
 
 TINY = "configs/tiny.yaml"
 LADDER = (  # from the largest to the smallest
@@ -26,43 +22,48 @@ LADDER = (  # from the largest to the smallest
 LADDER_FP16 = ("configs/t4.yaml", "configs/qwen2.5_0.5b_gsm8k.yaml")  # for cards without bf16
 
 
-def choose_recipe(settings: Callable[[str], Config]) -> tuple[str, str]:
-    """The file of the recipe, and why, in a few lines.
+def choose_recipe(read_settings: Callable[[str], Config]) -> tuple[str, str]:
+    """Return the file of the recipe, and a few lines that say why. Raises ConfigError.
 
-    settings: of a recipe's file, with what the command line replaces. Raises ConfigError for a machine that cannot be.
+    read_settings: reads a recipe's file and applies the command line.
     """
-    machine = find_machine(settings(TINY))
+    config = read_settings(TINY)
+    machine = find_machine(config)
     if machine.device == "cpu":
         return TINY, f"No NVIDIA GPU here: taking {TINY}, the bundled model, which is made for a CPU."
+    if not config.dry_run:
+        from rl.model.backends import import_backend
+
+        import_backend(config)  # the prediction imports transformers, which has to come after Unsloth
     ladder = LADDER_FP16 if machine.dtype == "float16" else LADDER
-    lines, beside = [f"This card: {machine.name}, in {machine.dtype}. All figures are predicted, not measured."], ""
+    lines = [f"This card: {machine.name}, in {machine.dtype}. All figures are predicted, not measured."]
+    larger = ""
     for file in ladder:
-        config = settings(file)
-        needed = memory_needed(config, machine)
+        config = read_settings(file)
+        shape = find_shape(config.model)
+        needed = memory_needed(config, shape, machine)
         if needed is not None:
-            lines += [f"{file} needs {in_gb(needed)}{beside}.", f"Taking {file}."]
+            lines += [f"{file} needs {needed / GB:.1f} GB{larger}.", f"Taking {file}."]
             return file, "\n".join(lines)
-        least = least_memory(config, machine)
-        beside = f"; the next larger, {file}, would need {in_gb(least)}"
-    lines += [
-        f"The smallest recipe, {ladder[-1]}, would need {in_gb(least)}.",
-        f"Taking {TINY}, the bundled model, which has room anywhere.",
-    ]
+        least = min_memory(config, shape, machine)
+        larger = f"; the next larger, {file}, would need {least / GB:.1f} GB"
+    lines.append(f"The smallest recipe, {ladder[-1]}, would need {least / GB:.1f} GB.")
+    lines.append(f"Taking {TINY}, the bundled model, which has room anywhere.")
     return TINY, "\n".join(lines)
 
 
-def memory_needed(config: Config, machine: Machine) -> float | None:
-    """Bytes, if a recipe fits on a card and rolls out as many rows at a time as it asks for; else None."""
-    found = predict(config, find_shape(config.model), "cuda", machine.dtype, ASSUMED_PROMPT, machine.free())
-    needed = machine.needed(found.peak)
-    return needed if found.rows == found.rows_wanted and needed <= machine.memory else None
+def memory_needed(config: Config, shape: Shape, machine: Machine) -> float | None:
+    """Bytes that a recipe needs, or None if it does not fit, or only with fewer rows at a time than it requests."""
+    from rl.fit.memory import ASSUMED_PROMPT, predict
+
+    prediction = predict(config, shape, "cuda", machine.dtype, ASSUMED_PROMPT, machine.free())
+    needed = machine.needed(prediction.peak)
+    return needed if prediction.rows == prediction.rows_requested and needed <= machine.memory else None
 
 
-def least_memory(config: Config, machine: Machine) -> float:
-    """Bytes of the smallest card, larger than this one, that has room for a recipe."""
-    larger = (machine.memory + tenths * GB / 10 for tenths in itertools.count(1))
-    return next(of for of in larger if memory_needed(config, dataclasses.replace(machine, memory=of)) is not None)
-
-
-def in_gb(of: float) -> str:
-    return f"{of / GB:.1f} GB"
+def min_memory(config: Config, shape: Shape, machine: Machine) -> float:
+    """Bytes of the smallest card, larger than this one, that a recipe fits."""
+    larger = machine
+    while memory_needed(config, shape, larger) is None:
+        larger = dataclasses.replace(larger, memory=larger.memory + GB / 10)
+    return larger.memory

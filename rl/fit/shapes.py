@@ -1,165 +1,114 @@
-"""The dimensions of language models, from a config.json or by a known name, and what follows from them. Imports no torch."""
+"""The dimensions of language models, taken from a model that transformers builds without weights.
 
-import dataclasses
+Torch and transformers are imported only when a model is measured.
+"""
+
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl.config import ConfigError
+from rl.config import ConfigError, first_line
+
+# The dimensions of common models by their name on the Hub, so that nothing is downloaded for them.
+KNOWN = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a decoder-only language model, as far as memory depends on them."""
+    """Dimensions of a decoder-only language model, as far as its memory and speed depend on them."""
 
-    vocabulary: int  # V
-    hidden: int  # H
-    intermediate: int  # F, of the feed-forward part
-    layers: int  # L
+    parameters: int
+    linear_parameters: int  # weights of the linear layers except the head: NF4 quantizes them, LoRA adapts them
+    linear_inputs: int  # the input sizes of these layers, summed
+    linear_outputs: int  # their output sizes, summed
+    vocabulary: int
+    hidden: int
+    intermediate: int  # of the feed-forward block
+    layers: int
     heads: int
-    kv_heads: int
-    head_dim: int  # d
-    tied: bool  # the head is the embedding
-    biases: int = 0  # elements, a layer
-    qk_norm: bool = False  # a norm over each head's query and key, as in Qwen3
-    four_bit: bool = False  # saved in 4 bits
-    own_decoder: bool = True  # Llama, Qwen2, Qwen3: rl/model/decoder.py knows it
-    file_bytes: int | None = None  # of the weights on the disk; None: two a parameter
-    tokenizer_bytes: int | None = None  # of tokenizer.json; None: 75 a token, as in Qwen's
-
-    @property
-    def query_size(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    def maps(self) -> list[tuple[int, int]]:
-        """(in, out) of a layer's linear maps: query, key, value, output, gate, up, down."""
-        h, f, q, kv = self.hidden, self.intermediate, self.query_size, self.kv_size
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)]
-
-    def linear_parameters(self) -> int:
-        """Of all layers' linear maps, without biases and without the head."""
-        return self.layers * sum(i * o for i, o in self.maps())
-
-    def other_parameters(self) -> int:
-        """Embedding, head, norms and biases."""
-        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.layers * (norms + self.biases) + self.hidden
-
-    def parameters(self) -> int:
-        return self.linear_parameters() + self.other_parameters()
+    query_size: int
+    kv_size: int  # of the keys, and of the values
+    qk_norm: bool  # queries and keys are normalized, as in Qwen3
+    own_decoder: bool  # Llama, Qwen2, Qwen3: rl/model/decoder.py supports it
+    four_bit: bool  # saved in 4 bits
+    file_bytes: int | None = None  # of the safetensors files of a folder
+    tokenizer_bytes: int | None = None  # of its tokenizer.json
 
     def lora_parameters(self, rank: int) -> int:
-        """Of a LoRA on every linear map: A (rank, in) and B (out, rank)."""
-        return self.layers * rank * sum(i + o for i, o in self.maps())
-
-
-def _known(family, vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, tied) -> Shape:
-    shape = Shape(vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, tied)
-    if family == "qwen2":
-        return dataclasses.replace(shape, biases=shape.query_size + 2 * shape.kv_size)
-    return dataclasses.replace(shape, qk_norm=family == "qwen3")
-
-
-# fmt: off
-KNOWN = {  # by the name on the Hub; any owner and suffix will do
-    "Qwen/Qwen2.5-0.5B": _known("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True),
-    "Qwen/Qwen2.5-1.5B": _known("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True),
-    "Qwen/Qwen2.5-3B": _known("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, True),
-    "Qwen/Qwen2.5-7B": _known("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
-    "Qwen/Qwen3-0.6B": _known("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
-    "Qwen/Qwen3-1.7B": _known("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True),
-    "Qwen/Qwen3-4B": _known("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
-    "Qwen/Qwen3-8B": _known("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
-    "meta-llama/Llama-3.2-1B": _known("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
-    "meta-llama/Llama-3.2-3B": _known("llama", 128256, 3072, 8192, 28, 24, 8, 128, True),
-    "meta-llama/Llama-3.1-8B": _known("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
-    "HuggingFaceTB/SmolLM2-135M": _known("llama", 49152, 576, 1536, 30, 9, 3, 64, True),
-    "HuggingFaceTB/SmolLM2-360M": _known("llama", 49152, 960, 2560, 32, 15, 5, 64, True),
-    "HuggingFaceTB/SmolLM2-1.7B": _known("llama", 49152, 2048, 8192, 24, 32, 32, 64, True),
-    "TinyLlama/TinyLlama-1.1B": _known("llama", 32000, 2048, 5632, 22, 32, 4, 64, False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _known("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _known("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
-}
-# fmt: on
+        """Parameters of a LoRA on every linear layer: A (rank, in) and B (out, rank)."""
+        return rank * (self.linear_inputs + self.linear_outputs)
 
 
 def find_shape(model: str) -> Shape:
-    """The dimensions of a model in a folder, in the Hugging Face cache, or known by its name. Raises ConfigError."""
-    folder = Path(model)
-    if not folder.is_dir():
-        import huggingface_hub
+    """Return the shape of a model in a folder, in the Hugging Face cache, in models.json, or on the Hub, in this order.
 
-        try:
-            cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
-        except ValueError:  # not a name the Hub could have
-            cached = None
-        if not isinstance(cached, str):
-            return known_shape(model)
-        folder = Path(cached).parent
+    Only a config.json is downloaded. Raises ConfigError if there is none, or if transformers cannot build the model.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(model)
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"model: the folder {model} has no config.json, so it is not a model") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {folder / 'config.json'} cannot be read: {error}") from None
-    shape = shape_of(settings, model)
-    weights = [path.stat().st_size for path in folder.glob("*.safetensors")]
+        try:
+            config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        except OSError:
+            if folder.is_dir():
+                raise
+            known = known_config(model)
+            if known:
+                config = AutoConfig.for_model(**known)
+            else:
+                config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return measure(config, folder)
+    except Exception as error:  # the code of any architecture may raise anything
+        raise ConfigError(
+            f"model: the dimensions of {model} are not known: name a folder with its config.json, or one of "
+            f"{', '.join(KNOWN)} (any owner and suffix), or measure it with --probe ({first_line(error)})"
+        ) from error
+
+
+def known_config(model: str) -> dict | None:
+    """The config of a model in models.json. Its owner and suffixes such as -Instruct do not matter."""
+    name = re.sub(r"^meta-|-(math|coder)(?=-)", "", model.rpartition("/")[2].lower())
+    for known, config in KNOWN.items():
+        if re.fullmatch(re.escape(known.partition("/")[2].lower()) + r"(-.*)?", name):
+            return config | {"quantization_config": {"load_in_4bit": name.endswith("bnb-4bit")}}
+    return None
+
+
+def measure(config, folder: Path) -> Shape:
+    """Return the shape of the model with this transformers config, whose files may be in a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    from rl.model.decoder import unsupported
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+    outputs = sum(layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in linear)
+    quantization = getattr(config, "quantization_config", None) or {}
+    config = config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     tokenizer = folder / "tokenizer.json"
-    return dataclasses.replace(
-        shape,
-        file_bytes=sum(weights) or None,
+    return Shape(
+        parameters=model.num_parameters(),
+        linear_parameters=sum(layer.weight.numel() for layer in linear),
+        linear_inputs=sum(sum(layer.weight.shape) for layer in linear) - outputs,
+        linear_outputs=outputs,
+        vocabulary=config.vocab_size,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        query_size=config.num_attention_heads * head_dim,
+        kv_size=kv_heads * head_dim,
+        qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        own_decoder=unsupported(model) is None,
+        four_bit=bool(quantization.get("load_in_4bit")),
+        file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,
     )
-
-
-def known_shape(model: str) -> Shape:
-    """The dimensions by the model's name; owner and suffixes such as -Instruct do not matter. Raises ConfigError."""
-    name = re.sub(r"^meta-|-(math|coder)(?=-)", "", model.rpartition("/")[2].lower())
-    for known, shape in KNOWN.items():
-        if re.fullmatch(re.escape(known.partition("/")[2].lower()) + r"(-.*)?", name):
-            return dataclasses.replace(shape, four_bit=name.endswith("bnb-4bit"))
-    raise ConfigError(
-        f"model: the dimensions of {model} are not known: name a folder with its config.json, or one of "
-        f"{', '.join(KNOWN)} (any owner and suffix), or measure it with --probe, which downloads it"
-    )
-
-
-def shape_of(settings: dict, model: str) -> Shape:
-    """The dimensions that a config.json has. Raises ConfigError where it lacks some."""
-    settings = settings.get("text_config") or settings
-    try:
-        hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
-        kv_heads = settings.get("num_key_value_heads") or heads
-        shape = Shape(
-            vocabulary=settings["vocab_size"],
-            hidden=hidden,
-            intermediate=settings["intermediate_size"],
-            layers=settings["num_hidden_layers"],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=settings.get("head_dim") or hidden // heads,
-            tied=settings.get("tie_word_embeddings", False),
-            qk_norm=settings.get("model_type") == "qwen3",
-            four_bit=bool((settings.get("quantization_config") or {}).get("load_in_4bit")),
-            own_decoder=settings.get("model_type") in ("llama", "qwen2", "qwen3"),
-        )
-    except KeyError as error:
-        raise ConfigError(
-            f"model: the config.json of {model} has no {error.args[0]}, from which its memory is predicted: "
-            "measure it with --probe"
-        ) from None
-    of_qkv = shape.query_size + 2 * shape.kv_size
-    biases = 0
-    if settings.get("model_type") == "qwen2":
-        biases = of_qkv
-    elif settings.get("attention_bias"):
-        biases = of_qkv + hidden
-    if settings.get("mlp_bias"):
-        biases += 2 * shape.intermediate + hidden
-    return dataclasses.replace(shape, biases=biases)

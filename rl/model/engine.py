@@ -23,6 +23,7 @@ REFILL_SHARE = 1 / 8  # groups that wait enter together, once this share of the 
 PREFILL_TOKENS = 16384  # prompt tokens prefilled at a time
 STEPS_A_LOOK = 8  # on CUDA: decode steps between two looks at what has ended, since each look waits for the GPU
 GROWTH = 64  # places by which the cache grows at the least
+SHARE_THAT_FITS = 0.8  # of the free memory, at most
 SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # of the CUDA graphs; sizes double from there
 
 
@@ -301,7 +302,7 @@ def uses_graphs(device: torch.device) -> bool:
 
 def fits(needed: int, device: torch.device) -> bool:
     """Whether so many bytes leave at least a fifth of the free memory unused."""
-    return needed < 0.8 * free_memory(device)
+    return needed < SHARE_THAT_FITS * free_memory(device)
 
 
 def free_memory(device: torch.device) -> float:

@@ -25,7 +25,6 @@ from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 from rl.config import Config, ConfigError, first_line  # noqa: E402
-from rl.fit.memory import KEPT_BELOW  # noqa: E402
 from rl.model.backends import (  # noqa: E402
     LINEAR_LAYERS,
     choose_device,
@@ -39,6 +38,8 @@ from rl.model.backends import (  # noqa: E402
 )
 from rl.model.decoder import Decoder, unsupported  # noqa: E402
 
+# Hidden size: on a CPU, what smaller models have freed is kept for later tensors (keep_freed_memory).
+KEEPS_FREED_BELOW_HIDDEN = 512
 # Settings of a saved LoRA that is more than A and B on linear layers.
 OTHER_LORAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
 
@@ -291,7 +292,7 @@ def keep_freed_memory(hidden_size: int) -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, (32 if hidden_size < KEPT_BELOW else 1) * 2**20)
+        libc.mallopt(m_mmap_threshold, (32 if hidden_size < KEEPS_FREED_BELOW_HIDDEN else 1) * 2**20)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 

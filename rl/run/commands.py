@@ -22,7 +22,7 @@ PROBE_QUESTIONS = 16  # held-out questions that a probe answers
 
 def dry_run(config: Config) -> None:
     """Predict memory and time, and print them."""
-    from rl.fit.memory import dry_run
+    from rl.fit.dry_run import dry_run
 
     print(dry_run(config, prompts=local_prompts(config.train_data, config.eval_data, config.columns)))
 

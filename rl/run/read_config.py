@@ -1,11 +1,9 @@
-"""Reads the settings of a run from a YAML file and the command line.
+"""Read the settings of a run from a YAML file and the command line.
 
-What is unknown, of the wrong type or out of range becomes a one-line ConfigError that names the setting and what to write
-instead. Imports no torch.
+A setting that is unknown, of the wrong type or out of range raises a ConfigError of one line, which names the setting and what
+to write instead. Imports no torch.
 """
 
-import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -14,82 +12,32 @@ from typing import Literal
 
 import yaml
 
+from grading.base import did_you_mean
 from rl.config import COMMANDS, Config, ConfigError
-from rl.fit.recipes import choose_recipe
 
-# Settings of TRL and Unsloth that do not exist here, each with what to use instead.
-ELSEWHERE = {
-    "per_device_train_batch_size": "use prompts_per_step and num_generations (their product is the completions of a step); "
-    "memory is bounded by max_tokens_per_micro_batch",
-    "gradient_accumulation_steps": "micro-batches are made from max_tokens_per_micro_batch and give the same gradient; "
-    "use prompts_per_step for more questions in a step",
-    "generation_batch_size": "use prompts_per_step x num_generations; rollout_batch_size bounds the rows at a time",
-    "steps_per_generation": "use num_mini_batches",
-    "per_device_eval_batch_size": "use rollout_batch_size",
-    "max_prompt_length": "prompts are never cut; leave it out",
-    "max_seq_length": "use max_completion_length; prompts are never cut",
-    "max_length": "use max_completion_length; prompts are never cut",
-    "max_new_tokens": "use max_completion_length",
-    "warmup_steps": "use warmup_ratio, a share of the steps",
-    "save_strategy": "use save_steps",
-    "eval_strategy": "use eval_steps",
-    "eval_on_start": "the evaluation before training is always made; leave it out",
-    "disable_dropout": "dropout is always off; leave it out",
-    "num_completions_to_print": "two are printed, use log_completions_steps; rollouts.jsonl holds every completion",
-    "log_completions": "use log_completions_steps; rollouts.jsonl holds every completion",
-    "vllm_importance_sampling_correction": "use importance_sampling_cap, 0 is off",
-    "vllm_importance_sampling_cap": "use importance_sampling_cap",
-    "early_stopping_patience": "use early_stopping",
-    "load_best_model_at_end": "checkpoints/best names the best one; leave it out",
-    "vllm_mode": "the roll-out has its own engine; leave it out",
-    "data_seed": "use seed",
-    "vf_coef": "the critic has weights and an optimizer of its own: use critic_learning_rate",
-    "model_name": "use model",
-    "model_name_or_path": "use model",
-    "dataset_name": "use train_data and eval_data",
-    "num_train_epochs": "use max_steps",
-    "r": "use lora_r",
-    "target_modules": "the LoRA is on every linear layer; leave it out",
-    "lora_target_modules": "the LoRA is on every linear layer; leave it out",
-    "lora_dropout": "it is always 0, or the probability ratio would not start at 1; leave it out",
-    "cliprange": "use epsilon",
-    "kl_coef": "use beta",
-    "num_ppo_epochs": "use num_iterations",
-    "bf16": "use dtype: bfloat16",
-    "fp16": "use dtype: float16",
-    "torch_dtype": "use dtype",
-    "reward_func": "use reward_funcs",
-    "use_vllm": "the roll-out has its own engine; leave it out",
-    "fast_inference": "the roll-out has its own engine; leave it out",
-    "gpu_memory_utilization": "lower rollout_batch_size and max_tokens_per_micro_batch where memory is short",
-    "resume_from_checkpoint": "python train.py --resume runs/NAME goes on with a run; adapter begins a new one with a saved LoRA",
-    "run_name": "use output_dir",
-    "bnb_4bit_quant_type": "load_in_4bit is NF4; leave it out",
-    "use_gradient_checkpointing": "use gradient_checkpointing",
-    "random_state": "use seed",
-}  # fmt: skip
+RENAMED = Path(__file__).with_name("renamed_settings.yaml")  # settings of TRL and Unsloth, and what to use instead
 
 
 def unknown_setting(name: str, where: str) -> ConfigError:
     """The error for a setting that does not exist, with TRL's equivalent or the nearest name."""
-    if name in ELSEWHERE:
-        return ConfigError(
-            f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {ELSEWHERE[name]}"
-        )
+    renamed = yaml.safe_load(RENAMED.read_text(encoding="utf-8"))
+    if name in renamed:
+        return ConfigError(f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {renamed[name]}")
     if name in COMMANDS:
         return ConfigError(f"{where}: {name} is for the command line: --{name.replace('_', '-')}")
-    names = [f.name for f in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
-    return ConfigError(f"{where}: there is no setting {name}; {hint}")
+    hint = did_you_mean(name, vars(Config())) or " python train.py --help lists them all."
+    return ConfigError(f"{where}: there is no setting {name}.{hint}")
 
 
 def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
-    """The settings with command-line overrides, and a name for the run.
+    """Return the settings and a name for the run.
 
-    They come from `--config FILE`, with `--config auto` from the recipe that fits this machine (which is printed), from the
-    run that `--resume` names, from the one that `--adapter` was saved by, or else from the default file.
-    Raises ConfigError; leaves with tyro's own message for a value on the command line that cannot be read.
+    They come from `--config FILE`, or with `--config auto` from the recipe that fits this machine, from the run that `--resume`
+    names, from the run that saved `--adapter`, or from the default file; the command line overrides them.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        SystemExit: A value on the command line cannot be read; tyro prints a message.
     """
     import tyro
 
@@ -99,31 +47,31 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     if resume is not None:
         file = config_to_resume(resume, arguments, file)
     elif file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
-        file = str(Path(adapter).parent.parent / "config.yaml")  # an adapter of one of our runs: with its settings
+        file = str(Path(adapter).parent.parent / "config.yaml")
     file = file or default_file
-    known = {f.name for f in dataclasses.fields(Config)} | {"help"}
+    known = {*vars(Config()), "help"}
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
         if argument.startswith("--") and name not in known and name.removeprefix("no_") not in known:
             raise unknown_setting(name, "command line")
 
     def settings(file: str) -> Config:
+        description = f"Settings come from {file} (choose another with --config FILE). Options replace them."
         return tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
 
-    description = "Settings come from the recipe that fits (--config auto); what is given here replaces them."
     if file == "auto":
-        file, why = choose_recipe(settings)
-        print(why, end="\n\n", flush=True)
-    description = f"Settings come from {file} (choose another with --config FILE); what is given here replaces them."
+        from rl.fit.recipes import choose_recipe
+
+        file, reason = choose_recipe(settings)
+        print(reason, end="\n\n", flush=True)
     config = settings(file)
     config.check()
+    path = Path(file)
     if config.resume:
-        config.output_dir = str(Path(file).parent)
+        config.output_dir = str(path.parent)
         if config.eval_only:
-            raise ConfigError(
-                "resume: there is nothing to go on with in an evaluation: use --eval-only alone, with --adapter"
-            )
-    path = Path(file).resolve()
+            raise ConfigError("resume: an evaluation cannot be resumed: use --eval-only alone, with --adapter")
+    path = path.resolve()
     return config, path.parent.name if path.name == "config.yaml" else path.stem
 
 
@@ -134,36 +82,46 @@ def saved_settings(config: Config) -> dict:
 
 
 def config_to_resume(resume: str, arguments: list[str], file: str | None) -> str:
-    """config.yaml of the run that is named by its folder, or by that of one of its checkpoints. Raises ConfigError."""
+    """The config.yaml of a run that is given by its folder or by one of its checkpoints. Raises ConfigError."""
     others = ("--output-dir", "--output_dir", "--probe", "--dry-run", "--dry_run")
     if file or any(argument.partition("=")[0] in others for argument in arguments):
         raise ConfigError(
-            "resume: it goes on with the settings and the folder of the run: leave --config, --output-dir, --probe and --dry-run out"
+            "resume: the run keeps its settings and its folder: leave --config, --output-dir, --probe and --dry-run out"
         )
     for folder in (Path(resume), Path(resume).parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             return str(folder / "config.yaml")
     runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-    near = difflib.get_close_matches(resume, runs, n=1, cutoff=0.5) or runs[-1:]
-    hint = f"did you mean {near[0]}?" if near else "there are none in runs/"
-    raise ConfigError(f"resume: {resume} is not the folder of a run, which has a config.yaml; {hint}")
+    newest = f" There is {runs[-1]}." if runs else " There are none in runs/."
+    hint = did_you_mean(resume, runs) or newest
+    raise ConfigError(f"resume: {resume} is not the folder of a run, which has a config.yaml.{hint}")
 
 
 def take(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of `name VALUE` or `name=VALUE`, None where it is not given, and the other arguments."""
+    """The value of `name VALUE` or `name=VALUE`, or None, and the other arguments."""
     for i, argument in enumerate(arguments):
-        given, equals, value = argument.partition("=")
-        if given == name and equals:
+        option, equals, value = argument.partition("=")
+        if option == name and equals:
             return value, [*arguments[:i], *arguments[i + 1 :]]
-        if given == name:
+        if option == name:
             if i + 1 == len(arguments):
                 raise ConfigError(f"{name} needs a path behind it")
             return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
     return None, list(arguments)
 
 
+def split_pairs(arguments: list[str], name: str) -> list[str]:
+    """Rewrite `--columns answer=gold` to the form that tyro reads, `--columns answer gold`."""
+    split = []
+    inside = False
+    for argument in arguments:
+        inside = argument == name or (inside and not argument.startswith("--"))
+        split += argument.split("=", 1) if inside else [argument]
+    return split
+
+
 def read_yaml(file: str) -> Config:
-    """The settings in a YAML file, each brought to its field's type. Raises ConfigError naming file and key."""
+    """Read the settings in a YAML file, each converted to its field's type. Raises ConfigError with file and key."""
     path = Path(file)
     if not path.is_file():
         others = sorted(str(p) for p in Path("configs").glob("*.yaml"))
@@ -184,22 +142,14 @@ def read_yaml(file: str) -> Config:
         try:
             values[name] = coerce(value, hints[name])
         except ValueError as error:
-            raise ConfigError(f"{file}: {name} must be {error}, but is {value!r}") from None
+            raise ConfigError(f"{file}: {name} is {value!r}, but must be {error}") from None
     return Config(**values)
 
 
-def split_pairs(arguments: list[str], name: str) -> list[str]:
-    """`--columns answer=gold` in the form that tyro reads, `--columns answer gold`."""
-    split, inside = [], False
-    for argument in arguments:
-        inside = argument == name or (inside and not argument.startswith("--"))
-        split += argument.split("=", 1) if inside else [argument]
-    return split
-
-
 def coerce(value, kind):
-    """Bring a YAML value to a field's type: YAML reads 1e-5 as text. Raises ValueError saying what is expected."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    """Convert a YAML value to a field's type: YAML reads 1e-5 as text. Raises ValueError with what is expected."""
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
     if kind is typing.Any:
         return value
     if origin in (types.UnionType, typing.Union):  # X | None
@@ -208,8 +158,7 @@ def coerce(value, kind):
     if origin is Literal:
         if value in args and not isinstance(value, bool):
             return value
-        near = difflib.get_close_matches(str(value), args, n=1)
-        raise ValueError(f"one of {', '.join(args)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        raise ValueError(f"one of {', '.join(args)}.{did_you_mean(value, args)}")
     if origin is list:
         items = value if isinstance(value, list) else [value]
         return [coerce(item, args[0]) for item in items]
@@ -230,4 +179,4 @@ def coerce(value, kind):
             return kind(number)
     if kind is str and isinstance(value, str):
         return value
-    raise ValueError({int: "a whole number", float: "a number", str: "text (in quotes)"}.get(kind, "a number"))
+    raise ValueError({int: "a whole number", float: "a number", str: "text (in quotes)"}[kind])

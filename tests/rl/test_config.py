@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rl.config import Config, ConfigError
-from rl.run.read_config import ELSEWHERE, read_config, read_yaml
+from rl.config import ABOVE_0, AT_LEAST_1, AT_MOST_1, BELOW_1, Config, ConfigError
+from rl.run.read_config import RENAMED, read_config, read_yaml
 
 
 def from_yaml(tmp_path, text, *arguments):
@@ -28,16 +28,16 @@ def test_yaml_types_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("lerning_rate: 1", "there is no setting lerning_rate; did you mean learning_rate?"),
-        ("max_steps: ten", "max_steps must be a whole number, but is 'ten'"),
-        ("max_steps: 1.5", "max_steps must be a whole number"),
-        ("max_steps: true", "max_steps must be a whole number"),
-        ("learning_rate: fast", "learning_rate must be a number"),
-        ("learning_rate: .nan", "learning_rate must be a number"),
-        ("load_in_4bit: 1", "load_in_4bit must be true or false"),
-        ("loss_type: gpro", "loss_type must be one of dapo, grpo, dr_grpo, cispo, sapo .did you mean grpo"),
-        ("system_prompt: 3", "system_prompt must be text"),
-        ("columns: [a]", "columns must be a mapping"),
+        ("lerning_rate: 1", "there is no setting lerning_rate. Did you mean .learning_rate.?"),
+        ("max_steps: ten", "max_steps is 'ten', but must be a whole number"),
+        ("max_steps: 1.5", "max_steps is 1.5, but must be a whole number"),
+        ("max_steps: true", "max_steps is True, but must be a whole number"),
+        ("learning_rate: fast", "learning_rate is 'fast', but must be a number"),
+        ("learning_rate: .nan", "learning_rate is nan, but must be a number"),
+        ("load_in_4bit: 1", "load_in_4bit is 1, but must be true or false"),
+        ("loss_type: gpro", "loss_type is 'gpro', .* one of dapo, grpo, dr_grpo, cispo, sapo. Did you mean .grpo"),
+        ("system_prompt: 3", "system_prompt is 3, but must be text"),
+        ("columns: [a]", "columns is .'a'., but must be a mapping"),
         ("- a", "expected lines of the form"),
         ("max_steps: 1\na: ]", "c.yaml:2: not valid YAML"),
         ("num_generations: 1", "num_generations is 1.*compares"),
@@ -45,8 +45,21 @@ def test_yaml_types_and_overrides(tmp_path):
         ("temperature: -1", "temperature is -1"),
         ("max_steps: 0", "max_steps is 0, but must be at least 1"),
         ("learning_rate: -1", "learning_rate is -1.0, but must not be negative"),
-        ("top_p: 0", "top_p must be in"),
-        ("epsilon: 1.5", "epsilon is 1.5"),
+        ("top_p: 0", "top_p is 0, but must be above 0"),
+        ("top_p: 1.1", "top_p is 1.1, but must be at most 1"),
+        ("min_p: 1", "min_p is 1.0, but must be below 1"),
+        ("min_p: -0.1", "min_p is -0.1, but must not be negative"),
+        ("gamma: 1.1", "gamma is 1.1, but must be at most 1"),
+        ("lam: -1", "lam is -1.0, but must not be negative"),
+        ("warmup_ratio: 2", "warmup_ratio is 2.0, but must be at most 1"),
+        ("epsilon: 1.5", "epsilon is 1.5, but must be below 1"),
+        ("epsilon: 0", "epsilon is 0, but must be above 0"),
+        ("epsilon_high: 0", "epsilon_high is 0, but must be above 0"),
+        ("code_timeout: 0", "code_timeout is 0, but must be above 0 .seconds"),
+        ("repetition_penalty: 0", "repetition_penalty is 0, but must be above 0 .1 is off"),
+        ("max_grad_norm: 0", "max_grad_norm is 0, but must be above 0 .a large number"),
+        ("sapo_temperature_neg: 0", "sapo_temperature_neg is 0, but must be above 0"),
+        ("target_kl: 0", "target_kl is 0, but must be above 0"),
         ("delta: 1.1", "delta is 1.1.*exceed"),
         ("{beta: 0.1, kl_estimator: k1, use_bias_correction_kl: false}", "k1 in the loss has a gradient of zero"),
         ("{num_mini_batches: 5, prompts_per_step: 4}", "num_mini_batches .5. is more than prompts_per_step .4."),
@@ -64,9 +77,24 @@ def test_settings_of_trl_and_unsloth_name_their_equivalent(tmp_path):
         from_yaml(tmp_path, "per_device_train_batch_size: 8")
     with pytest.raises(ConfigError, match="max_seq_length .* max_completion_length"):
         from_yaml(tmp_path, "", "--max-seq-length", "2048")
-    assert not set(ELSEWHERE) & set(vars(Config()))  # none of them exists here after all
-    with pytest.raises(ConfigError, match="did you mean max_steps"):
+    renamed = yaml.safe_load(RENAMED.read_text())
+    assert all(isinstance(hint, str) for hint in renamed.values())
+    assert not set(renamed) & set(vars(Config()))  # none of them exists here after all
+    with pytest.raises(ConfigError, match="Did you mean .max_steps"):
         from_yaml(tmp_path, "", "--max_step=3")
+
+
+def test_every_bound_is_of_a_number():
+    names = [*AT_LEAST_1, *AT_MOST_1, *BELOW_1, *ABOVE_0]
+    assert all(isinstance(getattr(Config(), name), (int, float, type(None))) for name in names)
+    with pytest.raises(ConfigError, match="beta is inf, but must be a finite number"):
+        Config(beta=float("inf")).check()
+    Config(seed=-1).check()
+
+
+def test_reading_settings_imports_no_memory_predictor():
+    code = "import sys, rl.run.read_config; assert not [name for name in sys.modules if name.startswith('rl.fit')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_missing_files():
@@ -127,7 +155,7 @@ def test_columns_are_pairs_in_either_form(tmp_path):
         (["--gpu-memory", "8"], "gpu_memory is 8, but is the GB of a card for --dry-run"),
         (["--dry-run", "--gpu-memory", "0"], "gpu_memory is 0"),
         (["--config", "FILE"], "FILE: dry_run is for the command line: --dry-run"),
-        (["--resume-from-checkpoint", "x"], "python train.py --resume runs/NAME goes on with a run"),
+        (["--resume-from-checkpoint", "x"], "python train.py --resume runs/NAME resumes a run"),
         (["--early-stopping-patience", "3"], "use early_stopping"),
     ],
 )

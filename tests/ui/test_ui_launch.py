@@ -97,7 +97,7 @@ def test_a_wrong_setting_is_shown_with_the_exit_code(folder, served):
     client = served()
     client.predict("configs/tiny.yaml", "--lerning-rate 1", api_name="/start_run")
     found = until(client, lambda f: "exit code" in f["became"])
-    assert "exit code 1" in found["became"] and "did you mean learning_rate?" in found["became"]
+    assert "exit code 1" in found["became"] and "Did you mean 'learning_rate'?" in found["became"]
     assert not (folder / "tiny-1").exists()
 
 

@@ -229,7 +229,7 @@ def test_what_is_damaged_is_said(folder, run):
     with pytest.raises(UiError, match="metrics.jsonl has a line that is not a JSON object"):
         run.metrics()
     (folder / "a/config.yaml").write_text("lerning_rate: 1\n")
-    with pytest.raises(ConfigError, match="did you mean learning_rate"):
+    with pytest.raises(ConfigError, match="Did you mean .learning_rate"):
         _ = run.config
 
 

@@ -6,10 +6,10 @@ import importlib.util
 import pytest
 
 from rl.config import Config
-from rl.fit.cards import CARDS, Card, known_card, usual_card
-from rl.fit.memory import by_unsloth, dry_run, predict, unsloth_update_bytes
-from rl.fit.shapes import known_shape
-from rl.fit.timing import REACHED, seconds, update_flops
+from rl.fit.cards import CARDS, EFFICIENCY, Card, known_card, run_seconds, update_flops, usual_card
+from rl.fit.dry_run import dry_run
+from rl.fit.memory import by_unsloth, predict
+from rl.fit.shapes import find_shape
 
 # --- the update by Unsloth
 
@@ -17,7 +17,7 @@ from rl.fit.timing import REACHED, seconds, update_flops
 @pytest.mark.parametrize("installed", [True, False])
 def test_who_makes_the_update(installed, monkeypatch):
     """As rl/model/backends.py chooses; for a card that is elsewhere Unsloth counts as installed."""
-    qwen, other = known_shape("Qwen/Qwen3-0.6B"), dataclasses.replace(known_shape("Qwen/Qwen3-0.6B"), own_decoder=False)
+    qwen, other = find_shape("Qwen/Qwen3-0.6B"), dataclasses.replace(find_shape("Qwen/Qwen3-0.6B"), own_decoder=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     assert by_unsloth(Config(), qwen, "cuda", "bfloat16") == installed
     assert by_unsloth(Config(gpu_memory=8.0), qwen, "cuda", "float16")
@@ -30,27 +30,29 @@ def test_who_makes_the_update(installed, monkeypatch):
 
 def test_the_update_by_unsloth():
     """Qwen3-0.6B: H 1024, F 3072, 16 heads and 8 for keys of 128, 28 layers. 4,096 tokens, none shared, no mask."""
-    shape, tokens = known_shape("Qwen/Qwen3-0.6B"), 4096
-    config = Config(max_tokens_per_micro_batch=tokens, gradient_checkpointing=True)
+    shape, tokens = find_shape("Qwen/Qwen3-0.6B"), 4096
+
+    def update(**changes):
+        settings = dict(max_tokens_per_micro_batch=tokens, gradient_checkpointing=True, backend="unsloth") | changes
+        return predict(Config(**settings), shape, "cuda", "bfloat16", 100).update
+
     layer = 2 * tokens * (5 * 1024 + 4 * 2048 + 5 * 1024 + 4 * 3072)
     assert layer == 251_658_240
     matrix, inputs, head = 1024 * 3072 * 2, 2 * tokens * 1024 * 2, 5 * 4 * 2**24 + 3 * tokens * 1024 * 2
-    assert unsloth_update_bytes(config, shape, 2, True, 100) == inputs + max(layer + matrix, head)
-    longer = dataclasses.replace(config, max_tokens_per_micro_batch=4 * tokens)  # now a layer takes more than the head
-    assert unsloth_update_bytes(longer, shape, 2, True, 100) == 4 * (inputs + layer) + matrix
-    kept = dataclasses.replace(config, gradient_checkpointing=False)
-    assert unsloth_update_bytes(kept, shape, 2, True, 100) == 28 * layer + head
-    by_itself = dataclasses.replace(config, backend="transformers")
-    assert predict(by_itself, shape, "cuda", "bfloat16", 100).update > unsloth_update_bytes(
-        config, shape, 2, False, 100
-    )
-    found = predict(Config(gpu_memory=8.0, dry_run=True), shape, "cuda", "bfloat16", 100)
-    assert found.by_unsloth and found.update == unsloth_update_bytes(Config(), shape, 2, False, 100)
+    assert update() == inputs + max(layer, head)
+    assert update(load_in_4bit=True) == inputs + max(layer + matrix, head)
+    longer = 4 * tokens  # now a layer takes more than the head
+    assert update(load_in_4bit=True, max_tokens_per_micro_batch=longer) == 4 * (inputs + layer) + matrix
+    assert update(gradient_checkpointing=False) == 28 * layer + head
+    assert update(backend="transformers") > update()
+    elsewhere = predict(Config(gpu_memory=8.0, dry_run=True), shape, "cuda", "bfloat16", 100)
+    assert elsewhere.by_unsloth
+    assert elsewhere.update == update(max_tokens_per_micro_batch=8192, gradient_checkpointing=False)
 
 
 def test_every_completion_has_its_prompt_with_unsloth():
     config = Config(prompts_per_step=2, num_generations=4, max_completion_length=50)
-    shape = known_shape("Qwen/Qwen3-0.6B")
+    shape = find_shape("Qwen/Qwen3-0.6B")
 
     def tokens(**changes):
         return predict(dataclasses.replace(config, **changes), shape, "cuda", "bfloat16", 30).tokens
@@ -67,35 +69,43 @@ def test_every_completion_has_its_prompt_with_unsloth():
 
 def test_seconds_of_a_step_and_of_a_run():
     """One row of 100 tokens by a card that computes at once: 100 decode steps, each reads the weights and half the keys."""
-    shape, prompt = known_shape("Qwen/Qwen3-0.6B"), 50
+    shape, prompt = find_shape("Qwen/Qwen3-0.6B"), 50
     card = Card("a card", 8, 300, 1e9)
     config = Config(
-        prompts_per_step=1, num_generations=1, max_completion_length=100, max_steps=10, eval_steps=4, eval_questions=1,
-        algorithm="reinforce", baseline="running", backend="unsloth", load_in_4bit=True,
-    )  # fmt: skip
+        prompts_per_step=1,
+        num_generations=1,
+        max_completion_length=100,
+        max_steps=10,
+        eval_steps=4,
+        eval_questions=1,
+        algorithm="reinforce",
+        baseline="running",
+        backend="unsloth",
+        load_in_4bit=True,
+    )
     found = predict(config, shape, "cuda", "bfloat16", prompt)
     assert found.folded
-    weights, head, half = shape.linear_parameters(), 151936 * 1024, 0.5  # of the row's completion is there on average
+    weights, head, half = shape.linear_parameters, 151936 * 1024, 0.5  # of the row's completion is there on average
     read = 2 * weights + 2 * head + half * 114_688 * (prompt + 25)
-    step, whole = seconds(config, shape, card, prompt, found)
-    assert step == pytest.approx(100 * read / 300e9 / REACHED, rel=1e-6)
+    step, whole = run_seconds(config, shape, card, prompt, found)
+    assert step == pytest.approx(100 * read / 300e9 / EFFICIENCY, rel=1e-6)
     assert whole == pytest.approx(10 * step + 4 * 2 * step, rel=1e-6)  # evaluated after 0, 4, 8 and 10, in two ways
     found.folded = False  # 4-bit weights are read, written out in 16 bits, and read again
-    step, _ = seconds(config, shape, card, prompt, found)
-    assert step == pytest.approx(100 * (read + (4.516 - 2) * weights) / 300e9 / REACHED, rel=1e-6)
-    quick, _ = seconds(config, shape, dataclasses.replace(card, bandwidth=1e9), prompt, found)
+    step, _ = run_seconds(config, shape, card, prompt, found)
+    assert step == pytest.approx(100 * (read + (4.516 - 2) * weights) / 300e9 / EFFICIENCY, rel=1e-6)
+    quick, _ = run_seconds(config, shape, dataclasses.replace(card, bandwidth=1e9), prompt, found)
     assert quick == pytest.approx(100 * 0.002, rel=1e-3)  # a step takes as long for whatever card
 
 
 def test_arithmetic_of_an_update():
-    shape, prompt = known_shape("Qwen/Qwen3-0.6B"), 50
+    shape, prompt = find_shape("Qwen/Qwen3-0.6B"), 50
     config = Config(prompts_per_step=2, num_generations=4, max_completion_length=100, backend="unsloth")
 
     def flops(**changes):
         changed = dataclasses.replace(config, **changes)
         return update_flops(changed, shape, prompt, predict(changed, shape, "cuda", "bfloat16", prompt))
 
-    n, head = shape.linear_parameters(), 151936 * 1024
+    n, head = shape.linear_parameters, 151936 * 1024
     body, completions = 8 * (50 + 50), 8 * 50  # tokens; of a completion half its greatest length
     assert flops() == 4 * n * body + 6 * head * completions
     assert flops(gradient_checkpointing=True) == 6 * n * body + 6 * head * completions
@@ -109,10 +119,10 @@ def test_arithmetic_of_an_update():
 
 
 def test_a_better_card_takes_less():
-    config, shape = Config(backend="unsloth", load_in_4bit=True), known_shape("Qwen/Qwen3-1.7B")
+    config, shape = Config(backend="unsloth", load_in_4bit=True), find_shape("Qwen/Qwen3-1.7B")
     found = predict(config, shape, "cuda", "bfloat16", 100)
     cards = [Card("", 8, bandwidth, tflops) for bandwidth, tflops in ((100, 10), (200, 10), (200, 20))]
-    times = [seconds(config, shape, card, 100, found)[1] for card in cards]
+    times = [run_seconds(config, shape, card, 100, found)[1] for card in cards]
     assert times == sorted(times, reverse=True) and len(set(times)) == 3
 
 

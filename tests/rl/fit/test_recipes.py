@@ -6,6 +6,7 @@ python tests/rl/fit/test_recipes.py        writes the predicted memory and time 
 import dataclasses
 import functools
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from grading import Completion, load_rewards, sandbox
 from rl.config import ConfigError
 from rl.fit import recipes
 from rl.fit.cards import GB, Machine
-from rl.fit.memory import dry_run
+from rl.fit.dry_run import dry_run
+from rl.fit.shapes import find_shape
+from rl.model import backends
 from rl.run.read_config import read_config, read_yaml
 
 RECIPES = sorted(
@@ -204,7 +207,12 @@ def rewards():
 
 def answered(row, system_prompt, right=True):
     """An answer in the form that the recipe's system prompt asks for."""
-    forms = {"####": "#### {}", "\\boxed{}": "It is $\\boxed{{{}}}$.", "<answer>": "<answer>{}</answer>", "```python": "```python\n{}\n```"}  # fmt: skip
+    forms = {
+        "####": "#### {}",
+        "\\boxed{}": "It is $\\boxed{{{}}}$.",
+        "<answer>": "<answer>{}</answer>",
+        "```python": "```python\n{}\n```",
+    }
     (form,) = [form for asked, form in forms.items() if asked in system_prompt]
     if "```" in form:
         gold = row["solution"] if right else row["solution"].replace("return", "return not")
@@ -326,6 +334,30 @@ def test_without_a_gpu_it_is_the_tiny_model(capsys):
     assert name == "tiny" and text.startswith("No NVIDIA GPU here: taking configs/tiny.yaml")
 
 
+def test_without_a_gpu_it_is_quick():
+    """Neither torch nor transformers is imported before the recipe is known."""
+    code = (
+        "import sys; from rl.run.read_config import read_config\n"
+        "assert read_config(['--config', 'auto', '--device', 'cpu'], '')[1] == 'tiny'\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unsloth_is_imported_before_the_prediction_imports_transformers(monkeypatch):
+    """Unless the command ends after the prediction."""
+    machine = Machine("cuda", "bfloat16", 8 * GB, "a card")
+    monkeypatch.setattr(recipes, "find_machine", lambda config: machine)
+    calls = []
+    monkeypatch.setattr(backends, "import_backend", lambda config: calls.append("backend"))
+    monkeypatch.setattr(recipes, "find_shape", lambda model: calls.append("shape") or find_shape(model))
+    recipes.choose_recipe(read_yaml)
+    assert calls[:2] == ["backend", "shape"]
+    calls.clear()
+    recipes.choose_recipe(lambda file: dataclasses.replace(read_yaml(file), dry_run=True))
+    assert set(calls) == {"shape"}
+
+
 def test_a_card_that_is_here(monkeypatch):
     """Its free memory counts, and what PyTorch says of bf16."""
 
@@ -344,7 +376,8 @@ def test_the_ladders_go_down():
     machine = Machine("cuda", "bfloat16", 0.1 * GB, "a card")
     for ladder in (recipes.LADDER, recipes.LADDER_FP16):
         assert set(ladder) <= set(RECIPES)
-        least = [recipes.least_memory(read_yaml(file), machine) for file in ladder]
+        configs = map(read_yaml, ladder)
+        least = [recipes.min_memory(config, find_shape(config.model), machine) for config in configs]
         assert least == sorted(least, reverse=True)
 
 
