@@ -4,6 +4,7 @@ A setting that is unknown, of the wrong type or out of range raises a ConfigErro
 to write instead. Imports no torch.
 """
 
+import dataclasses
 import math
 import types
 import typing

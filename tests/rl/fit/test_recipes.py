@@ -236,9 +236,7 @@ def check_rows(rows, config, rewards):
 @pytest.mark.parametrize("file", [file for file in RECIPES if file not in MADE])
 def test_right_answers_to_its_questions_get_full_marks(file, stand_in, rewards):
     config, _ = read_config(["--config", file], "")
-    train_rows, eval_rows, notes = load_questions(
-        config.train_data, config.eval_data, config.train_questions, config.eval_questions, config.columns, config.seed
-    )
+    train_rows, eval_rows, notes = load_questions(config)
     assert train_rows and eval_rows and not [note for note in notes if "evaluation" in note]
     assert {row["prompt"] for row in train_rows}.isdisjoint(row["prompt"] for row in eval_rows)
     check_rows(train_rows + eval_rows, config, rewards)
