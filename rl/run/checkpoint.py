@@ -23,6 +23,7 @@ import numpy
 import torch
 from safetensors import SafetensorError
 
+from grading.base import shorten
 from rl.config import Config, ConfigError, RunError
 from rl.model.oom import AUTO_SHRUNK, retry_on_oom
 from rl.model.policy import Policy, Question, reloaded_adapter, save_adapter
@@ -171,10 +172,10 @@ class Checkpoints:
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         return Checkpoint(folder, meta["step"], meta, state)
 
-    def older_than(self, folder: Path, model: str | None = None) -> str:
-        """Advice if a checkpoint cannot be used: the newest older one that can. model: fingerprint it has to have."""
+    def older_than(self, folder: Path) -> str:
+        """Advice if a checkpoint is damaged: the newest older one that is intact."""
         for other in reversed([other for other in self.all() if other < folder]):
-            if not damage(other) and (model is None or self.read(other).meta["made"]["model"] == model):
+            if not damage(other):
                 return f"the one before it can: python train.py --resume {other}"
         return "there is no older one that can: start a new run"
 
@@ -193,7 +194,7 @@ class Checkpoints:
         then = checkpoint.meta["made"]
         folder = checkpoint.folder
         changed = {
-            name: f"{name} {shorten_value(old)} -> {shorten_value(made['config'][name])}"
+            name: f"{name} {shorten(str(old), 40)} -> {shorten(str(made['config'][name]), 40)}"
             for name, old in then["config"].items()
             if name in made["config"] and name not in COMPARED_BY_HASH and made["config"][name] != old
         }
@@ -209,7 +210,7 @@ class Checkpoints:
         if made.get("model", then["model"]) != then["model"]:
             raise ConfigError(
                 f"resume: {folder} belongs to another base model, or reference adapter, than {made['config']['model']} is "
-                f"now; {self.older_than(folder, made['model'])}"
+                "now: put that one back, or start a new run"
             )
         texts = list(changed.values())
         if made["rewards"] != then["rewards"]:
@@ -228,13 +229,6 @@ class Checkpoints:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if all of them are as they were written."""
-    try:
-        return _damage(folder)
-    except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
-
-
-def _damage(folder: Path) -> str | None:
     if not (folder / "SHA256SUMS").is_file():
         if not (folder / "trainer_state.pt").exists() and (folder / "adapter_model.safetensors").exists():
             return f"it holds the LoRA alone, without the optimizer (to begin a new run with it: --adapter {folder})"
@@ -249,8 +243,11 @@ def _damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if name not in sums:
             return f"SHA256SUMS does not list {name}"
-        if sha256(folder / name) != sums[name]:
-            return f"{name} has changed since it was written, or is cut short"
+        try:
+            if sha256(folder / name) != sums[name]:
+                return f"{name} has changed since it was written, or is cut short"
+        except OSError as error:
+            return f"{error.filename} cannot be read: {error.strerror}"
     return None
 
 
@@ -350,9 +347,3 @@ class RandomState:
         self.generator.set_state(state["generator"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
-
-
-def shorten_value(value) -> str:
-    """A setting's value for a message."""
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
