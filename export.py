@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data import DataError, load_questions
+from data import DataError, load, load_questions
 from grading import RewardError, load_rewards, sandbox
 from rl.config import Config, ConfigError, RunError
 from rl.run.process import Stopping
@@ -70,8 +70,7 @@ def export(asked: Settings, at_end: contextlib.ExitStack) -> None:
     if asked.eval_questions > 0 and run:
         names, weights = config.reward_funcs, config.reward_weights
         rewards = load_rewards(str(run / "rewards.py"), names, weights, config.reward_errors, config.max_steps)
-        asked_in_run = config.train_questions, config.eval_questions, config.columns, config.seed
-        _, rows, _ = load_questions(config.train_data, config.eval_data, *asked_in_run)
+        _, rows, _ = load_questions(config)
         rows = rows[:: -(-len(rows) // asked.eval_questions)]
 
     import transformers  # late: --help and the checks above answer at once
@@ -248,7 +247,7 @@ def probes(policy, run: Path | None) -> list[list[int]]:
     if files := [file for file in files if file.is_file()]:
         lines = [json.loads(line) for line in files[0].read_text(encoding="utf-8").split("\n") if line]
     else:
-        rows = load_questions(["sums"], [], 1, PROBES, {}, 0)[1]
+        rows = load("sums", PROBES, "eval")
         lines = [{"question": row["prompt"], "completion": "The answer is"} for row in rows]
     asked = lines[:: max(1, len(lines) // PROBES)][:PROBES]
     encode = policy.tokenizer.encode

@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from data import DataError, Order, levels, load_questions, local_prompts
-from grading import RewardError, check_tests, load_rewards, sandbox
+from data import DataError, QuestionSampler, load_questions, local_prompts
+from grading import RewardError, check_tests, load_rewards, preflight, sandbox
 from rl.config import COMMANDS, ConfigError, RunError
 from rl.fit.memory import dry_run
 from rl.run.process import Stopping
@@ -51,13 +52,10 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
     rewards = load_rewards(
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
     )
-    train_rows, eval_rows, notes = load_questions(
-        config.train_data, config.eval_data, config.train_questions, config.eval_questions, config.columns, config.seed
-    )
-    order = Order(
-        levels(train_rows) if config.curriculum_steps else [0] * len(train_rows), config.curriculum_steps, config.seed
-    )
-    notes += check_tests(train_rows + eval_rows) + rewards.check(train_rows + eval_rows)
+    train_rows, eval_rows, notes = load_questions(config)
+    places = [SimpleNamespace(row=row, place=place) for place, row in enumerate(train_rows)]
+    order = QuestionSampler(places, config.curriculum_steps, config.seed)
+    notes += check_tests(train_rows + eval_rows) + preflight(rewards, train_rows + eval_rows)
     warnings = []  # in every line of the console
     if "unprotected" in sandbox.available():
         warnings.append("UNSAFE: model-written code runs unprotected")
@@ -220,7 +218,7 @@ def train(arguments: list[str], stopping: Stopping, at_end: contextlib.ExitStack
 
     def ask(n, step):
         """Answer n questions num_generations times each, scoring while the roll-out goes on: episodes, completions, scores."""
-        asked = order.take(n, step)
+        asked = [question.place for question in order.take(n, step)]
         rows, prompts = [train_rows[i] for i in asked], [train_prompts[i] for i in asked]
         with watch.time("rollout"), progress(n * group_size, f"step {step}") as bar:
             episodes, marking = marked_rollout(

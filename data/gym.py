@@ -7,7 +7,6 @@ The questions are made in a process of their own with a fixed hash seed: some fa
 from the global random numbers or print, and a run must be reproducible to the bit.
 """
 
-import difflib
 import importlib.util
 import itertools
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from data.sources import DataError
 from data.tasks import split_of
+from grading.base import did_you_mean
 
 PREFIX = "reasoning_gym:"
 BATCH = 500  # questions from one seed of the package
@@ -64,9 +64,8 @@ def _make(name: str, split: str, n: int, seed: int) -> list[dict]:
 
     name, at, levels = name.partition("@")
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}"
-        raise DataError(f"reasoning_gym has no family {name}; {hint}")
+        hint = did_you_mean(name, DATASETS) or f" It has {', '.join(sorted(DATASETS))}."
+        raise DataError(f"reasoning_gym has no family {name}.{hint}")
     if not at:
         return _make_level(name, None, split, n, seed, set())
     first, _, last = levels.partition("-")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import yaml
 from test_train import SMALL, lines, own_files, run
 
 import train
-from data import Order, load_questions
+from data import QuestionSampler, load_questions
 from grading import Completion, RewardError, Score
 from rl.algorithms import group_advantages
 from rl.run import report
@@ -20,9 +21,10 @@ from rl.run import report
 def raising_on_one_row(tmp_path, held_out=False):
     """The files of a person whose reward fails on one question: one asked in step 2, or one that is held out."""
     arguments = [str(argument) for argument in own_files(tmp_path)]
-    train_rows, eval_rows, _ = load_questions([arguments[1]], [], 30, 12, {}, 0)
-    asked = Order([0] * len(train_rows), 0, seed=0).take(7, step=1)[6]
-    row = eval_rows[-1] if held_out else train_rows[asked]
+    settings = {"train_data": [arguments[1]], "eval_data": [], "train_questions": 30, "eval_questions": 12}
+    train_rows, eval_rows, _ = load_questions(SimpleNamespace(**settings, columns={}, seed=0))
+    sampler = QuestionSampler([SimpleNamespace(row=row) for row in train_rows], 0, seed=0)
+    row = eval_rows[-1] if held_out else sampler.take(7, step=1)[6].row
     path = tmp_path / "my_rewards.py"
     fault = f"    return 1 / (completion.row['id'] != {row['id']!r})"
     path.write_text(path.read_text() + f"\n\n@reward(weight=0.1)\ndef rare(completion):\n{fault}\n")

@@ -27,6 +27,7 @@ class ModelReward(RewardFunction):
     """How a reward model counts in a reward file: as an opinion, which never judges what is right."""
 
     sees_row = False
+    is_model = True
 
     @property
     def line(self) -> int:

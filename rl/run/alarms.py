@@ -9,7 +9,7 @@ import math
 from collections import Counter
 
 from grading import Completion, Rewards, Score
-from grading.rewards.reward_file import SHAPING_SHARE
+from grading.base import SHAPING_SHARE
 from rl.config import Config
 from rl.evaluate import Z95, Answers
 from rl.run import health

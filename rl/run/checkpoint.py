@@ -271,8 +271,8 @@ class Position:
         state, tensors = saved.state, saved.tensors
         self.updater.load_state_dict(tensors["updater"])
         self.teacher.load_state_dict(tensors["teacher"])
-        self.order.skip(state["drawn"])
-        self.rewards.scored, self.rewards.errors = state["scored"], state["reward_errors"]
+        self.order.load_state_dict({"drawn": state["drawn"]})
+        self.rewards.load_state_dict({"scored": state["scored"], "errors": state["reward_errors"]})
         for name in HALVED:
             if getattr(self.config, name) == state["made"]["config"][name]:
                 setattr(self.config, name, state[name])

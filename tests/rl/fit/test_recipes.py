@@ -13,8 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # as a script
 
-from data import hub, levels, load, load_questions
-from grading import Completion, load_rewards, sandbox
+from data import hub, level_of, load, load_questions
+from grading import Completion, load_rewards, preflight, sandbox, score_all
 from rl.config import ConfigError
 from rl.fit import recipes
 from rl.fit.cards import GB, Machine
@@ -218,9 +218,9 @@ def answered(row, system_prompt, right=True):
 
 def check_rows(rows, config, rewards):
     """Right answers get full marks, wrong ones only those for the form."""
-    assert not [note for note in rewards.check(rows) if "warning" in note]
+    assert not [note for note in preflight(rewards, rows) if "warning" in note]
     for right in (True, False):
-        for score in rewards.score_all([answered(row, config.system_prompt, right) for row in rows]):
+        for score in score_all(rewards, [answered(row, config.system_prompt, right) for row in rows]):
             assert score.is_right == right and score.parts["format"] == 1, score
             assert score.total == pytest.approx(1.1 if right else 0.1)
 
@@ -228,9 +228,7 @@ def check_rows(rows, config, rewards):
 @pytest.mark.parametrize("file", [file for file in RECIPES if file not in MADE])
 def test_right_answers_to_its_questions_get_full_marks(file, stand_in, rewards):
     config, _ = read_config(["--config", file], "")
-    train_rows, eval_rows, notes = load_questions(
-        config.train_data, config.eval_data, config.train_questions, config.eval_questions, config.columns, config.seed
-    )
+    train_rows, eval_rows, notes = load_questions(config)
     assert train_rows and eval_rows and not [note for note in notes if "evaluation" in note]
     assert {row["prompt"] for row in train_rows}.isdisjoint(row["prompt"] for row in eval_rows)
     check_rows(train_rows + eval_rows, config, rewards)
@@ -251,7 +249,7 @@ def test_reasoning_gym_as_the_recipe_asks_for_it(rewards):
     pytest.importorskip("reasoning_gym")
     config, _ = read_config(["--config", "configs/reasoning_gym.yaml"], "")
     rows = made_rows("configs/reasoning_gym.yaml")
-    assert set(levels(rows)) == {1, 2, 3, 4} and config.curriculum_steps
+    assert set(map(level_of, rows)) == {1, 2, 3, 4} and config.curriculum_steps
     check_rows(rows[::40], config, rewards)
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 import train
-from grading import Completion, Score, load_rewards
+from grading import Completion, Score, load_rewards, score_all
 from rl.config import Config
 from rl.evaluate import Answers
 from rl.run import alarms, report
@@ -279,7 +279,7 @@ def test_shares_of_the_reward(tmp_path):
     row = {"id": "r", "prompt": "q", "task": "t", "answer": "5"}
     texts = ["\\boxed{5}", "\\boxed{4}", "\\boxed{4}", "\\boxed{4}"]
     completions = [Completion("q", text, row, tokens=10, token_ids=[1] * 10) for text in texts]
-    scores = rewards.score_all(completions)
+    scores = score_all(rewards, completions)
     assert [s.judge for s in scores] == ["correct"] * 4 and [s.is_right for s in scores] == [True, False, False, False]
     metrics = report.describe_step(completions, scores, rewards, group_size=2)
     assert (metrics["reward"], metrics["shaping"], metrics["shaping_when_wrong"]) == (2.25, 2.0, 2.0)
