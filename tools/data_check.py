@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from grading import Completion, Ungraded, check_tests, grade_row, sandbox
 from grading.base import row_kind, shorten
@@ -18,11 +19,9 @@ from grading.rewards import probes
 PATIENCE_SECONDS = 10.0  # for a gold program that is too slow for the usual limit
 
 
-@dataclass
-class Result:
-    """An answer to a row with what its grader made of it."""
+class Result(NamedTuple):
+    """What the row's grader made of a probe."""
 
-    row: dict
     probe: probes.Probe
     score: float | None  # None: ungraded
     reason: str
@@ -38,27 +37,26 @@ class Report:
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # on single questions: ungraded, or slow
 
-    def add(self, result: Result) -> None:
-        row, probe, score = result.row, result.probe, result.score
-        outcome = "ungraded" if score is None else "due" if score == probe.is_right else "failed"
-        self.outcomes.setdefault(probe.name, Counter())[outcome] += 1
-        if outcome == "failed":
-            shown = "" if probe.is_right else f" {shorten(probe.text)!r}"
-            self.failures.append(f"{row['id']}: {probe.name}{shown} gets {score:g}: {result.reason}")
-        elif outcome == "ungraded" and probe.is_right:
-            self.notes.append(f"ungraded {row['id']}: {result.reason}")
+    def add(self, row: dict, results: list[Result]) -> None:
+        for probe, score, reason in results:
+            outcome = "ungraded" if score is None else "due" if score == probe.is_right else "failed"
+            self.outcomes.setdefault(probe.name, Counter())[outcome] += 1
+            if outcome == "failed":
+                shown = "" if probe.is_right else f" {shorten(probe.text)!r}"
+                self.failures.append(f"{row['id']}: {probe.name}{shown} gets {score:g}: {reason}")
+        if results and all(result.score is None for result in results):
+            self.notes.append(f"ungraded {row['id']}: {results[0].reason}")
 
     def lines(self) -> list[str]:
-        counts = {}
+        lines = []
         for name, n in self.outcomes.items():
-            ungraded = f", {n['ungraded']} ungraded" if n["ungraded"] else ""
             marks = "full marks" if name == "gold" else "nothing"
-            counts[name] = f"{n['due']} of {n['due'] + n['failed']} get {marks}{ungraded}"
+            ungraded = f", {n['ungraded']} ungraded" if n["ungraded"] else ""
+            lines.append(f"  {name:<22}  {n['due']} of {n['due'] + n['failed']} get {marks}{ungraded}")
         if self.without_gold:
-            counts["no gold"] = f"{self.without_gold} questions"
+            lines.append(f"  {'no gold':<22}  {self.without_gold} questions")
         if self.no_difference:
-            counts["no difference"] = f"{self.no_difference} mutants are right in every test"
-        lines = [f"  {name:<22}  {text}" for name, text in counts.items()]
+            lines.append(f"  {'no difference':<22}  {self.no_difference} mutants are right in every test")
         return lines + [f"  {note}" for note in self.notes] + [f"  FAIL     {failure}" for failure in self.failures]
 
 
@@ -74,32 +72,28 @@ def check(rows: list[dict]) -> Report:
     """Grade golds, wrong answers, junk and mutants of rows, in parallel."""
     report = Report()
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        golds = [result for results in pool.map(_try_golds, rows) for result in results]
-        slow = [result for result in golds if result.reason.startswith("timeout")]
+        golds = list(pool.map(_try_golds, rows))
+        slow = [i for i, tried in enumerate(golds) if any(result.reason.startswith("timeout") for result in tried)]
         if slow:  # whether a gold is right is one question, whether it is quick another
             sandbox.start(code_timeout=PATIENCE_SECONDS)
-            for result, score in zip(slow, pool.map(lambda result: _grade(result.row, result.probe).score, slow)):
-                if score == 1:
-                    result.score = score
-                    report.notes.append(
-                        f"slow     {result.row['id']}: right, but only with more time than code_timeout"
-                    )
+            for i, again in zip(slow, pool.map(_try_golds, [rows[i] for i in slow])):
+                golds[i] = again
+                if all(result.score == 1 for result in again):
+                    report.notes.append(f"slow     {rows[i]['id']}: right, but only with more time than code_timeout")
             sandbox.start()
-        for result in golds:
-            report.add(result)
-        sound = {id(result.row) for result in golds if result.score == 1}
-        unsound = {id(result.row) for result in golds} - sound  # here nothing can be told from wrong answers
-        report.without_gold = len(rows) - len(sound | unsound)
-        judged = [row for row in rows if row_kind(row) and id(row) not in unsound]
-        for row, results in zip(judged, pool.map(_try_wrongs, judged)):
-            for result in results:
-                report.add(result)
-            if all(result.score is None for result in results):
-                report.notes.append(f"ungraded {row['id']}: {results[0].reason}")
-        programs = [row for row in judged if row_kind(row) == "code" and id(row) in sound]
-        for passing, result in pool.map(_try_mutants, programs):
+        report.without_gold = golds.count([])
+        for row, tried in zip(rows, golds):
+            report.add(row, tried)
+        # Nothing can be told from wrong answers to a row whose gold is not right.
+        judged = [
+            row for row, tried in zip(rows, golds) if row_kind(row) and all(result.score == 1 for result in tried)
+        ]
+        for row, tried in zip(judged, pool.map(_try_wrongs, judged)):
+            report.add(row, tried)
+        programs = [row for row in judged if row_kind(row) == "code" and probes.gold_of(row)]
+        for row, (passing, last) in zip(programs, pool.map(_try_mutants, programs)):
             report.no_difference += passing
-            report.add(result)
+            report.add(row, [last])
     return report
 
 
@@ -107,8 +101,8 @@ def _grade(row: dict, probe: probes.Probe) -> Result:
     try:
         score, reason = grade_row(Completion("", probe.text, {}).answer, row)
     except (Ungraded, ValueError) as error:  # ValueError: a gold that is empty, a grader of the user's own
-        return Result(row, probe, None, str(error))
-    return Result(row, probe, score, reason)
+        return Result(probe, None, str(error))
+    return Result(probe, score, reason)
 
 
 def _try_golds(row: dict) -> list[Result]:
@@ -117,21 +111,24 @@ def _try_golds(row: dict) -> list[Result]:
 
 def _try_wrongs(row: dict) -> list[Result]:
     style = probes.grader_style(row)
-    tried = [*probes.answers(row, style), *probes.wrongs(row, style), *probes.hostile(row, style)]
-    return [_grade(row, probe) for probe in tried if not probe.is_right and not probe.is_truncated]
+    tried = [*probes.wrongs(row, style), *probes.hostile(row, style)]
+    return [_grade(row, probe) for probe in tried if not probe.is_truncated]  # a program that is cut off may be right
 
 
 def _try_mutants(row: dict) -> tuple[int, Result]:
     """Try mutants until one gives a wrong value: how many passed before, and the result of that one."""
-    results = []
+    passing = 0
+    others = []
     for program in probes.mutants(row):
-        results.append(_grade(row, probes.Probe("mutant", probes.write("```python", program))))
-        if results[-1].reason.startswith("failed"):  # not merely a crash, or a loop without an end
+        result = _grade(row, probes.Probe("mutant", probes.write("```python", program)))
+        if result.score == 1:
+            passing += 1
+        else:
+            others.append(result)
+        if result.reason.startswith("failed"):  # not merely a crash, or a loop without an end
             break
-    passing = sum(result.score == 1 for result in results)
-    wrong = [result for result in results if result.score == 0]
-    ungraded = [result for result in results if result.score is None]  # each of them may be wrong
-    if not wrong and not ungraded:
-        reason = f"none of {passing} changes makes a difference to the tests"
-        ungraded = [Result(row, probes.Probe("mutant", ""), 1.0 if passing else None, reason)]
-    return passing, (wrong or ungraded)[-1]
+    wrong = [result for result in others if result.score == 0]
+    if wrong or others:  # an ungraded one may be wrong too
+        return passing, (wrong or others)[-1]
+    reason = f"none of {passing} changes makes a difference to the tests"
+    return passing, Result(probes.Probe("mutant", ""), 1.0 if passing else None, reason)

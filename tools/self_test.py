@@ -28,7 +28,7 @@ from grading.rewards.reward_file import load_rewards
 from tools.rescore import rescore
 
 WIDTH = 110  # columns of the table
-REASON_WIDTH = 22  # of them, at least
+NAMES_WIDTH = 48  # of them, for the rewards
 WATCH_SECONDS = 0.3  # between two looks at the file
 
 
@@ -93,31 +93,31 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
     functions = ", ".join(f"{f.name} {f.weight:g}" if f.weight else f"{f.name} (metric)" for f in rewards.functions)
     _print_wrapped(f"{Path(file).name}: {functions}")
     trials = try_probes(rewards, _examples(rewards))
+    best_example = max((t.score.total for t in trials if t.probe.is_right), default=math.nan)
     failures = []
     if trials:
-        failures += _print_block(rewards, "examples", "examples in the file", trials)
-    best_example = max((t.score.total for t in trials if t.probe.is_right), default=math.nan)
+        failures += _print_block(rewards, "examples", "examples in the file", trials, math.nan)
     for source, loaded in rows.items():
         name = Path(source).name
         for kind in dict.fromkeys(map(row_kind, loaded)):
             block = [row for row in loaded if row_kind(row) == kind]
-            style, by_style = try_rows(rewards, block)
-            failures += _print_block(rewards, name, _title(name, block, style), by_style[style], best_example)
-            notes += _notes_on_golds(name, by_style[style])
-            trials += by_style[style]
-    for f in rewards.functions:
-        values = [t.score.parts[f.name] for t in trials if f.weight and t.score.parts[f.name] is not None]
-        if f.weight and not values:
-            notes.append(f"{f.name} applied to none of these questions: --data SOURCE tries others")
+            style, tried = try_rows(rewards, block)
+            question = shorten(" ".join(probes.completion(block[0], "").prompt.split()), 50)
+            title = f"{name}, the answers written as {style}: questions such as {question!r}"
+            failures += _print_block(rewards, name, title, tried, best_example)
+            notes += _notes_on_golds(name, tried)
+            trials += tried
+    for name in rewards.names:
+        values = [t.score.parts[name] for t in trials if t.score.parts[name] is not None]
+        if not values:
+            notes.append(f"{name} applied to none of these questions: --data SOURCE tries others")
         elif len(values) > 1 and len(set(values)) == 1:
             failures.append(
-                f"{f.name} gives {values[0]:g} to all {len(values)} completions: nothing can be learnt from it"
+                f"{name} gives {values[0]:g} to all {len(values)} completions: nothing can be learnt from it"
             )
     print()
-    for note in notes:
-        _print_wrapped(note)
-    for failure in failures:
-        print(f"FAIL: {failure}")
+    for text in [*notes, *(f"FAIL: {failure}" for failure in failures)]:
+        _print_wrapped(text)
     verdict = f"FAILED: {len(failures)} problem{'s' if len(failures) > 1 else ''}" if failures else "passed"
     print(
         f"self-test {verdict}; {len(rewards.names)} rewards, {sum(map(len, rows.values()))} questions, {len(trials)} "
@@ -151,12 +151,6 @@ def _notes_on_golds(source: str, trials: list[Trial]) -> list[str]:
     return [f"{t.row['id']}: the gold is ungraded ({'; '.join(t.score.reasons.values())})" for t in ungraded]
 
 
-def _title(source: str, rows: list[dict], style: str) -> str:
-    question = shorten(" ".join(probes.completion(rows[0], "").prompt.split()), 50)
-    written = f", the answers written as {style}" if probes.gold_of(rows[0]) is not None else ""
-    return f"{source}{written}: {len(rows)} question{'s' if len(rows) > 1 else ''} such as {question!r}"
-
-
 # --- printing
 
 
@@ -164,13 +158,12 @@ def _print_wrapped(text: str) -> None:
     print(textwrap.fill(text, WIDTH, subsequent_indent="    "))
 
 
-def _print_block(
-    rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float = math.nan
-) -> list[str]:
-    """Print the table of a block with a line for each kind of completion; return what fails."""
+def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float) -> list[str]:
+    """Print a table with a line for each kind of completion; return what fails."""
     failed = overpaid(trials, best_example)
     functions = [f for f in rewards.functions if any(_value(t, f) is not None for t in trials)]
-    lines = [["  completion", "is", *(f.name for f in functions), "total", "verdict", "ms", "reason"]]
+    limit = max(6, NAMES_WIDTH // len(functions))  # of the columns of functions
+    lines = [["  completion", "is", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
     for name in dict.fromkeys(t.probe.name for t in trials):
         same = [t for t in trials if t.probe.name == name]
         reasons = dict.fromkeys(filter(None, same[0].score.reasons.values()))
@@ -178,7 +171,7 @@ def _print_block(
             [
                 f"{'!' if name in failed else ' '} {name}",
                 "right" if same[0].probe.is_right else "wrong",
-                *(_range([_value(t, f) for t in same], max(5, 48 // len(functions) - 2)) for f in functions),
+                *(_range([_value(t, f) for t in same], limit) for f in functions),
                 _range([t.score.total for t in same], 10),
                 "/".join(dict.fromkeys(t.score.verdict for t in same))[:9],
                 f"{max(t.score.seconds for t in same) * 1000:.0f}",
@@ -186,19 +179,11 @@ def _print_block(
             ]
         )
     widths = [max(map(len, cells)) for cells in zip(*lines)]
-    named = range(2, 2 + len(functions))
-    others = sum(widths) - sum(widths[i] for i in named) - widths[-1] + 2 * (len(widths) - 1)
-    room = WIDTH - REASON_WIDTH - others
-    if sum(widths[i] for i in named) > room:  # long names share the room that the other columns leave
-        for i in named:
-            values = max(len(cells[i]) for cells in lines[1:])
-            widths[i] = max(values, min(widths[i], room // len(functions)))
-    widths[-1] = max(6, WIDTH - others - sum(widths[i] for i in named))
     print(f"\n{shorten(title, WIDTH)}")
     for cells in lines:
-        numbers = [f"{cell[:width]:>{width}}" for cell, width in zip(cells[2:-1], widths[2:-1])]
-        start = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths[:2])]
-        print("  ".join([*start, *numbers, shorten(cells[-1], widths[-1])]).rstrip())
+        texts = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths)]
+        numbers = [f"{cell:>{width}}" for cell, width in zip(cells[2:-1], widths[2:])]
+        print(shorten("  ".join([*texts, *numbers, cells[-1]]), WIDTH))
     failures = []
     questions = len({str(t.row["prompt"]) for t in trials})
     other = "the right one" if any(t.probe.is_right for t in trials) else "the best there is"

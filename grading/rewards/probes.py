@@ -96,21 +96,22 @@ def golds(row: dict) -> list[Probe]:
     return [Probe("gold", text, True) for text in texts]
 
 
-def answers(row: dict, style: str) -> list[Probe]:
-    """The gold with and without thinking, and wrong answers of the same form; none without a gold."""
+def rights(row: dict, style: str) -> list[Probe]:
+    """The gold with and without thinking; none without a gold."""
     gold = gold_of(row)
     if gold is None:
         return []
-    right = [Probe(RIGHT, write(style, gold, THOUGHT), True), Probe("ideal", write(style, gold), True)]
-    return right + [Probe(WRONG, write(style, wrong, THOUGHT)) for wrong in wrong_answers(row)]
+    return [Probe(RIGHT, write(style, gold, THOUGHT), True), Probe("ideal", write(style, gold), True)]
 
 
 def wrongs(row: dict, style: str) -> Iterator[Probe]:
-    """Other completions that must get less than the gold; fewer of them without a gold."""
+    """Completions that must get less than the gold; fewer of them without a gold."""
     gold = gold_of(row)
     if gold:
-        wrong = wrong_answers(row)[0]
+        wrong, *others = wrong_answers(row)
         ideal = write(style, gold, THOUGHT)
+        for answer in (wrong, *others):
+            yield Probe(WRONG, write(style, answer, THOUGHT))
         yield Probe("only in the thinking", f"<think>{write(style, gold)}</think>")
         yield Probe("thinking never ends", f"<think>{write(style, gold)}")
         yield Probe("several, the last wrong", "\n".join(write(style, answer) for answer in (gold, wrong, gold, wrong)))
@@ -141,7 +142,7 @@ def wrong_answers(row: dict) -> list[str]:
     kind = row_kind(row)
     gold = gold_of(row)
     if kind == "code":
-        return [_returning(row, _constant(row)), _returning(row, "None")]
+        return [_returning(row, NO_TESTED_VALUE), _returning(row, "None")]
     if kind == "countdown":
         target = row["target"]
         return [str(target), f"{gold} + 1", f"-({gold})", str(row["nums"][0]), f"{gold} = {target + 1}"]
@@ -210,6 +211,7 @@ SWAPPED = {
     ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
 }  # fmt: skip
+LOOPING = (ast.While, ast.AugAssign)
 OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -229,40 +231,17 @@ def _returning(row: dict, value: str, helpers: str = "") -> str:
     return helpers + "\n".join(f"def {name}(*args, **kwargs):\n    return {value}\n" for name in names)
 
 
-def _constant(row: dict) -> str:
-    """The value that one test expects, which the prompt may show, if another test expects another."""
-    values = expected_values(row["tests"])
-    return values[0] if len(set(values)) > 1 else NO_TESTED_VALUE
-
-
-def expected_values(tests: str | list) -> list[str]:
-    """The literals that tests compare a call with, as source text, in the order of the tests."""
-    values = []
-    with contextlib.suppress(SyntaxError, TypeError, LookupError):  # tests of another form
-        if isinstance(tests[0], dict):
-            return [repr(test["expected"]) for test in tests]
-        for node in ast.walk(ast.parse(tests if isinstance(tests, str) else "\n".join(tests))):
-            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq) and isinstance(node.left, ast.Call):
-                with contextlib.suppress(ValueError):
-                    values.append(repr(ast.literal_eval(node.comparators[0])))
-    return values
-
-
 def mutants(row: dict) -> Iterator[str]:
     """The gold program with one operator swapped or one constant off by one; last, with its result off by one.
 
-    Changes in what is returned come first, those to loops last. Any of them may make no difference to the tests.
+    Any of them may make no difference to the tests. Those that may keep a loop from ending come late.
     """
     tree = ast.parse(row["solution"])
-    returned, loops = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Return):
-            returned.update(map(id, ast.walk(node)))
-        elif isinstance(node, (ast.While, ast.AugAssign)):  # a change may keep the loop from ending
-            loops.update(map(id, ast.walk(node.test if isinstance(node, ast.While) else node)))
     nodes = list(ast.walk(tree))
-    order = sorted(range(len(nodes)), key=lambda i: (id(nodes[i]) in loops, id(nodes[i]) not in returned))
-    places = [i for i in order if _change(copy.deepcopy(nodes[i]))]
+    steering = [node.test if isinstance(node, ast.While) else node for node in nodes if isinstance(node, LOOPING)]
+    loops = {id(node) for top in steering for node in ast.walk(top)}
+    places = [place for place, node in enumerate(nodes) if _change(copy.deepcopy(node))]
+    places.sort(key=lambda place: id(nodes[place]) in loops)
     for place in places[:MAX_MUTANTS]:
         changed = copy.deepcopy(tree)
         _change(list(ast.walk(changed))[place])

@@ -255,7 +255,7 @@ def test_beside_a_rule_in_a_reward_file(tmp_path):
         assert score.total == pytest.approx(("{3}" in text) + 0.2 * value, abs=1e-5)
         assert (score.judge, score.is_right) == ("correct", "{3}" in text)
     row = {"id": "r", "task": "t", "prompt": "3+4=?", "answer": "7"}
-    assert preflight(rewards, [row]) == ["largest reward: 1.2 on math rows (correct 1 + kind_model_v0_1 0.2)"]
+    assert preflight(rewards, [row]) == []
     conversation = [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "hi"},
@@ -296,13 +296,12 @@ def test_a_reward_model_never_judges(tmp_path):
     judge, verdict, rewards, row = judged(rule, 10)
     assert (judge, verdict) == ("right", "wrong")
     notes = preflight(rewards, [row])
-    assert notes[0] == "largest reward: inf on math rows (right 0.5 + m inf)"
-    assert notes[1].startswith("warning: on math rows m is a reward model's raw score, which has no bound")
+    assert notes[0].startswith("warning: on math rows m is a reward model's raw score, which has no bound")
 
     judge, verdict, rewards, row = judged("", 1, sigmoid=True)
     assert (judge, verdict) == (None, "wrong")
     notes = preflight(rewards, [row])
-    assert len(notes) == 2 and "nothing says what is right: a reward model (m) has an opinion" in notes[1]
+    assert len(notes) == 1 and "nothing says what is right: a reward model (m) has an opinion" in notes[0]
 
     *_, rewards, row = judged("@reward(when='math')\ndef right(c): return c.answer == c.row['answer']\n", 1)
     chat = {"id": "c", "task": "chat", "prompt": "Tell me a story."}

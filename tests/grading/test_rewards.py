@@ -218,14 +218,12 @@ def test_a_file_that_was_just_changed_is_read_again(tmp_path, monkeypatch):
     assert not (tmp_path / "__pycache__").exists()
 
 
-def test_notes_on_the_largest_reward_and_on_shaping(tmp_path):
+def test_warnings_if_a_wrong_answer_can_earn_as_much(tmp_path):
     rows = [
         {"id": "r1", "task": "t", "prompt": "q", "answer": "12"},
         {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 2"]},
     ]
-    assert preflight(load_rewards("rewards.py"), rows) == [
-        "largest reward: 1.1 on math rows (correct 1 + format 0.1), 1.1 on code rows (passes_tests 1 + format 0.1)"
-    ]
+    assert preflight(load_rewards("rewards.py"), rows) == []
     source = """
         @reward
         def right(c): return grade_math(c.answer, c.row["answer"])
@@ -234,13 +232,18 @@ def test_notes_on_the_largest_reward_and_on_shaping(tmp_path):
         @reward(weight={weight})
         def format(c): return {value}
         """
-    assert len(preflight(load_rewards(write(tmp_path, source.format(weight=0.4, value=1))), rows[:1])) == 1
-    _, warning = preflight(load_rewards(write(tmp_path, source.format(weight=0.5, value=1))), rows[:1])
-    assert (
-        "on math rows a wrong answer can earn as much as a right one: short 0.5 + format 0.5 against right 1" in warning
-    )
+    assert preflight(load_rewards(write(tmp_path, source.format(weight=0.4, value=1))), rows[:1]) == []
+    (warning,) = preflight(load_rewards(write(tmp_path, source.format(weight=0.5, value=1))), rows[:1])
+    assert "on math rows a wrong answer can earn as much as a right one" in warning
+    assert "short 0.5 + format 0.5" in warning and "adds 1." in warning
     gated = "grade_math(c.answer, c.row['answer'])[0] and 1"
-    assert len(preflight(load_rewards(write(tmp_path, source.format(weight=0.5, value=gated))), rows[:1])) == 1
+    assert preflight(load_rewards(write(tmp_path, source.format(weight=0.5, value=gated))), rows[:1]) == []
+    anywhere = "@reward\ndef right(c): return c.row['answer'] in c.text\n"
+    (warning,) = preflight(load_rewards(write(tmp_path, anywhere)), rows[:1])
+    assert "gets right 1, and being right adds 1." in warning  # as in the thinking, or as a part of a longer number
+    style = "@reward\ndef short(c): return max(0, 1 - len(c.text) / 100)\n"
+    (warning,) = preflight(load_rewards(write(tmp_path, style)), rows[:1])
+    assert "'empty' gets short 1, and being right adds 0." in warning
     unseen = """
         def gold(c): return c.row["answer"]
         @reward
@@ -248,7 +251,7 @@ def test_notes_on_the_largest_reward_and_on_shaping(tmp_path):
         @reward(weight=2)
         def format(c): return 1
         """
-    warnings = preflight(load_rewards(write(tmp_path, unseen)), rows[:1])[1:]
+    warnings = preflight(load_rewards(write(tmp_path, unseen)), rows[:1])
     assert len(warnings) == 2 and "right or wrong is what format says" in warnings[1]
 
 

@@ -14,7 +14,6 @@ from grading import Ungraded, grade_row, sandbox
 from grading.gym import final_answer, grade_gym
 from grading.rewards.probes import (
     changed_texts,
-    expected_values,
     golds,
     hostile,
     mutants,
@@ -64,22 +63,12 @@ def test_changed_texts_differ_from_the_gold():
 
 def test_wrong_programs_do_not_what_was_asked():
     constant, nothing = wrong_answers(CODE)
-    assert run(constant, 1, 2) == 3 == run(constant, 2, 2)  # what the shown test gives away
-    assert run(nothing, 1, 2) is None
+    assert run(constant, 1, 2) == run(constant, 2, 2) not in (3, 4) and run(nothing, 1, 2) is None
     equal = next(probe.text for probe in hostile(CODE, "plain") if "equals all" in probe.name)
     assert run(equal, 1, 2) == 17
     *changed, off_by_one = mutants(CODE)
     assert [run(program, 5, 3) for program in changed] == [2] and run(off_by_one, 5, 3) == 9
     assert all(ast.unparse(ast.parse(program)) for program in [constant, nothing, equal, *changed])
-
-
-def test_the_constant_is_no_right_answer():
-    """Where all tests expect the same, that value is right as far as anyone can tell: another is taken."""
-    same = CODE | {"tests": ["assert add(1, 2) == 3", "assert add(2, 1) == 3"]}
-    assert run(wrong_answers(same)[0], 1, 2) not in (3, None)
-    assert expected_values("def check(candidate):\n    assert candidate(1) == [2]\n    assert candidate(2)\n") == [
-        "[2]"
-    ]
 
 
 def test_programs_on_standard_input():
