@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from grading.base import (
     Completion,
@@ -47,25 +46,15 @@ def score_all(rewards: Rewards, completions: list[Completion]) -> list[Score]:
     return scoring.results()
 
 
-class Part(NamedTuple):
-    """What one function made of one completion."""
-
-    value: float | None = None
-    reason: str = ""
-    process: list[tuple[int, float]] | None = None
-    is_ungraded: bool = False
-
-
 @dataclass
 class _Entry:
-    """A completion with what the functions have made of it so far."""
+    """A completion with its score, as far as the functions have made it."""
 
     completion: Completion
     place: int  # in the results
-    parts: dict[str, Part | RewardError] = field(default_factory=dict)  # by function
-    metrics: dict[str, float] = field(default_factory=dict)  # logged by batch functions, as is extra
-    extra: dict[str, object] = field(default_factory=dict)
-    seconds: float = 0.0
+    score: Score
+    faults: list[RewardError] = field(default_factory=list)
+    ungraded: set[str] = field(default_factory=set)  # functions that gave no grade
 
 
 class Scoring:
@@ -88,8 +77,11 @@ class Scoring:
         Args:
             place: Its place in the results; by default the order of adding.
         """
+        parts = {f.name: None for f in self.rewards.functions if f.weight}
+        metrics = {f.name: None for f in self.rewards.functions if not f.weight}
+        score = Score(0.0, parts, metrics, {}, "wrong")
         with self._changed:
-            self._entries.append(_Entry(completion, len(self._entries) if place is None else place))
+            self._entries.append(_Entry(completion, len(self._entries) if place is None else place, score))
             self._provide_thread()
 
     def _provide_thread(self) -> None:
@@ -149,7 +141,9 @@ class Scoring:
             raise self._broken
         entries = self._in_order()
         self._settle_errors(entries)
-        return [self._score(entry) for entry in entries]
+        for entry in entries:
+            self._settle(entry)
+        return [entry.score for entry in entries]
 
     def _in_order(self) -> list[_Entry]:
         return sorted(self._entries, key=lambda entry: entry.place)
@@ -163,10 +157,10 @@ class Scoring:
             result = f.function(entry.completion) if f.applies(entry.completion.row) else None
             self._keep(f, entry, await result if f.is_async and result is not None else result)
         except Ungraded as error:
-            entry.parts[f.name] = Part(reason=str(error), is_ungraded=True)
+            self._leave_ungraded(f, [entry], str(error))
         except (Exception, SystemExit) as error:
             self._fail(f, [entry], error)
-        entry.seconds += time.perf_counter() - started
+        entry.score.seconds += time.perf_counter() - started
 
     async def _apply_batch(self, f: RewardFunction) -> None:
         """Call a batch function for all completions that it applies to."""
@@ -176,8 +170,6 @@ class Scoring:
             for entry in self._in_order():
                 if f.applies(entry.completion.row):
                     entries.append(entry)
-                else:
-                    self._keep(f, entry, None)
             if not entries:
                 return
             values, log = await trl.call(f, [entry.completion for entry in entries], self.rewards.max_steps)
@@ -189,21 +181,20 @@ class Scoring:
                 values_given = f"{len(values)} value{'s' if len(values) != 1 else ''}"
                 raise _WrongValue(f"returned {values_given} for {len(entries)} completions")
         except Ungraded as error:
-            for entry in entries:
-                entry.parts[f.name] = Part(reason=str(error), is_ungraded=True)
+            self._leave_ungraded(f, entries, str(error))
         except (Exception, SystemExit) as error:
             self._fail(f, entries or [entry], error)
         else:
             means = {name: sum(logged) / len(logged) for name, logged in log.metrics.items()}
             for i, entry in enumerate(entries):
-                entry.metrics |= means
-                entry.extra |= {column: logged[i] for column, logged in log.extra.items()}
+                entry.score.metrics |= means
+                entry.score.extra |= {column: logged[i] for column, logged in log.extra.items()}
                 try:
                     self._keep(f, entry, values[i])
                 except _WrongValue as error:
                     self._fail(f, [entry], error)
         for entry in entries:
-            entry.seconds += (time.perf_counter() - started) / len(entries)
+            entry.score.seconds += (time.perf_counter() - started) / len(entries)
 
     def _run_async(self) -> None:
         """Await all async functions together, on an event loop that lets other functions run while it waits."""
@@ -234,12 +225,24 @@ class Scoring:
             self._broken = error
 
     def _keep(self, f: RewardFunction, entry: _Entry, result) -> None:
-        entry.parts[f.name] = read(result, len(entry.completion.text))
+        """Enter what a function returned for a completion. Raises _WrongValue."""
+        value, reason, process = read(result, len(entry.completion.text))
+        (entry.score.parts if f.weight else entry.score.metrics)[f.name] = value
+        if reason:
+            entry.score.reasons[f.name] = reason
+        if process is not None:
+            entry.score.process[f.name] = process
+
+    def _leave_ungraded(self, f: RewardFunction, entries: list[_Entry], reason: str) -> None:
+        for entry in entries:
+            entry.score.reasons[f.name] = reason
+            entry.ungraded.add(f.name)
 
     def _fail(self, f: RewardFunction, entries: list[_Entry], error: Exception) -> None:
         fault = describe_fault(self.rewards.path, f, [entry.completion for entry in entries], error)
         for entry in entries:
-            entry.parts[f.name] = fault
+            entry.faults.append(fault)
+        self._leave_ungraded(f, entries, f"reward_error: {fault}")
         if self.rewards.reward_errors == "stop":
             self._stopped = True
 
@@ -247,9 +250,7 @@ class Scoring:
 
     def _settle_errors(self, entries: list[_Entry]) -> None:
         """Raise RewardError if a function failed and none may (stop), or if too many did (skip)."""
-        faults = []  # the first of each completion that has one
-        for entry in entries:
-            faults += [part for part in entry.parts.values() if isinstance(part, RewardError)][:1]
+        faults = [entry.faults[0] for entry in entries if entry.faults]
         rewards = self.rewards
         if faults and rewards.reward_errors == "stop":
             raise faults[0] from faults[0].__cause__
@@ -262,44 +263,37 @@ class Scoring:
                 faults[0].completions,
             ) from faults[0].__cause__
 
-    def _score(self, entry: _Entry) -> Score:
-        """The weighted sum of a completion's parts, with the verdict of the function that judges it."""
-        score = Score(0.0, {}, {}, {}, "wrong", extra=entry.extra, seconds=entry.seconds)
-        is_ungraded = False
-        reasons = {}  # of the functions that gave a value
-        for f in self.rewards.functions:
-            part = entry.parts[f.name]
-            if isinstance(part, RewardError):
-                score.error = score.error or str(part)
-                part = Part(reason=f"reward_error: {part}", is_ungraded=True)
-            (score.parts if f.weight else score.metrics)[f.name] = part.value
-            if part.reason:
-                score.reasons[f.name] = part.reason
-            if part.process is not None:
-                score.process[f.name] = part.process
-            is_ungraded = is_ungraded or (part.is_ungraded and f.weight != 0)
-            if part.value is not None:
-                score.total += f.weight * part.value
-                reasons[f.name] = part.reason
-        score.metrics |= entry.metrics
-        judge = self.rewards.judge(reasons)
-        if not is_ungraded and all(value is None for value in score.parts.values()):  # 0 would be a wrong reward
-            is_ungraded = True
-            first = next(iter(score.parts))
-            score.reasons.setdefault(first, "no reward function gave a value: is a return missing?")
-        if is_ungraded:
+    def _settle(self, entry: _Entry) -> None:
+        """Complete a score: the weighted sum, and the verdict of the function that judges it."""
+        score = entry.score
+        names = [f.name for f in self.rewards.functions]  # in the file's order, whichever function was done first
+        score.reasons = {name: score.reasons[name] for name in names if name in score.reasons}
+        score.process = {name: score.process[name] for name in names if name in score.process}
+        if entry.faults:
+            score.error = str(entry.faults[0])
+        given = [f for f in self.rewards.functions if score.parts.get(f.name) is not None]
+        if any(name in score.parts for name in entry.ungraded):
             score.verdict, score.total = "ungraded", math.nan
-        elif judge:
-            score.judge, score.verdict = judge.name, "right" if score.parts[judge.name] >= 1 else "wrong"
-        return score
+        elif not given:  # 0 would be a wrong reward
+            score.verdict, score.total = "ungraded", math.nan
+            score.reasons.setdefault(next(iter(score.parts)), "no reward function gave a value: is a return missing?")
+        else:
+            score.total = sum(f.weight * score.parts[f.name] for f in given)
+            judge = self.rewards.judge({f.name: score.reasons.get(f.name, "") for f in given})
+            if judge:
+                score.judge, score.verdict = judge.name, "right" if score.parts[judge.name] >= 1 else "wrong"
 
 
 class _WrongValue(Exception):
     """What a function returned is none of what it may return."""
 
 
-def read(result, length: int) -> Part:
-    """What a function returned for a completion of `length` characters. Raises _WrongValue."""
+def read(result, length: int) -> tuple[float | None, str, list[tuple[int, float]] | None]:
+    """The value, the reason and the process reward in what a function returned. Raises _WrongValue.
+
+    Args:
+        length: Characters of the completion, the largest position of a process reward.
+    """
     value, reason = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
     process = None
     if isinstance(value, list) and all(isinstance(step, (list, tuple)) and len(step) == 2 for step in value):
@@ -313,7 +307,7 @@ def read(result, length: int) -> Part:
         value = wrong if wrong is not None else float(sum(number for _, number in process))
     if (value is not None and not is_finite_number(value)) or not isinstance(reason, (str, type(None))):
         raise _WrongValue(f"returned {short_repr(result)}, expected {EXPECTED}")
-    return Part(None if value is None else float(value), reason or "", process)
+    return None if value is None else float(value), reason or "", process
 
 
 def describe_fault(path: Path, f: RewardFunction, completions: list[Completion], error: Exception) -> RewardError:

@@ -201,8 +201,8 @@ def test_positions_outside_the_text_are_errors(tmp_path, position):
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(-1e6, 1e6)), max_size=5))
 @settings(max_examples=50, deadline=None)
 def test_a_process_reward_counts_as_its_sum(steps):
-    part = read(steps, 9)
-    assert part.process == steps and part.value == pytest.approx(sum(value for _, value in steps))
+    total, _, process = read(steps, 9)
+    assert process == steps and total == pytest.approx(sum(value for _, value in steps))
 
 
 # --- notes before a run
