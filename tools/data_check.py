@@ -15,6 +15,7 @@ from typing import NamedTuple
 from grading import Completion, Ungraded, check_tests, grade_row, sandbox
 from grading.base import row_kind, shorten
 from grading.rewards import probes
+from grading.rewards.probes import Probe
 
 PATIENCE_SECONDS = 10.0  # for a gold program that is too slow for the usual limit
 
@@ -22,7 +23,7 @@ PATIENCE_SECONDS = 10.0  # for a gold program that is too slow for the usual lim
 class Result(NamedTuple):
     """What the row's grader made of a probe."""
 
-    probe: probes.Probe
+    probe: Probe
     score: float | None  # None: ungraded
     reason: str
 
@@ -97,7 +98,12 @@ def check(rows: list[dict]) -> Report:
     return report
 
 
-def _grade(row: dict, probe: probes.Probe) -> Result:
+def grader_style(row: dict) -> str:
+    """The style of answers that the row's own grader reads."""
+    return {"code": "```python", "reasoning_gym": "<answer>"}.get(row_kind(row), "\\boxed{}")
+
+
+def _grade(row: dict, probe: Probe) -> Result:
     try:
         score, reason = grade_row(Completion("", probe.text, {}).answer, row)
     except (Ungraded, ValueError) as error:  # ValueError: a gold that is empty, a grader of the user's own
@@ -106,12 +112,11 @@ def _grade(row: dict, probe: probes.Probe) -> Result:
 
 
 def _try_golds(row: dict) -> list[Result]:
-    return [_grade(row, probe) for probe in probes.golds(row)]
+    return [_grade(row, Probe("gold", probe.text, True)) for probe in probes.rights(row, grader_style(row))[-1:]]
 
 
 def _try_wrongs(row: dict) -> list[Result]:
-    style = probes.grader_style(row)
-    tried = [*probes.wrongs(row, style), *probes.hostile(row, style)]
+    tried = [*probes.wrongs(row, grader_style(row)), *probes.hostile(row, grader_style(row))]
     return [_grade(row, probe) for probe in tried if not probe.is_truncated]  # a program that is cut off may be right
 
 
@@ -120,7 +125,7 @@ def _try_mutants(row: dict) -> tuple[int, Result]:
     passing = 0
     others = []
     for program in probes.mutants(row):
-        result = _grade(row, probes.Probe("mutant", probes.write("```python", program)))
+        result = _grade(row, Probe("mutant", probes.write("```python", program)))
         if result.score == 1:
             passing += 1
         else:
@@ -131,4 +136,4 @@ def _try_mutants(row: dict) -> tuple[int, Result]:
     if wrong or others:  # an ungraded one may be wrong too
         return passing, (wrong or others)[-1]
     reason = f"none of {passing} changes makes a difference to the tests"
-    return passing, Result(probes.Probe("mutant", ""), 1.0 if passing else None, reason)
+    return passing, Result(Probe("mutant", ""), 1.0 if passing else None, reason)

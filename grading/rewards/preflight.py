@@ -87,10 +87,10 @@ def _notes_on_golds(rows: list[dict]) -> list[str]:
 
 def _problem_with(gold: str) -> str:
     """Why the math grader does not take a gold for right; empty if it does."""
-    try:
-        score, reason = grade_math(gold if probes.is_worked_out(gold) else f"\\boxed{{{gold}}}", gold)
-    except ValueError as error:
-        return str(error)
+    answer = probes.gold_of({"answer": gold})
+    if answer is None:
+        return "it is empty"
+    score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
     return "" if score == 1 else reason
 
 

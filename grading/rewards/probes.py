@@ -60,40 +60,19 @@ def styles_of(row: dict) -> list[str]:
     return [name for name in STYLES if name != ("\\boxed{}" if row_kind(row) == "code" else "```python")]
 
 
-def grader_style(row: dict) -> str:
-    """The style that the row's own grader reads."""
-    return {"code": "```python", "reasoning_gym": "<answer>"}.get(row_kind(row), "\\boxed{}")
-
-
 def gold_of(row: dict) -> str | None:
-    """The answer of a right completion; None if the row does not say."""
+    """The answer of a right completion; of a whole solution, its final answer. None if the row does not say."""
     kind = row_kind(row)
     gold = row.get("solution" if kind in ("code", "countdown") else "answer")
     if gold is None or (not str(gold).strip() and kind != "reasoning_gym"):  # there a word may be reduced to nothing
         return None
     gold = str(gold)
-    if kind not in ("code", "countdown", "reasoning_gym") and is_worked_out(gold):
+    if kind == "math" and ("####" in gold or "\\boxed{" in gold):
         gold = extract_answer(gold) or gold
     return gold.strip()
 
 
-def is_worked_out(text) -> bool:
-    """Whether a text is a whole solution, with its final answer marked."""
-    return isinstance(text, str) and ("####" in text or "\\boxed{" in text)
-
-
 # --- the probes of a row
-
-
-def golds(row: dict) -> list[Probe]:
-    """The gold as the row's own grader reads it, and the source's own solutions; none without a gold."""
-    gold = gold_of(row)
-    if gold is None:
-        return []
-    texts = [write(grader_style(row), gold)]
-    if row_kind(row) == "math":
-        texts += [text for text in (row["answer"], row.get("solution")) if is_worked_out(text)]
-    return [Probe("gold", text, True) for text in texts]
 
 
 def rights(row: dict, style: str) -> list[Probe]:
@@ -186,8 +165,6 @@ class Yes:
         return True
     def __ne__(self, other):
         return False
-    def __bool__(self):
-        return True
 """
 OFF_BY_ONE = """
 {name}_before_ = {name}
@@ -195,13 +172,7 @@ def {name}(*args, **kwargs):
     value = {name}_before_(*args, **kwargs)
     if type(value) is bool:
         return not value
-    if type(value) in (int, float):
-        return value + 1
-    if type(value) is str:
-        return value + "x"
-    if type(value) in (list, tuple) and value:
-        return value[:-1]
-    return [value]
+    return value + 1 if type(value) in (int, float) else [value]
 """
 MAX_MUTANTS = 25
 SWAPPED = {

@@ -14,7 +14,7 @@ from grading import Ungraded, grade_row, sandbox
 from grading.gym import final_answer, grade_gym
 from grading.rewards.probes import (
     changed_texts,
-    golds,
+    gold_of,
     hostile,
     mutants,
     write,
@@ -91,7 +91,7 @@ def test_the_built_in_families_are_sound(family):
     rows = questions(family, "eval", 5, seed=0)
     report = check(rows)
     assert report.failures == [] and report.notes == [] and report.without_gold == 0
-    assert report.outcomes["gold"] == {"due": 10 if family == "sums" else 5}
+    assert report.outcomes["gold"] == {"due": 5}
     total, paid, ungraded = junk_of(report)
     assert paid == 0 and total >= 5 * 7
     # Without bubblewrap, a program that needs more than Monty is ungraded: here one that imports sys, for each question.
@@ -100,13 +100,13 @@ def test_the_built_in_families_are_sound(family):
         assert report.outcomes["mutant"] == {"due": 5}
 
 
-def test_whole_solutions_are_graded_too(tmp_path):
+def test_the_final_answer_of_a_whole_solution_is_the_gold(tmp_path):
     row = {"question": "3 + 4?", "answer": "It is <<3+4=7>>7.\n#### 7"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     (row,) = load(str(tmp_path / "q.jsonl"))
-    assert [probe.text for probe in golds(row)] == ["\\boxed{7}", "It is 7.\n#### 7"]
-    assert [probe.text for probe in golds({"answer": "So \\boxed{7}"})] == ["\\boxed{7}", "So \\boxed{7}"]
-    assert "8" in wrong_answers({"answer": "So \\boxed{7}"})
+    whole = {"id": "w", "prompt": "3 + 4?", "answer": "So \\boxed{7}"}
+    assert gold_of(row) == gold_of(whole) == "7" and "8" in wrong_answers(whole)
+    assert check([row, whole]).outcomes["gold"] == {"due": 2}
 
 
 def test_a_gold_that_fails_and_tests_that_tell_nothing():
