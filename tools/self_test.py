@@ -23,7 +23,7 @@ from pathlib import Path
 from data import DataError, load, parse_columns
 from grading.base import RewardError, RewardFunction, Rewards, row_kind, shorten
 from grading.rewards import probes
-from grading.rewards.preflight import Trial, overpaid, preflight, try_probes, try_rows
+from grading.rewards.preflight import Trial, preflight, try_probes, try_rows
 from grading.rewards.reward_file import load_rewards
 from tools.rescore import rescore
 
@@ -160,7 +160,7 @@ def _print_wrapped(text: str) -> None:
 
 def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float) -> list[str]:
     """Print a table with a line for each kind of completion; return what fails."""
-    failed = overpaid(trials, best_example)
+    failures = _overpaid(source, trials, best_example)
     functions = [f for f in rewards.functions if any(_value(t, f) is not None for t in trials)]
     limit = max(6, NAMES_WIDTH // len(functions))  # of the columns of functions
     lines = [["  completion", "is", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
@@ -169,7 +169,7 @@ def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial],
         reasons = dict.fromkeys(filter(None, same[0].score.reasons.values()))
         lines.append(
             [
-                f"{'!' if name in failed else ' '} {name}",
+                f"{'!' if name in failures else ' '} {name}",
                 "right" if same[0].probe.is_right else "wrong",
                 *(_range([_value(t, f) for t in same], limit) for f in functions),
                 _range([t.score.total for t in same], 10),
@@ -184,14 +184,36 @@ def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial],
         texts = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths)]
         numbers = [f"{cell:>{width}}" for cell, width in zip(cells[2:-1], widths[2:])]
         print(shorten("  ".join([*texts, *numbers, cells[-1]]), WIDTH))
-    failures = []
-    questions = len({str(t.row["prompt"]) for t in trials})
+    return list(failures.values())
+
+
+def _overpaid(source: str, trials: list[Trial], best_example: float) -> dict[str, str]:
+    """By the probe's name: wrong completions that earn as much as the best right one to their prompt.
+
+    Without a right one only an empty completion is judged: against `best_example`, else against the best of all.
+    """
+    prompts = {}
+    for t in trials:
+        prompts.setdefault(str(t.row["prompt"]), []).append(t)
+    found = {}  # by name and prompt: the total, and the one that it should have stayed below
+    for prompt, tried in prompts.items():
+        wrong = [t for t in tried if not t.probe.is_right]
+        totals = [t.score.total for t in tried if t.probe.is_right]
+        best = max((total for total in totals if not math.isnan(total)), default=math.nan)
+        if not totals:
+            best, least = best_example, min(t.score.total for t in wrong)
+            if math.isnan(best) and any(t.score.total > least for t in wrong):
+                best = max(t.score.total for t in wrong)
+            wrong = [t for t in wrong if t.probe.name == "empty"]
+        for t in wrong:
+            if t.score.total >= best - 1e-9:
+                found.setdefault(t.probe.name, {}).setdefault(prompt, (t.score.total, best))
     other = "the right one" if any(t.probe.is_right for t in trials) else "the best there is"
-    for name, paid in failed.items():
-        trial, best = paid[0]
-        n = len({str(t.row["prompt"]) for t, _ in paid})
-        failures.append(
-            f"{source}: {name!r} (wrong) gets {trial.score.total:.3g}, {other} {best:.3g}, in {n} of {questions} questions"
+    failures = {}
+    for name, paid in found.items():
+        total, best = next(iter(paid.values()))
+        failures[name] = (
+            f"{source}: {name!r} (wrong) gets {total:.3g}, {other} {best:.3g}, in {len(paid)} of {len(prompts)} questions"
         )
     return failures
 

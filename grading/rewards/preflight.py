@@ -1,7 +1,7 @@
-"""Checks of a reward file and its data before a run, and the judge of what rewards pay for right and wrong completions.
+"""Checks of a reward file and its data before a run: what do the rewards pay for right and wrong completions?
 
-`preflight` raises RewardError for what is wrong and returns notes. `try_rows` scores the probes of rows (probes.py), and
-`overpaid` picks the wrong ones that earn as much as a right one: the self-test prints both as a table.
+`preflight` raises RewardError for what is wrong and returns notes. `try_rows` scores the probes of rows (probes.py): the
+self-test prints what it returns as a table.
 """
 
 import math
@@ -132,7 +132,7 @@ def _warnings(rewards: Rewards, on: str, functions: list[RewardFunction], rows: 
     return warnings
 
 
-# --- the judge
+# --- trying completions of known worth
 
 
 @dataclass
@@ -160,28 +160,3 @@ def try_rows(
     best = max(totals, key=lambda style: sum(total for total in totals[style] if not math.isnan(total)))
     wrong = [(row, probe) for row in rows for make in wrongs for probe in make(row, best)]
     return best, by_style[best] + try_probes(rewards, wrong)
-
-
-def overpaid(trials: list[Trial], best_example: float = math.nan) -> dict[str, list[tuple[Trial, float]]]:
-    """The wrong completions that earn as much as the best right one to their prompt.
-
-    Without a right one only an empty completion is judged: against `best_example`, else against the best of all.
-
-    Returns:
-        By the probe's name: each trial, with the total that it should have stayed below.
-    """
-    found = {}
-    for prompt in dict.fromkeys(str(t.row["prompt"]) for t in trials):
-        tried = [t for t in trials if str(t.row["prompt"]) == prompt]
-        wrong = [t for t in tried if not t.probe.is_right]
-        totals = [t.score.total for t in tried if t.probe.is_right]
-        best = max((total for total in totals if not math.isnan(total)), default=math.nan)
-        if not totals:
-            wrong_totals = [t.score.total for t in wrong]
-            differ = max(wrong_totals) > min(wrong_totals)
-            best = max(wrong_totals) if math.isnan(best_example) and differ else best_example
-            wrong = [t for t in wrong if t.probe.name == "empty"]
-        for t in wrong:
-            if t.score.total >= best - 1e-9:
-                found.setdefault(t.probe.name, []).append((t, best))
-    return found

@@ -29,7 +29,7 @@ STYLES = {
     "plain": "ANSWER",
 }
 HOSTILE_ANSWERS = {
-    "hostile: numbers": ("9^{9^{9^{9^{9}}}}", "9**9**9**9", "99999999!", "9" * 4000),
+    "hostile: numbers": ("9^{9^{9^{9^{9}}}}", "99999999!", "9" * 4000),
     "hostile: brackets": ("\\boxed{" * 3000, "(" * 200 + "123456789" + ")" * 200),
 }
 
@@ -113,6 +113,8 @@ def hostile(row: dict, style: str) -> Iterator[Probe]:
         for name, texts in HOSTILE_ANSWERS.items():
             for text in texts:
                 yield Probe(name, write(style, text))
+    if row_kind(row) == "countdown":  # whose answers are Python expressions
+        yield Probe("hostile: numbers", write(style, "9**9**9**9"))
     yield Probe("hostile: characters", "\x00\x1b[2J <answer>?</answer>")
 
 

@@ -96,6 +96,14 @@ def test_an_exception_names_function_line_row_and_completion(tmp_path):
         score_one(rewards, completion("the end"))
 
 
+def test_counts_can_be_saved_and_restored(tmp_path):
+    rewards = load_rewards(write(tmp_path, "@reward\ndef odd(c): return 1 / len(c.text)\n"), reward_errors="skip")
+    score_all(rewards, [completion("x")] * 99 + [completion("")])
+    again = load_rewards(write(tmp_path, "@reward\ndef odd(c): return 1\n"))
+    again.load_state_dict(rewards.state_dict())
+    assert (again.scored, again.errors) == (100, 1)
+
+
 def test_a_misspelt_column_is_found_before_the_model_loads(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return c.answer == c.row['anwser']\n"))
     with pytest.raises(RewardError, match="no column 'anwser'.*Did you mean 'answer'"):

@@ -119,7 +119,7 @@ def test_only_the_total_is_judged(tmp_path, capsys):
 def test_a_constant_reward_fails_and_one_that_never_applies_is_noted(tmp_path, capsys):
     source = CORRECT + "@reward(weight=0.1)\ndef same(c): return 0.5\n@reward(when='code')\ndef code(c): return 1\n"
     status, lines = run(capsys, write(tmp_path, source), "--data", "sums")
-    assert status == 1 and "FAIL: same gives 0.5 to all 63 completions: nothing can be learnt from it" in lines
+    assert status == 1 and "FAIL: same gives 0.5 to all 60 completions: nothing can be learnt from it" in lines
     assert "code applied to none of these questions: --data SOURCE tries others" in lines
 
 
