@@ -1,6 +1,5 @@
 """`python -m data check`: golds must get full marks, wrong answers and junk nothing, by the graders of the rows."""
 
-import ast
 import json
 import subprocess
 import sys
@@ -12,15 +11,7 @@ from data import gym, load
 from data.tasks import questions
 from grading import Ungraded, grade_row, sandbox
 from grading.gym import final_answer, grade_gym
-from grading.rewards.probes import (
-    changed_texts,
-    gold_of,
-    hostile,
-    mutants,
-    write,
-    wrong_answers,
-    wrong_numbers,
-)
+from grading.rewards.probes import gold_of, mutants, write, wrong_answers
 from tools.data_check import check
 
 CODE = {
@@ -29,58 +20,11 @@ CODE = {
 }  # fmt: skip
 
 
-def run(program, *arguments):
-    scope = {}
-    exec(program, scope)
-    return scope["add"](*arguments)
-
-
 def junk_of(report):
     """How many wrong completions there were that do not depend on the gold, and how many of them were paid or ungraded."""
     names = {"very long", "empty", "tags only", "no answer"}
     counts = [n for name, n in report.outcomes.items() if name in names or name.startswith("hostile")]
     return sum(n.total() for n in counts), sum(n["failed"] for n in counts), sum(n["ungraded"] for n in counts)
-
-
-# --- wrong answers
-
-
-def test_wrong_numbers_are_other_numbers():
-    assert wrong_numbers("18") == ["19", "17", "-18", "187"]
-    assert wrong_numbers("-1,080") == ["-1079", "-1081", "1080", "-10793"]
-    assert wrong_numbers("0") == ["1", "7", "-1"]  # those of the gold's length first
-    assert wrong_numbers("9") == ["8", "10", "-9", "97"]
-    assert wrong_numbers("0.5") == ["1.5", "-0.5", "12"]
-    assert wrong_numbers("-1/2") == ["-3/2", "1/2", "2"]
-    assert wrong_numbers("\\frac{3}{4}") == wrong_numbers("red") == wrong_numbers("9" * 5000) == []
-
-
-def test_changed_texts_differ_from_the_gold():
-    assert changed_texts("\\frac{3}{4}") == ["\\frac{3}{5}"]
-    assert changed_texts("Eva") == ["Evb"] and changed_texts("b") == ["c"]
-    assert changed_texts("a" + "9" * 5000) == ["a" + "9" * 4985 + "1" + "0" * 15] and changed_texts("\\pi") == []
-
-
-def test_wrong_programs_do_not_what_was_asked():
-    constant, nothing = wrong_answers(CODE)
-    assert run(constant, 1, 2) == run(constant, 2, 2) not in (3, 4) and run(nothing, 1, 2) is None
-    equal = next(probe.text for probe in hostile(CODE, "plain") if "equals all" in probe.name)
-    assert run(equal, 1, 2) == 17
-    *changed, off_by_one = mutants(CODE)
-    assert [run(program, 5, 3) for program in changed] == [2] and run(off_by_one, 5, 3) == 9
-    assert all(ast.unparse(ast.parse(program)) for program in [constant, nothing, equal, *changed])
-
-
-def test_programs_on_standard_input():
-    row = CODE | {"solution": "print(int(input()) + 1)", "tests": [{"input": "1\n", "output": "2\n"}]}
-    assert wrong_answers(row) == ["print(987654321)", "print(None)"]
-    assert list(mutants(row)) == ["print(int(input()) - 1)", "print(int(input()) + 2)"]
-
-
-def test_changes_to_loops_come_last():
-    row = CODE | {"solution": "def add(a, b):\n    while b > 0:\n        a += 1\n        b -= 1\n    return a - 0"}
-    first, *_ = mutants(row)
-    assert "return a + 0" in first or "return a - 1" in first
 
 
 # --- the report

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from conftest import asked_in_a_run
 
-from grading.rewards import probes
 from tools.self_test import WIDTH, self_test
 
 
@@ -155,39 +154,6 @@ def test_long_names_keep_the_table_narrow(tmp_path, capsys):
     source = CORRECT + "".join(f"@reward(weight=0.01)\ndef {name}(c): return len(c.text) % 7 / 7\n" for name in names)
     _, lines = run(capsys, write(tmp_path, source), "--data", "sums")
     assert len(lines) > 15 and max(map(len, lines)) <= WIDTH
-
-
-# --- probes
-
-
-def test_probes_of_code_rows_are_wrong_for_every_form_of_tests():
-    forms = [
-        {"tests": ["assert g(2) == 4"], "solution": "def g(x):\n    return 2*x"},
-        {"tests": "def check(candidate):\n    assert candidate(2) == 4", "entry_point": "g", "solution": "def g(x):\n    return x+x"},
-        {"tests": [{"args": [2], "expected": 4}], "entry_point": "g", "solution": "def g(x):\n    return x*x"},
-        {"tests": [{"input": "2\n", "output": "4\n"}], "solution": "print(2 * int(input()))"},
-    ]  # fmt: skip
-    from grading import grade_code
-
-    for form in forms:
-        row = {"id": 1, "task": "t", "prompt": "q"} | form
-        answers = [probes.gold_of(row), *probes.wrong_answers(row)]
-        assert [grade_code(a, row["tests"], row.get("entry_point"))[0] for a in answers] == [1.0, 0.0, 0.0]
-    own = {"id": 1, "task": "t", "prompt": "q", "tests": ["look at it"], "entry_point": "g"}
-    assert "def g(" in probes.wrong_answers(own)[0] and probes.rights(own, "plain") == []
-
-
-def test_wrong_answers_differ_from_the_gold():
-    for gold, wrong in {"7": "8", "1,080": "1081", "-1/2": "-3/2", "0.5": "1.5", "Paris": "Parib"}.items():
-        assert probes.wrong_answers({"answer": gold})[0] == wrong and gold not in probes.wrong_answers({"answer": gold})
-    assert probes.gold_of({"answer": "3+4=7\n#### 7"}) == "7" == probes.gold_of({"answer": "so \\boxed{7}"})
-    assert probes.gold_of({"answer": ""}) is None and probes.gold_of({"prompt": "q"}) is None
-    countdown = {"grader": "countdown", "target": 6, "nums": [2, 3], "solution": "2 * 3"}
-    assert (probes.gold_of(countdown), probes.wrong_answers(countdown)[0]) == ("2 * 3", "6")
-    puzzle = {"grader": "reasoning_gym", "answer": ""}
-    assert probes.gold_of(puzzle) == "" and not {"empty", "tags only"} & {
-        p.name for p in probes.wrongs(puzzle, "plain")
-    }
 
 
 # --- --watch
