@@ -16,7 +16,7 @@ import sys
 import time
 
 from data import DataError, QuestionSampler, load_questions
-from grading import RewardError, check_tests, load_rewards, sandbox
+from grading import RewardError, check_tests, load_rewards, preflight, sandbox
 from rl.config import Config, ConfigError, RunError
 from rl.run import commands
 from rl.run.read_config import read_config, saved_settings
@@ -45,7 +45,7 @@ def train(config: Config, name: str) -> None:
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
     )
     train_rows, eval_rows, notes = load_questions(config)
-    notes += check_tests(train_rows + eval_rows) + rewards.check(train_rows + eval_rows)
+    notes += check_tests(train_rows + eval_rows) + preflight(rewards, train_rows + eval_rows)
 
     # Unsloth patches transformers, so it has to be imported first. The imports below take some seconds.
     from rl.model.backends import import_backend

@@ -24,7 +24,7 @@ from data.hub import held_out_split, is_hub_source, read_hub
 from data.sources import FILE_TYPES, DataError, read_file
 from data.tasks import MAKERS, questions
 
-__all__ = ["DataError", "QuestionSampler", "levels", "load", "load_questions", "local_prompts"]
+__all__ = ["DataError", "QuestionSampler", "load", "load_questions", "local_prompts", "parse_columns"]
 
 EVAL_SEED = 0  # the built-in held-out questions are the same for every run, so that runs can be compared
 MAX_HELD_OUT = 0.2  # of a source that serves for training and evaluation
@@ -60,38 +60,59 @@ def _read(source: str, n: int | None, split: str, columns: dict, seed: int) -> t
     )
 
 
+def parse_columns(pairs: list[str]) -> dict[str, str]:
+    """The mapping that arguments such as "prompt=question" ask for. Raises DataError."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise DataError(f"--columns takes pairs such as prompt=question, not {pair}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def is_made(source: str) -> bool:
     """Whether a source makes its questions from a seed, as many as asked for."""
     return source in MAKERS or source.startswith(PREFIX)
 
 
 def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
-    """The training rows, the held-out rows (no prompt in both), and notes."""
-    train_data, eval_data, columns = config.train_data, config.eval_data, config.columns
-    train_n, eval_n, seed = config.train_questions, config.eval_questions, config.seed
+    """Load the training rows and the held-out rows; no prompt is in both.
+
+    Without eval_data each training source gives its own held-out part: a source that is made from a seed, or a set of
+    the Hub that has one, its evaluation split; any other at most a fifth of its questions.
+
+    Args:
+        config: Any object with the settings train_data, eval_data, train_questions (for each source), eval_questions (in
+            all), columns, seed and, if levels are to be checked, curriculum_steps.
+
+    Returns:
+        The training rows, the held-out rows, and notes for the user on what was set aside.
+
+    Raises:
+        DataError: A source cannot be used, or curriculum_steps is set and a training row has no level.
+    """
     train_rows, eval_rows, notes = [], [], []
 
     def load_at_most(source, n, split, seed, use):
-        rows, total = _read(source, n, split, columns, seed)
+        rows, total = _read(source, n, split, config.columns, seed)
         if total > n:
             notes.append(f"{source}: the first {n} of {total} questions are {use}")
         return rows
 
-    share = -(-eval_n // len(eval_data or train_data))  # rounded up
-    for source in train_data:
-        rows = load_at_most(source, train_n, "train", seed, "used (train_questions)")
+    share = -(-config.eval_questions // len(config.eval_data or config.train_data))  # rounded up
+    for source in config.train_data:
+        rows = load_at_most(source, config.train_questions, "train", config.seed, "used (train_questions)")
         if tasks := {row["task"] for row in rows} & EVALUATION_ONLY:
             notes.append(
-                f"{source}: {', '.join(tasks)} is made for evaluation: what trains on it is not measured by it"
+                f"{source}: {', '.join(tasks)} is made for evaluation, not to be trained on and then measured by"
             )
-        if not eval_data and (held_out_source := _held_out_source(source)):
+        held_out_source = None if config.eval_data else _held_out_source(source)
+        if held_out_source:
             eval_rows += load_at_most(held_out_source, share, "eval", EVAL_SEED, "held out (eval_questions)")
-        elif not eval_data:
+        elif not config.eval_data:
             rows, held_out = hold_out(source, rows, share)
             eval_rows += held_out
             notes.append(f"{source}: {len(rows)} questions to train on, {len(held_out)} held out")
         train_rows += rows
-    for source in eval_data:
+    for source in config.eval_data:
         eval_rows += load_at_most(source, share, "eval", EVAL_SEED, "held out (eval_questions)")
     held_out_prompts = {str(row["prompt"]) for row in eval_rows}
     kept = [row for row in train_rows if str(row["prompt"]) not in held_out_prompts]
@@ -99,25 +120,25 @@ def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
         notes.append(f"{len(train_rows) - len(kept)} training questions are also held out: left out of training")
     if not kept:
         raise DataError("train_data: no question is left to train on: all of them are in eval_data too")
+    if getattr(config, "curriculum_steps", 0):
+        for row in kept:
+            level_of(row)
     return kept, eval_rows, notes
 
 
-def levels(rows: list[dict]) -> list[float]:
-    """How hard each row is, by its column `level`: a number, or text with one ("Level 3"). Raises DataError."""
-    found = []
-    for row in rows:
-        number = re.search(r"-?\d+(\.\d+)?", str(row.get("level", "")))
-        if not number:
-            raise DataError(
-                f"curriculum_steps: row {row['id']} has no number in a column level, by which questions are put in order "
-                "(columns: {level: YOUR_COLUMN} maps yours), or set curriculum_steps to 0"
-            )
-        found.append(float(number[0]))
-    return found
+def level_of(row: dict) -> float:
+    """The difficulty of a row: the number in its column `level`, or in a text there ("Level 3"). Raises DataError."""
+    number = re.search(r"-?\d+(\.\d+)?", str(row.get("level", "")))
+    if not number:
+        raise DataError(
+            f"curriculum_steps: row {row['id']} has no number in a column level, by which questions are put in order "
+            "(columns: {level: YOUR_COLUMN} maps yours), or set curriculum_steps to 0"
+        )
+    return float(number[0])
 
 
 def local_prompts(train_data: list[str], eval_data: list[str], columns: dict) -> list[str]:
-    """The texts of the questions of sources that are on this machine, or made here; of none where one is on the Hub."""
+    """The prompts of sources that are on this machine or made here; none if any source is on the Hub."""
     sources = [*train_data, *eval_data]
     if any(map(is_hub_source, sources)):
         return []
@@ -125,22 +146,22 @@ def local_prompts(train_data: list[str], eval_data: list[str], columns: dict) ->
 
 
 class QuestionSampler:
-    """Draws training questions: all of them once in each epoch, in an order that follows from the seed.
+    """Draws training questions: all of them once in each epoch, in an order that depends on the seed alone.
 
-    questions: objects with a data row in `.row`. With curriculum_steps, levels join one by one over that many first steps.
+    Args:
+        questions: Objects with a `row`.
+        curriculum_steps: The levels of the rows join one by one over this many first steps; 0 for all at once.
     """
 
     def __init__(self, questions: list, curriculum_steps: int, seed: int):
         self.questions = questions
-        rows = [question.row for question in questions]
-        self.levels = levels(rows) if curriculum_steps else [0] * len(rows)
         self.curriculum_steps = curriculum_steps
-        self.drawn = 0
-        self._rng = random.Random(seed)
-        self._epoch = []
+        self.seed = seed
+        self.levels = [level_of(question.row) if curriculum_steps else 0.0 for question in questions]
+        self._restart()
 
     def take(self, n: int, step: int) -> list:
-        """The next n questions. Those that are still too hard are left out of their epoch."""
+        """The next n questions for a step. Those that are too hard yet are left out of their epoch."""
         hardest = highest_level(self.levels, step, self.curriculum_steps)
         taken = []
         while len(taken) < n:
@@ -149,31 +170,37 @@ class QuestionSampler:
                 taken.append(self.questions[i])
         return taken
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, int]:
         return {"drawn": self.drawn}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from the position that another sampler of the same seed had reached."""
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where a sampler of the same questions and seed was."""
+        self._restart()
         while self.drawn < state["drawn"]:
             self._next()
 
+    def _restart(self) -> None:
+        self.drawn = 0
+        self._rng = random.Random(self.seed)
+        self._epoch = []
+
     def _next(self) -> int:
-        place = self.drawn % len(self.levels)
+        place = self.drawn % len(self.questions)
         if place == 0:
-            self._epoch = self._rng.sample(range(len(self.levels)), len(self.levels))
+            self._epoch = self._rng.sample(range(len(self.questions)), len(self.questions))
         self.drawn += 1
         return self._epoch[place]
 
 
 def highest_level(levels: list[float], step: int, curriculum_steps: int) -> float:
-    """The hardest level that is asked in a step: they join one by one over the first `curriculum_steps`, all at 0."""
+    """The hardest level of a step: levels join one by one over the first `curriculum_steps`; all of them if it is 0."""
     known = sorted(set(levels))
     joined = math.ceil(len(known) * min(step / curriculum_steps, 1)) if curriculum_steps else len(known)
     return known[joined - 1]
 
 
 def _held_out_source(source: str) -> str | None:
-    """The source of the evaluation questions that belong to a training source, if they stand apart."""
+    """The source of the evaluation questions that belong to a training source, if it has any of its own."""
     if is_made(source):
         return source
     return None if Path(source).suffix.lower() in FILE_TYPES else held_out_split(source)

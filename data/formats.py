@@ -66,19 +66,21 @@ def _mbpp(row: dict, question: str, setup: str, more_tests) -> dict:
         shown = f"Your code must pass this test:\n{tests[0]}"
     else:
         shown = f"It is called {', '.join(called_names(tests, program))}."
-    return {
-        "id": f"mbpp/{row['task_id']}", "prompt": f"{question.strip()}\n{shown}", "tests": tests,
-        "setup": setup.replace("\r\n", "\n"), "solution": program,
-    }  # fmt: skip
+    prompt = f"{question.strip()}\n{shown}"
+    setup = setup.replace("\r\n", "\n")
+    return {"id": f"mbpp/{row['task_id']}", "prompt": prompt, "tests": tests, "setup": setup, "solution": program}
 
 
 def _humaneval(row: dict) -> dict:
-    start, name = row["prompt"], row["entry_point"]
+    start = row["prompt"]
     return {
-        "id": row["task_id"], "tests": row["test"], "setup": _before_function(start, name), "starter": start,
+        "id": row["task_id"],
         "prompt": f"Complete this Python function. Answer with all of it.\n\n{start.strip()}",
+        "tests": row["test"],
+        "setup": _before_function(start, row["entry_point"]),
+        "starter": start,
         "solution": start + row["canonical_solution"],
-    }  # fmt: skip
+    }
 
 
 def _before_function(program: str, name: str) -> str:

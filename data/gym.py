@@ -7,7 +7,6 @@ The questions are made in a process of their own with a fixed hash seed: some fa
 from the global random numbers or print, and a run must be reproducible to the bit.
 """
 
-import difflib
 import importlib.util
 import itertools
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from data.sources import DataError
 from data.tasks import split_of
+from grading.base import did_you_mean
 
 PREFIX = "reasoning_gym:"
 BATCH = 500  # questions from one seed of the package
@@ -35,10 +35,9 @@ def read_gym(source: str, n: int, split: str, seed: int) -> list[dict]:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise DataError(f"{source}: the package reasoning_gym is missing: pip install reasoning-gym==0.1.25")
     work = [source.removeprefix(PREFIX), split, n, seed]
-    child = subprocess.run(
-        [sys.executable, "-c", "from data.gym import _main; _main()", json.dumps(work)],
-        cwd=Path(__file__).resolve().parent.parent, env=os.environ | {"PYTHONHASHSEED": "0"}, capture_output=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", "from data.gym import _main; _main()", json.dumps(work)]
+    root = Path(__file__).resolve().parent.parent
+    child = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONHASHSEED": "0"}, capture_output=True)
     if child.returncode:
         reason = (child.stderr.decode(errors="replace").strip().splitlines() or ["it died"])[-1]
         raise DataError(f"{source}: reasoning_gym cannot make its questions: {reason}")
@@ -64,9 +63,8 @@ def _make(name: str, split: str, n: int, seed: int) -> list[dict]:
 
     name, at, levels = name.partition("@")
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}"
-        raise DataError(f"reasoning_gym has no family {name}; {hint}")
+        hint = did_you_mean(name, DATASETS) or f" It has {', '.join(sorted(DATASETS))}."
+        raise DataError(f"reasoning_gym has no family {name}.{hint}")
     if not at:
         return _make_level(name, None, split, n, seed, set())
     first, _, last = levels.partition("-")
@@ -113,13 +111,11 @@ def _make_level(name: str, level: int | None, split: str, n: int, seed: int, see
                 raise DataError(
                     "the family's own score_answer takes any nonsense for right: nothing can be learnt from it"
                 )
-            rows.append(
-                {
-                    "id": f"{PREFIX}{name}-{label}-{seed}-{len(rows)}", "prompt": question, "task": PREFIX + name,
-                    "grader": "reasoning_gym", "family": name, "answer": _gold(dataset, entry), "entry": plain(entry),
-                }
-                | ({} if level is None else {"level": level})
-            )  # fmt: skip
+            row = {"id": f"{PREFIX}{name}-{label}-{seed}-{len(rows)}", "prompt": question, "task": PREFIX + name}
+            row |= {"grader": "reasoning_gym", "family": name, "answer": _gold(dataset, entry), "entry": plain(entry)}
+            if level is not None:
+                row["level"] = level
+            rows.append(row)
             if len(rows) == n:
                 return rows
 

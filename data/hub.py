@@ -8,11 +8,11 @@ Without a split, training takes `train`, and evaluation `test` or `validation`. 
 """
 
 import contextlib
-import difflib
 import functools
 import re
 
 from data.sources import DataError, to_schema
+from grading.base import did_you_mean
 
 DEFAULT_CONFIGS = {  # of sets that have several; for any other the Hub chooses, or asks
     "openai/gsm8k": "main",
@@ -82,9 +82,8 @@ def _fetch(name: str, config: str | None):
     except (httpx.TransportError, ConnectionError):
         is_reachable = False
     except (httpx.HTTPError, OSError, ValueError) as error:
-        near = difflib.get_close_matches(name, KNOWN, n=1)
-        hint = f"did you mean {near[0]}?" if near else _in_one_line(error)
-        raise DataError(f"{name}: the Hub does not give this set of data: {hint}") from None
+        hint = did_you_mean(name, KNOWN) or f" {_in_one_line(error)}"
+        raise DataError(f"{name}: the Hub does not give this set of data.{hint}") from None
     try:
         with contextlib.nullcontext() if is_reachable else _offline():
             return datasets.load_dataset(name, config or DEFAULT_CONFIGS.get(name))

@@ -1,11 +1,11 @@
 """Reading questions from .jsonl, .json, .csv and .parquet files into our schema, with errors that name file and line."""
 
 import csv
-import difflib
 import json
 from pathlib import Path
 
 from data.formats import Format, find_format, parse_tests_cell
+from grading.base import did_you_mean, first_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 PROMPT_NAMES = ("prompt", "question", "problem")  # looked for in this order where `columns` does not map the prompt
@@ -23,10 +23,8 @@ def read_file(source: str, columns: dict[str, str]) -> list[dict]:
     path = Path(source)
     readers = dict(zip(FILE_TYPES, (_read_jsonl, _read_json, _read_csv, _read_parquet)))
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.*")], n=1)
-        raise DataError(
-            f"{source}: there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
+        names = [file.name for file in path.parent.glob("*.*")]
+        raise DataError(f"{source}: there is no such file.{did_you_mean(path.name, names)}")
     try:
         raw_rows = readers[path.suffix.lower()](path)
     except csv.Error as error:
@@ -81,7 +79,7 @@ def _read_parquet(path: Path) -> list[tuple[int, dict]]:
     try:
         return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: not a parquet file: {first_line(error)}") from None
 
 
 def _as_dict(row, path: Path, number: int) -> dict:
@@ -111,15 +109,13 @@ def _to_row(raw: dict, name: str, columns: dict[str, str], place: str, form: For
         if theirs in raw:
             row[ours] = raw[theirs]
         elif form is None:  # where the format is known, the mapping may be meant for another source
-            near = difflib.get_close_matches(theirs, raw, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(raw)}"
-            raise DataError(f"{place}: columns maps {ours} to '{theirs}', but there is no such column; {hint}")
+            hint = did_you_mean(theirs, raw) or f" It has {', '.join(raw)}."
+            raise DataError(f"{place}: columns maps {ours} to '{theirs}', but there is no such column.{hint}")
     if "prompt" not in row:
         prompt_name = next((name for name in PROMPT_NAMES if name in row), None)
         if prompt_name is None:
             raise DataError(
-                f"{place}: no column prompt or question, only {', '.join(raw)}: name it with "
-                "columns: {prompt: YOUR_COLUMN}"
+                f"{place}: no column prompt or question, only {', '.join(raw)}: name it with columns: {{prompt: YOUR_COLUMN}}"
             )
         row["prompt"] = row[prompt_name]
     if not is_prompt(row["prompt"]):
@@ -139,10 +135,8 @@ def is_prompt(prompt) -> bool:
     """Whether a prompt is text, or a list of chat messages with a role and text each."""
     if isinstance(prompt, str):
         return bool(prompt.strip())
-    return (
-        isinstance(prompt, list)
-        and len(prompt) > 0
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-        )
-    )
+    return isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
+
+
+def _is_message(message) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))

@@ -10,7 +10,8 @@ construction, whatever seeds they are drawn with and however they are phrased.
 
 import hashlib
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 FAMILIES = ("sums", "words", "functions", "big_sums")  # what the bundled model has met
 # Tenths of the hash range: half of all questions for pretraining, three tenths for RL, two tenths held out.
@@ -90,33 +91,14 @@ def written_steps(first: int, ops) -> tuple[str, ...]:
     return tuple(f"{a}{op}{n}={b}" for (op, n), a, b in zip(ops, totals, totals[1:]))
 
 
-def make_sum(rng: random.Random) -> Problem:
-    first = rng.randint(1, 9)
-    ops = tuple((rng.choice("+-"), rng.randint(1, 9)) for _ in range(rng.randint(2, 5)))
+def make_sum(rng: random.Random, family="sums", low=1, high=9, terms=(3, 4, 5, 6)) -> Problem:
+    """A sum of as many numbers as one of `terms` says, each from `low` to `high`."""
+    first = rng.randint(low, high)
+    ops = tuple((rng.choice("+-"), rng.randint(low, high)) for _ in range(rng.choice(terms) - 1))
     expression = f"{first}" + "".join(f" {op} {n}" for op, n in ops)
     answer = str(running_totals(first, ops)[-1])
     prompt = rng.choice(SUM_PROMPTS).format(expression)
-    return Problem("sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
-
-
-def make_big_sum(rng: random.Random, terms=(2, 3, 4)) -> Problem:
-    """A sum of numbers with two digits."""
-    first = rng.randint(10, 99)
-    ops = tuple((rng.choice("+-"), rng.randint(10, 99)) for _ in range(rng.choice(terms) - 1))
-    expression = f"{first}" + "".join(f" {op} {n}" for op, n in ops)
-    answer = str(running_totals(first, ops)[-1])
-    prompt = rng.choice(SUM_PROMPTS).format(expression)
-    return Problem("big_sums", expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
-
-
-def make_long_sum(rng: random.Random) -> Problem:
-    """Longer than any that the bundled model has met: it thinks, and gets lost on the way."""
-    return replace(make_big_sum(rng, terms=(5,)), family="long_sums")
-
-
-def make_longer_sum(rng: random.Random) -> Problem:
-    """Longer still: for evaluation, to see whether what was learned carries over."""
-    return replace(make_big_sum(rng, terms=(6, 7)), family="longer_sums")
+    return Problem(family, expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
 
 
 def make_word_problem(rng: random.Random) -> Problem:
@@ -186,9 +168,15 @@ def make_countdown(rng: random.Random) -> Problem:
 
 
 MAKERS = {
-    "sums": make_sum, "words": make_word_problem, "functions": make_function, "big_sums": make_big_sum,
-    "long_sums": make_long_sum, "longer_sums": make_longer_sum, "countdown": make_countdown,
-}  # fmt: skip
+    "sums": make_sum,
+    "words": make_word_problem,
+    "functions": make_function,
+    "big_sums": partial(make_sum, family="big_sums", low=10, high=99, terms=(2, 3, 4)),
+    # Longer than any that the bundled model has met; and longer still, to see whether what was learned carries over.
+    "long_sums": partial(make_sum, family="long_sums", low=10, high=99, terms=(5,)),
+    "longer_sums": partial(make_sum, family="longer_sums", low=10, high=99, terms=(6, 7)),
+    "countdown": make_countdown,
+}
 
 
 def problems(family: str, split: str, rng: random.Random):

@@ -4,6 +4,7 @@ from grading.answers.math_grader import extract_answer, grade_math
 from grading.base import (
     Completion,
     RewardError,
+    Rewards,
     Score,
     Ungraded,
     metric,
@@ -16,25 +17,26 @@ from grading.base import (
 from grading.countdown import grade_countdown
 from grading.gym import grade_gym
 from grading.rewards.models import reward_model
-from grading.rewards.reward_file import Rewards, load_rewards
-from grading.rewards.scoring import Scoring
+from grading.rewards.preflight import preflight
+from grading.rewards.reward_file import load_rewards
+from grading.rewards.scoring import Scoring, score_all
 from grading.sandbox.code_grader import check_tests, extract_code, grade_code
 
 __all__ = [
     "Completion", "RewardError", "Rewards", "Score", "Scoring", "Ungraded", "check_tests", "extract_answer", "extract_code",
     "grade_code", "grade_countdown", "grade_gym", "grade_math", "grade_row", "load_rewards", "metric", "outcome_of",
-    "outcome_shares", "prompt_text", "reward", "reward_model", "row_kind",
+    "outcome_shares", "preflight", "prompt_text", "reward", "reward_model", "row_kind", "score_all",
 ]  # fmt: skip
 
 
 def grade_row(answer: str, row: dict) -> tuple[float, str]:
-    """Grade an answer by the grader that a data row asks for (registry.row_kind). Raises ValueError where it asks for none."""
+    """Grade an answer by the grader of its row (`row_kind`). Raises ValueError if the row has none."""
     kind = row_kind(row)
     if kind == "math":
         return grade_math(answer, row["answer"])
     if kind == "code":
-        asked = (row.get(name) or "" for name in ("entry_point", "setup", "starter"))
-        return grade_code(answer, row["tests"], *asked)
+        columns = (row.get(name) or "" for name in ("entry_point", "setup", "starter"))
+        return grade_code(answer, row["tests"], *columns)
     if kind == "countdown":
         return grade_countdown(answer, row["target"], row["nums"])
     if kind == "reasoning_gym":

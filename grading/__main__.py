@@ -9,6 +9,7 @@ in a box.
 """
 
 import argparse
+import csv
 import sys
 import time
 from pathlib import Path
@@ -25,60 +26,59 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("math-table", help="grade a table of answers with expected verdicts")
     table.add_argument("file", metavar="FILE.tsv", help="columns kind, gold, answer, expected (accept or reject)")
-    table.set_defaults(run=lambda args: grade_table(args.file))
     test = commands.add_parser("self-test", help="try a reward file; its name followed by --help tells more")
     test.add_argument("file", metavar="REWARDS.py")
     test.add_argument("options", nargs=argparse.REMAINDER, help="such as --data SOURCE, --watch, --rescore RUN")
-    test.set_defaults(run=lambda args: self_test(args.file, args.options))
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
-        args.run(args)
+        if args.command == "math-table":
+            grade_table(args.file)
+        else:
+            self_test(args.file, args.options)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
 def grade_table(path: str) -> None:
-    """Print each row that is graded against its expectation, and last the counts. Raises ValueError for a bad table."""
+    """Print each row that is not graded as expected, and then the counts. Raises ValueError for a bad table."""
+    start = time.perf_counter()
     rows = read_table(path)
-    start, false_accepts, false_rejects = time.perf_counter(), 0, 0
+    counts = {"accept": 0, "reject": 0}  # false ones
     for row in rows:
         is_right, reason = grade_cell(row["answer"], row["gold"])
-        if is_right and row["expected"] == "reject":
-            false_accepts += 1
-            print(f"false accept: {row['kind']}: {row['answer']} for {row['gold']}")
-        elif not is_right and row["expected"] == "accept":
-            false_rejects += 1
-            print(f"false reject: {row['kind']}: {row['answer']} for {row['gold']}: {reason}")
-    right = len(rows) - false_accepts - false_rejects
-    seconds = time.perf_counter() - start
+        graded = "accept" if is_right else "reject"
+        if graded != row["expected"]:
+            counts[graded] += 1
+            why = "" if is_right else f": {reason}"
+            print(f"false {graded}: {row['kind']}: {row['answer']} for {row['gold']}{why}")
     print(
-        f"right {right} of {len(rows)}, false accepts {false_accepts}, false rejects {false_rejects}, seconds {seconds:.1f}"
+        f"right {len(rows) - sum(counts.values())} of {len(rows)}, false accepts {counts['accept']}, "
+        f"false rejects {counts['reject']}, seconds {time.perf_counter() - start:.1f}"
     )
 
 
 def read_table(path: str) -> list[dict]:
     """The rows of a table as dicts. Raises ValueError that names the file and what is wrong with it."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
-    header = lines[0].split("\t") if lines else []
-    if missing := [column for column in COLUMNS if column not in header]:
+    reader = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if missing := [column for column in COLUMNS if column not in (reader.fieldnames or [])]:
         raise ValueError(
             f"{path}:1: no column {', '.join(missing)}: the first line names the columns, separated by tabs"
         )
     rows = []
-    for number, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue
-        row = dict(zip(header, line.split("\t")))
-        if row.get("expected") not in ("accept", "reject"):
-            raise ValueError(f"{path}:{number}: expected is {row.get('expected')!r}, and should be accept or reject")
+    for row in reader:
+        if row["expected"] not in ("accept", "reject"):
+            raise ValueError(
+                f"{path}:{reader.line_num}: expected is {row['expected']!r}, and should be accept or reject"
+            )
         if not row["gold"].strip():
-            raise ValueError(f"{path}:{number}: the gold is empty")
+            raise ValueError(f"{path}:{reader.line_num}: the gold is empty")
         rows.append(row)
     return rows
 

@@ -13,7 +13,8 @@ reward*: a list of (position, number), each the worth of the step of the text th
 sum counts. The beginning of a reason, up to a colon, may be one of OUTCOMES, which are counted. `Ungraded` may be raised by
 a grader that could not do its work: such a completion takes no part in learning, instead of scoring a silent 0.
 
-How functions are applied: grading/rewards/scoring.py; how a file is found and checked: grading/rewards/reward_file.py.
+`Rewards` is what a reward file comes to in one run. It is loaded by grading/rewards/reward_file.py, checked by
+grading/rewards/preflight.py and applied to completions by grading/rewards/scoring.py.
 """
 
 import contextlib
@@ -26,12 +27,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 OUTCOMES = (
     "right", "wrong", "no_answer", "gave_up",  # math and puzzles
     "passed", "failed", "timeout", "memory", "crash", "syntax", "no_code", "missing_entry", "bad_type", "output_limit",
     "unsupported", "sandbox_error", "reward_error",  # ungraded
 )  # fmt: skip
+SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping, and cannot judge a row alone
 
 
 class RewardError(Exception):
@@ -110,9 +113,7 @@ class Score:
     verdict: str  # right | wrong | ungraded
     judge: str | None = None  # the reward function that the verdict comes from
     error: str | None = None  # with reward_errors: skip, what a function failed with
-    process: dict[str, list[tuple[int, float]]] = field(
-        default_factory=dict
-    )  # by function: (position, unweighted value)
+    process: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by function: (position, value)
     extra: dict[str, object] = field(default_factory=dict)  # what TRL functions gave to log_extra
     seconds: float = 0.0  # spent in reward functions, waiting for the sandbox included
 
@@ -142,6 +143,7 @@ class RewardFunction:
     weight: float = 1.0  # 0: a metric
     when: str | Callable | None = None
     style: str | None = None  # of a batch function: "chat" or "text", once it is known (grading/rewards/trl.py)
+    is_model = False  # True for a reward model, whose opinion never says whether a completion is right
 
     def applies(self, row: dict) -> bool:
         """`when` is a kind of row ("math", "code", ...: see row_kind), a task's name, or a function of the row."""
@@ -194,6 +196,55 @@ def _names_in(code) -> set[str]:
 
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # to a batch function
+
+
+@dataclass
+class Rewards:
+    """The reward functions of one file, as they count in one run."""
+
+    path: Path
+    functions: list[RewardFunction]
+    reward_errors: str = "stop"  # what an exception in one of them does: stop the run | skip the completion
+    max_steps: int | None = None  # of the run, for TRL functions
+    examples: list = field(default_factory=list)  # the file's labelled completions, for the self-test
+    notes: list[str] = field(default_factory=list)  # on the file
+    scored: int = 0  # completions so far
+    errors: int = 0  # completions that were skipped because a function raised
+
+    @property
+    def names(self) -> list[str]:
+        """The rewards, without the metrics."""
+        return [f.name for f in self.functions if f.weight]
+
+    @property
+    def heaviest(self) -> float:
+        """The largest weight of a reward that is no reward model; 0 if there are only penalties."""
+        return max([0.0, *(f.weight for f in self.functions if not f.is_model)])
+
+    def can_judge(self, f: RewardFunction) -> bool:
+        """Whether a reward can be the verdict on a completion: no reward model, and not so small that it is shaping."""
+        return not f.is_model and f.weight > SHAPING_SHARE * self.heaviest
+
+    def judge(self, reasons: dict[str, str]) -> RewardFunction | None:
+        """The reward whose value, 1 or more, means that a completion is right; None if none of them can say.
+
+        Preferred is a reward whose reason is a grader's outcome, then one that sees the row, then the largest weight,
+        then the first in the file. Shaping, penalties and reward models do not judge.
+
+        Args:
+            reasons: By name, the reason of each reward that applies to the completion.
+        """
+        graders = {name for name, reason in reasons.items() if outcome_of(reason)}
+        able = [f for f in self.functions if f.name in reasons and f.weight > 0]
+        able = [f for f in able if f.name in graders or self.can_judge(f)]
+        return max(able, key=lambda f: (f.name in graders, f.sees_row, f.weight), default=None)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"scored": self.scored, "errors": self.errors}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.scored = state["scored"]
+        self.errors = state["errors"]
 
 
 def reward(function: Callable | None = None, *, weight: float = 1.0, when: str | Callable | None = None):
@@ -260,6 +311,11 @@ def did_you_mean(name: str, names) -> str:
     """ " Did you mean 'x'?" for the nearest of some names; "" where none is near."""
     near = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_finite_number(value) -> bool:

@@ -27,11 +27,9 @@ def grade_gym(answer: str, row: dict) -> tuple[float, str]:
         return 0.0, "no_answer: no <answer>, no \\boxed{}, no text"
     if len(found) > MAX_ANSWER_CHARS:
         return 0.0, f"no_answer: the answer has {len(found)} characters, over {MAX_ANSWER_CHARS}"
+    work = ("grading.gym:score_in_worker", row["family"], found, encode(row["entry"]))
     try:
-        score, problem = run_in_worker(
-            "grading.gym:score_in_worker", row["family"], found, encode(row["entry"]), timeout=SECONDS,
-            preload=("reasoning_gym", "grading.gym"),
-        )  # fmt: skip
+        score, problem = run_in_worker(*work, timeout=SECONDS, preload=("reasoning_gym", "grading.gym"))
     except TimeoutError:
         return 0.0, f"gave_up: score_answer took over {SECONDS:g} s"
     except WorkerError as error:

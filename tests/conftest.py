@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grading import Completion, Score
+from grading import Completion, Score, score_all
 from grading.base import RewardFunction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +103,12 @@ def copy_of_tiny(folder, **changes):
 def completion(text, **row):
     """A completion of a row without a gold, unless it is given."""
     return Completion(prompt="q", text=text, row={"id": "r1", "task": "t"} | row)
+
+
+def score_one(rewards, completion):
+    """The score of one completion."""
+    (found,) = score_all(rewards, [completion])
+    return found
 
 
 def write(tmp_path, source):

@@ -35,6 +35,8 @@ STAGES = (  # families in equal parts, optimizer steps, peak learning rate
 THINKS = dict.fromkeys(SHORT, 0.25) | {"big_sums": 0.75}  # share of demonstrations that think
 BLURT_RIGHT = 0.2  # share of the others that happen to be right
 MEAN_REPLY_TOKENS = 25  # of a demonstration, about: the scale of the loss
+BATCH_SIZE = 64
+SEED = 0
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -59,9 +61,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|endoftext|>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False, model_max_length=512,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -69,11 +75,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer) -> Qwen3ForCausalLM:
     """Every linear layer has dimensions that are multiples of 64, so that NF4's blocks fit."""
     config = Qwen3Config(
-        vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return Qwen3ForCausalLM(config)
 
 
@@ -103,12 +118,12 @@ def demonstration(problem: Problem, rng: random.Random) -> str:
     return f"{thought}\\boxed{{{answer}}}"
 
 
-def batches(tokenizer, families, batch_size: int, rng: random.Random):
+def batches(tokenizer, families, rng: random.Random):
     """Endless (ids, labels), each (B, T), rows of similar length; labels are -100 on prompt and padding."""
     sources = [problems(family, "pretrain", rng) for family in families]
     while True:
         rows = []
-        for i in range(batch_size * 30):
+        for i in range(BATCH_SIZE * 30):
             problem = next(sources[i % len(sources)])
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
@@ -117,7 +132,7 @@ def batches(tokenizer, families, batch_size: int, rng: random.Random):
             reply = tokenizer.encode(demonstration(problem, rng) + "<|end|>", add_special_tokens=False)
             rows.append((prompt_ids + reply, [-100] * len(prompt_ids) + reply))
         rows.sort(key=lambda row: len(row[0]) + rng.random())
-        chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        chunks = [rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)]
         rng.shuffle(chunks)
         for chunk in chunks:
             width = max(len(ids) for ids, _ in chunk)
@@ -130,32 +145,26 @@ def batches(tokenizer, families, batch_size: int, rng: random.Random):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="data/tiny", help="folder to write the model into")
-    parser.add_argument("--first-stage", type=int, default=1, help="go on from the model in --out with this stage")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
+    out = parser.parse_args().out
+    torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
-    for stage in range(args.first_stage, len(STAGES) + 1):
-        if stage == 1:
-            model = make_model(tokenizer)
-        else:  # goes on from what the stage before has saved, rounded to bf16
-            model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-        rng = random.Random(args.seed + stage - 1)
-        train(model, tokenizer, *STAGES[stage - 1], args.batch_size, rng, args.out)
+    model = make_model(tokenizer)
+    for stage, (families, steps, learning_rate) in enumerate(STAGES):
+        train(model, tokenizer, families, steps, learning_rate, random.Random(SEED + stage))
+        save(model, tokenizer, out)
+        model = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)  # rounded to bf16
 
 
-def train(model, tokenizer, families, steps: int, learning_rate: float, batch_size: int, rng: random.Random, out: str):
-    """One stage; the model is saved every 500 steps and at its end."""
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {steps} steps of {batch_size}, {torch.get_num_threads()} threads")
+def train(model, tokenizer, families, steps: int, learning_rate: float, rng: random.Random):
+    """Train one stage."""
+    print(f"{steps} steps of {BATCH_SIZE}, {torch.get_num_threads()} threads")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=0.04, div_factor=20, final_div_factor=50
     )
-    began, mean_loss = time.time(), None
-    stream = batches(tokenizer, families, batch_size, rng)
+    began = time.time()
+    mean_loss = None
+    stream = batches(tokenizer, families, rng)
     for step in range(1, steps + 1):
         ids, labels = next(stream)
         loss = token_loss(model, ids, labels)
@@ -167,8 +176,6 @@ def train(model, tokenizer, families, steps: int, learning_rate: float, batch_si
         mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
         if step % 100 == 0:
             print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - began) / 60:.1f} min", flush=True)
-        if step % 500 == 0 or step == steps:
-            save(model, tokenizer, out)
 
 
 def token_loss(model, ids, labels):

@@ -1,12 +1,19 @@
 """Completions that a run has saved, scored again by a reward file: `python rewards.py --rescore runs/NAME`."""
 
+import itertools
 import json
 import math
 import time
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
-from grading.base import Completion, RewardError, Score, did_you_mean, shorten
-from grading.rewards.reward_file import Rewards, load_rewards
+import yaml
+
+from data import load_questions
+from grading import Completion, RewardError, Rewards, Score, load_rewards, score_all
+from grading.base import did_you_mean, shorten
 
 SHOWN = 8  # of the completions whose reward changes most
 
@@ -14,17 +21,19 @@ SHOWN = 8  # of the completions whose reward changes most
 def rescore(rewards_file: str, target: str) -> None:
     """Print old -> new for each reward, the verdicts that turn, and the completions that change most.
 
-    target: a run folder, or a .jsonl file of it. A line's question is its `row`, else is found by its id in the data that
-    the run's config.yaml names. Raises RewardError, also where a function fails on one of the completions.
+    Args:
+        target: A run folder, or a .jsonl file of it. A line's question is its `row`, else it is found by its id in the
+            data that the run's config.yaml names.
+
+    Raises:
+        RewardError: Something is missing, or a function fails on one of the completions.
     """
     started = time.perf_counter()
-    file = Path(target) / "rollouts.jsonl" if Path(target).is_dir() else Path(target)
-    lines = _read_lines(file, target)
-    settings = read_settings(file.parent)
+    lines, folder = _read(Path(target))
+    settings = read_settings(folder)
     rewards = as_in_run(rewards_file, settings)
-    by_id = {} if all("row" in line for line in lines) else questions(settings, file)
+    by_id = {} if all("row" in line for line in lines) else questions(settings, folder)
     known = [line for line in lines if "row" in line or line["prompt_id"] in by_id]
-    known.sort(key=lambda line: line.get("step", 0))
     if len(known) < len(lines):
         print(
             f"note  {len(lines) - len(known)} completions are left out: their questions are not in the run's data any more"
@@ -32,20 +41,19 @@ def rescore(rewards_file: str, target: str) -> None:
     if any("completion_ids" in f.parameters for f in rewards.functions):
         print("note  completion_ids are not saved: they are empty here")
     scores = []
-    for step in dict.fromkeys(line.get("step", 0) for line in known):  # batch functions see a step, as in the run
-        completions = [
-            saved_completion(line, line.get("row") or by_id[line["prompt_id"]])
-            for line in known
-            if line.get("step", 0) == step
-        ]
-        scores += rewards.score_all(completions)
+    for _, group in itertools.groupby(known, key=itemgetter("step")):  # batch functions see a step, as in the run
+        completions = [saved_completion(line, line.get("row") or by_id[line["prompt_id"]]) for line in group]
+        scores += score_all(rewards, completions)
     report(rewards, known, scores)
-    print(f"rescored {len(known):,} completions of {file} in {time.perf_counter() - started:.1f} s")
+    print(f"rescored {len(known):,} completions of {target} in {time.perf_counter() - started:.1f} s")
 
 
 def as_in_run(rewards_file: str, settings: dict, source: str | None = None) -> Rewards:
-    """The rewards of a file as they would count in the run: its reward_funcs and reward_weights, as far as the file has them.
-    source: as for `load_rewards`."""
+    """The rewards of a file with the run's reward_funcs and reward_weights, as far as the file has them.
+
+    Args:
+        source: The content of the file, if it is not saved yet.
+    """
     rewards = load_rewards(rewards_file, source=source)
     present = {f.name for f in rewards.functions}
     chosen = [name for name in settings.get("reward_funcs") or [] if name in present]
@@ -54,94 +62,85 @@ def as_in_run(rewards_file: str, settings: dict, source: str | None = None) -> R
 
 
 def saved_completion(line: dict, row: dict) -> Completion:
-    """The completion of a line of rollouts.jsonl; row: its question."""
-    return Completion(
-        prompt=line["prompt"], text=line["completion"], row=row, tokens=line.get("tokens", 0),
-        truncated=line.get("finish_reason") == "length", step=line.get("step", 0),
-    )  # fmt: skip
+    """The completion of a saved line; row: its question."""
+    is_truncated = line.get("finish_reason") == "length"
+    return Completion(line["prompt"], line["completion"], row, line.get("tokens", 0), is_truncated, line["step"])
 
 
-def _read_lines(file: Path, target: str) -> list[dict]:
-    if not file.is_file():
-        there = [str(path.parent) for path in Path(target).parent.glob("*/rollouts.jsonl")]
-        raise RewardError(f"--rescore: there is no file {file}.{did_you_mean(target.rstrip('/'), there)}")
+def _read(target: Path) -> tuple[list[dict], Path]:
+    """The saved completions of a run folder, or of one of its files, and the folder."""
+    if target.is_dir():
+        files, folder = sorted(target.glob("rollouts/*.jsonl")), target
+    else:
+        files, folder = [target], target.parent.parent if target.parent.name == "rollouts" else target.parent
+    if not files or not files[0].is_file():
+        runs = [path.parent for path in target.parent.glob("*/rollouts")]
+        raise RewardError(f"--rescore: there are no completions in {target}.{did_you_mean(str(target), runs)}")
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            line["prompt"], line["completion"], line["prompt_id"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise RewardError(f"--rescore: {file}:{number} is not a completion as runs save them: {error}") from None
-        lines.append(line)
-    if not lines:
-        raise RewardError(f"--rescore: {file} holds no completions")
-    return lines
+    for file in files:
+        for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                line["step"], line["prompt_id"], line["prompt"], line["completion"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise RewardError(
+                    f"--rescore: {file}:{number} is not a completion as runs save them: {error}"
+                ) from None
+            lines.append(line)
+    return lines, folder
 
 
 def read_settings(folder: Path) -> dict:
-    import yaml
-
+    """The settings of a run; none if it has no config.yaml."""
     config = folder / "config.yaml"
     return yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
-def questions(settings: dict, file: Path) -> dict[str, dict]:
+def questions(settings: dict, folder: Path) -> dict[str, dict]:
     """The rows of a run's data, by id."""
-    from data import load_questions
-
     if not settings:
-        raise RewardError(
-            f"--rescore: there is no config.yaml beside {file}, which tells where its questions come from"
-        )
-    names = ("train_data", "eval_data", "train_questions", "eval_questions", "columns", "seed")
-    train_rows, eval_rows, _ = load_questions(*(settings[name] for name in names))
+        raise RewardError(f"--rescore: there is no config.yaml in {folder}, which names the data of the questions")
+    train_rows, eval_rows, _ = load_questions(SimpleNamespace(**settings))
     return {row["id"]: row for row in train_rows + eval_rows}
 
 
 def report(rewards: Rewards, lines: list[dict], scores: list[Score], shown: int = SHOWN) -> None:
-    """Print the means old and new, the verdicts that turn, and so many of the completions that change most."""
+    """Print the means old and new, the verdicts that turn, and the completions that change most, at most `shown`."""
     print(f"{'':<24}{'old mean':>12}{'new mean':>12}{'changed':>10}")
     old_names = {name for line in lines for name in line.get("rewards", {})}
     for name in [*rewards.names, *sorted(old_names - set(rewards.names))]:
-        old = [line.get("rewards", {}).get(name) for line in lines]
-        new = [score.parts.get(name) for score in scores]
-        print(f"  {shorten(name, 22):<22}{_mean(old):>12}{_mean(new):>12}{_changed(old, new):>10,}")
+        _print_means(name, [line.get("rewards", {}).get(name) for line in lines], [s.parts.get(name) for s in scores])
     old = [line.get("reward") for line in lines]
     new = [None if math.isnan(score.total) else score.total for score in scores]
-    print(f"  {'total':<22}{_mean(old):>12}{_mean(new):>12}{_changed(old, new):>10,}")
-    turned = {}
+    _print_means("total", old, new)
+    turned = Counter()
     for line, score in zip(lines, scores):
         if line.get("verdict") not in (None, score.verdict):
-            turn = f"{line['verdict']} -> {score.verdict}"
-            turned[turn] = turned.get(turn, 0) + 1
+            turned[f"{line['verdict']} -> {score.verdict}"] += 1
     print(f"  verdicts: {', '.join(f'{n:,} {turn}' for turn, n in turned.items()) or 'as they were'}")
-    by_change = sorted(range(len(lines)), key=lambda i: -abs((new[i] or 0) - (old[i] or 0)))
-    by_change = [i for i in by_change[:shown] if differ(old[i], new[i])]
-    if by_change:
+    changes = [i for i in range(len(lines)) if differ(old[i], new[i])]
+    changes.sort(key=lambda i: -abs((new[i] or 0) - (old[i] or 0)))
+    if changes[:shown]:
         print("the largest changes:")
-    for i in by_change:
-        line, score = lines[i], scores[i]
-        reason = "; ".join(score.reasons.values())
-        start = (
-            f"  {shorten(str(line['prompt_id']), 24):<24} {number(old[i])} -> {number(new[i])}  {shorten(reason, 30)}"
-        )
-        tail = repr(line["completion"][-80:])
+    for i in changes[:shown]:
+        reason = shorten("; ".join(scores[i].reasons.values()), 30)
+        start = f"  {shorten(str(lines[i]['prompt_id']), 24):<24} {number(old[i])} -> {number(new[i])}  {reason}"
+        tail = repr(lines[i]["completion"][-80:])
         print(f"{start:<74} {'...' + tail[-31:] if len(tail) > 34 else tail}")
+
+
+def _print_means(name: str, old: list[float | None], new: list[float | None]) -> None:
+    means = []
+    for values in (old, new):
+        known = [value for value in values if value is not None]
+        means.append(f"{sum(known) / len(known):.4f}" if known else "-")
+    print(f"  {shorten(name, 22):<22}{means[0]:>12}{means[1]:>12}{sum(map(differ, old, new)):>10,}")
 
 
 def differ(old: float | None, new: float | None) -> bool:
     return (old is None) != (new is None) or (old is not None and abs(old - new) > 1e-5)  # saved with some digits
-
-
-def _changed(old: list, new: list) -> int:
-    return sum(map(differ, old, new))
-
-
-def _mean(values: list[float | None]) -> str:
-    values = [value for value in values if value is not None]
-    return f"{sum(values) / len(values):.4f}" if values else "-"
 
 
 def number(value: float | None) -> str:

@@ -6,9 +6,9 @@
     python rewards.py --rescore runs/NAME                   a run's completions, with the file as it is now: old -> new
     python -m grading self-test my_rewards.py ...           another file
 
-The completions are the file's own `examples` and, for each question, its gold put as a good completion would put it, and
-what must not be paid for (grading/rewards/probes.py). Only the weighted total is judged, and only against what is labelled wrong:
-the self-test fails where such a completion scores as high as the right one, and where a reward is the same for everything.
+The completions are the file's own `examples` and, for each question, its gold as a good completion would write it, and
+wrong ones that must not be paid for (grading/rewards/probes.py). Only the weighted total is judged, and only against the
+wrong ones: the self-test fails if one of them scores as high as the right one, or if a reward is the same for everything.
 """
 
 import argparse
@@ -18,70 +18,49 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from grading.base import RewardError, Score, row_kind, shorten
+from data import DataError, load, parse_columns
+from grading.base import RewardError, RewardFunction, Rewards, row_kind, shorten
 from grading.rewards import probes
-from grading.rewards.reward_file import Rewards, load_rewards
+from grading.rewards.preflight import Trial, preflight, try_probes, try_rows
+from grading.rewards.reward_file import load_rewards
+from tools.rescore import rescore
 
 WIDTH = 110  # columns of the table
-REASON_WIDTH = 22  # of them at least, where the names of the rewards are long
+NAMES_WIDTH = 48  # of them, for the rewards
 WATCH_SECONDS = 0.3  # between two looks at the file
 
 
-@dataclass
-class Trial:
-    """One completion with what it should be and what it got."""
-
-    block: str  # the source of its question
-    row: dict
-    probe: probes.Probe
-    score: Score
-
-
 def self_test(file: str, arguments: list[str] | None = None) -> None:
-    """The command line of the self-test. Ends the program: status 0 where all is well, 1 where not."""
+    """The command line of the self-test. Ends the program: status 0 if all is well, 1 if not."""
     parser = argparse.ArgumentParser(
         prog=f"python {Path(file).name}", description="What this reward file gives to completions whose worth is known."
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="SOURCE",
-        default=["sums", "words", "functions"],
-        help="where the questions come from",
-    )
-    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
-    parser.add_argument("-n", type=int, default=3, help="questions of each source (default 3)")
-    parser.add_argument("--watch", action="store_true", help="again at every save of the file, until Ctrl-C")
-    parser.add_argument(
-        "--rescore", metavar="RUN", help="a run folder, or a file such as its rollouts.jsonl or failed.jsonl"
-    )
+    add = parser.add_argument
+    sources = ["sums", "words", "functions"]
+    add("--data", nargs="+", metavar="SOURCE", default=sources, help="where the questions come from")
+    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    add("-n", type=int, default=3, help="questions of each source (default 3)")
+    add("--watch", action="store_true", help="again at every save of the file, until Ctrl-C")
+    add("--rescore", metavar="RUN", help="a run folder, or a file of it such as rollouts/000012.jsonl or failed.jsonl")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    columns = [pair.split("=", 1) for pair in options.columns]
-    if any(len(pair) != 2 for pair in columns) or options.n < 1:
-        parser.error("--columns takes pairs such as prompt=question, -n a number from 1")
+    if options.n < 1:
+        parser.error("-n takes a number from 1")
     sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     if not Path(file).is_file():
         sys.exit(f"error: there is no file {file}")
     if options.watch:
         return _watch(file, [argument for argument in arguments if argument != "--watch"])
-
-    from data import DataError
-
     try:
         if options.rescore:
-            from tools.rescore import rescore
-
             rescore(file, options.rescore)
-        elif not _test(file, options.data, dict(columns), options.n):
+        elif not _test(file, options.data, parse_columns(options.columns), options.n):
             sys.exit(1)
     except (RewardError, DataError) as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
@@ -107,51 +86,48 @@ def _watch(file: str, arguments: list[str]) -> None:
 
 def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> bool:
     """Print the tables, what fails and the verdict; whether nothing fails."""
-    from data import load  # here alone grading and data meet
-
     started = time.perf_counter()
     rewards = load_rewards(file)
     rows = {source: load(source, n, columns=columns) for source in sources}
-    notes = rewards.check([row for found in rows.values() for row in found])
+    notes = preflight(rewards, [row for loaded in rows.values() for row in loaded])
     functions = ", ".join(f"{f.name} {f.weight:g}" if f.weight else f"{f.name} (metric)" for f in rewards.functions)
-    print(textwrap.fill(f"{Path(file).name}: {functions}", WIDTH, subsequent_indent="    "))
-    trials = _try_examples(rewards)
-    failures = _judge_examples(trials)
-    if trials:
-        _print_table(rewards, "examples in the file", trials, failures)
+    _print_wrapped(f"{Path(file).name}: {functions}")
+    trials = try_probes(rewards, _examples(rewards))
     best_example = max((t.score.total for t in trials if t.probe.is_right), default=math.nan)
-    for source, found in rows.items():
-        for kind in dict.fromkeys(map(row_kind, found)):
-            block = [row for row in found if row_kind(row) == kind]
-            style, tried = _try_rows(rewards, Path(source).name, block)
-            failed, noted = _judge(tried, best_example)
-            _print_table(rewards, _title(Path(source).name, block, style), tried, failed)
-            trials, failures, notes = trials + tried, failures | failed, notes + noted
-    failed, noted = _judge_functions(rewards, trials)
+    failures = []
+    if trials:
+        failures += _print_block(rewards, "examples", "examples in the file", trials, math.nan)
+    for source, loaded in rows.items():
+        name = Path(source).name
+        for kind in dict.fromkeys(map(row_kind, loaded)):
+            block = [row for row in loaded if row_kind(row) == kind]
+            style, tried = try_rows(rewards, block)
+            question = shorten(" ".join(probes.completion(block[0], "").prompt.split()), 50)
+            title = f"{name}, the answers written as {style}: questions such as {question!r}"
+            failures += _print_block(rewards, name, title, tried, best_example)
+            notes += _notes_on_golds(name, tried)
+            trials += tried
+    for name in rewards.names:
+        values = [t.score.parts[name] for t in trials if t.score.parts[name] is not None]
+        if not values:
+            notes.append(f"{name} applied to none of these questions: --data SOURCE tries others")
+        elif len(values) > 1 and len(set(values)) == 1:
+            failures.append(
+                f"{name} gives {values[0]:g} to all {len(values)} completions: nothing can be learnt from it"
+            )
     print()
-    for note in notes + noted:
-        print(textwrap.fill(note, WIDTH, subsequent_indent="    "))
-    for failure in [*failures.values(), *failed]:
-        print(f"FAIL: {failure}")
-    problems = len(failures) + len(failed)
-    verdict = f"FAILED: {problems} problem{'s' if problems > 1 else ''}" if problems else "passed"
+    for text in [*notes, *(f"FAIL: {failure}" for failure in failures)]:
+        _print_wrapped(text)
+    verdict = f"FAILED: {len(failures)} problem{'s' if len(failures) > 1 else ''}" if failures else "passed"
     print(
         f"self-test {verdict}; {len(rewards.names)} rewards, {sum(map(len, rows.values()))} questions, {len(trials)} "
         f"completions, {time.perf_counter() - started:.1f} s"
     )
-    return not problems
+    return not failures
 
 
-# --- trying
-
-
-def _score(rewards: Rewards, block: str, tried: Iterable[tuple[dict, probes.Probe]]) -> list[Trial]:
-    tried = list(tried)
-    scores = rewards.score_all([probes.completion(row, p.text, p.is_truncated) for row, p in tried])
-    return [Trial(block, row, probe, score) for (row, probe), score in zip(tried, scores)]
-
-
-def _try_examples(rewards: Rewards) -> list[Trial]:
+def _examples(rewards: Rewards) -> list[tuple[dict, probes.Probe]]:
+    """The file's own examples as rows and probes. Raises RewardError."""
     tried = []
     for number, example in enumerate(rewards.examples, 1):
         text = example.get("text") if isinstance(example, dict) else None
@@ -164,140 +140,90 @@ def _try_examples(rewards: Rewards) -> list[Trial]:
         label, text = row.pop("label"), row.pop("text")
         name = f"{number}. {shorten(' '.join(text.split()), 20)}"
         tried.append((row, probes.Probe(name, text, label == "right", row.pop("truncated", False))))
-    return _score(rewards, "examples", tried)
+    return tried
 
 
-def _try_rows(rewards: Rewards, source: str, rows: list[dict]) -> tuple[str, list[Trial]]:
-    """Score everything for rows of one kind, the answers written in the style that the file pays best; that style."""
-    by_style = {
-        style: _score(rewards, source, [(row, probe) for row in rows for probe in probes.ideals(row, style)])
-        for style in probes.styles_of(rows[0])
-    }
-    best = max(by_style, key=lambda style: sum(t.score.total for t in by_style[style] if not math.isnan(t.score.total)))
-    wrongs = _score(rewards, source, [(row, probe) for row in rows for probe in probes.wrongs(row, best)])
-    return best, by_style[best] + wrongs
-
-
-# --- judging
-
-
-def _judge(trials: list[Trial], best_example: float) -> tuple[dict[tuple, str], list[str]]:
-    """What fails on the questions of one source, by (source, name of the probe), and notes."""
-    source, failures, notes, places = trials[0].block, {}, [], {}
-    for row_id in dict.fromkeys(t.row["id"] for t in trials):
-        of_row = [t for t in trials if t.row["id"] == row_id]
-        ideals = [t.score for t in of_row if t.probe.is_right]
-        best = max((s.total for s in ideals if not math.isnan(s.total)), default=best_example)
-        if ideals and all(math.isnan(s.total) for s in ideals):
-            notes.append(f"{row_id}: the gold is ungraded ({'; '.join(ideals[0].reasons.values())})")
-            continue
-        if not ideals and math.isnan(best):
-            # nothing to compare with: at least the empty completion must not be the best
-            totals = [t.score.total for t in of_row]
-            best = max(totals) if max(totals) > min(totals) else math.nan
-            of_row = [t for t in of_row if t.probe.name == "empty"]
-        for t in of_row:
-            if not t.probe.is_right and t.score.total >= best - 1e-9:
-                places.setdefault((source, t.probe.name), []).append((t.score.total, best))
+def _notes_on_golds(source: str, trials: list[Trial]) -> list[str]:
+    """Notes on rows that have no gold, or whose gold is ungraded."""
     if not any(t.probe.is_right for t in trials):
-        notes.append(
-            f"{source}: no gold (answer, solution): probes that need one are left out; examples in the file help"
-        )
-    questions = len({t.row["id"] for t in trials})
-    other = "the right one" if any(t.probe.is_right for t in trials) else "the best there is"
-    for (source, name), found in places.items():
-        total, best = found[0]
-        failures[source, name] = (
-            f"{source}: {name!r} (wrong) gets {total:.3g}, {other} {best:.3g}, in {len(found)} of {questions} questions"
-        )
-    return failures, notes
-
-
-def _judge_examples(trials: list[Trial]) -> dict[tuple, str]:
-    """Wrong examples that get as much as the best right one of the same question."""
-    failures = {}
-    for t in trials:
-        same = [o.score.total for o in trials if o.probe.is_right and o.row["prompt"] == t.row["prompt"]]
-        if not t.probe.is_right and same and t.score.total >= max(same) - 1e-9:
-            failures["examples", t.probe.name] = (
-                f"{t.row['id']} ({t.probe.name!r}), marked wrong, gets {t.score.total:.3g}, the best right one {max(same):.3g}"
-            )
-    return failures
-
-
-def _judge_functions(rewards: Rewards, trials: list[Trial]) -> tuple[list[str], list[str]]:
-    """Rewards that are the same for everything, and notes on those that were never asked."""
-    failures, notes = [], []
-    for name in rewards.names:
-        values = [t.score.parts[name] for t in trials if t.score.parts[name] is not None]
-        if not values:
-            notes.append(f"{name} applied to none of these questions: --data SOURCE tries others")
-        elif len(values) > 1 and len(set(values)) == 1:
-            failures.append(
-                f"{name} gives {values[0]:g} to all {len(values)} completions: nothing can be learnt from it"
-            )
-    return failures, notes
+        return [f"{source}: no gold (answer, solution): probes that need one are left out; examples in the file help"]
+    ungraded = [t for t in trials if t.probe.name == probes.RIGHT and t.score.verdict == "ungraded"]
+    return [f"{t.row['id']}: the gold is ungraded ({'; '.join(t.score.reasons.values())})" for t in ungraded]
 
 
 # --- printing
 
 
-def _title(source: str, rows: list[dict], style: str) -> str:
-    question = shorten(" ".join(probes.completion(rows[0], "").prompt.split()), 50)
-    written = f", the answers written as {style}" if probes.gold_of(rows[0]) is not None else ""
-    return f"{source}{written}: {len(rows)} question{'s' if len(rows) > 1 else ''} such as {question!r}"
+def _print_wrapped(text: str) -> None:
+    print(textwrap.fill(text, WIDTH, subsequent_indent="    "))
 
 
-def _print_table(rewards: Rewards, title: str, trials: list[Trial], failures: dict[tuple, str]) -> None:
-    """One line for each kind of completion; where the questions of a source differ, the range of values."""
-    by_name = {}
-    for t in trials:
-        by_name.setdefault(t.probe.name, []).append(t)
-
-    def values(f, trials):
-        return [(t.score.parts if f.weight else t.score.metrics)[f.name] for t in trials]
-
-    functions = [f for f in rewards.functions if any(value is not None for value in values(f, trials))]
-    lines = []
-    for name, same in by_name.items():
-        mark = "!" if (same[0].block, name) in failures else " "
-        verdict = "/".join(dict.fromkeys(t.score.verdict for t in same))
-        reason = "; ".join(dict.fromkeys(filter(None, same[0].score.reasons.values())))
+def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float) -> list[str]:
+    """Print a table with a line for each kind of completion; return what fails."""
+    failures = _overpaid(source, trials, best_example)
+    functions = [f for f in rewards.functions if any(_value(t, f) is not None for t in trials)]
+    limit = max(6, NAMES_WIDTH // len(functions))  # of the columns of functions
+    lines = [["  completion", "is", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
+    for name in dict.fromkeys(t.probe.name for t in trials):
+        same = [t for t in trials if t.probe.name == name]
+        reasons = dict.fromkeys(filter(None, same[0].score.reasons.values()))
         lines.append(
-            [f"{mark} {name}", "right" if same[0].probe.is_right else "wrong"]
-            + [_range(values(f, same), max(5, 48 // len(functions) - 2)) for f in functions]
-            + [
+            [
+                f"{'!' if name in failures else ' '} {name}",
+                "right" if same[0].probe.is_right else "wrong",
+                *(_range([_value(t, f) for t in same], limit) for f in functions),
                 _range([t.score.total for t in same], 10),
-                verdict[:9],
+                "/".join(dict.fromkeys(t.score.verdict for t in same))[:9],
                 f"{max(t.score.seconds for t in same) * 1000:.0f}",
+                " ".join("; ".join(reasons).split()),
             ]
-            + [" ".join(reason.split())]
         )
-    headers = ["  completion", "is", *(f.name for f in functions), "total", "verdict", "ms", "reason"]
     widths = [max(map(len, cells)) for cells in zip(*lines)]
-    named = range(2, 2 + len(functions))
-    for i in set(range(len(headers))) - set(named):
-        widths[i] = max(widths[i], len(headers[i]))
-    while (
-        room := WIDTH - sum(widths[:-1]) - 2 * len(widths) - min(REASON_WIDTH, widths[-1])
-    ):  # long names share what room there is
-        cut = [i for i in named if widths[i] < len(headers[i])][: max(0, room)]
-        if not cut:
-            break
-        for i in cut:
-            widths[i] += 1
-    widths[-1] = max(8, WIDTH - sum(widths[:-1]) - 2 * (len(widths) - 1))
     print(f"\n{shorten(title, WIDTH)}")
-    for cells in [headers, *lines]:
-        aligned = [
-            f"{shorten(cell, width) if i == len(cells) - 1 else cell[:width]:{'<' if i in (0, 1, len(cells) - 1) else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(cells, widths))
-        ]
-        print("  ".join(aligned).rstrip())
+    for cells in lines:
+        texts = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths)]
+        numbers = [f"{cell:>{width}}" for cell, width in zip(cells[2:-1], widths[2:])]
+        print(shorten("  ".join([*texts, *numbers, cells[-1]]), WIDTH))
+    return list(failures.values())
+
+
+def _overpaid(source: str, trials: list[Trial], best_example: float) -> dict[str, str]:
+    """By the probe's name: wrong completions that earn as much as the best right one to their prompt.
+
+    Without a right one only an empty completion is judged: against `best_example`, else against the best of all.
+    """
+    prompts = {}
+    for t in trials:
+        prompts.setdefault(str(t.row["prompt"]), []).append(t)
+    found = {}  # by name and prompt: the total, and the one that it should have stayed below
+    for prompt, tried in prompts.items():
+        wrong = [t for t in tried if not t.probe.is_right]
+        totals = [t.score.total for t in tried if t.probe.is_right]
+        best = max((total for total in totals if not math.isnan(total)), default=math.nan)
+        if not totals:
+            best, least = best_example, min(t.score.total for t in wrong)
+            if math.isnan(best) and any(t.score.total > least for t in wrong):
+                best = max(t.score.total for t in wrong)
+            wrong = [t for t in wrong if t.probe.name == "empty"]
+        for t in wrong:
+            if t.score.total >= best - 1e-9:
+                found.setdefault(t.probe.name, {}).setdefault(prompt, (t.score.total, best))
+    other = "the right one" if any(t.probe.is_right for t in trials) else "the best there is"
+    failures = {}
+    for name, paid in found.items():
+        total, best = next(iter(paid.values()))
+        failures[name] = (
+            f"{source}: {name!r} (wrong) gets {total:.3g}, {other} {best:.3g}, in {len(paid)} of {len(prompts)} questions"
+        )
+    return failures
+
+
+def _value(trial: Trial, f: RewardFunction) -> float | None:
+    return (trial.score.parts if f.weight else trial.score.metrics)[f.name]
 
 
 def _range(values: list[float | None], width: int) -> str:
-    """Values as "1", "0..1" (only the largest, "<=1", where that is too wide) or "-" where none applies."""
+    """Values as "1", "0..1" (only the largest, "<=1", if that is too wide) or "-" if none applies."""
     known = [0.0 if v == 0 else v for v in values if v is not None]  # no minus zero
     if not known:
         return "-"

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data import DataError
-from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox
+from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox, score_all
 from grading.base import shorten
 from grading.rewards.probes import completion as made_up
 from tools.rescore import as_in_run, differ, number, questions, read_settings, report, saved_completion
@@ -153,7 +153,7 @@ def score_task(asked: dict) -> dict:
         if how.get("tokens"):  # unless they are known
             made.tokens, made.token_ids = how["tokens"], how.get("token_ids", [])
         completions.append(made)
-    scores = [dataclasses.asdict(dataclasses.replace(score, extra={})) for score in rewards.score_all(completions)]
+    scores = [dataclasses.asdict(dataclasses.replace(score, extra={})) for score in score_all(rewards, completions)]
     return {"weights": {f.name: f.weight for f in rewards.functions}, "scores": scores}
 
 
@@ -162,7 +162,7 @@ def rescore_task(asked: dict) -> dict:
     by_id = questions(settings_of(asked), Path(asked["run"]))
     known = [line | {"number": n} for n, line in enumerate(asked["lines"], 1) if line["prompt_id"] in by_id]
     rewards = rewards_of(asked, [by_id[line["prompt_id"]] for line in known])
-    scores = rewards.score_all([saved_completion(line, by_id[line["prompt_id"]]) for line in known])
+    scores = score_all(rewards, [saved_completion(line, by_id[line["prompt_id"]]) for line in known])
     with contextlib.redirect_stdout(io.StringIO()) as means:
         report(rewards, known, scores, shown=0)
     changes = sorted(map(change, known, scores), key=lambda found: -found[0])

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from data import load_questions
 from grading import Score, outcome_of, prompt_text
@@ -92,13 +93,12 @@ def settings_of(home: Run | None) -> Config:
 
 def questions(config: Config) -> tuple[list[dict], list[dict]]:
     """The training rows and the held-out rows of a run's data."""
-    c = config
-    return _questions(json.dumps([c.train_data, c.eval_data, c.train_questions, c.eval_questions, c.columns, c.seed]))
+    return _questions(json.dumps(vars(config), default=str))
 
 
 @functools.lru_cache(2)
-def _questions(data: str) -> tuple[list[dict], list[dict]]:
-    return load_questions(*json.loads(data))[:2]
+def _questions(settings: str) -> tuple[list[dict], list[dict]]:
+    return load_questions(SimpleNamespace(**json.loads(settings)))[:2]
 
 
 def put(page: Page, session: Session, left, right, number: float | None) -> tuple[str, int]:

@@ -27,6 +27,7 @@ class ModelReward(RewardFunction):
     """A reward model in a reward file; it never judges what is right."""
 
     sees_row = False
+    is_model = True
 
     @property
     def line(self) -> int:

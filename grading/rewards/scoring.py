@@ -15,13 +15,14 @@ import threading
 import time
 import traceback
 from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from grading.base import (
     Completion,
     RewardError,
     RewardFunction,
+    Rewards,
     Score,
     Ungraded,
     alone,
@@ -31,36 +32,39 @@ from grading.base import (
 )
 from grading.rewards import trl
 
-if TYPE_CHECKING:
-    from grading.rewards.reward_file import Rewards
-
 THREADS = 64  # most of them wait: the sandbox itself limits how many programs run
 SKIPPED_SHARE = 0.05  # with reward_errors: skip, more failures than this (and more than SKIPPED_FEW) stop the run
 SKIPPED_FEW = 4
 EXPECTED = "a finite number, a bool, None, (number, 'reason') or a list of (position, number)"
 
 
-class Part(NamedTuple):
-    """What one function made of one completion."""
+def score_all(rewards: Rewards, completions: list[Completion]) -> list[Score]:
+    """The scores of completions that are all there, in their order. Raises RewardError."""
+    scoring = Scoring(rewards)
+    for completion in completions:
+        scoring.add(completion)
+    return scoring.results()
 
-    value: float | None = None
-    reason: str = ""
-    process: list[tuple[int, float]] | None = None
-    is_ungraded: bool = False
+
+@dataclass
+class _Entry:
+    """A completion with its score, as far as the functions have made it."""
+
+    completion: Completion
+    place: int  # in the results
+    score: Score
+    faults: list[RewardError] = field(default_factory=list)
+    ungraded: set[str] = field(default_factory=set)  # functions that gave no grade
 
 
 class Scoring:
     """The completions of one step while they are scored."""
 
-    def __init__(self, rewards: "Rewards"):
+    def __init__(self, rewards: Rewards):
         self.rewards = rewards
-        self.completions: list[Completion] = []  # as they came
-        self._places: list[int] = []  # of each in the results
-        self._parts: list[dict[str, Part | RewardError]] = []  # for each completion, by function
-        self._seconds: list[float] = []
-        self._logs: list[tuple[list[int], trl.Log]] = []  # of batch functions, with the numbers of their completions
-        self._at_once = [f for f in rewards.functions if not f.is_batch and not f.is_async]
-        self._begun = 0  # completions that a thread has taken
+        self._entries: list[_Entry] = []  # in the order in which they were added
+        self._single = [f for f in rewards.functions if not f.is_batch and not f.is_async]
+        self._begun = 0  # entries that a thread has taken
         self._threads = 0
         self._spare = 0  # threads that wait for their first turn
         self._stopped = False  # an error has been found that ends the run
@@ -68,55 +72,61 @@ class Scoring:
         self._changed = threading.Condition()
 
     def add(self, completion: Completion, place: int | None = None) -> None:
-        """Start to score a completion. place: its place in the results, where it is not the order of adding."""
+        """Start to score a completion.
+
+        Args:
+            place: Its place in the results; by default the order of adding.
+        """
+        parts = {f.name: None for f in self.rewards.functions if f.weight}
+        metrics = {f.name: None for f in self.rewards.functions if not f.weight}
+        score = Score(0.0, parts, metrics, {}, "wrong")
         with self._changed:
-            self._places.append(len(self.completions) if place is None else place)
-            self.completions.append(completion)
-            self._parts.append({})
-            self._seconds.append(0.0)
+            self._entries.append(_Entry(completion, len(self._entries) if place is None else place, score))
             self._provide_thread()
 
     def _provide_thread(self) -> None:
-        """Have one thread ready to go on where the one that has the turn waits."""
-        if self._at_once and self._begun < len(self.completions) and not self._spare and self._threads < THREADS:
-            self._threads, self._spare = self._threads + 1, 1
+        """Keep one thread ready for the next completion, in case the thread that has the turn waits."""
+        if self._single and self._begun < len(self._entries) and not self._spare and self._threads < THREADS:
+            self._threads += 1
+            self._spare += 1
             threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
-        """Score completions until none is left that nobody has begun."""
-        with alone():  # given up only while a function waits: then the next thread takes the next completion
+        """Score completions until none is left that no thread has begun."""
+        with alone():  # released only while a function waits: then another thread takes the next completion
             with self._changed:
                 self._spare -= 1
             while True:
                 with self._changed:
-                    if self._begun == len(self.completions) or self._stopped:
+                    if self._begun == len(self._entries) or self._stopped:
                         self._threads -= 1
                         self._changed.notify_all()
                         return
-                    number, self._begun = self._begun, self._begun + 1
+                    entry = self._entries[self._begun]
+                    self._begun += 1
                     self._provide_thread()
-                for f in self._at_once:
+                for f in self._single:
                     if not self._stopped:
-                        self._try(self._apply(f, number))
+                        self._try(self._apply(f, entry))
 
     def _try(self, coroutine: Coroutine) -> None:
-        """Run a coroutine that awaits nothing. What ends the program is kept for the thread that asks for the results."""
+        """Run a coroutine that awaits nothing. What ends the program is kept for the thread that calls `results`."""
         try:
             coroutine.send(None)
         except StopIteration:
             pass
         except BaseException as error:
-            self._broken, self._stopped = error, True
+            self._broken = error
+            self._stopped = True
 
     def results(self) -> list[Score]:
-        """Wait for all completions. Raises RewardError, by the rule of `reward_errors`."""
-        batch = [f for f in self.rewards.functions if f.is_batch and not f.is_async]
+        """Wait for all completions. Raises RewardError as `reward_errors` says."""
         awaited = threading.Thread(target=self._run_async, daemon=True)
         if any(f.is_async for f in self.rewards.functions):
             awaited.start()
         with alone():
-            for f in batch:
-                if not self._stopped:
+            for f in self.rewards.functions:
+                if f.is_batch and not f.is_async and not self._stopped:
                     self._try(self._apply_batch(f))
         try:
             with waiting():
@@ -124,74 +134,70 @@ class Scoring:
                     awaited.join()
                 with self._changed:
                     self._changed.wait_for(lambda: not self._threads)
-        except BaseException:  # Ctrl-C: what has not begun is not begun
+        except BaseException:  # Ctrl-C: functions that have not begun must not begin
             self._stopped = True
             raise
         if self._broken:
             raise self._broken
-        order = self._order()
-        self._settle_errors([self._parts[number] for number in order])
-        scores = [self._score(*both) for both in zip(self._parts, self._seconds)]
-        for numbers, log in self._logs:
-            for place, number in enumerate(numbers):
-                scores[number].metrics |= {name: sum(values) / len(values) for name, values in log.metrics.items()}
-                scores[number].extra |= {column: values[place] for column, values in log.extra.items()}
-        return [scores[number] for number in order]
+        entries = self._in_order()
+        self._settle_errors(entries)
+        for entry in entries:
+            self._settle(entry)
+        return [entry.score for entry in entries]
 
-    def _order(self) -> list[int]:
-        """The numbers of the completions by their places."""
-        return sorted(range(len(self.completions)), key=self._places.__getitem__)
+    def _in_order(self) -> list[_Entry]:
+        return sorted(self._entries, key=lambda entry: entry.place)
 
     # --- calling
 
-    async def _apply(self, f: RewardFunction, number: int) -> None:
+    async def _apply(self, f: RewardFunction, entry: _Entry) -> None:
         """Call a function for one completion."""
-        started, completion = time.perf_counter(), self.completions[number]
+        started = time.perf_counter()
         try:
-            result = f.function(completion) if f.applies(completion.row) else None
-            self._keep(f, number, await result if f.is_async and result is not None else result)
+            result = f.function(entry.completion) if f.applies(entry.completion.row) else None
+            self._keep(f, entry, await result if f.is_async and result is not None else result)
         except Ungraded as error:
-            self._parts[number][f.name] = Part(reason=str(error), is_ungraded=True)
+            self._leave_ungraded(f, [entry], str(error))
         except (Exception, SystemExit) as error:
-            self._fail(f, [number], error)
-        self._seconds[number] += time.perf_counter() - started
+            self._fail(f, [entry], error)
+        entry.score.seconds += time.perf_counter() - started
 
     async def _apply_batch(self, f: RewardFunction) -> None:
         """Call a batch function for all completions that it applies to."""
-        started, numbers = time.perf_counter(), []
+        started = time.perf_counter()
+        entries = []
         try:
-            for number in self._order():
-                if f.applies(self.completions[number].row):
-                    numbers.append(number)
-                else:
-                    self._keep(f, number, None)
-            if not numbers:
+            for entry in self._in_order():
+                if f.applies(entry.completion.row):
+                    entries.append(entry)
+            if not entries:
                 return
-            values, log = await trl.call(f, [self.completions[i] for i in numbers], self.rewards.max_steps)
+            values, log = await trl.call(f, [entry.completion for entry in entries], self.rewards.max_steps)
             if not isinstance(values, (list, tuple)):
                 raise _WrongValue(
-                    f"returned {short_repr(values)}, expected a list of {len(numbers)}: one value for each"
+                    f"returned {short_repr(values)}, expected a list of {len(entries)}: one value for each"
                 )
-            if len(values) != len(numbers):
+            if len(values) != len(entries):
                 values_given = f"{len(values)} value{'s' if len(values) != 1 else ''}"
-                raise _WrongValue(f"returned {values_given} for {len(numbers)} completions")
-            self._logs.append((numbers, log))
+                raise _WrongValue(f"returned {values_given} for {len(entries)} completions")
         except Ungraded as error:
-            for number in numbers:
-                self._parts[number][f.name] = Part(reason=str(error), is_ungraded=True)
+            self._leave_ungraded(f, entries, str(error))
         except (Exception, SystemExit) as error:
-            self._fail(f, numbers or [number], error)
+            self._fail(f, entries or [entry], error)
         else:
-            for number, value in zip(numbers, values):
+            means = {name: sum(logged) / len(logged) for name, logged in log.metrics.items()}
+            for i, entry in enumerate(entries):
+                entry.score.metrics |= means
+                entry.score.extra |= {column: logged[i] for column, logged in log.extra.items()}
                 try:
-                    self._keep(f, number, value)
+                    self._keep(f, entry, values[i])
                 except _WrongValue as error:
-                    self._fail(f, [number], error)
-        for number in numbers:
-            self._seconds[number] += (time.perf_counter() - started) / len(numbers)
+                    self._fail(f, [entry], error)
+        for entry in entries:
+            entry.score.seconds += (time.perf_counter() - started) / len(entries)
 
     def _run_async(self) -> None:
-        """All that is async, awaited together on an event loop that lets other functions run while it waits."""
+        """Await all async functions together, on an event loop that lets other functions run while it waits."""
         import asyncio
         import selectors
 
@@ -203,13 +209,13 @@ class Scoring:
         async def run():
             places = asyncio.Semaphore(THREADS)
 
-            async def apply(f, number):
+            async def apply(f, entry):
                 async with places:
-                    await self._apply(f, number)
+                    await self._apply(f, entry)
 
             functions = [f for f in self.rewards.functions if f.is_async]
             jobs = [self._apply_batch(f) for f in functions if f.is_batch]
-            jobs += [apply(f, i) for i in self._order() for f in functions if not f.is_batch]
+            jobs += [apply(f, entry) for entry in self._in_order() for f in functions if not f.is_batch]
             await asyncio.gather(*jobs)
 
         try:
@@ -218,69 +224,76 @@ class Scoring:
         except BaseException as error:
             self._broken = error
 
-    def _keep(self, f: RewardFunction, number: int, result) -> None:
-        self._parts[number][f.name] = read(result, len(self.completions[number].text))
+    def _keep(self, f: RewardFunction, entry: _Entry, result) -> None:
+        """Enter what a function returned for a completion. Raises _WrongValue."""
+        value, reason, process = read(result, len(entry.completion.text))
+        (entry.score.parts if f.weight else entry.score.metrics)[f.name] = value
+        if reason:
+            entry.score.reasons[f.name] = reason
+        if process is not None:
+            entry.score.process[f.name] = process
 
-    def _fail(self, f: RewardFunction, numbers: list[int], error: Exception) -> None:
-        fault = describe_fault(self.rewards.path, f, [self.completions[i] for i in numbers], error)
-        for number in numbers:
-            self._parts[number][f.name] = fault
+    def _leave_ungraded(self, f: RewardFunction, entries: list[_Entry], reason: str) -> None:
+        for entry in entries:
+            entry.score.reasons[f.name] = reason
+            entry.ungraded.add(f.name)
+
+    def _fail(self, f: RewardFunction, entries: list[_Entry], error: Exception) -> None:
+        fault = describe_fault(self.rewards.path, f, [entry.completion for entry in entries], error)
+        for entry in entries:
+            entry.faults.append(fault)
+        self._leave_ungraded(f, entries, f"reward_error: {fault}")
         if self.rewards.reward_errors == "stop":
             self._stopped = True
 
-    # --- putting together
+    # --- the result
 
-    def _settle_errors(self, all_parts: list[dict[str, Part | RewardError]]) -> None:
-        """Raise RewardError where functions failed and none may (stop), or too many (skip)."""
-        faults = [[part for part in parts.values() if isinstance(part, RewardError)] for parts in all_parts]
-        first = [found[0] for found in faults if found]
-        if first and self.rewards.reward_errors == "stop":
-            raise first[0] from first[0].__cause__
+    def _settle_errors(self, entries: list[_Entry]) -> None:
+        """Raise RewardError if a function failed and none may (stop), or if too many did (skip)."""
+        faults = [entry.faults[0] for entry in entries if entry.faults]
         rewards = self.rewards
-        rewards.scored += len(self.completions)
-        rewards.errors += len(first)
-        if first and rewards.errors > max(SKIPPED_FEW, SKIPPED_SHARE * rewards.scored):
+        if faults and rewards.reward_errors == "stop":
+            raise faults[0] from faults[0].__cause__
+        rewards.scored += len(entries)
+        rewards.errors += len(faults)
+        if faults and rewards.errors > max(SKIPPED_FEW, SKIPPED_SHARE * rewards.scored):
             raise RewardError(
                 f"reward functions failed on {rewards.errors} of {rewards.scored} completions, over {SKIPPED_SHARE:.0%}, too "
-                f"many for reward_errors: skip. The first of this step: {first[0]}",
-                first[0].completions,
-            ) from first[0].__cause__
+                f"many for reward_errors: skip. The first of this step: {faults[0]}",
+                faults[0].completions,
+            ) from faults[0].__cause__
 
-    def _score(self, parts: dict[str, Part | RewardError], seconds: float) -> Score:
-        """The parts of a completion, weighted, with the verdict of the function that judges it."""
-        score = Score(0.0, {}, {}, {}, "wrong", seconds=seconds)
-        is_ungraded, reasons = False, {}
-        for f in self.rewards.functions:
-            part = parts[f.name]
-            if isinstance(part, RewardError):
-                score.error = score.error or str(part)
-                part = Part(reason=f"reward_error: {part}", is_ungraded=True)
-            (score.parts if f.weight else score.metrics)[f.name] = part.value
-            if part.reason:
-                score.reasons[f.name] = part.reason
-            if part.process is not None:
-                score.process[f.name] = part.process
-            is_ungraded = is_ungraded or (part.is_ungraded and f.weight != 0)
-            if part.value is not None:
-                score.total += f.weight * part.value
-                reasons[f.name] = part.reason
-        judge = self.rewards.judge(reasons)
-        if not is_ungraded and all(value is None for value in score.parts.values()):  # a zero would be a lie
-            is_ungraded, first = True, next(iter(score.parts))
-            score.reasons.setdefault(first, "no reward function gave a value: is a return missing?")
-        if is_ungraded:
+    def _settle(self, entry: _Entry) -> None:
+        """Complete a score: the weighted sum, and the verdict of the function that judges it."""
+        score = entry.score
+        names = [f.name for f in self.rewards.functions]  # in the file's order, whichever function was done first
+        score.reasons = {name: score.reasons[name] for name in names if name in score.reasons}
+        score.process = {name: score.process[name] for name in names if name in score.process}
+        if entry.faults:
+            score.error = str(entry.faults[0])
+        given = [f for f in self.rewards.functions if score.parts.get(f.name) is not None]
+        if any(name in score.parts for name in entry.ungraded):
             score.verdict, score.total = "ungraded", math.nan
-        elif judge:
-            score.judge, score.verdict = judge.name, "right" if score.parts[judge.name] >= 1 else "wrong"
-        return score
+        elif not given:  # 0 would be a wrong reward
+            score.verdict, score.total = "ungraded", math.nan
+            score.reasons.setdefault(next(iter(score.parts)), "no reward function gave a value: is a return missing?")
+        else:
+            score.total = sum(f.weight * score.parts[f.name] for f in given)
+            judge = self.rewards.judge({f.name: score.reasons.get(f.name, "") for f in given})
+            if judge:
+                score.judge, score.verdict = judge.name, "right" if score.parts[judge.name] >= 1 else "wrong"
 
 
 class _WrongValue(Exception):
     """What a function returned is none of what it may return."""
 
 
-def read(result, length: int) -> Part:
-    """What a function returned for a completion of `length` characters. Raises _WrongValue."""
+def read(result, length: int) -> tuple[float | None, str, list[tuple[int, float]] | None]:
+    """The value, the reason and the process reward in what a function returned. Raises _WrongValue.
+
+    Args:
+        length: Characters of the completion, the largest position of a process reward.
+    """
     value, reason = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
     process = None
     if isinstance(value, list) and all(isinstance(step, (list, tuple)) and len(step) == 2 for step in value):
@@ -294,7 +307,7 @@ def read(result, length: int) -> Part:
         value = wrong if wrong is not None else float(sum(number for _, number in process))
     if (value is not None and not is_finite_number(value)) or not isinstance(reason, (str, type(None))):
         raise _WrongValue(f"returned {short_repr(result)}, expected {EXPECTED}")
-    return Part(None if value is None else float(value), reason or "", process)
+    return None if value is None else float(value), reason or "", process
 
 
 def describe_fault(path: Path, f: RewardFunction, completions: list[Completion], error: Exception) -> RewardError:

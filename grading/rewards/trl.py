@@ -47,13 +47,13 @@ class Log:
 
 
 async def call(f: RewardFunction, completions: list[Completion], max_steps: int | None) -> tuple[object, Log]:
-    """What a batch function returns for the completions, and what it logged. Finds and keeps `f.style` if need be."""
+    """What a batch function returns for the completions, and what it logged. Sets `f.style` if it is unknown."""
     for style in [f.style] if f.style else ["chat", "text"]:
         is_settled = f.style is not None or style == "text"
         message = type("Message", (_Message,), {})
         log = Log(len(completions))
         try:
-            values = f.function(**arguments(f, completions, style, message, log, max_steps))
+            values = f.function(**_arguments(f, completions, message if style == "chat" else None, log, max_steps))
             if f.is_async:
                 values = await values
         except Exception:
@@ -66,19 +66,23 @@ async def call(f: RewardFunction, completions: list[Completion], max_steps: int 
     return values, log
 
 
-def arguments(
-    f: RewardFunction, completions: list[Completion], style: str, message: type, log: Log, max_steps: int | None
+def _arguments(
+    f: RewardFunction, completions: list[Completion], message: type | None, log: Log, max_steps: int | None
 ) -> dict:
-    """The arguments of a call, by name. message: the type of a chat message."""
-    texts = [c.text for c in completions]
-    prompts = [c.row.get("prompt", c.prompt) for c in completions]
-    if style == "chat":
-        texts = [[message(role="assistant", content=text)] for text in texts]
-        prompts = [
-            [message(role="user", content=prompt)] if isinstance(prompt, str) else [message(m) for m in prompt]
-            for prompt in prompts
-        ]
+    """The arguments of a call, by name.
+
+    Args:
+        message: The type of the chat messages; None for text.
+    """
+    if message:
+        texts = [[message(role="assistant", content=c.text)] for c in completions]
+        prompts = []
+        for c in completions:
+            prompt = c.row.get("prompt", c.prompt)
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompts.append([message(m) for m in messages])
     else:
+        texts = [c.text for c in completions]
         prompts = [c.prompt for c in completions]
     columns = dict.fromkeys(column for c in completions for column in c.row)
     if "prompt" not in f.parameters:  # it is in prompts

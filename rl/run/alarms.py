@@ -9,8 +9,7 @@ import math
 from collections import Counter
 
 from grading import Rewards, Score, outcome_of
-from grading.base import shorten
-from grading.rewards.reward_file import SHAPING_SHARE
+from grading.base import SHAPING_SHARE, shorten
 from rl.config import Config
 from rl.evaluate import Z95, Evaluation
 from rl.rollout import Episode

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import load_questions, local_prompts
-from grading import check_tests, load_rewards, sandbox
+from grading import check_tests, load_rewards, preflight, sandbox
 from rl.config import Config
 from rl.run import report
 from rl.run.files import read_jsonl, to_json
@@ -36,7 +36,7 @@ def eval_only(config: Config, name: str) -> None:
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
     )
     _, eval_rows, notes = load_questions(config)
-    notes += check_tests(eval_rows) + rewards.check(eval_rows)
+    notes += check_tests(eval_rows) + preflight(rewards, eval_rows)
 
     from rl.model.backends import import_backend
 

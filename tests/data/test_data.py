@@ -4,13 +4,27 @@ import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from data import DataError, levels, load, load_questions
+from data import DataError, QuestionSampler, load, load_questions
 from data.tasks import MAKERS, make_sum
 
 ROWS = [{"question": f"What is {i} + 1?", "gold": i + 1, "level": "easy"} for i in range(20)]
+
+
+def questions_of(train_data, eval_data, train_questions, eval_questions, seed, curriculum_steps=0):
+    settings = {
+        "train_data": train_data,
+        "eval_data": eval_data,
+        "train_questions": train_questions,
+        "eval_questions": eval_questions,
+        "seed": seed,
+        "columns": {},
+        "curriculum_steps": curriculum_steps,
+    }
+    return load_questions(SimpleNamespace(**settings))
 
 
 def make_files(folder):
@@ -79,9 +93,9 @@ def test_mistakes_name_file_and_line(tmp_path, name, content, message):
 
 def test_missing_files_columns_and_encodings(tmp_path):
     make_files(tmp_path)
-    with pytest.raises(DataError, match=r"p.jsonl: there is no such file; did you mean .*q.jsonl"):
+    with pytest.raises(DataError, match=r"p.jsonl: there is no such file. Did you mean 'q.jsonl'"):
         load(str(tmp_path / "p.jsonl"))
-    with pytest.raises(DataError, match=r"q.jsonl:1: columns maps answer to 'glod'.*did you mean 'gold'"):
+    with pytest.raises(DataError, match=r"q.jsonl:1: columns maps answer to 'glod'.*Did you mean 'gold'"):
         load(str(tmp_path / "q.jsonl"), columns={"answer": "glod"})
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8 text at byte 12"):
@@ -92,40 +106,71 @@ def test_a_file_is_split_into_training_and_held_out(tmp_path):
     rows = ROWS + ROWS[:5]  # duplicates stay on one side
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = str(tmp_path / "q.jsonl")
-    train, held_out, notes = load_questions([source], [], 1000, 400, {}, seed=0)
+    train, held_out, notes = questions_of([source], [], 1000, 400, 0)
     assert len(held_out) == 4 and len({r["prompt"] for r in train}) == 16
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
-    assert load_questions([source], [], 1000, 400, {}, seed=9)[1] == held_out  # the same for every seed
+    assert questions_of([source], [], 1000, 400, 9)[1] == held_out  # the same for every seed
     assert "4 held out" in notes[0]
     (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
     with pytest.raises(DataError, match="one question is too few"):
-        load_questions([str(tmp_path / "one.jsonl")], [], 1000, 400, {}, seed=0)
+        questions_of([str(tmp_path / "one.jsonl")], [], 1000, 400, 0)
+
+
+def of_levels(*levels):
+    return [SimpleNamespace(row={"id": f"r{i}", "level": level}) for i, level in enumerate(levels)]
 
 
 def test_levels_are_numbers_also_in_text():
-    rows = [{"id": "a", "level": 3}, {"id": "b", "level": "Level 5"}, {"id": "c", "level": 2.5}]
-    assert levels(rows) == [3.0, 5.0, 2.5]
+    assert QuestionSampler(of_levels(3, "Level 5", 2.5), 10, seed=0).levels == [3.0, 5.0, 2.5]
     for level in (None, "hard", ""):
-        with pytest.raises(DataError, match="row d has no number in a column level"):
-            levels([*rows, {"id": "d", "level": level}])
-    with pytest.raises(DataError, match="curriculum_steps: row e"):
-        levels([{"id": "e"}])
+        with pytest.raises(DataError, match="curriculum_steps: row r1 has no number in a column level"):
+            QuestionSampler(of_levels(3, level), 10, seed=0)
+    QuestionSampler(of_levels(None), 0, seed=0)  # without a curriculum no level is needed
+
+
+def test_a_row_without_a_level_is_found_with_the_questions(tmp_path):
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    source = str(tmp_path / "q.jsonl")
+    questions_of([source], [], 10, 4, 0)
+    with pytest.raises(DataError, match="curriculum_steps: row q:.* has no number in a column level"):
+        questions_of([source], [], 10, 4, 0, curriculum_steps=5)
+    questions_of(["sums"], [], 10, 4, 0, curriculum_steps=5)
+
+
+def test_each_epoch_has_every_question_in_an_order_of_its_own():
+    """The order for a seed is fixed: runs of earlier versions can be resumed."""
+    sampler = QuestionSampler(of_levels(*range(5)), 0, seed=0)
+    taken = [question.row["level"] for step in (1, 2, 3, 4, 5) for question in sampler.take(3, step)]
+    rng = random.Random(0)
+    assert taken == [i for _ in range(3) for i in rng.sample(range(5), 5)]
+    assert taken == [3, 4, 0, 1, 2, 3, 2, 1, 4, 0, 4, 1, 3, 0, 2]
+    assert sampler.state_dict() == {"drawn": 15}
+    again = QuestionSampler(sampler.questions, 0, seed=0)
+    again.take(2, 1)
+    again.load_state_dict({"drawn": 3})
+    assert [question.row["level"] for question in again.take(12, 2)] == taken[3:]
+
+
+def test_questions_join_by_their_level():
+    sampler = QuestionSampler(of_levels(1, 1, 2, 3), 3, seed=0)
+    levels = [{question.row["level"] for question in sampler.take(8, step)} for step in (1, 2, 3, 9)]
+    assert levels == [{1}, {1, 2}, {1, 2, 3}, {1, 2, 3}]
 
 
 def test_held_out_questions_are_taken_out_of_training(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
-    train, held_out, notes = load_questions([str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")], 99, 9, {}, 0)
+    train, held_out, notes = questions_of([str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")], 99, 9, 0)
     assert len(train) == 17 and len(held_out) == 3 and "3 training questions are also held out" in notes[0]
     with pytest.raises(DataError, match="no question is left"):
-        load_questions([str(tmp_path / "b.jsonl")], [str(tmp_path / "a.jsonl")], 99, 99, {}, 0)
+        questions_of([str(tmp_path / "b.jsonl")], [str(tmp_path / "a.jsonl")], 99, 99, 0)
 
 
 def test_built_in_families_have_their_own_held_out_questions():
-    train, held_out, notes = load_questions(["sums", "words", "functions"], [], 50, 30, {}, seed=1)
+    train, held_out, notes = questions_of(["sums", "words", "functions"], [], 50, 30, 1)
     assert len(train) == 150 and len(held_out) == 30 and not notes
     assert {row["task"] for row in held_out} == {"sums", "words", "functions"}
-    assert load_questions(["sums", "words", "functions"], [], 50, 30, {}, seed=2)[1] == held_out
+    assert questions_of(["sums", "words", "functions"], [], 50, 30, 2)[1] == held_out
 
 
 def test_cells_that_are_empty_and_lines_that_are_odd(tmp_path):
@@ -149,9 +194,9 @@ def test_more_questions_than_there_are(monkeypatch):
 
 def test_a_file_that_is_cut_is_noted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    train, _, notes = load_questions([str(tmp_path / "a.jsonl")], ["sums"], 7, 9, {}, 0)
+    train, _, notes = questions_of([str(tmp_path / "a.jsonl")], ["sums"], 7, 9, 0)
     assert len(train) == 7 and "the first 7 of 20 questions are used" in notes[0]
-    _, held_out, notes = load_questions(["sums"], [str(tmp_path / "a.jsonl")], 7, 9, {}, 0)
+    _, held_out, notes = questions_of(["sums"], [str(tmp_path / "a.jsonl")], 7, 9, 0)
     assert len(held_out) == 9 and "the first 9 of 20 questions are held out" in notes[0]
 
 

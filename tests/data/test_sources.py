@@ -8,8 +8,9 @@ import time
 from fractions import Fraction
 
 import pytest
+from test_data import questions_of
 
-from data import DataError, gym, hub, load, load_questions
+from data import DataError, gym, hub, load
 from data.tasks import questions
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -202,18 +203,18 @@ def test_mistakes_in_a_hub_source(sets, source, message):
 
 
 def test_held_out_questions_come_from_the_sets_own_split(sets):
-    train, held_out, notes = load_questions(["openai/gsm8k"], [], 2, 9, {}, seed=0)
+    train, held_out, notes = questions_of(["openai/gsm8k"], [], 2, 9, 0)
     assert len(train) == 2 and [row["prompt"] for row in held_out] == ["Another?"]
     assert notes == ["openai/gsm8k: the first 2 of 3 questions are used (train_questions)"]
-    train, held_out, notes = load_questions(["openai/gsm8k[train]"], [], 9, 9, {}, seed=0)
+    train, held_out, notes = questions_of(["openai/gsm8k[train]"], [], 9, 9, 0)
     assert [row["prompt"] for row in held_out] == ["Another?"]
 
 
 def test_a_benchmark_in_training_is_noted(sets):
-    train, held_out, notes = load_questions(["HuggingFaceH4/MATH-500"], [], 99, 99, {}, seed=0)
+    train, held_out, notes = questions_of(["HuggingFaceH4/MATH-500"], [], 99, 99, 0)
     assert len(train) == 8 and len(held_out) == 2  # one split: a fifth is held out
     assert "made for evaluation" in notes[0]
-    assert not load_questions(["sums"], ["HuggingFaceH4/MATH-500"], 9, 9, {}, seed=0)[2][1:]
+    assert not questions_of(["sums"], ["HuggingFaceH4/MATH-500"], 9, 9, 0)[2][1:]
 
 
 def test_without_network_or_package_it_fails_at_once(monkeypatch):
@@ -238,7 +239,7 @@ def test_an_unknown_set_of_the_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
     hub._fetch.cache_clear()
     with pytest.raises(
-        DataError, match="openai/gms8k: the Hub does not give this set of data: did you mean openai/gsm8k?"
+        DataError, match="openai/gms8k: the Hub does not give this set of data. Did you mean 'openai/gsm8k'"
     ):
         load("openai/gms8k")
 
@@ -310,7 +311,7 @@ def test_entries_are_plain_and_gold_answers_are_found(make):
 
 
 def test_a_family_that_is_not_there(make):
-    with pytest.raises(DataError, match="has no family chain_summ; did you mean reasoning_gym:chain_sum?"):
+    with pytest.raises(DataError, match="has no family chain_summ. Did you mean 'chain_sum'"):
         make("chain_summ", "train", 1, 0)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import completion, write
+from conftest import completion, score_one, write
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from grading import RewardError, load_rewards, reward_model
+from grading import RewardError, load_rewards, preflight, reward_model, score_all
 from grading.rewards.models import RewardModel, _load
 
 PROMPTS = ["2+5=?", "What is 3 + 4 + 5?", "1", "Compute 9 - 2 + 1.", "A bus has 3 riders."]
@@ -248,19 +248,19 @@ def test_beside_a_rule_in_a_reward_file(tmp_path):
     assert load_rewards(str(rewards.path), None, {"kind_model_v0_1": 0.5}).functions[1].weight == 0.5
     completions = [completion(text, prompt=prompt, answer="3") for prompt, text in zip(PROMPTS, TEXTS)]
     expected = plain_logits(folder, PROMPTS, TEXTS)[:, 0].sigmoid().tolist()
-    scores = rewards.score_all(completions)
+    scores = score_all(rewards, completions)
     for score, value, text in zip(scores, expected, TEXTS):
         assert score.parts["kind_model_v0_1"] == pytest.approx(value, abs=1e-5)
         assert score.total == pytest.approx(("{3}" in text) + 0.2 * value, abs=1e-5)
         assert (score.judge, score.is_right) == ("correct", "{3}" in text)
     row = {"id": "r", "task": "t", "prompt": "3+4=?", "answer": "7"}
-    assert rewards.check([row]) == ["largest reward: 1.2 on math rows (correct 1 + kind_model_v0_1 0.2)"]
+    assert preflight(rewards, [row]) == []
     conversation = [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "hi"},
         {"role": "user", "content": "2?"},
     ]
-    (score,) = rewards.score_all([completion("2", prompt=conversation, answer="2")])
+    (score,) = score_all(rewards, [completion("2", prompt=conversation, answer="2")])
     single = plain_logits(folder, [conversation], ["2"])[0, 0].sigmoid().item()
     assert score.parts["kind_model_v0_1"] == pytest.approx(single, abs=1e-5)  # all of the conversation is read
 
@@ -284,7 +284,7 @@ def test_a_reward_model_never_judges(tmp_path):
         rewards = load_rewards(write(tmp_path, source + line))
         rewards.functions[-1].function.__class__ = Always
         row = {"id": "r", "task": "t", "prompt": "3+4=?", "answer": "7"}
-        (score,) = rewards.score_all([completion("8", **row)])
+        (score,) = score_all(rewards, [completion("8", **row)])
         return score.judge, score.verdict, rewards, row
 
     class Always(RewardModel):
@@ -294,23 +294,22 @@ def test_a_reward_model_never_judges(tmp_path):
     rule = "@reward(weight=0.5)\ndef right(c): return c.text == '7'\n"  # nothing shows that it looks at the row
     judge, verdict, rewards, row = judged(rule, 10)
     assert (judge, verdict) == ("right", "wrong")
-    notes = rewards.check([row])
-    assert notes[0] == "largest reward: inf on math rows (right 0.5 + m inf)"
-    assert notes[1].startswith("warning: on math rows m is a reward model's raw score, which has no bound")
+    notes = preflight(rewards, [row])
+    assert notes[0].startswith("warning: on math rows m is a reward model's raw score, which has no bound")
 
     judge, verdict, rewards, row = judged("", 1, sigmoid=True)
     assert (judge, verdict) == (None, "wrong")
-    notes = rewards.check([row])
-    assert len(notes) == 2 and "nothing says what is right: a reward model (m) has an opinion" in notes[1]
+    notes = preflight(rewards, [row])
+    assert len(notes) == 1 and "nothing says what is right: a reward model (m) has an opinion" in notes[0]
 
     *_, rewards, row = judged("@reward(when='math')\ndef right(c): return c.answer == c.row['answer']\n", 1)
     chat = {"id": "c", "task": "chat", "prompt": "Tell me a story."}
     with pytest.raises(RewardError, match="row c: of the rewards in rewards.py only m applies, but not right"):
-        rewards.check([row, chat])  # perhaps its gold has another name
+        preflight(rewards, [row, chat])  # perhaps its gold has another name
     *_, rewards, row = judged(
         "@reward(when='math')\ndef right(c): return c.answer == c.row['answer']\n", 1, when="chat"
     )
-    notes = rewards.check([row, chat])  # the person has said that it is for these
+    notes = preflight(rewards, [row, chat])  # the person has said that it is for these
     assert any("on chat rows nothing says what is right" in note for note in notes)
 
 
@@ -321,7 +320,7 @@ def test_faults_in_a_reward_file_name_its_line(tmp_path):
     with pytest.raises(
         RewardError, match=r"^reward function 'm' \(rewards.py:6\), row r1.*no trained classification head"
     ):
-        rewards.check([{"id": "r1", "prompt": "q", "answer": "7"}])
+        preflight(rewards, [{"id": "r1", "prompt": "q", "answer": "7"}])
     folder = save(tmp_path / "m")
     two = f"a = reward_model('{folder}', label='x')\nb = reward_model('{folder}', label='y')\n"
     with pytest.raises(RewardError, match="two reward functions are called m: rename one"):
@@ -331,7 +330,7 @@ def test_faults_in_a_reward_file_name_its_line(tmp_path):
 def test_a_metric_a_list_and_another_file(tmp_path):
     folder = save(tmp_path / "m")
     rewards = load_rewards(write(tmp_path, RULE + f"m = reward_model('{folder}', weight=0)\n"))
-    score = rewards.score(completion("\\boxed{7}", answer="7"))
+    score = score_one(rewards, completion("\\boxed{7}", answer="7"))
     assert score.total == 1 and set(score.metrics) == {"m"}
     rewards = load_rewards(write(tmp_path, f"m = reward_model('{folder}')\nreward_funcs = [m]\n"))
     assert rewards.names == ["m"]

@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from conftest import completion, write
+from conftest import completion, score_one, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grading import Completion, RewardError, load_rewards, outcome_of, outcome_shares, row_kind
+from grading import Completion, RewardError, load_rewards, outcome_of, outcome_shares, preflight, row_kind, score_all
 from grading.rewards.scoring import read
 
 
@@ -32,23 +32,23 @@ def test_weights_gates_metrics_and_verdict(tmp_path):
             """,
         )
     )
-    score = rewards.score(completion("7", answer="7"))
+    score = score_one(rewards, completion("7", answer="7"))
     assert (score.total, score.verdict) == (2.5, "right")
     assert score.parts == {"right": 1.0, "short": 1.0, "never": None}
     assert score.metrics == {"length": 1.0} and score.reasons == {"right": "because"}
-    score = rewards.score(completion("8", answer="7"))
+    score = score_one(rewards, completion("8", answer="7"))
     assert (score.total, score.verdict) == (0.5, "wrong")
-    code_row = rewards.score(Completion("q", "8", {"id": 1, "task": "other", "tests": ["assert f(1) == 1"]}))
+    code_row = score_one(rewards, Completion("q", "8", {"id": 1, "task": "other", "tests": ["assert f(1) == 1"]}))
     assert code_row.parts["right"] is None and code_row.verdict == "ungraded"  # nothing applied: no zero
 
 
 def test_reward_funcs_and_weights_by_name(tmp_path):
     path = write(tmp_path, "@reward\ndef one(c): return 1\n@reward(weight=3)\ndef two(c): return 1\n")
     assert load_rewards(path).names == ["one", "two"]
-    assert load_rewards(path, ["two"], {"two": 0.25}).score(completion("")).total == 0.25
-    with pytest.raises(RewardError, match="reward_funcs: .* no reward function 'tow'; did you mean 'two'"):
+    assert score_one(load_rewards(path, ["two"], {"two": 0.25}), completion("")).total == 0.25
+    with pytest.raises(RewardError, match="reward_funcs: .* no reward function 'tow'. Did you mean 'two'"):
         load_rewards(path, ["tow"])
-    with pytest.raises(RewardError, match="reward_weights: .* no reward function 'oen'; did you mean 'one'"):
+    with pytest.raises(RewardError, match="reward_weights: .* no reward function 'oen'. Did you mean 'one'"):
         load_rewards(path, None, {"oen": 1.0})
 
 
@@ -64,7 +64,7 @@ def test_ungraded_is_not_zero(tmp_path):
             """,
         )
     )
-    score = rewards.score(completion("x"))
+    score = score_one(rewards, completion("x"))
     assert score.verdict == "ungraded" and math.isnan(score.total)
     assert score.reasons == {"grader": "the sandbox is gone"}
 
@@ -87,46 +87,54 @@ def test_ungraded_is_not_zero(tmp_path):
 def test_wrong_return_values_name_function_row_and_value(tmp_path, value):
     rewards = load_rewards(write(tmp_path, f"@reward\ndef odd(c): return {value}\n"))
     with pytest.raises(RewardError, match=r"'odd' \(rewards.py:\d+\), row r1: returned .*expected a finite number"):
-        rewards.score(completion("x"))
+        score_one(rewards, completion("x"))
 
 
 def test_an_exception_names_function_line_row_and_completion(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef broken(c):\n    return 1 / 0\n"))
     with pytest.raises(RewardError, match=r"'broken' \(rewards.py:4\), row r1: ZeroDivisionError.*'the end'"):
-        rewards.score(completion("the end"))
+        score_one(rewards, completion("the end"))
+
+
+def test_counts_can_be_saved_and_restored(tmp_path):
+    rewards = load_rewards(write(tmp_path, "@reward\ndef odd(c): return 1 / len(c.text)\n"), reward_errors="skip")
+    score_all(rewards, [completion("x")] * 99 + [completion("")])
+    again = load_rewards(write(tmp_path, "@reward\ndef odd(c): return 1\n"))
+    again.load_state_dict(rewards.state_dict())
+    assert (again.scored, again.errors) == (100, 1)
 
 
 def test_a_misspelt_column_is_found_before_the_model_loads(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return c.answer == c.row['anwser']\n"))
     with pytest.raises(RewardError, match="no column 'anwser'.*Did you mean 'answer'"):
-        rewards.check([{"id": "r1", "task": "t", "prompt": "q", "answer": "1"}])
+        preflight(rewards, [{"id": "r1", "task": "t", "prompt": "q", "answer": "1"}])
 
 
 def test_rows_that_only_shaping_would_judge_are_found_before_the_model_loads(tmp_path):
     """A row without its gold must not be trained on its format alone, and called right for it."""
     rewards = load_rewards("rewards.py")
     good = {"id": "r1", "task": "t", "prompt": "q", "answer": "1"}
-    rewards.check([good, {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 1"]}])
+    preflight(rewards, [good, {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 1"]}])
     for bad in ({"gold": "1"}, {"answer": None}):
         with pytest.raises(
             RewardError, match="row r3: .* only format applies, but not correct or passes_tests.*columns"
         ):
-            rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"} | bad])
+            preflight(rewards, [good, {"id": "r3", "task": "t", "prompt": "q"} | bad])
     misspelt = load_rewards(write(tmp_path, "@reward(when='maths')\ndef right(c): return 1\n"))
     with pytest.raises(RewardError, match="rewards.py none applies, but not right"):
-        misspelt.check([good])
-    load_rewards(write(tmp_path, "@reward\ndef any(c): return 1\n")).check([{"id": 1, "task": "t", "prompt": "q"}])
+        preflight(misspelt, [good])
+    preflight(load_rewards(write(tmp_path, "@reward\ndef any(c): return 1\n")), [{"id": 1, "task": "t", "prompt": "q"}])
 
 
 def test_a_row_whose_gold_is_empty_is_found_before_the_model_loads(tmp_path):
     """Also where the gold stands in a column of the person's own, and the first rows are whole."""
     rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return grade_math(c.answer, c.row['gold'])\n"))
     good = {"id": "r1", "task": "t", "prompt": "q", "gold": "1"}
-    rewards.check([good, good])
+    preflight(rewards, [good, good])
     with pytest.raises(RewardError, match="row r2: ValueError: the gold answer is empty"):
-        rewards.check([good, {"id": "r2", "task": "t", "prompt": "q", "gold": None}])
+        preflight(rewards, [good, {"id": "r2", "task": "t", "prompt": "q", "gold": None}])
     with pytest.raises(RewardError, match="row r3: KeyError: .*no column 'gold'"):
-        rewards.check([good, {"id": "r3", "task": "t", "prompt": "q"}])
+        preflight(rewards, [good, {"id": "r3", "task": "t", "prompt": "q"}])
 
 
 def test_who_judges(tmp_path):
@@ -141,7 +149,7 @@ def test_who_judges(tmp_path):
 
     def judged(right, weight, when="@reward", answer="7"):
         rewards = load_rewards(write(tmp_path, source.format(right=right, weight=weight, when=when)))
-        score = rewards.score(completion("\\boxed{8}", answer=answer))
+        score = score_one(rewards, completion("\\boxed{8}", answer=answer))
         return score.judge, score.verdict
 
     assert judged("c.answer == c.row['answer']", 2) == ("right", "wrong")
@@ -155,7 +163,7 @@ def test_who_judges(tmp_path):
 def test_outcomes_are_counted():
     assert (outcome_of("wrong: 5 is not 6"), outcome_of("right"), outcome_of("too long: 5")) == ("wrong", "right", None)
     rewards = load_rewards("rewards.py")
-    scores = rewards.score_all([completion(text, answer="7") for text in ("\\boxed{7}", "\\boxed{8}", "7", "7")])
+    scores = score_all(rewards, [completion(text, answer="7") for text in ("\\boxed{7}", "\\boxed{8}", "7", "7")])
     assert outcome_shares(scores) == {"outcomes/right": 0.25, "outcomes/wrong": 0.25, "outcomes/no_answer": 0.5}
 
 
@@ -182,11 +190,11 @@ def test_process_rewards_are_values_at_positions(tmp_path):
             """,
         )
     )
-    score = rewards.score(completion("a. b."))
+    score = score_one(rewards, completion("a. b."))
     assert score.process == {"steps": [(2, 1.0), (5, 1.0)], "last": [(5, 2)]}
     assert score.parts == {"steps": 2.0} and score.metrics == {"last": 2.0} and score.total == 1.0
     assert score.reasons == {"last": "the end"}
-    assert rewards.score(completion("")).process == {"steps": [], "last": [(0, 2)]}
+    assert score_one(rewards, completion("")).process == {"steps": [], "last": [(0, 2)]}
 
 
 @pytest.mark.parametrize("position", ["6", "-1", "True", "1.0", "None"])
@@ -195,14 +203,14 @@ def test_positions_outside_the_text_are_errors(tmp_path, position):
     with pytest.raises(
         RewardError, match="'steps' .*row r1: returned the position .*a whole number from 0 to the text's 5"
     ):
-        rewards.score(completion("a. b."))
+        score_one(rewards, completion("a. b."))
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(-1e6, 1e6)), max_size=5))
 @settings(max_examples=50, deadline=None)
 def test_a_process_reward_counts_as_its_sum(steps):
-    part = read(steps, 9)
-    assert part.process == steps and part.value == pytest.approx(sum(value for _, value in steps))
+    total, _, process = read(steps, 9)
+    assert process == steps and total == pytest.approx(sum(value for _, value in steps))
 
 
 # --- notes before a run
@@ -218,14 +226,12 @@ def test_a_file_that_was_just_changed_is_read_again(tmp_path, monkeypatch):
     assert not (tmp_path / "__pycache__").exists()
 
 
-def test_notes_on_the_largest_reward_and_on_shaping(tmp_path):
+def test_warnings_if_a_wrong_answer_can_earn_as_much(tmp_path):
     rows = [
         {"id": "r1", "task": "t", "prompt": "q", "answer": "12"},
         {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 2"]},
     ]
-    assert load_rewards("rewards.py").check(rows) == [
-        "largest reward: 1.1 on math rows (correct 1 + format 0.1), 1.1 on code rows (passes_tests 1 + format 0.1)"
-    ]
+    assert preflight(load_rewards("rewards.py"), rows) == []
     source = """
         @reward
         def right(c): return grade_math(c.answer, c.row["answer"])
@@ -234,13 +240,18 @@ def test_notes_on_the_largest_reward_and_on_shaping(tmp_path):
         @reward(weight={weight})
         def format(c): return {value}
         """
-    assert len(load_rewards(write(tmp_path, source.format(weight=0.4, value=1))).check(rows[:1])) == 1
-    _, warning = load_rewards(write(tmp_path, source.format(weight=0.5, value=1))).check(rows[:1])
-    assert (
-        "on math rows a wrong answer can earn as much as a right one: short 0.5 + format 0.5 against right 1" in warning
-    )
+    assert preflight(load_rewards(write(tmp_path, source.format(weight=0.4, value=1))), rows[:1]) == []
+    (warning,) = preflight(load_rewards(write(tmp_path, source.format(weight=0.5, value=1))), rows[:1])
+    assert "on math rows a wrong answer can earn as much as a right one" in warning
+    assert "short 0.5 + format 0.5" in warning and "adds 1." in warning
     gated = "grade_math(c.answer, c.row['answer'])[0] and 1"
-    assert len(load_rewards(write(tmp_path, source.format(weight=0.5, value=gated))).check(rows[:1])) == 1
+    assert preflight(load_rewards(write(tmp_path, source.format(weight=0.5, value=gated))), rows[:1]) == []
+    anywhere = "@reward\ndef right(c): return c.row['answer'] in c.text\n"
+    (warning,) = preflight(load_rewards(write(tmp_path, anywhere)), rows[:1])
+    assert "gets right 1, and being right adds 1." in warning  # as in the thinking, or as a part of a longer number
+    style = "@reward\ndef short(c): return max(0, 1 - len(c.text) / 100)\n"
+    (warning,) = preflight(load_rewards(write(tmp_path, style)), rows[:1])
+    assert "'empty' gets short 1, and being right adds 0." in warning
     unseen = """
         def gold(c): return c.row["answer"]
         @reward
@@ -248,14 +259,16 @@ def test_notes_on_the_largest_reward_and_on_shaping(tmp_path):
         @reward(weight=2)
         def format(c): return 1
         """
-    warnings = load_rewards(write(tmp_path, unseen)).check(rows[:1])[1:]
+    warnings = preflight(load_rewards(write(tmp_path, unseen)), rows[:1])
     assert len(warnings) == 2 and "right or wrong is what format says" in warnings[1]
 
 
 def test_golds_that_cannot_be_read_are_counted(tmp_path):
     golds = ["1", "2{", "3", "}", "4{", "5{", "2{"]
     rows = [{"id": f"r{i}", "task": "t", "prompt": "q", "answer": gold} for i, gold in enumerate(golds)]
-    notes = load_rewards(write(tmp_path, "@reward\ndef right(c): return c.row['answer'] == c.answer\n")).check(rows)
+    notes = preflight(
+        load_rewards(write(tmp_path, "@reward\ndef right(c): return c.row['answer'] == c.answer\n")), rows
+    )
     assert (
         "5 of 7 answers cannot be read by the math grader" in notes[0] and "rows r1, r3, r4, ... (no_answer" in notes[0]
     )
@@ -265,7 +278,7 @@ def test_checking_thousands_of_rows_takes_under_a_second():
     rows = [{"id": str(i), "task": "t", "prompt": "q", "answer": str(i)} for i in range(5000)]
     rewards = load_rewards("rewards.py")
     start = time.perf_counter()
-    rewards.check(rows)
+    preflight(rewards, rows)
     assert time.perf_counter() - start < 2
 
 
@@ -274,16 +287,16 @@ def test_shaping_and_penalties_do_not_judge(tmp_path):
     shaped = load_rewards(
         write(tmp_path, "@reward\ndef right(c): return None\n@reward(weight=0.1)\ndef form(c): return 1\n")
     )
-    assert shaped.score(completion("x")).verdict == "wrong"
+    assert score_one(shaped, completion("x")).verdict == "wrong"
     penalty = load_rewards(write(tmp_path, "@reward(weight=-1)\ndef long(c): return 1\n@metric\ndef n(c): return 1\n"))
-    penalty.check([row])
-    assert penalty.score(completion("x")).total == -1
+    preflight(penalty, [row])
+    assert score_one(penalty, completion("x")).total == -1
 
 
 def test_a_gate_that_raises_names_the_function(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward(when=lambda row: row['level'] > 1)\ndef hard(c): return 1\n"))
     with pytest.raises(RewardError, match="'hard' .*no column 'level'"):
-        rewards.check([{"id": "r1", "task": "t", "prompt": "q"}])
+        preflight(rewards, [{"id": "r1", "task": "t", "prompt": "q"}])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +319,7 @@ def test_the_projects_own_rewards():
     def total(text, truncated=False, **row):
         c = completion(text, **row)
         c.truncated = truncated
-        return round(rewards.score(c).total, 6)
+        return round(score_one(rewards, c).total, 6)
 
     assert total("<think>3+4=7</think>\\boxed{7}", answer="7") == total("\\boxed{7}", answer="7") == 1.1
     assert total("<think>3+4=7</think>\\boxed{8}", answer="7") == 0.1
@@ -331,7 +344,7 @@ def test_the_format_is_exact():
     rewards = load_rewards("rewards.py", ["format"], {"format": 1.0})
     pieces = ("<think>", "</think>", "a", "\\boxed{7}")
     texts = ["".join(parts) for n in range(6) for parts in itertools.product(pieces, repeat=n)]
-    for text, score in zip(texts, rewards.score_all([completion(text, answer="7") for text in texts])):
+    for text, score in zip(texts, score_all(rewards, [completion(text, answer="7") for text in texts])):
         thinking, closed, answer = text.removeprefix("<think>").partition("</think>")
         if not (text.startswith("<think>") and closed):
             thinking, answer = "", text

@@ -6,9 +6,9 @@ import threading
 import time
 
 import pytest
-from conftest import completion, write
+from conftest import completion, score_one, write
 
-from grading import Completion, RewardError, Scoring, load_rewards, outcome_shares
+from grading import Completion, RewardError, Scoring, load_rewards, outcome_shares, preflight, score_all
 from grading.base import alone, waiting
 from grading.rewards.scoring import THREADS
 
@@ -58,7 +58,7 @@ def test_a_notebooks_four_functions_run_unchanged(tmp_path):
         "2",
         "two",
     ]
-    scores = rewards.score_all([completion(text, answer="2") for text in texts])
+    scores = score_all(rewards, [completion(text, answer="2") for text in texts])
     assert [list(score.parts.values()) for score in scores] == [
         [0.0, 0.5, 0.5, 2.0],
         [0.5, 0.0, 0.5, 0.0],
@@ -70,7 +70,9 @@ def test_a_notebooks_four_functions_run_unchanged(tmp_path):
     assert [score.verdict for score in scores] == ["right", "wrong", "right", "wrong"]
     seen = rewards.functions[3].function.__globals__["seen"]
     assert seen == [("q", ["2", "3", "2", "two"], ["2"] * 4)] and rewards.functions[3].style == "chat"
-    notes = rewards.check([{"id": "r1", "task": "t", "prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"}])
+    notes = preflight(
+        rewards, [{"id": "r1", "task": "t", "prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"}]
+    )
     assert "on math rows" in notes[0] and "correctness_reward_func 2" in notes[0]
 
 
@@ -97,7 +99,7 @@ def test_text_or_messages_is_found_by_what_the_function_looks_at(tmp_path):
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "3+4"}]
     c = Completion("3+4", "7", {"id": 1, "task": "t", "prompt": messages}, token_ids=[5, 6])
     for _ in range(2):
-        score = rewards.score(c)
+        score = score_one(rewards, c)
         assert score.parts == {"text": 1.0, "size": 4.0, "either": 1.0, "tokens": 2.0} and score.metrics == {
             "role": 1.0
         }
@@ -123,7 +125,7 @@ def test_what_trl_functions_get(tmp_path):
         max_steps=9,
     )
     rows = [{"id": i, "task": "t", "prompt": "q", "level": i} | ({"answer": "1"} if i else {}) for i in range(2)]
-    scores = rewards.score_all([Completion("q", "abc"[i:], row, step=3) for i, row in enumerate(rows)])
+    scores = score_all(rewards, [Completion("q", "abc"[i:], row, step=3) for i, row in enumerate(rows)])
     got = rewards.functions[0].function.__globals__["got"]
     assert got[0] == ([0, 1], 5)
     assert got[-1] == (["q", "q"], 2, 9, ["answer", "completion_ids", "id", "level", "task"])
@@ -153,7 +155,7 @@ def test_what_batch_functions_must_not_return(tmp_path, result, message):
     source = f"@reward\ndef odd(completions, log_extra, log_metric):\n    return {result}\n"
     rewards = load_rewards(write(tmp_path, source))
     with pytest.raises(RewardError, match=rf"'odd' \(rewards.py:\d\).*{message}") as caught:
-        rewards.score_all([Completion("q", "x", {"id": f"r{i}", "task": "t"}) for i in range(4)])
+        score_all(rewards, [Completion("q", "x", {"id": f"r{i}", "task": "t"}) for i in range(4)])
     assert len(caught.value.completions) == (1 if "row r" in message and "more" not in message else 4)
 
 
@@ -161,18 +163,16 @@ def test_when_limits_a_batch_function(tmp_path):
     source = "@reward(when='math')\ndef n(completions, answer): return [len(completions)] * len(completions)\n@reward\ndef one(c): return 1\n"
     rewards = load_rewards(write(tmp_path, source))
     rows = [{"answer": "1"}, {}, {"answer": "2"}]
-    scores = rewards.score_all([completion("x", **row) for row in rows])
+    scores = score_all(rewards, [completion("x", **row) for row in rows])
     assert [s.parts["n"] for s in scores] == [2.0, None, 2.0]
-    assert rewards.score(completion("x")).parts == {"n": None, "one": 1.0}
+    assert score_one(rewards, completion("x")).parts == {"n": None, "one": 1.0}
 
 
 def test_a_missing_column_of_a_batch_function_is_found_before_the_model_loads(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef right(completions, anwser): return [1] * len(completions)\n"))
     rows = [{"id": f"r{i}", "task": "t", "prompt": "q", "answer": "1"} for i in range(3)]
-    with pytest.raises(
-        RewardError, match="'right' .*asks for the column 'anwser', which row r0 and 2 more rows lack.*'answer'"
-    ):
-        rewards.check(rows)
+    with pytest.raises(RewardError, match="'right' .*asks for the column 'anwser', which row r0 lacks.*'answer'"):
+        preflight(rewards, rows)
 
 
 def test_which_functions_count(tmp_path):
@@ -188,8 +188,8 @@ def test_which_functions_count(tmp_path):
     assert [note.split()[0] for note in rewards.notes] == ["plain", "pasted"]
     listed = write(tmp_path, source + "reward_funcs = [plain, 'single', marked]\n")
     rewards = load_rewards(listed)
-    assert rewards.names == ["marked", "plain", "single"] and rewards.score(completion("x")).total == 2.5
-    assert load_rewards(listed, ["plain"], {"plain": 2}).score(completion("x")).total == 2.0
+    assert rewards.names == ["marked", "plain", "single"] and score_one(rewards, completion("x")).total == 2.5
+    assert score_one(load_rewards(listed, ["plain"], {"plain": 2}), completion("x")).total == 2.0
     assert load_rewards(listed, ["pasted"]).names == ["pasted"]  # named by the person
     for entry, message in (
         ("3", "names 3, which is no function"),
@@ -221,12 +221,12 @@ def test_async_functions_are_awaited_together(tmp_path):
         """
     rewards = load_rewards(write(tmp_path, source))
     start = time.perf_counter()
-    scores = rewards.score_all([completion(str(i)) for i in range(40)])
+    scores = score_all(rewards, [completion(str(i)) for i in range(40)])
     assert time.perf_counter() - start < 1.0
     assert [s.parts for s in scores] == [{"judge": float(i), "batch": len(str(i)), "plain": 1.0} for i in range(40)]
     broken = load_rewards(write(tmp_path, "@reward\nasync def bad(c):\n    raise KeyError('no key')\n"))
     with pytest.raises(RewardError, match=r"'bad' \(rewards.py:4\), row r1: KeyError: no key"):
-        broken.score(completion("x"))
+        score_one(broken, completion("x"))
 
 
 def test_one_function_runs_at_a_time_and_many_wait_at_once(tmp_path):
@@ -254,7 +254,7 @@ def test_one_function_runs_at_a_time_and_many_wait_at_once(tmp_path):
         """
     rewards = load_rewards(write(tmp_path, source))
     start = time.perf_counter()
-    scores = rewards.score_all([completion(str(i)) for i in range(50)])
+    scores = score_all(rewards, [completion(str(i)) for i in range(50)])
     assert time.perf_counter() - start < 5  # 10 s one after the other
     assert [s.total for s in scores] == list(range(50))
     names = rewards.functions[0].function.__globals__
@@ -296,21 +296,21 @@ def test_completions_are_scored_while_others_are_still_to_come(tmp_path):
 
 def test_a_reward_function_may_score_with_others(tmp_path):
     inner = load_rewards(write(tmp_path, "@reward\ndef f(c): return len(c.text)\n"))
-    rewards = load_rewards(write(tmp_path, "@reward\ndef g(c): return inner.score(c).total * 2\n"))
+    rewards = load_rewards(write(tmp_path, "@reward\ndef g(c): return score_all(inner, [c])[0].total * 2\n"))
     rewards.functions[0].function.__globals__["inner"] = inner
-    assert rewards.score_all([completion("abc"), completion("ab")])[0].total == 6.0
+    assert score_all(rewards, [completion("abc"), completion("ab")])[0].total == 6.0
 
 
 def test_a_function_that_exits_is_at_fault(tmp_path):
     rewards = load_rewards(write(tmp_path, "import sys\n@reward\ndef f(c): sys.exit('no key')\n"))
     with pytest.raises(RewardError, match="'f' .*SystemExit: no key"):
-        rewards.score_all([completion("x"), completion("y")])
+        score_all(rewards, [completion("x"), completion("y")])
 
 
 def test_a_function_cannot_change_what_completions_are_judged_by(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef f(c):\n    c.row['answer'] = '1'\n    return 1\n"))
     with pytest.raises(RewardError, match="'f' .*a data row cannot be changed"):
-        rewards.score_all([completion("x", answer="2")])
+        score_all(rewards, [completion("x", answer="2")])
     row = {"id": "r1", "task": "t", "tests": ["assert f(1) == 2"]}
     Completion("q", "x", row).row["tests"].clear()
     assert row["tests"] == ["assert f(1) == 2"]
@@ -319,7 +319,7 @@ def test_a_function_cannot_change_what_completions_are_judged_by(tmp_path):
 def test_no_value_at_all_is_no_zero(tmp_path):
     """A forgotten return must not train on a silent 0."""
     rewards = load_rewards(write(tmp_path, "@reward\ndef f(c): c.text == '7'\n"))
-    (score,) = rewards.score_all([completion("7")])
+    (score,) = score_all(rewards, [completion("7")])
     assert score.verdict == "ungraded" and "is a return missing" in score.reasons["f"]
 
 
@@ -341,13 +341,13 @@ def test_errors_stop_the_run_with_the_completion(tmp_path):
     with pytest.raises(
         RewardError, match=r"'fragile' \(rewards.py:6\), row r3: ValueError: three. The completion ended in '3'"
     ) as caught:
-        rewards.score_all([Completion("q", str(i), {"id": f"r{i}", "task": "t"}) for i in range(40)])
+        score_all(rewards, [Completion("q", str(i), {"id": f"r{i}", "task": "t"}) for i in range(40)])
     assert [c.text for c in caught.value.completions] == ["3"]
 
 
 def test_errors_may_be_skipped_up_to_a_twentieth(tmp_path):
     rewards = load_rewards(write(tmp_path, ONE_IN_TEN), reward_errors="skip")
-    scores = rewards.score_all([completion(str(i)) for i in range(40)])
+    scores = score_all(rewards, [completion(str(i)) for i in range(40)])
     assert (rewards.errors, rewards.scored) == (4, 40)
     assert scores[3].verdict == "ungraded" and math.isnan(scores[3].total) and scores[4].total == 1.1
     assert (
@@ -355,24 +355,24 @@ def test_errors_may_be_skipped_up_to_a_twentieth(tmp_path):
         and "three" in scores[3].error
     )
     assert outcome_shares(scores) == {"outcomes/reward_error": 0.1}
-    rewards.score_all([completion("0")] * 100)
+    score_all(rewards, [completion("0")] * 100)
     with pytest.raises(RewardError, match="failed on 8 of 150 completions, over 5%.*'fragile'") as caught:
-        rewards.score_all([completion("3")] * 4 + [completion("0")] * 6)
+        score_all(rewards, [completion("3")] * 4 + [completion("0")] * 6)
     assert caught.value.completions[0].text == "3"
 
 
 def test_skipping_leaves_the_checks_strict_and_metrics_harmless(tmp_path):
     source = "@reward\ndef one(c): return 1\n@metric\ndef broken(c): return 1 / len(c.text)\n"
     rewards = load_rewards(write(tmp_path, source), reward_errors="skip")
-    score = rewards.score(completion(""))
+    score = score_one(rewards, completion(""))
     assert score.total == 1.0 and score.metrics == {"broken": None} and rewards.errors == 1
     with pytest.raises(RewardError, match="ZeroDivisionError"):
-        rewards.check([{"id": "r1", "task": "t", "prompt": "q"}])
+        preflight(rewards, [{"id": "r1", "task": "t", "prompt": "q"}])
 
 
 def test_a_batch_function_that_fails_is_skipped_for_all_of_its_completions(tmp_path):
     source = "@reward\ndef bad(completions): raise OSError('gone')\n"
     rewards = load_rewards(write(tmp_path, source), reward_errors="skip")
-    assert {s.verdict for s in rewards.score_all([completion("x")] * 3)} == {"ungraded"}
+    assert {s.verdict for s in score_all(rewards, [completion("x")] * 3)} == {"ungraded"}
     with pytest.raises(RewardError, match="failed on 6 of 6"):
-        rewards.score_all([completion("x")] * 3)
+        score_all(rewards, [completion("x")] * 3)

@@ -5,7 +5,7 @@ import random
 import pytest
 from tqdm import tqdm
 
-from grading import load_rewards
+from grading import load_rewards, score_all
 from rl.config import Config
 from rl.evaluate import Evaluation, paired_gain, rates, wilson_interval
 from rl.model.policy import Question
@@ -63,7 +63,7 @@ def test_completions_are_scored_as_they_end_in_the_order_of_the_roll_out(policy,
     for completion, episode in zip(completions, episodes, strict=True):
         assert completion.row == rows[episode.group] and completion.token_ids == episode.completion_ids
         assert (completion.text, completion.step) == (policy.decode(episode.completion_ids), 3)
-    alone = rewards.score_all(completions)
+    alone = score_all(rewards, completions)
     assert [(s.total, s.parts, s.reasons) for s in scores] == [(s.total, s.parts, s.reasons) for s in alone]
     assert len({s.total for s in scores}) > 1
 

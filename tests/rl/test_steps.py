@@ -3,11 +3,11 @@
 import time
 
 import pytest
-from conftest import completion
+from conftest import completion, score_one
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grading import load_rewards
+from grading import load_rewards, preflight
 from rewards import right_steps
 
 
@@ -104,10 +104,10 @@ def test_positions_lie_in_the_text_at_the_end_of_a_line(pieces):
 
 def test_it_counts_where_it_is_named_and_nowhere_else():
     text = "<think>2+5=7\n7+6=14</think>\\boxed{13}"
-    assert "right_steps" not in load_rewards("rewards.py").score(completion(text, answer="13")).parts
+    assert "right_steps" not in score_one(load_rewards("rewards.py"), completion(text, answer="13")).parts
     rewards = load_rewards("rewards.py", ["correct", "format", "right_steps"], {"right_steps": 0.2})
-    score = rewards.score(completion(text, answer="13"))
+    score = score_one(rewards, completion(text, answer="13"))
     assert score.process == {"right_steps": [(19, -1.0)]} and round(score.total, 6) == 0.9
     assert (score.judge, score.verdict) == ("correct", "right")
-    assert rewards.score(completion("\\boxed{13}", answer="13")).parts["right_steps"] is None
-    rewards.check([{"id": "r1", "task": "sums", "prompt": "2 + 5 + 6 = ?", "answer": "13"}])
+    assert score_one(rewards, completion("\\boxed{13}", answer="13")).parts["right_steps"] is None
+    preflight(rewards, [{"id": "r1", "task": "sums", "prompt": "2 + 5 + 6 = ?", "answer": "13"}])

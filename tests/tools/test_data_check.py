@@ -1,6 +1,5 @@
 """`python -m data check`: golds must get full marks, wrong answers and junk nothing, by the graders of the rows."""
 
-import ast
 import json
 import subprocess
 import sys
@@ -10,10 +9,10 @@ import pytest
 import tools.data_check
 from data import gym, load
 from data.tasks import questions
-from grading import grade_row
+from grading import Ungraded, grade_row, sandbox
 from grading.gym import final_answer, grade_gym
-from tools.data_check import changed_texts, check, ideal_answers, wrong_answers, wrong_numbers
-from tools.mutants import changed_programs, constant_programs, expected_values
+from grading.rewards.probes import gold_of, mutants, write, wrong_answers
+from tools.data_check import check
 
 CODE = {
     "id": "c", "prompt": "Write add.", "task": "code", "solution": "def add(a, b):\n    return a + b",
@@ -21,58 +20,11 @@ CODE = {
 }  # fmt: skip
 
 
-def run(program, *arguments):
-    scope = {}
-    exec(program, scope)
-    return scope["add"](*arguments)
-
-
-# --- wrong answers
-
-
-def test_wrong_numbers_are_other_numbers():
-    assert wrong_numbers("18") == ["19", "17", "-18", "187"]
-    assert wrong_numbers("-1,080") == ["-1079", "-1081", "1080", "-10793"]
-    assert wrong_numbers("0") == ["1", "-1", "7"]
-    assert wrong_numbers("0.5") == ["1.5", "-0.5", "12"]
-    assert wrong_numbers("\\frac{3}{4}") == wrong_numbers("red") == []
-
-
-def test_changed_texts_differ_from_the_gold():
-    assert changed_texts("\\frac{3}{4}") == ["\\frac{3}{5}"]
-    assert changed_texts("Eva") == ["Evb"] and changed_texts("b") == ["c"]
-    assert changed_texts("18") == changed_texts("\\pi") == []
-
-
-def test_wrong_programs_do_not_what_was_asked():
-    programs = dict(constant_programs(CODE))
-    assert run(programs["constant"], 1, 2) == 3 == run(programs["constant"], 2, 2)  # what the shown test gives away
-    assert run(programs["None"], 1, 2) is None
-    assert run(programs["equal to all"], 1, 2) == 17
-    *changed, off_by_one = changed_programs(CODE)
-    assert [run(program, 5, 3) for program in changed] == [2] and run(off_by_one, 5, 3) == 9
-    assert all(ast.unparse(ast.parse(program)) for program in [*programs.values(), *changed])
-
-
-def test_the_constant_is_no_right_answer():
-    """Where all tests expect the same, that value is right as far as anyone can tell: another is taken."""
-    same = CODE | {"tests": ["assert add(1, 2) == 3", "assert add(2, 1) == 3"]}
-    assert run(dict(constant_programs(same))["constant"], 1, 2) not in (3, None)
-    assert expected_values("def check(candidate):\n    assert candidate(1) == [2]\n    assert candidate(2)\n") == [
-        "[2]"
-    ]
-
-
-def test_programs_on_standard_input():
-    row = CODE | {"solution": "print(int(input()) + 1)", "tests": [{"input": "1\n", "output": "2\n"}]}
-    assert {what for what, _ in constant_programs(row)} == {"constant", "None"}
-    assert list(changed_programs(row)) == ["print(int(input()) - 1)", "print(int(input()) + 2)"]
-
-
-def test_changes_to_loops_come_last():
-    row = CODE | {"solution": "def add(a, b):\n    while b > 0:\n        a += 1\n        b -= 1\n    return a - 0"}
-    first, *_ = changed_programs(row)
-    assert "return a + 0" in first or "return a - 1" in first
+def junk_of(report):
+    """How many wrong completions there were that do not depend on the gold, and how many of them were paid or ungraded."""
+    names = {"very long", "empty", "tags only", "no answer"}
+    counts = [n for name, n in report.outcomes.items() if name in names or name.startswith("hostile")]
+    return sum(n.total() for n in counts), sum(n["failed"] for n in counts), sum(n["ungraded"] for n in counts)
 
 
 # --- the report
@@ -83,18 +35,22 @@ def test_the_built_in_families_are_sound(family):
     rows = questions(family, "eval", 5, seed=0)
     report = check(rows)
     assert report.failures == [] and report.notes == [] and report.without_gold == 0
-    assert report.tried == report.as_due and report.tried["gold"] == (10 if family == "sums" else 5)
+    assert report.outcomes["gold"] == {"due": 5}
+    total, paid, ungraded = junk_of(report)
+    assert paid == 0 and total >= 5 * 7
+    # Without bubblewrap, a program that needs more than Monty is ungraded: here one that imports sys, for each question.
+    assert ungraded == (5 if family == "functions" and "bubblewrap" not in sandbox.available() else 0)
     if family == "functions":
-        assert report.deciders.total() == 5 and report.tried["changed"] == 5
+        assert report.outcomes["mutant"] == {"due": 5}
 
 
-def test_whole_solutions_are_graded_too(tmp_path):
+def test_the_final_answer_of_a_whole_solution_is_the_gold(tmp_path):
     row = {"question": "3 + 4?", "answer": "It is <<3+4=7>>7.\n#### 7"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     (row,) = load(str(tmp_path / "q.jsonl"))
-    assert ideal_answers(row) == ["\\boxed{7}", "It is 7.\n#### 7"]
-    assert ideal_answers({"answer": "So \\boxed{7}"}) == ["So \\boxed{7}"]
-    assert ("wrong", "\\boxed{8}") in wrong_answers({"answer": "So \\boxed{7}"})
+    whole = {"id": "w", "prompt": "3 + 4?", "answer": "So \\boxed{7}"}
+    assert gold_of(row) == gold_of(whole) == "7" and "8" in wrong_answers(whole)
+    assert check([row, whole]).outcomes["gold"] == {"due": 2}
 
 
 def test_a_gold_that_fails_and_tests_that_tell_nothing():
@@ -106,8 +62,8 @@ def test_a_gold_that_fails_and_tests_that_tell_nothing():
     }
     report = check([wrong, loose])
     assert any(line.startswith("w: gold gets 0: failed") for line in report.failures)
-    assert report.tried["gold"] == 2 and report.as_due["gold"] == 1
-    assert any(line.startswith("l: constant") for line in report.failures)
+    assert report.outcomes["gold"] == {"due": 1, "failed": 1}
+    assert any(line.startswith("l: wrong answer") for line in report.failures)
 
 
 def test_a_slow_gold_is_right_but_noted(monkeypatch):
@@ -120,16 +76,41 @@ def test_a_slow_gold_is_right_but_noted(monkeypatch):
     monkeypatch.setattr(tools.data_check, "grade_row", grade)
     monkeypatch.setattr(tools.data_check.sandbox, "start", lambda code_timeout=1.0: limits.append(code_timeout))
     report = check([CODE])
-    assert report.as_due["gold"] == 1 and not report.failures and limits == [1.0, 10.0, 1.0]
+    assert report.outcomes["gold"] == {"due": 1} and not report.failures and limits == [1.0, 10.0, 1.0]
     assert report.notes == ["slow     c: right, but only with more time than code_timeout"]
 
 
 def test_rows_without_a_gold_are_counted():
     report = check([{"id": "a", "prompt": "Write.", "task": "t", "tests": ["assert f(1) == 2"]}])
-    assert report.without_gold == 1 and not report.failures and report.as_due["junk"] == report.tried["junk"] > 5
+    total, paid, ungraded = junk_of(report)
+    assert report.without_gold == 1 and not report.failures and total > 5 and paid == 0
+    assert ungraded == (0 if "bubblewrap" in sandbox.available() else 1)
     assert any("no gold" in line for line in report.lines())
+    assert any("ungraded" in line for line in report.lines()) == bool(ungraded)
     report = check([{"id": "a", "prompt": "Hi", "task": "t"}, {"id": "b", "prompt": "1?", "task": "t", "answer": " "}])
-    assert report.without_gold == 1 and report.notes == ["ungraded b: the gold answer is empty: nothing could be right"]
+    assert report.without_gold == 2 and not report.failures
+    assert report.notes == ["ungraded b: the gold answer is empty: nothing could be right"]
+
+
+@pytest.mark.parametrize("verdicts, expected", [
+    ([1.0, 1.0], "failed"), ([1.0, None], "ungraded"), ([None, None], "ungraded"), ([1.0, 0.0], "due"), ([None, 0.0], "due"),
+])  # fmt: skip
+def test_mutants_that_pass_fail_only_if_all_were_graded(monkeypatch, verdicts, expected):
+    """A program that no grader here can run may be wrong: it is no evidence against the tests."""
+    texts = [write("```python", program) for program in mutants(CODE)]
+
+    def grade(answer, row):
+        if answer not in texts:
+            return grade_row(answer, row)
+        verdict = verdicts[texts.index(answer)]
+        if verdict is None:
+            raise Ungraded("unsupported")
+        return verdict, "passed" if verdict else "failed"
+
+    monkeypatch.setattr(tools.data_check, "grade_row", grade)
+    report = check([CODE])
+    assert report.outcomes["mutant"] == {expected: 1}
+    assert bool(report.failures) == (expected == "failed") and report.no_difference == verdicts.count(1.0)
 
 
 def test_the_command_reports_and_exits(tmp_path):
@@ -140,7 +121,7 @@ def test_the_command_reports_and_exits(tmp_path):
 
     good = run_check(CODE)
     assert good.returncode == 0 and "q.jsonl: 1 questions" in good.stdout
-    assert "gold             1 of 1 get full marks" in good.stdout and "of 1 golds" in good.stdout
+    assert any(line.split() == "gold 1 of 1 get full marks".split() for line in good.stdout.splitlines())
     bad = run_check(CODE, CODE | {"id": "b", "solution": "def add(a, b):\n    return b"})
     assert bad.returncode == 1 and "FAIL     b: gold gets 0: failed" in bad.stdout
     broken = run_check(CODE | {"tests": ["assert True"]})

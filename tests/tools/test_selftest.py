@@ -13,7 +13,6 @@ import pytest
 import yaml
 from conftest import asked_in_a_run
 
-from grading.rewards import probes
 from tools.self_test import WIDTH, self_test
 
 
@@ -47,7 +46,7 @@ def test_the_projects_own_rewards_pass():
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("self-test passed; ") and time.perf_counter() - start < 10
     assert max(map(len, lines)) <= WIDTH and not [line for line in lines if line.startswith("! ")]
-    titles = [line.split(", the answers written as")[0] for line in lines if "3 questions such as" in line]
+    titles = [line.split(", the answers written as")[0] for line in lines if "questions such as" in line]
     assert titles == ["sums", "words", "functions"]
     assert row_of(lines, "ideal, thinks").split()[:7] == ["ideal,", "thinks", "right", "1", "1", "1", "1.1"]
     for name in (
@@ -119,7 +118,7 @@ def test_only_the_total_is_judged(tmp_path, capsys):
 def test_a_constant_reward_fails_and_one_that_never_applies_is_noted(tmp_path, capsys):
     source = CORRECT + "@reward(weight=0.1)\ndef same(c): return 0.5\n@reward(when='code')\ndef code(c): return 1\n"
     status, lines = run(capsys, write(tmp_path, source), "--data", "sums")
-    assert status == 1 and "FAIL: same gives 0.5 to all 36 completions: nothing can be learnt from it" in lines
+    assert status == 1 and "FAIL: same gives 0.5 to all 60 completions: nothing can be learnt from it" in lines
     assert "code applied to none of these questions: --data SOURCE tries others" in lines
 
 
@@ -131,7 +130,7 @@ def test_examples_are_judged(tmp_path, capsys):
     ]
     status, lines = run(capsys, write(tmp_path, CORRECT + f"examples = {examples}\n"), "--data", "sums")
     assert status == 1 and [line for line in lines if line.startswith("FAIL")] == [
-        "FAIL: example 2 ('2. I think \\\\boxed{7}'), marked wrong, gets 1, the best right one 1"
+        "FAIL: examples: '2. I think \\\\boxed{7}' (wrong) gets 1, the right one 1, in 1 of 1 questions"
     ]
     status, _ = run(capsys, write(tmp_path, CORRECT + "examples = [{'text': 'x'}]\n"), "--data", "sums")
     assert "example 1 must be a dict with label" in status
@@ -155,35 +154,6 @@ def test_long_names_keep_the_table_narrow(tmp_path, capsys):
     source = CORRECT + "".join(f"@reward(weight=0.01)\ndef {name}(c): return len(c.text) % 7 / 7\n" for name in names)
     _, lines = run(capsys, write(tmp_path, source), "--data", "sums")
     assert len(lines) > 15 and max(map(len, lines)) <= WIDTH
-
-
-# --- probes
-
-
-def test_probes_of_code_rows_are_wrong_for_every_form_of_tests():
-    forms = [
-        {"tests": ["assert g(2) == 4"], "solution": "def g(x):\n    return 2*x"},
-        {"tests": "def check(candidate):\n    assert candidate(2) == 4", "entry_point": "g", "solution": "def g(x):\n    return x+x"},
-        {"tests": [{"args": [2], "expected": 4}], "entry_point": "g", "solution": "def g(x):\n    return x*x"},
-        {"tests": [{"input": "2\n", "output": "4\n"}], "solution": "print(2 * int(input()))"},
-    ]  # fmt: skip
-    from grading import grade_code
-
-    for form in forms:
-        row = {"id": 1, "task": "t", "prompt": "q"} | form
-        answers = [probes.gold_of(row), probes.wrong_answer(row)]
-        assert [grade_code(a, row["tests"], row.get("entry_point"))[0] for a in answers] == [1.0, 0.0]
-    own = {"id": 1, "task": "t", "prompt": "q", "tests": ["look at it"], "entry_point": "g"}
-    assert "def g(" in probes.wrong_answer(own) and probes.ideals(own, "plain") == []
-
-
-def test_wrong_answers_differ_from_the_gold():
-    for gold, wrong in {"7": "8", "1,080": "1081", "-1/2": "1/2", "0.5": "3/2", "Paris": "another answer"}.items():
-        assert probes.wrong_answer({"answer": gold}) == wrong
-    assert probes.gold_of({"answer": "3+4=7\n#### 7"}) == "7" == probes.gold_of({"answer": "so \\boxed{7}"})
-    assert probes.gold_of({"answer": ""}) is None and probes.gold_of({"prompt": "q"}) is None
-    countdown = {"grader": "countdown", "target": 6, "nums": [2, 3], "solution": "2 * 3"}
-    assert (probes.gold_of(countdown), probes.wrong_answer(countdown)) == ("2 * 3", "6")
 
 
 # --- --watch
@@ -242,13 +212,25 @@ def run_folder(tmp_path):
         "reward_funcs": [], "reward_weights": {"correct": 2.0, "gone": 1.0},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    lines = [
-        saved(row, f"\\boxed{{{2}}}", step, reward=2.0, rewards={"correct": 1.0}, verdict="right")
-        for step in (1, 2)
-        for row in rows[:3]
-    ]
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "rollouts").mkdir()
+    for step in (1, 2):
+        old = {"reward": 2.0, "rewards": {"correct": 1.0}, "verdict": "right"}
+        lines = [json.dumps(saved(row, "\\boxed{2}", step, **old)) + "\n" for row in rows[:3]]
+        (folder / "rollouts" / f"{step:06d}.jsonl").write_text("".join(lines))
     return folder
+
+
+def test_rescoring_one_step(run_folder, tmp_path, capsys):
+    step = run_folder / "rollouts" / "000002.jsonl"
+    status, lines = run(capsys, write(tmp_path, CORRECT), "--rescore", str(step))
+    assert status == 0 and lines[-1].startswith("rescored 3 completions of ")
+    assert row_of(lines, "total").split() == ["total", "2.0000", "0.6667", "2"]  # with the run's own weight
+
+
+def test_batch_functions_see_a_step_as_in_the_run(run_folder, tmp_path, capsys):
+    source = "@reward\ndef n(completions, **kwargs): return [len(completions)] * len(completions)\n"
+    status, lines = run(capsys, write(tmp_path, source), "--rescore", str(run_folder))
+    assert status == 0 and row_of(lines, "n ").split() == ["n", "-", "3.0000", "6"]
 
 
 def test_rescoring_a_run_shows_old_and_new(run_folder, tmp_path, capsys):
@@ -277,12 +259,13 @@ def test_rescoring_what_failed_shows_the_failure_again(run_folder, tmp_path, cap
 def test_rescoring_says_what_is_missing(run_folder, tmp_path, capsys):
     path = write(tmp_path, CORRECT)
     status, _ = run(capsys, path, "--rescore", str(run_folder.parent / "mien"))
-    assert "there is no file" in status and f"Did you mean '{run_folder}'" in status
-    lines = (run_folder / "rollouts.jsonl").read_text()
-    (run_folder / "rollouts.jsonl").write_text(lines + lines.replace('"q0"', '"q9"') + '{"step": 3')
-    assert "rollouts.jsonl:13 is not a completion" in run(capsys, path, "--rescore", str(run_folder))[0]
-    (run_folder / "rollouts.jsonl").write_text(lines + lines.replace('"q0"', '"q9"'))
+    assert "there are no completions in" in status and f"Did you mean '{run_folder}'" in status
+    step = run_folder / "rollouts" / "000002.jsonl"
+    lines = step.read_text()
+    step.write_text(lines + lines.replace('"q0"', '"q9"') + '{"step": 3')
+    assert "000002.jsonl:7 is not a completion" in run(capsys, path, "--rescore", str(run_folder))[0]
+    step.write_text(lines + lines.replace('"q0"', '"q9"') * 2)
     status, printed = run(capsys, path, "--rescore", str(run_folder))
     assert status == 0 and printed[0].startswith("note  2 completions are left out")
     os.remove(run_folder / "config.yaml")
-    assert "there is no config.yaml beside" in run(capsys, path, "--rescore", str(run_folder))[0]
+    assert "there is no config.yaml in" in run(capsys, path, "--rescore", str(run_folder))[0]

@@ -14,8 +14,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # as a script
 
-from data import hub, levels, load, load_questions
-from grading import Completion, load_rewards, sandbox
+from data import hub, level_of, load, load_questions
+from grading import Completion, load_rewards, preflight, sandbox, score_all
 from rl.config import ConfigError
 from rl.fit import recipes
 from rl.fit.cards import GB, Machine
@@ -226,9 +226,9 @@ def answered(row, system_prompt, right=True):
 
 def check_rows(rows, config, rewards):
     """Right answers get full marks, wrong ones only those for the form."""
-    assert not [note for note in rewards.check(rows) if "warning" in note]
+    assert not [note for note in preflight(rewards, rows) if "warning" in note]
     for right in (True, False):
-        for score in rewards.score_all([answered(row, config.system_prompt, right) for row in rows]):
+        for score in score_all(rewards, [answered(row, config.system_prompt, right) for row in rows]):
             assert score.is_right == right and score.parts["format"] == 1, score
             assert score.total == pytest.approx(1.1 if right else 0.1)
 
@@ -257,7 +257,7 @@ def test_reasoning_gym_as_the_recipe_asks_for_it(rewards):
     pytest.importorskip("reasoning_gym")
     config, _ = read_config(["--config", "configs/reasoning_gym.yaml"], "")
     rows = made_rows("configs/reasoning_gym.yaml")
-    assert set(levels(rows)) == {1, 2, 3, 4} and config.curriculum_steps
+    assert set(map(level_of, rows)) == {1, 2, 3, 4} and config.curriculum_steps
     check_rows(rows[::40], config, rewards)
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import lines
 
 import train
-from grading import Completion, Score, load_rewards
+from grading import Completion, Score, load_rewards, score_all
 from rl.config import Config
 from rl.evaluate import Evaluation
 from rl.rollout import Episode
@@ -288,7 +288,7 @@ def test_shares_of_the_reward(tmp_path):
     row = {"id": "r", "prompt": "q", "task": "t", "answer": "5"}
     texts = ["\\boxed{5}", "\\boxed{4}", "\\boxed{4}", "\\boxed{4}"]
     completions = [Completion("q", text, row, tokens=10, token_ids=[1] * 10) for text in texts]
-    scores = rewards.score_all(completions)
+    scores = score_all(rewards, completions)
     assert [s.judge for s in scores] == ["correct"] * 4 and [s.is_right for s in scores] == [True, False, False, False]
     episodes = [Episode([], [], [], False, completion=c, score=s, reward=s.total) for c, s in zip(completions, scores)]
     found = describe_episodes(episodes, rewards, Config(num_generations=2))
