@@ -63,7 +63,7 @@ def test_the_curriculum_begins_with_what_is_easy(tmp_path):
         ({"algorithm": "dpo", "beta": 0.1, "entropy_coef": 0.1}, "entropy_coef has no part in dpo"),
         ({"gamma": 1.5}, "gamma is 1.5"),
         ({"lam": -0.1}, "lam is -0.1"),
-        ({"target_kl": 0.0}, "target_kl is 0.0"),
+        ({"target_kl": 0.0}, "target_kl is 0"),
         ({"beta_target_kl": 1.0, "beta": 0.1}, "beta_target_kl adapts the beta of ppo"),
         ({"soft_punish_cache": 256}, "soft_punish_cache (256) must be less than max_completion_length"),
         ({"dynamic_sampling": 1, "control": "random-reward"}, "the control must not know"),
