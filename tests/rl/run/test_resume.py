@@ -23,7 +23,7 @@ MOMENTS = {
     "in a roll-out": {"rl.model.engine:Engine:step": (400, KILL)},
     "while scoring": {"rl.rollout:StreamingScorer:results": (5, KILL)},
     "in an update": {"rl.optimizer:Optimizer:step": (7, KILL)},
-    "between the logs": {"rl.run.folder:RunFolder:append_metrics": (9, KILL)},
+    "between the logs": {"rl.run.folder:RunFolder:append_metrics": (3, KILL)},
     "in an evaluation": {"rl.evaluate::evaluate": (2, KILL)},
     "while a checkpoint is written": {"torch::save": (2, KILL)},
     "before it is renamed": {"rl.run.checkpoint::fsync_path": (30, KILL)},
