@@ -8,15 +8,15 @@ from pathlib import Path
 import gradio as gr
 from test_ui_runs import lines_of, metrics_of, rollouts_of
 
-from ui import watch
+from ui import watch_tab
 from ui.runs import Page, Runs
 
 NAMES = ["name", "status", "alarms", "log", "became", "step", "opened_at", "timer", "seen"]
 
 
 def followed(launcher, chosen=None, seen=None):
-    values = watch.follow(launcher.runs, launcher, chosen, seen or {})
-    return dict(zip(NAMES, values)) | dict(zip(watch.CURVES, values[len(NAMES) :]))
+    values = watch_tab.follow(launcher.runs, launcher, chosen, seen or {})
+    return dict(zip(NAMES, values)) | dict(zip(watch_tab.CURVES, values[len(NAMES) :]))
 
 
 def real_metrics(steps, **more):
@@ -49,7 +49,7 @@ def build(folder, editable=True):
     with gr.Blocks(analytics_enabled=False) as blocks:
         with gr.Tab("Another"):
             gr.Markdown("-")
-        watch.build(Page(Runs(folder), None, editable, Path("rewards.py")))
+        watch_tab.build(Page(Runs(folder), None, editable, Path("rewards.py")))
     return blocks
 
 

@@ -20,7 +20,7 @@ from data import load_questions
 from grading import Score, outcome_of, prompt_text
 from rl.config import Config
 from rl.run.read_config import read_yaml
-from ui.apart import parts_of, score_apart
+from ui.reward_process import parts_of, score_apart
 from ui.runs import Page, Run, UiError, import_models
 from ui.worker import Answer, Ask, Sample
 

@@ -15,7 +15,7 @@ gr = pytest.importorskip("gradio")
 from gradio.helpers import special_args  # noqa: E402
 
 from grading import Score  # noqa: E402
-from ui import chat, compare  # noqa: E402
+from ui import chat, compare_tab  # noqa: E402
 from ui.chat import BASE, Session  # noqa: E402
 from ui.runs import Page, Runs, UiError  # noqa: E402
 from ui.worker import Answer, Sample  # noqa: E402
@@ -81,7 +81,7 @@ def page(tmp_path):
 
 def ask(page, session, question="What is 6 + 7?", expected="", blind=False, left=BASE, right=ONE, how=GREEDY):
     """The last outputs: chats, verdicts, tables, status, vote, question."""
-    return list(compare.answer(page, session, left, right, blind, question, expected, *how))[-1]
+    return list(compare_tab.answer(page, session, left, right, blind, question, expected, *how))[-1]
 
 
 def texts(chatbot):
@@ -206,11 +206,11 @@ def test_a_blind_chat_goes_on_where_a_question_fails(page):
     page.worker.fails = True
     *_, status, voting, question, _ = ask(page, session, "too long", blind=True)
     assert status == "Failed: it fails" and voting.visible and len(session.rounds) == 1 and session.rounds[0].hidden
-    assert compare.put_back(session, "") == "too long" and compare.put_back(session, "typed") == "typed"
+    assert compare_tab.put_back(session, "") == "too long" and compare_tab.put_back(session, "typed") == "typed"
     page.worker.fails = False
     ask(page, session, "And then?", blind=True)
-    assert len(session.rounds) == 2 and compare.put_back(session, "") == ""
-    assert "Left was" in compare.vote(0, session)[-1]
+    assert len(session.rounds) == 2 and compare_tab.put_back(session, "") == ""
+    assert "Left was" in compare_tab.vote(0, session)[-1]
 
 
 def test_follow_up_turns_are_each_sides_own(page):
@@ -224,15 +224,15 @@ def test_follow_up_turns_are_each_sides_own(page):
     assert [m["content"] for m in messages[1]] == [question, "<think>so</think>\\boxed{13}", "Are you sure?"]  # raw
     ask(page, session, question)  # a held-out question begins a new chat
     assert len(session.rounds) == 1 and len(page.worker.asks[-1].messages[0]) == 1
-    compare.new_chat(session)
-    assert compare.panes(session)[0].value == [] and chat.files(session) == (None, None)
+    compare_tab.new_chat(session)
+    assert compare_tab.panes(session)[0].value == [] and chat.files(session) == (None, None)
 
 
 def test_a_new_chat_ends_the_old_answers(page):
     session = Session()
-    answering = compare.answer(page, session, BASE, ONE, False, "What?", "", *GREEDY)
+    answering = compare_tab.answer(page, session, BASE, ONE, False, "What?", "", *GREEDY)
     next(answering), next(answering)
-    compare.new_chat(session)
+    compare_tab.new_chat(session)
     assert list(answering) == [] and page.worker.asks[0].stop.is_set() and session.rounds == []
 
 
@@ -252,7 +252,7 @@ def test_blind_until_the_vote(page, monkeypatch):
             assert all(sample.keys() == {"text", "tokens"} for sample in samples)
             monkeypatch.setattr(chat.random, "random", lambda: 0.5)
             outputs = ask(page, session, "And then?", blind=True)
-        left, right, *verdicts, _, _, voting, status = compare.vote(better, session)
+        left, right, *verdicts, _, _, voting, status = compare_tab.vote(better, session)
         assert all(verdict.startswith("no verdict. Your own question") for verdict in verdicts)
         assert (
             f"{winner} " in status.partition("Votes for:")[2]
@@ -262,7 +262,7 @@ def test_blind_until_the_vote(page, monkeypatch):
         )
         assert len(session.rounds) == 3
         with pytest.raises(UiError, match="nothing to vote on"):
-            compare.vote(0, session)
+            compare_tab.vote(0, session)
     assert session.votes == {ONE: 1, BASE: 2, "neither": 1}
     ask(page, session)  # not blind: a new chat, with the sides as chosen
     assert len(session.rounds) == 1 and page.worker.asks[-1].sides == (None, ("one", "step_000001"))
@@ -304,7 +304,7 @@ def test_thinking_folds_when_it_is_over():
     def shown(*how):
         return [
             (m["content"][0]["text"], m["metadata"].get("title"), m["metadata"].get("status"))
-            for m in compare.bubbles(*how)
+            for m in compare_tab.bubbles(*how)
         ]
 
     assert shown("<think>a", False) == [("a", "Thinking", "pending")]
@@ -331,7 +331,7 @@ def evaluated(page):
 
 
 def test_what_changed(evaluated):
-    text, which, rows, *of_one = compare.changed(*evaluated, "all")
+    text, which, rows, *of_one = compare_tab.changed(*evaluated, "all")
     assert of_one == ["", "", ""]
     assert text.startswith("1 fixed, 1 broke, 1 both right, 2 both wrong of 5. before -> after: 2/5 correct (40%")
     assert text.endswith(" Not graded, and counted as wrong: 1 before, 0 after.")
@@ -345,8 +345,8 @@ def test_what_changed(evaluated):
     assert ("both wrong (2)", "both wrong") in which.choices and max(
         len(str(cell)) for row in rows for cell in row
     ) < 100
-    assert [row[0] for row in compare.changed(*evaluated, "both wrong")[2]] == [4, 5]
-    question, before, after = compare.opened(*evaluated, SimpleNamespace(row_value=["1", "fixed"]))
+    assert [row[0] for row in compare_tab.changed(*evaluated, "both wrong")[2]] == [4, 5]
+    question, before, after = compare_tab.opened(*evaluated, SimpleNamespace(row_value=["1", "fixed"]))
     assert question == "1 (fixed): question q0\nExpected: 13"
     assert before.startswith("wrong, reward 0.1, 9 tokens, ended by itself\ncorrect 0 wrong: so\n\nxxx")
     assert before.endswith("(30,000 more characters are not shown)") and after.endswith(HOSTILE)
@@ -355,7 +355,7 @@ def test_what_changed(evaluated):
 def test_a_click_on_the_table_reaches_its_handler(evaluated):
     """Gradio tells by the annotation that it wants to know of the click."""
     with gr.Blocks() as blocks:
-        compare.build(evaluated[0])
+        compare_tab.build(evaluated[0])
     (table,) = (key for key, block in blocks.blocks.items() if getattr(block, "elem_id", None) == "changed-table")
     (handler,) = (f for f in blocks.fns.values() if (table, "select") in f.targets)
     click = gr.SelectData(None, {"index": [0, 1], "value": "fixed", "row_value": [1, "fixed"]})
@@ -364,9 +364,9 @@ def test_a_click_on_the_table_reaches_its_handler(evaluated):
 
 
 def test_nothing_to_compare_yet(page):
-    assert compare.changed(page, None, None, None, "all")[0].startswith("There is no evaluation yet")
+    assert compare_tab.changed(page, None, None, None, "all")[0].startswith("There is no evaluation yet")
     with pytest.raises(UiError, match="has no evaluation '../config'"):
-        compare.changed(page, "one", "../config", "after", "all")
+        compare_tab.changed(page, "one", "../config", "after", "all")
 
 
 # --- the choice of the sides
@@ -376,7 +376,7 @@ def test_the_newest_checkpoint_stands_on_the_right(page):
     known = [BASE]
 
     def values(*chosen):
-        known[:], _, left, right = compare.refresh(page, list(known), *chosen)
+        known[:], _, left, right = compare_tab.refresh(page, list(known), *chosen)
         return [left.value, right.value]
 
     assert values(BASE, BASE) == [BASE, BASE]

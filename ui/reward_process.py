@@ -1,6 +1,6 @@
 """Reward code in a process of its own: it may loop for ever, end its process or print without end, and the page goes on.
 
-`apart` starts `python -m ui.apart FOLDER` with a time limit. Imports neither gradio nor torch, so that it starts at once.
+`apart` starts `python -m ui.reward_process FOLDER` with a time limit. Imports neither gradio nor torch, so that it starts at once.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def apart(task: str, run: Path | None, file: Path, source: str, seconds: float, 
         (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-m", "ui.apart", name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "ui.reward_process", name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:replace"}, start_new_session=True,
         )  # fmt: skip
         printed = bytearray()

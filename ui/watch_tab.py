@@ -9,9 +9,9 @@ import pandas as pd
 
 from rl.config import ConfigError
 from rl.run.report import clock, mean, seconds_left, standard_deviation
-from ui.apart import number_of
 from ui.chat import cut
 from ui.launch import ELSEWHERE, Launcher, launch_controls
+from ui.reward_process import number_of
 from ui.runs import POINTS, Page, Run, Runs, UiError, opened, said, thinned
 
 CURVES = {  # label: (factor, {series: metric}); the first two are large

@@ -9,7 +9,7 @@ import gradio as gr
 import pandas as pd
 
 from ui.runs import Page, UiError, said
-from ui.watch import plot
+from ui.watch_tab import plot
 
 TERMS = Path(__file__).resolve().parent.parent / "docs" / "terms.md"
 EPISODE = [["3+4", 0, 0.4], ["=7", 0, 0.7], ["7-5", 0, 0.3], ["=2", 0, 0.6], ["answer", 1, 0.8]]

@@ -1,6 +1,6 @@
 """The tab Rewards: what the reward functions say of a completion, and what an edited file says of a step of a run.
 
-No reward code runs in the page's process (ui/apart.py). What is scored with is the file as it stands in the editor: what
+No reward code runs in the page's process (ui/reward_process.py). What is scored with is the file as it stands in the editor: what
 is not saved is kept beside the file (rewards.draft.py) until it is saved or dropped, also where it does not import.
 """
 
@@ -18,8 +18,8 @@ import gradio as gr
 from data import DataError
 from grading import RewardError
 from rl.config import ConfigError
-from ui import chat, learn
-from ui.apart import apart, number_of, parts_of, score_apart
+from ui import chat, learn_tab
+from ui.reward_process import apart, number_of, parts_of, score_apart
 from ui.runs import Page, Run, UiError, said
 
 READ_ONLY = "This page is open to other machines: here rewards are neither edited nor tried out."
@@ -257,7 +257,7 @@ def build(page: Page) -> None:
             changes.select(said(number_in), None, number).success(*taken)
         else:
             gr.Markdown(READ_ONLY)
-    learn.build(page)
+    learn_tab.build(page)
 
 
 def build_editor(page: Page, chosen: list) -> tuple[gr.Code, gr.Dataframe]:

@@ -12,7 +12,7 @@ gr = pytest.importorskip("gradio")
 from watching import build, followed, real_metrics, watched  # noqa: E402
 
 from rl.run.report import standard_deviation  # noqa: E402
-from ui import watch  # noqa: E402
+from ui import watch_tab  # noqa: E402
 from ui.launch import Launcher  # noqa: E402
 from ui.runs import Runs  # noqa: E402
 
@@ -62,7 +62,7 @@ def test_only_what_changed_is_sent(folder, launcher):
     first = followed(launcher)
     again = followed(launcher, "a", first["seen"])
     same = gr.skip()
-    assert all(again[name] == same for name in ("name", "step", *watch.CURVES))
+    assert all(again[name] == same for name in ("name", "step", *watch_tab.CURVES))
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write(lines_of(real_metrics([11])) + '{"step": 12, "rew')
     with (folder / "a/rollouts.jsonl").open("a") as file:
@@ -122,7 +122,7 @@ def test_a_long_run_is_drawn_by_500_points(folder, launcher):
     started = time.monotonic()
     found = followed(launcher, "a")
     assert time.monotonic() - started < 2
-    for label in watch.CURVES:
+    for label in watch_tab.CURVES:
         assert found[label] is None or found[label].groupby("series").size().max() <= 500
     assert points(found["Reward"])[-1][0] == 5000
 
@@ -150,7 +150,7 @@ def test_a_group_is_sorted_by_reward_and_judged_in_words():
         line(1.1, "right", rewards={"correct": 1.0, "format": 1.0}, reasons={"correct": "right"}),
         line(0.1),
     ]
-    question, rows, text, reasons = watch.show_group(group)
+    question, rows, text, reasons = watch_tab.show_group(group)
     assert [row[:5] for row in rows] == [
         [4, "1.1", "correct", "+0.5", "itself"],
         [2, "0.1", "no answer", "+0.5", "itself"],
@@ -159,15 +159,15 @@ def test_a_group_is_sorted_by_reward_and_judged_in_words():
         [3, "-", "not graded", "-", "itself"],
     ]
     assert (question, text, reasons) == ("q", "c", [["correct", "1", "right"], ["format", "1", ""]])
-    assert watch.describe_group(7, group) == [7, "1 of 5", "0.325", "0.519", "q"]
-    assert watch.number_of(standard_deviation([1.1] * 8)) == "0"
-    assert watch.show_group([]) == ["", [], "", []]
+    assert watch_tab.describe_group(7, group) == [7, "1 of 5", "0.325", "0.519", "q"]
+    assert watch_tab.number_of(standard_deviation([1.1] * 8)) == "0"
+    assert watch_tab.show_group([]) == ["", [], "", []]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_stays_text(text):
     """It goes into components that show text as text; what is too long is cut, and says so."""
-    question, rows, shown, reasons = watch.show_group(
+    question, rows, shown, reasons = watch_tab.show_group(
         [line(1.0, completion=text, prompt=text, reasons={"correct": text})]
     )
     for value, most in ((question, 20_000), (shown, 20_000), (rows[0][-1], 300), (reasons[0][2], 300)):
@@ -177,8 +177,8 @@ def test_hostile_text_stays_text(text):
             else value.startswith(text[:most]) and f"{len(text) - most:,} more characters" in value
         )
     completion = {"tokens": [text], "advantages": [1.0]}
-    _, tokens = watch.describe_tokens([completion], 0, "advantage")
-    assert len(tokens[0][0]) < 400 and len(watch.describe_token(completion, 0)) < 500
+    _, tokens = watch_tab.describe_tokens([completion], 0, "advantage")
+    assert len(tokens[0][0]) < 400 and len(watch_tab.describe_token(completion, 0)) < 500
 
 
 def test_no_table_takes_text_for_html(folder):
@@ -196,30 +196,30 @@ def test_tokens_are_coloured_by_what_is_chosen():
         {"tokens": ["a", "\n", " ", "", "b"], "logprobs": [-1.0] * 5, "advantages": [1.0, -1.0, 0.4, -0.2, 0.01]},
         {"tokens": ["c"], "advantages": [-2.0], "logprobs": [-1.0]},
     ]
-    legend, tokens = watch.describe_tokens(completions, 0, "advantage")
+    legend, tokens = watch_tab.describe_tokens(completions, 0, "advantage")
     assert tokens == [("a", "above 0"), ("⏎\n", "below 0"), ("␣", "above 0"), ("∅", "below 0"), ("b", "about 0")]
     assert legend.startswith("advantage, in this group from -2 to 1. Grey is within 0.1 of 0") and "beyond 1." in legend
-    assert watch.describe_token(completions[0], 1) == (
+    assert watch_tab.describe_token(completions[0], 1) == (
         "token 2, text ⏎, log-probability -1, advantage -1, value -, KL -, entropy -"
     )
-    assert watch.describe_tokens(completions, 1, "advantage")[1] == [("c", "far below 0")]
-    legend, tokens = watch.describe_tokens(completions, 0, "value")
+    assert watch_tab.describe_tokens(completions, 1, "advantage")[1] == [("c", "far below 0")]
+    legend, tokens = watch_tab.describe_tokens(completions, 0, "value")
     assert "no critic" in legend and {kind for _, kind in tokens} == {None}
     for nothing in (([], 0), (completions, None), (completions, 2)):
-        assert watch.describe_tokens(*nothing, "KL") == ["No tokens were kept of this step.", []]
+        assert watch_tab.describe_tokens(*nothing, "KL") == ["No tokens were kept of this step.", []]
 
 
 def test_many_tokens_are_cut():
-    legend, tokens = watch.describe_tokens([{"tokens": ["a"] * 9000, "entropy": [0.5] * 9000}], 0, "entropy")
+    legend, tokens = watch_tab.describe_tokens([{"tokens": ["a"] * 9000, "entropy": [0.5] * 9000}], 0, "entropy")
     assert len(tokens) == 2000 and "the first 2,000 of 9,000 tokens" in legend
 
 
 def test_the_choices_name_reward_and_verdict():
     completions = {"prompt_id": "q", "completions": [{}, {}]}
     groups = [[{"prompt_id": "p"}], [line(1.0, "right", prompt_id="q"), line(0.0, prompt_id="q")]]
-    assert watch.token_choices(completions, groups) == [("1: reward 1, correct", 0), ("2: reward 0, wrong", 1)]
-    assert watch.token_choices(completions, groups * 2) == [("1", 0), ("2", 1)], "the prompt was asked twice"
-    assert watch.token_choices(None, groups) == []
+    assert watch_tab.token_choices(completions, groups) == [("1: reward 1, correct", 0), ("2: reward 0, wrong", 1)]
+    assert watch_tab.token_choices(completions, groups * 2) == [("1", 0), ("2", 1)], "the prompt was asked twice"
+    assert watch_tab.token_choices(None, groups) == []
 
 
 # --- the page
