@@ -14,7 +14,7 @@ from gradio.context import Context
 from rl.config import first_line
 from ui import chat
 from ui.chat import BASE, SIDES, Session, cut, judged
-from ui.runs import Page, UiError, said
+from ui.runs import Page, UiError, shows_errors
 
 NO_RUN = (
     "There is no run yet, so both sides are the bundled tiny model as it was before any training. To train it, in about two "
@@ -208,18 +208,26 @@ def build(page: Page) -> None:
     asked = [session, *sides, blind, question, expected, greedy, temperature, top_p, seed, longest, samples]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     asking = gr.on(
-        [ask.click, question.submit], said(answer, page), asked, outputs, show_progress="hidden", api_name="ask"
+        [ask.click, question.submit], shows_errors(answer, page), asked, outputs, show_progress="hidden", api_name="ask"
     )
-    asking.then(said(put_back), [session, question], question, **quiet)
-    asking.then(said(downloads), session, taken, show_progress="hidden", api_name="files")
-    end.click(said(chat.stop), session, None, queue=False, api_name="stop")
-    gr.on([anew.click, *(pane.clear for pane in chats)], said(new_chat), session, outputs, api_name="new_chat")
-    take.click(said(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
-    draw.click(said(chat.draw, page), [session, *sides], [question, number], api_name="random_held_out")
+    asking.then(shows_errors(put_back), [session, question], question, **quiet)
+    asking.then(shows_errors(downloads), session, taken, show_progress="hidden", api_name="files")
+    end.click(shows_errors(chat.stop), session, None, queue=False, api_name="stop")
+    gr.on([anew.click, *(pane.clear for pane in chats)], shows_errors(new_chat), session, outputs, api_name="new_chat")
+    take.click(shows_errors(chat.put, page), [session, *sides, number], [question, number], api_name="held_out")
+    draw.click(shows_errors(chat.draw, page), [session, *sides], [question, number], api_name="random_held_out")
     for button, better in zip(votes, (0, None, 1)):
-        voted = button.click(said(vote, better), session, [*outputs[:6], voting, status], api_name=f"vote_{better}")
-        voted.then(said(downloads), session, taken, **quiet)
-    gr.on([tab.select, Context.root_block.load], said(refresh, page), [known, *sides], [known, note, *sides], **quiet)
+        voted = button.click(
+            shows_errors(vote, better), session, [*outputs[:6], voting, status], api_name=f"vote_{better}"
+        )
+        voted.then(shows_errors(downloads), session, taken, **quiet)
+    gr.on(
+        [tab.select, Context.root_block.load],
+        shows_errors(refresh, page),
+        [known, *sides],
+        [known, note, *sides],
+        **quiet,
+    )
     what_changed(page)
 
 
@@ -318,5 +326,5 @@ def what_changed(page: Page) -> None:
             both = [gr.Textbox(label=label, interactive=False, lines=10, max_lines=30) for label in ("Before", "After")]
     shown = [run, *ends, counts, which, table, question, *both]
     events = [tab.select, run.input, *(end.input for end in ends), which.input]
-    gr.on(events, said(look), [run, *ends, which], shown, show_progress="hidden", api_name="changed")
-    table.select(said(click), [run, *ends], [question, *both], show_progress="hidden", api_visibility="private")
+    gr.on(events, shows_errors(look), [run, *ends, which], shown, show_progress="hidden", api_name="changed")
+    table.select(shows_errors(click), [run, *ends], [question, *both], show_progress="hidden", api_visibility="private")

@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 import pandas as pd
 
-from ui.runs import Page, UiError, said
+from ui.runs import Page, UiError, shows_errors
 from ui.watch_tab import plot
 
 TERMS = Path(__file__).resolve().parent.parent / "docs" / "terms.md"
@@ -133,5 +133,7 @@ def build(page: Page) -> None:
         of_gae, of_clip = [episode, gamma, lam, noise], [ratio, advantage, epsilon, epsilon_high]
         drawn, clipped = [words, table, advantages, errors], [said_clip, objective]
         shown = {"show_progress": "hidden", "trigger_mode": "always_last"}
-        gr.on([tab.select, *(c.change for c in of_gae)], said(gae), of_gae, drawn, api_name="gae", **shown)
-        gr.on([tab.select, *(c.change for c in of_clip)], said(clip), of_clip, clipped, api_name="clip", **shown)
+        gr.on([tab.select, *(c.change for c in of_gae)], shows_errors(gae), of_gae, drawn, api_name="gae", **shown)
+        gr.on(
+            [tab.select, *(c.change for c in of_clip)], shows_errors(clip), of_clip, clipped, api_name="clip", **shown
+        )

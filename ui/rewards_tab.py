@@ -20,7 +20,7 @@ from grading import RewardError
 from rl.config import ConfigError
 from ui import chat, learn_tab
 from ui.reward_process import apart, number_of, parts_of, score_apart
-from ui.runs import Page, Run, UiError, said
+from ui.runs import Page, Run, UiError, shows_errors
 
 READ_ONLY = "This page is open to other machines: here rewards are neither edited nor tried out."
 WRITING = threading.Lock()  # the reward file or its draft
@@ -248,13 +248,20 @@ def build(page: Page) -> None:
                 words = gr.Textbox(label="verdict", lines=2, max_lines=12)
                 parts = gr.Dataframe(headers=SCORED, label="rewards", wrap=True, interactive=False, max_chars=500)
         chosen, fields = [run, step, number], [question, given, text, cut]
-        gr.on([tab.select, run.input], said(choose, page), chosen, chosen, show_progress="hidden", api_name="choose")
-        taken = said(pick, page), chosen, [words, parts, *fields]
+        gr.on(
+            [tab.select, run.input],
+            shows_errors(choose, page),
+            chosen,
+            chosen,
+            show_progress="hidden",
+            api_name="choose",
+        )
+        taken = shows_errors(pick, page), chosen, [words, parts, *fields]
         taking.click(*taken, api_name="pick")
         if page.editable:
             editor, changes = build_editor(page, chosen)
-            scoring.click(said(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
-            changes.select(said(number_in), None, number).success(*taken)
+            scoring.click(shows_errors(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
+            changes.select(shows_errors(number_in), None, number).success(*taken)
         else:
             gr.Markdown(READ_ONLY)
     learn_tab.build(page)
@@ -274,12 +281,14 @@ def build_editor(page: Page, chosen: list) -> tuple[gr.Code, gr.Dataframe]:
         max_chars=300, column_widths=["105px", "250px", "60px", "60px", "130px", "200px", "250px", "250px"],
     )  # fmt: skip
     read = [of_file, editor, loaded]
-    gr.on(None, said(read_file, page), None, read, show_progress="hidden", api_name="read")  # at first
-    editor.input(said(keep, page), editor, of_file, show_progress="hidden", trigger_mode="always_last", api_name="keep")
+    gr.on(None, shows_errors(read_file, page), None, read, show_progress="hidden", api_name="read")  # at first
+    editor.input(
+        shows_errors(keep, page), editor, of_file, show_progress="hidden", trigger_mode="always_last", api_name="keep"
+    )
     gr.on([part.change for part in chosen[:2]], lambda: ("", []), None, [result, changes], api_visibility="private")
-    rescoring.click(said(rescore, page), [*chosen[:2], editor], [result, changes], api_name="rescore")
-    saving.click(said(save, page), [editor, loaded], [of_file, loaded], api_name="save")
-    dropping.click(said(drop, page), None, read, api_name="reload")
+    rescoring.click(shows_errors(rescore, page), [*chosen[:2], editor], [result, changes], api_name="rescore")
+    saving.click(shows_errors(save, page), [editor, loaded], [of_file, loaded], api_name="save")
+    dropping.click(shows_errors(drop, page), None, read, api_name="reload")
     return editor, changes
 
 

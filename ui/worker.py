@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rl.config import Config, ConfigError
 from rl.fit.shapes import find_shape
-from ui.runs import Runs, UiError, import_models, in_words
+from ui.runs import Runs, UiError, describe_error, import_models
 
 AT_ONCE = 4  # questions that are answered together; others wait
 STALE = 2.0  # seconds after which a question is dropped whose page gives no sign of life
@@ -236,7 +236,7 @@ class Worker:
             f"Out of memory. Lower the samples a side (now {turn.ask.samples}) or the longest answer (now "
             f"{turn.ask.max_tokens} tokens), close what else uses the memory, or take a run with a smaller model."
         )
-        turn.say("failed", out_of_memory if is_out_of_memory(error) else in_words(error))
+        turn.say("failed", out_of_memory if is_out_of_memory(error) else describe_error(error))
 
     # --- what a turn goes through
 

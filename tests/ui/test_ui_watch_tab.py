@@ -5,11 +5,20 @@ import time
 
 import filelock
 import pytest
-from test_ui_runs import lines_of, rollouts_of
 
 gr = pytest.importorskip("gradio")
 
-from watching import build, followed, real_metrics, watched  # noqa: E402
+from watching import (  # noqa: E402
+    build,
+    cut_rollouts,
+    followed,
+    lines_of,
+    real_metrics,
+    rollouts_of,
+    watched,
+    write_rollouts,
+    write_tokens,
+)
 
 from rl.run.report import standard_deviation  # noqa: E402
 from ui import watch_tab  # noqa: E402
@@ -65,8 +74,7 @@ def test_only_what_changed_is_sent(folder, launcher):
     assert all(again[name] == same for name in ("name", "step", *watch_tab.CURVES))
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write(lines_of(real_metrics([11])) + '{"step": 12, "rew')
-    with (folder / "a/rollouts.jsonl").open("a") as file:
-        file.write(lines_of(rollouts_of([11])) + '{"step": 12, "pro')
+    write_rollouts(folder / "a", rollouts_of([11]))
     more = followed(launcher, "a", again["seen"])
     assert points(more["Reward"])[-1] == (11, 1.1, "mean") and more["status"].startswith(
         "Stopped before its end: step 11"
@@ -77,7 +85,7 @@ def test_only_what_changed_is_sent(folder, launcher):
 def test_a_run_that_was_cut_back(folder, launcher):
     seen = followed(launcher)["seen"]
     (folder / "a/metrics.jsonl").write_text(lines_of(real_metrics(range(1, 4), reward=9.0)))
-    (folder / "a/rollouts.jsonl").write_text(lines_of(rollouts_of(range(1, 4))))
+    cut_rollouts(folder / "a", 3)
     found = followed(launcher, "a", seen)
     assert points(found["Reward"]) == [(1, 9.0, "mean"), (2, 9.0, "mean"), (3, 9.0, "mean")]
     assert found["step"].maximum == found["step"].value == 3
@@ -85,15 +93,15 @@ def test_a_run_that_was_cut_back(folder, launcher):
 
 def test_a_run_that_is_watched_from_its_start(folder, launcher):
     (folder / "a/metrics.jsonl").rename(folder / "metrics.jsonl")
-    (folder / "a/rollouts.jsonl").rename(folder / "rollouts.jsonl")
-    first = followed(launcher, seen={"ends": ["z", 1, 45]})
+    (folder / "a/rollouts").rename(folder / "rollouts")
+    first = followed(launcher, seen={"range": ["z", 1, 45]})
     assert (first["step"].minimum, first["step"].maximum, first["step"].value) == (1, 2, 1), "nothing of the run before"
     assert first["Reward"] is None, "of an empty frame a plot takes the numbers for words"
     (folder / "metrics.jsonl").rename(folder / "a/metrics.jsonl")
-    (folder / "rollouts.jsonl").rename(folder / "a/rollouts.jsonl")
+    (folder / "rollouts").rename(folder / "a/rollouts")
     found = followed(launcher, "a", first["seen"])
     assert (found["step"].minimum, found["step"].maximum, found["step"].value) == (1, 10, 10)
-    assert found["opened_at"] == ["a", 1, 10] != first["opened_at"], "its completions are shown"
+    assert found["shown_range"] == ["a", 1, 10] != first["shown_range"], "its completions are shown"
 
 
 def test_alarms_in_words(folder, launcher):
@@ -106,7 +114,7 @@ def test_what_is_damaged_is_said_and_asked_again_seldom(folder, launcher):
     with filelock.FileLock(folder / "a/lock"):
         (folder / "a/metrics.jsonl").write_text("nonsense\n")
         found = followed(launcher)
-        assert "metrics.jsonl has a line that is not a JSON object" in found["status"] and found["timer"].value == 10
+        assert "metrics.jsonl is damaged" in found["status"] and found["timer"].value == 10
         (folder / "a/metrics.jsonl").unlink()
         (folder / "a/metrics.jsonl").symlink_to("/etc/passwd")
         found = followed(Launcher(Runs(folder)))
@@ -161,7 +169,6 @@ def test_a_group_is_sorted_by_reward_and_judged_in_words():
     assert (question, text, reasons) == ("q", "c", [["correct", "1", "right"], ["format", "1", ""]])
     assert watch_tab.describe_group(7, group) == [7, "1 of 5", "0.325", "0.519", "q"]
     assert watch_tab.number_of(standard_deviation([1.1] * 8)) == "0"
-    assert watch_tab.show_group([]) == ["", [], "", []]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -206,12 +213,12 @@ def test_tokens_are_coloured_by_what_is_chosen():
     legend, tokens = watch_tab.describe_tokens(completions, 0, "value")
     assert "no critic" in legend and {kind for _, kind in tokens} == {None}
     for nothing in (([], 0), (completions, None), (completions, 2)):
-        assert watch_tab.describe_tokens(*nothing, "KL") == ["No tokens were kept of this step.", []]
+        assert watch_tab.describe_tokens(*nothing, "KL") == ["No tokens were logged for this step.", []]
 
 
 def test_many_tokens_are_cut():
     legend, tokens = watch_tab.describe_tokens([{"tokens": ["a"] * 9000, "entropy": [0.5] * 9000}], 0, "entropy")
-    assert len(tokens) == 2000 and "the first 2,000 of 9,000 tokens" in legend
+    assert len(tokens) == 2000 and "first 2,000 of 9,000 tokens" in legend
 
 
 def test_the_choices_name_reward_and_verdict():
@@ -219,7 +226,7 @@ def test_the_choices_name_reward_and_verdict():
     groups = [[{"prompt_id": "p"}], [line(1.0, "right", prompt_id="q"), line(0.0, prompt_id="q")]]
     assert watch_tab.token_choices(completions, groups) == [("1: reward 1, correct", 0), ("2: reward 0, wrong", 1)]
     assert watch_tab.token_choices(completions, groups * 2) == [("1", 0), ("2", 1)], "the prompt was asked twice"
-    assert watch_tab.token_choices(None, groups) == []
+    assert watch_tab.token_choices({}, groups) == []
 
 
 # --- the page
@@ -236,17 +243,40 @@ def clicked(page, name, *inputs, index=None, row=None):
 
 def test_clicks(folder):
     page = build(folder)
-    (folder / "a/tokens.jsonl").write_text(
-        lines_of([{"step": 3, "prompt_id": "q3-0", "completions": [{"tokens": ["a", "b"], "logprobs": [-0.5, -1.5]}]}])
-    )
-    rollouts = rollouts_of([3], text="<b>")
-    (folder / "a/rollouts.jsonl").write_text(lines_of(rollouts))
+    logged = {"step": 3, "prompt_id": "q3-0", "completions": [{"tokens": ["a", "b"], "logprobs": [-0.5, -1.5]}]}
+    write_tokens(folder / "a", [logged])
+    write_rollouts(folder / "a", rollouts_of([3], text="<b>"))
     number, question, rows, text, _ = clicked(page, "pick_prompt", "a", 3, row=["2", "2 + 2 = ?"])
     assert (number, question, text) == (1, "2 + 2 = ?", "<b> 3 1 1") and [row[0] for row in rows] == [2, 1]
     assert clicked(page, "pick_completion", "a", 3, 1, row=[1, "0"])[0] == "<b> 3 1 0"
     assert clicked(page, "pick_token", "a", 3, 0, "KL", index=1).startswith("token 2, text b, log-probability -1.5")
     with pytest.raises(gr.Error, match="There is no run &#x27;../a&#x27;"):
         clicked(page, "pick_prompt", "../a", 3, row=[1])
+
+
+def test_a_gap_or_a_damaged_file_leaves_the_page_whole(folder):
+    """The step is empty, and a sentence names the file."""
+    runs = Runs(folder)
+    write_tokens(
+        folder / "a", [{"step": 3, "prompt_id": "q3-0", "completions": [{"tokens": ["a"], "advantages": [1.0]}]}]
+    )
+    prompts, number, question, completions, _, _, which, legend, tokens = watch_tab.show_step(runs, "a", 3, "advantage")
+    assert (len(prompts), number, question, len(completions)) == (3, 0, "2 + 2 = ?", 2)
+    assert which.value == 0 and legend.startswith("advantage, in this group") and tokens == [("a", "far above 0")]
+    (folder / "a/rollouts/000004.jsonl").unlink()
+    (folder / "a/rollouts/000005.jsonl").write_text("nonsense")
+    (folder / "a/tokens/000005.json").write_text('{"step": 5,')
+    for step, problem, of_tokens in (
+        (4, "rollouts/000004.jsonl is missing", "No tokens were logged"),
+        (5, "rollouts/000005.jsonl is damaged", "tokens/000005.json is damaged"),
+    ):
+        prompts, _, question, completions, text, reasons, which, legend, tokens = watch_tab.show_step(
+            runs, "a", step, "KL"
+        )
+        assert prompts == completions == reasons == tokens == which.choices == [] and text == ""
+        assert problem in question and of_tokens in legend
+    found = followed(Launcher(runs))
+    assert (found["step"].minimum, found["step"].maximum) == (1, 10) and "step 10 of 20" in found["status"]
 
 
 def test_another_tab_in_front_ends_the_timer(folder, served):
@@ -261,7 +291,7 @@ def test_where_others_can_reach_it_runs_are_only_read(served):
     names = client.view_api(return_format="dict")["named_endpoints"]
     assert "/watch_run" in names and not {"/start_run", "/resume_run", "/stop_run", "/show_command"} & set(names)
     found = watched(client)
-    assert found["became"] == "nothing yet" and "step 10 of 20" in found["status"]
+    assert found["started"] == "nothing yet" and "step 10 of 20" in found["status"]
     with pytest.raises(Exception, match="."):
         client.predict("../a", 1, "KL", api_name="/show_step")
 
