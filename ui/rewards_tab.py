@@ -1,7 +1,7 @@
-"""The tab Rewards: what the reward functions say of a completion, and what an edited file says of a step of a run.
+"""The tab Rewards: what the reward functions give to a completion, and what an edited file changes in a step of a run.
 
-No reward code runs in the page's process (ui/reward_process.py). What is scored with is the file as it stands in the editor: what
-is not saved is kept beside the file (rewards.draft.py) until it is saved or dropped, also where it does not import.
+No reward code runs in the process of the page (ui/reward_process.py). Completions are scored with the text in the editor. What
+is not saved is kept beside the file (rewards.draft.py) until it is saved or dropped, also if it cannot be imported.
 """
 
 import contextlib
@@ -18,23 +18,24 @@ import gradio as gr
 from data import DataError
 from grading import RewardError
 from rl.config import ConfigError
-from ui import chat, learn_tab
-from ui.reward_process import apart, number_of, parts_of, score_apart
+from ui import learn_tab
+from ui.chat import cut
+from ui.reward_process import number_of, parts_of, run_task, score_completions, text_of
 from ui.runs import Page, Run, UiError, shows_errors
 
 READ_ONLY = "This page is open to other machines: here rewards are neither edited nor tried out."
-WRITING = threading.Lock()  # the reward file or its draft
-SECONDS = 60.0  # that reward code has
-SHOWN_ROWS = 200  # of a step that is scored again
-SCORED = ["function", "value", "weight", "counts", "why"]
+WRITING = threading.Lock()  # held while the reward file or its draft is written
+SECONDS = 60.0  # the time limit of reward code
+SHOWN_ROWS = 200  # of the completions that are scored again
+SCORES = ["function", "value", "weight", "counts", "why"]
 CHANGES = ["completion", "question", "old", "new", "verdict", "what changed", "why", "its end"]
 
 
-# --- the tab Rewards: its buttons
+# --- the completion
 
 
-def kept(function):
-    """A handler with (words, table): what is wrong with a reward file stays in the words, instead of passing by."""
+def shows_reward_errors(function):
+    """A handler with the outputs (words, table): errors in the reward file are shown in the words, where they stay."""
 
     @functools.wraps(function)
     def call(*args):
@@ -46,61 +47,104 @@ def kept(function):
     return call
 
 
+def choose(page: Page, name: str | None, step: float | None, number: float | None) -> tuple:
+    """The runs to choose from, the newest if none is chosen, and its last step if it does not have the chosen one."""
+    names = page.runs.names()
+    name = name if name in names else next(iter(names), None)
+    steps = page.runs.get(name).steps() if name else []
+    label = f"step, {steps[0]} to {steps[-1]}" if steps else "step"
+    if step is None or int(step) not in steps:
+        step, number = (steps[-1] if steps else None), 1
+    return gr.Dropdown(choices=names, value=name), gr.Number(label=label, value=step), number
+
+
+def find(page: Page, name: str | None, step: float | None, number: float | None) -> tuple[Run, dict]:
+    """A run and one of its completions; number: within the step, from 1. Raises UiError if there is none."""
+    run = page.runs.get(name or "")
+    records = run.completions(int(step or 0))
+    if not 1 <= int(number or 0) <= len(records):
+        raise UiError(f"Step {int(step)} of {name} has the completions 1 to {len(records)}. Choose one of these.")
+    return run, records[int(number) - 1]
+
+
 def pick(page: Page, name: str | None, step: float | None, number: float | None) -> tuple:
-    """(words, table, question, row, completion, whether it was cut): as the run has saved them."""
-    run, line = find(page, name, step, number)
-    row, words = None, in_the_run(line)
+    """A completion as the run has logged it. Outputs: words, table, question, row, completion, whether it was cut off."""
+    run, record = find(page, name, step, number)
+    row, words = None, logged_score(record)
     try:
-        row = next((row for rows in chat.questions(run.config) for row in rows if row["id"] == line["prompt_id"]), None)
+        row = next((row for rows in run.questions() for row in rows if row["id"] == record["prompt_id"]), None)
         words += "" if row else " Its question is not in the run's data any more: give the expected answer."
-    except (ConfigError, DataError) as error:  # the data is out of reach: the rest can be shown
+    except (ConfigError, DataError) as error:  # the data cannot be read: the rest can be shown
         words += f" {error}"
-    values = line.get("rewards", {}) | line.get("metrics", {})
-    table = [[f, number_of(value), "", "", line.get("reasons", {}).get(f, "")] for f, value in values.items()]
+    values = record.get("rewards", {}) | record.get("metrics", {})
+    table = [[f, number_of(value), "", "", record.get("reasons", {}).get(f, "")] for f, value in values.items()]
     given = json.dumps(row, ensure_ascii=False, indent=1) if row else ""
-    return words, table, line["prompt"], given, chat.cut(line["completion"]), line.get("finish_reason") == "length"
+    return words, table, record["prompt"], given, cut(record["completion"]), record.get("finish_reason") == "length"
 
 
-@kept
-def score(page: Page, name, step, number, question, given, text, cut, source) -> tuple[str, list]:
-    """(words, table) on the completion in the fields: one of a run, or any other."""
+@shows_reward_errors
+def score(page: Page, name, step, number, question, given, text, truncated, source) -> tuple[str, list]:
+    """Score the completion in the fields: one of a run, or any other."""
     run = page.runs.get(name) if name else None
     row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(given)
-    asked, words = {"text": text, "truncated": cut}, ""
-    with contextlib.suppress(UiError):  # it need not be of a run
-        line = find(page, name, step, number)[1]
-        if (question, text) == (line["prompt"], chat.cut(line["completion"])):  # perhaps its beginning alone
-            asked |= {"text": line["completion"], "tokens": line.get("tokens"), "step": line["step"]}
-            words = in_the_run(line)
-    weights, (found,), printed = score_apart(run and run.path, page.rewards_file, source, SECONDS, row, [asked])
+    completion, logged = {"text": text, "truncated": truncated}, ""
+    with contextlib.suppress(UiError):  # it need not be one of a run
+        record = find(page, name, step, number)[1]
+        if (question, text) == (record["prompt"], cut(record["completion"])):
+            completion |= {"text": record["completion"], "tokens": record.get("tokens"), "step": record["step"]}
+            logged = logged_score(record)
+    process = run and run.path, page.rewards_file, source, SECONDS
+    weights, (result,), printed = score_completions(*process, row, [completion])
     table = []
-    for name, value, why in parts_of(found):
+    for name, value, why in parts_of(result):
         weight = weights.get(name, 0)
         counts = number_of(weight * value) if weight and value is not None else ""
         table.append([name, number_of(value), f"{weight:g}" if weight else "metric", counts, why])
-    verdict = f"{found.verdict} (by {found.judge})" if found.judge else found.verdict
-    if found.verdict == "wrong" and not found.judge:
+    verdict = f"{result.verdict} (by {result.judge})" if result.judge else result.verdict
+    if result.verdict == "wrong" and not result.judge:
         verdict = "no verdict: none of the rewards that apply can judge it; give the expected answer"
-    return f"By {called(page, source)}: total {number_of(found.total)}, {verdict}. {words}{output(printed)}", table
+    words = f"By {file_label(page, source)}: total {number_of(result.total)}, {verdict}. {logged}"
+    return words + output(printed), table
 
 
-@kept
+@shows_reward_errors
 def rescore(page: Page, name: str | None, step: float | None, source: str) -> tuple[str, list]:
-    """(words, table) on a step of a run: old -> new, the completions that change most first."""
+    """Score a step again: old -> new, the completions that change most first."""
     run = page.runs.get(name or "")
-    lines = lines_of(run, step)
-    found, printed = apart("rescore", run.path, page.rewards_file, source, SECONDS, lines=lines)
-    known = found["lines"]
-    words = f"{len(known)} completions of step {int(step)} by {called(page, source)}:\n{found['report']}"
-    if len(known) < len(lines):
-        words += f"{len(lines) - len(known)} are left out: their questions are not in the run's data any more.\n"
-    if len(known) > SHOWN_ROWS:
+    records = run.completions(int(step or 0))
+    result, printed = run_task("rescore", run.path, page.rewards_file, source, SECONDS, lines=records)
+    rows = result["rows"]
+    words = f"{len(rows)} completions of step {int(step)} by {file_label(page, source)}:\n{result['report']}"
+    if len(rows) < len(records):
+        words += f"{len(records) - len(rows)} are left out: their questions are not in the run's data any more.\n"
+    if len(rows) > SHOWN_ROWS:
         words += f"The {SHOWN_ROWS} that change most are shown.\n"
-    return words + output(printed), known[:SHOWN_ROWS]
+    return words + output(printed), rows[:SHOWN_ROWS]
+
+
+def logged_score(record: dict) -> str:
+    return f"In the run: total {number_of(record.get('reward'))}, {record.get('verdict')}."
+
+
+def output(printed: str) -> str:
+    return f" It printed: {printed[-500:]}" if printed else ""
+
+
+def read_row(given: str) -> dict:
+    """The columns of a row in JSON; any other text is the answer. Raises UiError."""
+    if not re.match(r'\s*\{\s*["}]', given):
+        return {"answer": given.strip()} if given.strip() else {}
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise UiError(f"The row is not JSON: {error}. Correct it, or give the expected answer alone.") from None
+
+
+# --- the reward file
 
 
 def read_file(page: Page, request: gr.Request) -> tuple[str, str, str]:
-    """(words, the text for the editor, that of the file): of the draft, where there is one; it is this visitor's then."""
+    """Words, the text for the editor, and that of the file. A draft is edited on, and belongs to this visitor then."""
     file, draft = places(page)
     page.draft_of = request.session_hash
     if draft.is_file():
@@ -110,104 +154,18 @@ def read_file(page: Page, request: gr.Request) -> tuple[str, str, str]:
 
 
 def drop(page: Page, request: gr.Request) -> tuple[str, str, str]:
-    """The file as it is, as `read_file`, without the draft."""
+    """Remove the draft, and read the file as `read_file` does."""
     with WRITING:
         places(page)[1].unlink(missing_ok=True)
     return read_file(page, request)
 
 
-def save(page: Page, source: str, loaded: str | None, request: gr.Request) -> tuple[str, str]:
-    """(words, the text of the file as far as the editor knows it). What does not import is not saved, and not lost."""
-    file, draft = places(page)
-    if is_saved(page, source):
-        return f"{file.name} is as in the editor: there is nothing to save.", text_of(file)
-    keeps = keep(page, source, request)
-    if text_of(file) != loaded:
-        words = f"Not saved: {file.name} may have changed since it was read. Press Save once more to write over it."
-        return f"{words} {keeps}", text_of(file)
-    try:
-        names, _ = apart("check", None, file, source, SECONDS)
-    except RewardError as error:
-        return f"Not saved: {error}\n{file.name} is as it was. {keeps}", loaded
-    with WRITING:
-        write(file, source)
-        if text_of(draft).strip() == source.strip():  # else more has been typed meanwhile
-            draft.unlink(missing_ok=True)
-    return f"Saved. Its rewards: {', '.join(names)}. A run that is under way keeps its own copy.", text_of(file)
-
-
-def choose(page: Page, name: str | None, step: float | None, number: float | None) -> tuple:
-    """The runs there are; the chosen one, else the newest; its step, else its last one."""
-    names = page.runs.names()
-    name = name if name in names else next(iter(names), None)
-    steps = page.runs.get(name).steps() if name else []
-    label = f"step, {steps[0]} to {steps[-1]}" if steps else "step"
-    if step is None or int(step) not in steps:
-        step, number = steps[-1] if steps else None, 1
-    return gr.Dropdown(choices=names, value=name), gr.Number(label=label, value=step), number
-
-
-# --- what they share
-
-
-def lines_of(run: Run, step: float | None) -> list[dict]:
-    lines = [line for group in run.groups(int(step or 0)) for line in group]
-    if not lines:
-        raise UiError(f"{run.name} has no completions of step {int(step or 0)}. Choose another step.")
-    return lines
-
-
-def find(page: Page, name: str | None, step: float | None, number: float | None) -> tuple[Run, dict]:
-    """A run and one of its completions; number: from 1, within the step. Raises UiError."""
-    run = page.runs.get(name or "")
-    lines = lines_of(run, step)
-    if not 1 <= int(number or 0) <= len(lines):
-        raise UiError(f"Step {int(step)} of {name} has the completions 1 to {len(lines)}. Choose one of these.")
-    return run, lines[int(number) - 1]
-
-
-def in_the_run(line: dict) -> str:
-    return f"In the run: total {number_of(line.get('reward'))}, {line.get('verdict')}."
-
-
-def output(printed: str) -> str:
-    return f" It printed: {printed[-500:]}" if printed else ""
-
-
-def read_row(given: str) -> dict:
-    """The columns of a row that is JSON; of anything else it is the answer. Raises UiError."""
-    if not re.match(r'\s*\{\s*["}]', given):
-        return {"answer": given.strip()} if given.strip() else {}
-    try:
-        return json.loads(given)
-    except ValueError as error:
-        raise UiError(f"The row is not JSON: {error}. Mend it, or give the expected answer alone.") from None
-
-
-def places(page: Page) -> tuple[Path, Path]:
-    """The reward file and the draft of it."""
-    file = page.rewards_file.resolve()
-    return file, file.with_suffix(".draft.py")
-
-
-def text_of(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
-
-
-def is_saved(page: Page, source: str) -> bool:
-    return text_of(page.rewards_file).strip() == source.strip()  # as the editor shows it
-
-
-def called(page: Page, source: str) -> str:
-    return page.rewards_file.name + ("" if is_saved(page, source) else ", with what is not saved")
-
-
 def keep(page: Page, source: str, request: gr.Request) -> str:
-    """Let the draft have what is in the editor, unless it has the edits of another visitor. In words, what became of it."""
+    """Write the text in the editor to the draft, unless the draft has the edits of another visitor."""
     file, draft = places(page)
     with WRITING:
         if draft.is_file() and page.draft_of != request.session_hash:
-            return f"Not kept: {draft.name} has the edits of another window. Reload this page in the browser to go on with those."
+            return f"Not kept: {draft.name} has the edits of another window. Reload this page in the browser to continue those."
         page.draft_of = request.session_hash
         if is_saved(page, source):
             draft.unlink(missing_ok=True)
@@ -216,8 +174,45 @@ def keep(page: Page, source: str, request: gr.Request) -> str:
     return f"What is in the editor is kept in {draft.name}."
 
 
+def save(page: Page, source: str, loaded: str | None, request: gr.Request) -> tuple[str, str]:
+    """Save the text in the editor if it can be imported. loaded: the text of the file when it was read.
+
+    Outputs: words, the text of the file as the editor knows it.
+    """
+    file, draft = places(page)
+    if is_saved(page, source):
+        return f"{file.name} is as in the editor: there is nothing to save.", text_of(file)
+    kept = keep(page, source, request)
+    if text_of(file) != loaded:
+        words = f"Not saved: {file.name} may have changed since it was read. Press Save once more to write over it."
+        return f"{words} {kept}", text_of(file)
+    try:
+        names, _ = run_task("check", None, file, source, SECONDS)
+    except RewardError as error:
+        return f"Not saved: {error}\n{file.name} is as it was. {kept}", loaded
+    with WRITING:
+        write(file, source)
+        if text_of(draft).strip() == source.strip():  # else it has been edited in the meantime
+            draft.unlink(missing_ok=True)
+    return f"Saved. Its rewards: {', '.join(names)}. A run in progress keeps its own copy.", text_of(file)
+
+
+def places(page: Page) -> tuple[Path, Path]:
+    """The reward file and its draft."""
+    file = page.rewards_file.resolve()
+    return file, file.with_suffix(".draft.py")
+
+
+def is_saved(page: Page, source: str) -> bool:
+    return text_of(page.rewards_file).strip() == source.strip()  # the editor strips it
+
+
+def file_label(page: Page, source: str) -> str:
+    return page.rewards_file.name + ("" if is_saved(page, source) else ", with what is not saved")
+
+
 def write(file: Path, source: str) -> None:
-    """The whole of it, or nothing."""
+    """Write a file as a whole, or not at all."""
     unfinished = file.with_name(f"{file.name}.unfinished")
     unfinished.write_text(source.strip() + "\n", encoding="utf-8")
     if file.is_file():
@@ -225,7 +220,7 @@ def write(file: Path, source: str) -> None:
     os.replace(unfinished, file)
 
 
-# --- its layout
+# --- the layout
 
 
 def build(page: Page) -> None:
@@ -235,63 +230,61 @@ def build(page: Page) -> None:
         )
         with gr.Row():
             run = gr.Dropdown(page.runs.names(), label="run")
-            step, number = gr.Number(label="step", precision=0), gr.Number(1, label="completion, from 1", precision=0)
+            step = gr.Number(label="step", precision=0)
+            number = gr.Number(1, label="completion, from 1", precision=0)
             taking = gr.Button("Take this completion")
         with gr.Row():
             with gr.Column():
                 question = gr.Textbox(label="question", lines=2, max_lines=8)
                 given = gr.Textbox(label="expected answer, or the row as JSON", lines=2, max_lines=8)
                 text = gr.Textbox(label="completion, with its thinking", lines=6, max_lines=20)
-                cut = gr.Checkbox(label="it was cut at the length limit")
+                truncated = gr.Checkbox(label="it was cut at the length limit")
             with gr.Column():
                 scoring = gr.Button("Score", variant="primary", visible=page.editable)
                 words = gr.Textbox(label="verdict", lines=2, max_lines=12)
-                parts = gr.Dataframe(headers=SCORED, label="rewards", wrap=True, interactive=False, max_chars=500)
-        chosen, fields = [run, step, number], [question, given, text, cut]
-        gr.on(
-            [tab.select, run.input],
-            shows_errors(choose, page),
-            chosen,
-            chosen,
-            show_progress="hidden",
-            api_name="choose",
-        )
-        taken = shows_errors(pick, page), chosen, [words, parts, *fields]
+                table = gr.Dataframe(headers=SCORES, label="rewards", wrap=True, interactive=False, max_chars=500)
+        chosen, fields = [run, step, number], [question, given, text, truncated]
+        choosing = [tab.select, run.input]
+        gr.on(choosing, shows_errors(choose, page), chosen, chosen, show_progress="hidden", api_name="choose")
+        taken = shows_errors(pick, page), chosen, [words, table, *fields]
         taking.click(*taken, api_name="pick")
         if page.editable:
             editor, changes = build_editor(page, chosen)
-            scoring.click(shows_errors(score, page), [*chosen, *fields, editor], [words, parts], api_name="score")
-            changes.select(shows_errors(number_in), None, number).success(*taken)
+            scoring.click(shows_errors(score, page), [*chosen, *fields, editor], [words, table], api_name="score")
+            changes.select(shows_errors(number_in_row), None, number).success(*taken)
         else:
             gr.Markdown(READ_ONLY)
     learn_tab.build(page)
 
 
 def build_editor(page: Page, chosen: list) -> tuple[gr.Code, gr.Dataframe]:
-    """The file, and what it makes of a whole step."""
+    """The reward file, and what it changes in a step."""
     editor = gr.Code(language="python", label="rewards.py", lines=16, max_lines=30, interactive=True)
     loaded = gr.State(None)  # the text of the file when it was read
     with gr.Row():
         saving, dropping = gr.Button("Save"), gr.Button("Reload (drops what is not saved)")
         rescoring = gr.Button("Rescore the step")
-    of_file = gr.Textbox(label="the file", max_lines=6)
-    result = gr.Code(label="old -> new", interactive=False, lines=2, max_lines=30, wrap_lines=False)
+    words = gr.Textbox(label="the file", max_lines=6)
+    report = gr.Code(label="old -> new", interactive=False, lines=2, max_lines=30, wrap_lines=False)
     changes = gr.Dataframe(
-        headers=CHANGES, label="completions, those that change most first; a click takes one", wrap=True, interactive=False,
-        max_chars=300, column_widths=["105px", "250px", "60px", "60px", "130px", "200px", "250px", "250px"],
-    )  # fmt: skip
-    read = [of_file, editor, loaded]
-    gr.on(None, shows_errors(read_file, page), None, read, show_progress="hidden", api_name="read")  # at first
-    editor.input(
-        shows_errors(keep, page), editor, of_file, show_progress="hidden", trigger_mode="always_last", api_name="keep"
+        headers=CHANGES,
+        column_widths=["105px", "250px", "60px", "60px", "130px", "200px", "250px", "250px"],
+        label="completions, those that change most first; a click takes one",
+        interactive=False,
+        wrap=True,
+        max_chars=300,
     )
-    gr.on([part.change for part in chosen[:2]], lambda: ("", []), None, [result, changes], api_visibility="private")
-    rescoring.click(shows_errors(rescore, page), [*chosen[:2], editor], [result, changes], api_name="rescore")
-    saving.click(shows_errors(save, page), [editor, loaded], [of_file, loaded], api_name="save")
-    dropping.click(shows_errors(drop, page), None, read, api_name="reload")
+    gr.on(None, shows_errors(read_file, page), None, [words, editor, loaded], show_progress="hidden", api_name="read")
+    keeping = {"show_progress": "hidden", "trigger_mode": "always_last", "api_name": "keep"}
+    editor.input(shows_errors(keep, page), editor, words, **keeping)
+    another = [component.change for component in chosen[:2]]
+    gr.on(another, lambda: ("", []), None, [report, changes], api_visibility="private")
+    rescoring.click(shows_errors(rescore, page), [*chosen[:2], editor], [report, changes], api_name="rescore")
+    saving.click(shows_errors(save, page), [editor, loaded], [words, loaded], api_name="save")
+    dropping.click(shows_errors(drop, page), None, [words, editor, loaded], api_name="reload")
     return editor, changes
 
 
-def number_in(event: gr.SelectData) -> int:
-    """That of the completion in the row that was clicked."""
+def number_in_row(event: gr.SelectData) -> int:
+    """The number of the completion in the row that was clicked."""
     return int(event.row_value[0])

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from data import DataError
+from data import DataError, load_questions
 from grading import RewardError
 from rl.config import Config, ConfigError, RunError, first_line
 from rl.run.read_config import read_yaml
@@ -103,6 +103,11 @@ class Run:
         """The settings, not to be changed. Raises ConfigError."""
         path = self.file("config.yaml")
         return config_of(path, path.stat().st_mtime_ns)
+
+    def questions(self) -> tuple[list[dict], list[dict]]:
+        """The training rows and the held-out rows. Raises ConfigError or DataError."""
+        path = self.file("config.yaml")
+        return questions_of(path, path.stat().st_mtime_ns)
 
     def summary(self) -> dict:
         """The contents of summary.json; empty before the first evaluation."""
@@ -227,6 +232,13 @@ def is_inside(path: Path, folder: Path) -> bool:
 def config_of(path: Path, modified: int) -> Config:
     """The settings in a file, read once for each time of modification."""
     return read_yaml(str(path))
+
+
+@functools.lru_cache(4)
+def questions_of(path: Path, modified: int) -> tuple[list[dict], list[dict]]:
+    """The training rows and the held-out rows of the settings in a file, read once for each time of modification."""
+    c = config_of(path, modified)
+    return load_questions(c.train_data, c.eval_data, c.train_questions, c.eval_questions, c.columns, c.seed)[:2]
 
 
 def thinned(values: Sequence, points: int = POINTS) -> list:

@@ -93,7 +93,7 @@ def texts(chatbot):
 
 def test_a_held_out_question_is_judged(page):
     session = Session()
-    question, number = chat.put(page, session, BASE, ONE, 3)
+    question, number = chat.take_held_out(page, session, BASE, ONE, 3)
     assert number == 3 and question == session.held_out["prompt"]
     page.worker.sides = ["\\boxed{99}"], [f"<think>so</think>\\boxed{{{session.held_out['answer']}}}"]
     *chats, left, right, of_left, of_right, status, _, _, _ = ask(page, session, question)
@@ -113,8 +113,8 @@ def test_a_held_out_question_is_judged(page):
     assert (asked.temperature, asked.max_tokens, asked.samples) == (0, 40, 1)
     for wrong in (0, 99, -1, None):
         with pytest.raises(UiError, match="they are numbered from 1 to 8"):
-            chat.put(page, session, BASE, ONE, wrong)
-    assert 1 <= chat.draw(page, session, BASE, ONE)[1] <= 8
+            chat.take_held_out(page, session, BASE, ONE, wrong)
+    assert 1 <= chat.draw_held_out(page, session, BASE, ONE)[1] <= 8
 
 
 def test_a_question_of_ones_own_has_no_verdict_without_an_expected_answer(page):
@@ -146,14 +146,14 @@ def test_reward_functions_that_fail_or_hang(page, monkeypatch):
         "while True: pass": "No verdict: rewards.py gave no answer within 1 s, it was in bad, line 4.",
     }
     for code, words in failing.items():
-        monkeypatch.setattr(chat, "JUDGING", 1 if "while" in code else 30)
+        monkeypatch.setattr(chat, "SECONDS", 1 if "while" in code else 30)
         file.write_text(f"from grading import reward\n@reward\ndef bad(completion):\n    {code}\n")
         *chats, left, right, _, _, _, _, _, _ = ask(page, session, expected="13")
         assert left.startswith("no verdict. Expected: 13. " + words[:10]) and words in left, left
         assert texts(chats[0])[-1] == "\\boxed{14}"
     file.write_text("def bad(:\n")
     assert "rewards.py" in ask(page, session, expected="13")[2]
-    monkeypatch.setattr(chat, "JUDGING", 30)
+    monkeypatch.setattr(chat, "SECONDS", 30)
     file.write_text(good)  # nothing of the one that hung is in the way
     started = time.monotonic()
     assert ask(page, session, expected="13")[3] == "correct. Reward 1.1. Expected: 13"
@@ -175,26 +175,18 @@ def test_samples_and_their_rates(page):
 
 
 def test_verdicts_in_words():
-    sample = Sample("x", [1], True, False)
-    cut = Sample("x", [1], True, True)
+    def verdict(name=None, reason="", judge="correct", ended=True, truncated=False):
+        score = Score(0.0, {"correct": 0.0}, {}, {"correct": reason}, name, judge) if name else None
+        return chat.verdict(Sample("x", [1], ended, truncated, score), 9)
 
-    def score(verdict, reason="", judge="correct"):
-        return Score(0.0, {"correct": 0.0}, {}, {"correct": reason}, verdict, judge)
-
-    said = {
-        chat.verdict(sample, score("right"), 9): "correct",
-        chat.verdict(sample, score("wrong", "wrong: 3 is not 4"), 9): "wrong",
-        chat.verdict(sample, score("wrong", "no_answer"), 9): "no answer",
-        chat.verdict(cut, score("wrong"), 9): "cut off after 9 tokens",
-        chat.verdict(cut, None, 9): "cut off after 9 tokens",
-        chat.verdict(sample, None, 9): "no verdict",
-        chat.verdict(sample, score("ungraded", "sandbox_error: gone"), 9): "ungraded: sandbox_error: gone",
-        chat.verdict(
-            sample, score("wrong", judge=None), 9
-        ): "no verdict: none of the rewards that apply here can judge",
-        chat.verdict(Sample("x", [1], False, False), None, 9): "stopped: no verdict",
-    }
-    assert all(found == expected for found, expected in said.items())
+    assert verdict("right") == "correct"
+    assert verdict("wrong", "wrong: 3 is not 4") == "wrong"
+    assert verdict("wrong", "no_answer") == "no answer"
+    assert verdict("wrong", truncated=True) == verdict(truncated=True) == "cut off after 9 tokens"
+    assert verdict() == "no verdict"
+    assert verdict("ungraded", "sandbox_error: gone") == "ungraded: sandbox_error: gone"
+    assert verdict("wrong", judge=None) == "no verdict: none of the rewards that apply here can judge"
+    assert verdict(ended=False) == "stopped: no verdict"
 
 
 # --- a chat
@@ -215,7 +207,7 @@ def test_a_blind_chat_goes_on_where_a_question_fails(page):
 
 def test_follow_up_turns_are_each_sides_own(page):
     session = Session()
-    question, _ = chat.put(page, session, BASE, ONE, 1)
+    question, _ = chat.take_held_out(page, session, BASE, ONE, 1)
     ask(page, session, question)
     *chats, left, _, _, _, _, _, _, _ = ask(page, session, "Are you sure?")
     assert "Your own question" in left and len(texts(chats[0])) == 4 and len(texts(chats[1])) == 6
@@ -346,7 +338,7 @@ def test_what_changed(evaluated):
         len(str(cell)) for row in rows for cell in row
     ) < 100
     assert [row[0] for row in compare_tab.changed(*evaluated, "both wrong")[2]] == [4, 5]
-    question, before, after = compare_tab.opened(*evaluated, SimpleNamespace(row_value=["1", "fixed"]))
+    question, before, after = compare_tab.open_question(*evaluated, SimpleNamespace(row_value=["1", "fixed"]))
     assert question == "1 (fixed): question q0\nExpected: 13"
     assert before.startswith("wrong, reward 0.1, 9 tokens, ended by itself\ncorrect 0 wrong: so\n\nxxx")
     assert before.endswith("(30,000 more characters are not shown)") and after.endswith(HOSTILE)

@@ -14,6 +14,7 @@ import gradio as gr
 import pytest
 import yaml
 from conftest import asked_in_a_run
+from watching import write_rollouts
 
 from ui import rewards_tab
 from ui.runs import Page, Runs, UiError
@@ -58,7 +59,7 @@ def page(tmp_path):
             (rows[1], "x" * 50_000 + SCRIPT + "\\boxed{7}", 9),
         )
     ]  # fmt: skip
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rollouts(folder, lines)
     (folder / "rewards.py").write_text("from grading import reward\n@reward\ndef correct(completion):\n    return 1\n")
     (tmp_path / "rewards.py").write_text(REWARDS)
     return Page(Runs(tmp_path / "runs"), None, True, tmp_path / "rewards.py")
@@ -213,7 +214,7 @@ def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
 
 
 def test_questions_that_are_gone_are_left_out(page):
-    rollouts = page.runs.get("mine").path / "rollouts.jsonl"
+    rollouts = page.runs.get("mine").path / "rollouts/000003.jsonl"
     rollouts.write_text(rollouts.read_text().replace('"q0"', '"gone"'))
     words, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
     assert "2 are left out" in words and [row[0] for row in table] == [4, 3]
