@@ -59,8 +59,7 @@ def cut_rollouts(run, step):
 
 
 def followed(launcher, chosen=None, seen=None):
-    values = watch_tab.follow(launcher.runs, launcher, chosen, seen or {})
-    return dict(zip(NAMES, values)) | dict(zip(watch_tab.CURVES, values[len(NAMES) :]))
+    return watch_tab.follow(launcher.runs, launcher, chosen, seen or {})
 
 
 def real_metrics(steps, **more):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grading import Score, outcome_of, prompt_text
 from rl.config import Config
-from ui.reward_process import parts_of, score_completions
+from ui.reward_process import reward_rows, score_completions
 from ui.runs import Page, Run, UiError, config_of, import_models, questions_of
 from ui.worker import Answer, Ask, Sample
 
@@ -243,11 +243,8 @@ def expected_of(row: dict) -> str:
 def reward_table(round_: Round, answer: Answer) -> list[list]:
     rows = []
     for number, sample in enumerate(answer.samples, 1):
-        for name, value, why in parts_of(sample.score) if sample.score else ():
-            if value is not None or why:
-                weight = round_.weights.get(name, 0)
-                shown = "" if value is None else f"{value:g}"
-                rows.append([number, name, shown, f"{weight:g}" if weight else "metric", cut(why, 500)])
+        known = reward_rows(sample.score, round_.weights) if sample.score else []
+        rows += [[number, *row[:3], cut(row[-1], 500)] for row in known if row[1] != "-" or row[-1]]
     return rows
 
 

@@ -195,7 +195,7 @@ def build(page: Page) -> None:
         session = gr.State(Session())
         known = gr.State([BASE])
         note = gr.Markdown(NO_RUN, visible=not page.runs.names())
-        sides, chatbots, verdicts, tables = [], [], [], []
+        sides, chatbots, verdicts = [], [], []
         with gr.Row():
             for side in SIDES:
                 with gr.Column(min_width=320):

@@ -4,11 +4,11 @@ import itertools
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
 import gradio as gr
 
@@ -24,7 +24,7 @@ class Launcher:
 
     def __init__(self, runs: Runs):
         self.runs = runs
-        self.process: subprocess.Popen | None = None
+        self.process: Popen | None = None
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="ponder-")
         self.log = Path(self._folder.name) / "console.log"
@@ -56,15 +56,8 @@ class Launcher:
             if (running := self.runs.running()) or self.alive():
                 raise UiError(f"{running[0] if running else self.name} is running. Stop it first.")
             with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env=os.environ | {"PYTHONUNBUFFERED": "1"},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+                how = {"stdin": DEVNULL, "stdout": log, "stderr": STDOUT, "start_new_session": True}
+                self.process = Popen(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **how)
         return self.describe()
 
     def alive(self) -> bool:

@@ -42,13 +42,14 @@ class Models:
 
     # --- a side
 
-    def settings(self, run: str | None) -> Config:
-        """The settings with which a run's base model is loaded; run: None for the bundled model."""
+    def settings(self, run: str | None) -> tuple[Config, tuple]:
+        """The settings with which the base of a run is loaded (None: the bundled model), and what identifies this base."""
         config = self.runs.get(run).config if run else Config()
         device = self.device(config)
         dtype = "auto" if device == "cpu" and config.device != "cpu" else config.dtype
         plain = {"adapter": None, "backend": "transformers", "optim": "adamw_torch", "gradient_checkpointing": False}
-        return dataclasses.replace(config, device=device, dtype=dtype, **plain)
+        config = dataclasses.replace(config, device=device, dtype=dtype, **plain)
+        return config, (config.model, config.load_in_4bit, config.dtype, config.device)
 
     def device(self, config: Config) -> str:
         """cpu or cuda. Raises UiError if a run holds the card and the model is too large for the CPU."""

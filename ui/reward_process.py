@@ -12,13 +12,12 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
 
 from data import DataError
 from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox
@@ -33,51 +32,31 @@ JOB, ANSWER, TRACEBACK = "job.json", "answer.json", "traceback.txt"  # files in 
 
 
 def run_task(task: str, run: Path | None, file: Path, source: str, seconds: float, stop=None, **arguments):
-    """Run one of TASKS.
+    """Run one of TASKS: what it returns, and the end of what the code printed.
 
-    Args:
-        run: the run folder whose settings apply, if any
-        file: the reward file
-        source: its text, which may not be saved yet
-        stop: an event that ends the task early
-        arguments: of the task
-    Returns:
-        what the task returns, and the end of what the code printed
-    Raises:
-        RewardError: the source cannot be imported, a function fails, or there is no answer after `seconds`
+    run: the run folder whose settings apply, if any. source: the text of the reward file, saved or not. stop: an event that
+    ends the task early. Raises RewardError if the source cannot be imported, a function fails, or the time is over.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = arguments | {
-            "task": task,
-            "file": str(file),
-            "source": source,
-            "run": run and str(run),
-            "seconds": seconds,
-        }
-        (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+        job = {"task": task, "run": run and str(run), "file": str(file), "source": source, "seconds": seconds}
+        (folder / JOB).write_text(json.dumps(job | arguments), encoding="utf-8")
+        command = [sys.executable, "-m", "ui.reward_process", name]
         python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ui.reward_process", name],
-            env=os.environ | {"PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8:replace"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        environment = os.environ | {"PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8:replace"}
+        process = Popen(command, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True)
         output = bytearray()
         reader = threading.Thread(target=drain, args=(process.stdout, output), daemon=True)
         reader.start()
         end = time.monotonic() + seconds + GRACE
         while process.poll() is None and time.monotonic() < end and not (stop and stop.is_set()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(TimeoutExpired):
                 process.wait(0.2)
         with contextlib.suppress(OSError):  # with the processes that it started
             os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         process.wait()
         reader.join(1.0)
-        answer = text_of(folder / ANSWER)
-        traceback = text_of(folder / TRACEBACK)
+        answer, traceback = text_of(folder / ANSWER), text_of(folder / TRACEBACK)
     printed = bytes(output).decode(errors="replace").strip()
     if answer:
         result = json.loads(answer)
@@ -108,23 +87,25 @@ def text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
-def score_completions(
-    run: Path | None, file: Path, source: str, seconds: float, row: dict, completions: list[dict], stop=None
-) -> tuple[dict[str, float], list[Score], str]:
-    """Score completions of one row.
+def score_completions(run, file, source: str, seconds: float, row: dict, completions: list[dict], stop=None) -> tuple:
+    """The weight of each function, a Score for each completion of this row, and the end of what the code printed.
 
     completions: text, truncated and, if they are known, step, tokens and token_ids. The rest is as for `run_task`.
-    Returns the weight of each function, a Score for each completion, and the end of what the code printed.
     """
     result, printed = run_task("score", run, file, source, seconds, stop, row=row, completions=completions)
     return result["weights"], [Score(**fields) for fields in result["scores"]], printed
 
 
-def parts_of(score: Score) -> Iterator[tuple[str, float | None, str]]:
-    """(name, value, reason) of each reward and metric."""
+def reward_rows(score: Score, weights: dict[str, float]) -> list[list[str]]:
+    """The name, value, weight, weighted value and reason of each reward and metric."""
+    rows = []
     for name, value in (score.parts | score.metrics).items():
         steps = [f"{v:g} at character {position}" for position, v in score.process.get(name, [])]
-        yield name, value, ", ".join(filter(None, [score.reasons.get(name), *steps]))
+        why = ", ".join(filter(None, [score.reasons.get(name), *steps]))
+        weight = weights.get(name, 0)
+        counts = number_of(weight * value) if weight and value is not None else ""
+        rows.append([name, number_of(value), f"{weight:g}" if weight else "metric", counts, why])
+    return rows
 
 
 def number_of(value: float | None, form: str = ".3g") -> str:
@@ -197,18 +178,17 @@ def rescore_task(job: dict) -> dict:
 
 def change(line: dict, score: Score) -> tuple[float, list]:
     """The absolute change of the total, and the row of the table of changes (rewards_tab.CHANGES)."""
-    old, new = line.get("rewards", {}), score.parts
-    total = None if math.isnan(score.total) else score.total
-    changed = [name for name in {**new, **old} if differ(old.get(name), new.get(name))]
-    what = "; ".join(f"{name} {number_of(old.get(name))} -> {number_of(new.get(name))}" for name in changed)
-    if not what:
-        what = "the weights" if differ(line.get("reward"), total) else "nothing"
-    before = line.get("verdict") or score.verdict
-    verdict = before if before == score.verdict else f"{before} -> {score.verdict}"
-    totals = [number_of(line.get("reward")), number_of(total)]
+    before, after = line.get("rewards", {}), score.parts
+    old, new = line.get("reward"), None if math.isnan(score.total) else score.total
+    changed = [name for name in after | before if differ(before.get(name), after.get(name))]
+    what = "; ".join(f"{name} {number_of(before.get(name))} -> {number_of(after.get(name))}" for name in changed)
+    what = what or ("the weights" if differ(old, new) else "nothing")
+    verdict = line.get("verdict") or score.verdict
+    if verdict != score.verdict:
+        verdict += f" -> {score.verdict}"
+    cells = [line["number"], shorten(line["prompt"], 80), number_of(old), number_of(new), verdict, what]
     reasons = shorten("; ".join(score.reasons.values()), 200)
-    cells = [line["number"], shorten(line["prompt"], 80), *totals, verdict, what, reasons, line["completion"][-80:]]
-    return abs((total or 0.0) - (line.get("reward") or 0.0)), cells
+    return abs((new or 0.0) - (old or 0.0)), [*cells, reasons, line["completion"][-80:]]
 
 
 TASKS = {"check": check_task, "score": score_task, "rescore": rescore_task}

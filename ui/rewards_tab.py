@@ -20,7 +20,7 @@ from grading import RewardError
 from rl.config import ConfigError
 from ui import learn_tab
 from ui.chat import cut
-from ui.reward_process import number_of, parts_of, run_task, score_completions, text_of
+from ui.reward_process import number_of, reward_rows, run_task, score_completions, text_of
 from ui.runs import Page, Run, UiError, shows_errors
 
 READ_ONLY = "This page is open to other machines: here rewards are neither edited nor tried out."
@@ -95,16 +95,11 @@ def score(page: Page, name, step, number, question, given, text, truncated, sour
             logged = logged_score(record)
     process = run and run.path, page.rewards_file, source, SECONDS
     weights, (result,), printed = score_completions(*process, row, [completion])
-    table = []
-    for name, value, why in parts_of(result):
-        weight = weights.get(name, 0)
-        counts = number_of(weight * value) if weight and value is not None else ""
-        table.append([name, number_of(value), f"{weight:g}" if weight else "metric", counts, why])
     verdict = f"{result.verdict} (by {result.judge})" if result.judge else result.verdict
     if result.verdict == "wrong" and not result.judge:
         verdict = "no verdict: none of the rewards that apply can judge it; give the expected answer"
     words = f"By {file_label(page, source)}: total {number_of(result.total)}, {verdict}. {logged}"
-    return words + output(printed), table
+    return words + output(printed), reward_rows(result, weights)
 
 
 @shows_reward_errors

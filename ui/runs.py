@@ -190,13 +190,6 @@ class Run:
             ]  # a prompt may be drawn twice in a row
         return groups
 
-    def group(self, step: int, number: int) -> list[dict]:
-        """The completions of one prompt. Raises UiError if there are none."""
-        groups = self.groups(step)
-        if not 0 <= number < len(groups):
-            raise UiError(f"{self.name} has no completions {number + 1} of step {step}. Choose another step or prompt.")
-        return groups[number]
-
     def tokens(self, step: int) -> dict | None:
         """The group of a step that was logged token by token: {step, prompt_id, completions: [{tokens, logprobs, ...}]}.
 

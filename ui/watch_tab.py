@@ -43,19 +43,19 @@ IS_VISIBLE = "(visible, ...others) => [document.getElementById('watch-status')?.
 
 
 def build(page: Page) -> None:
-    runs = page.runs
-    launcher = Launcher(runs)
+    launcher = Launcher(page.runs)
     with gr.Tab("Watch") as tab:
         timer = gr.Timer(2, active=False)
         visible = gr.Checkbox(True, visible=False)
-        seen = gr.State({})  # what this visitor's page shows
+        seen = gr.State({})  # what the page of this visitor shows
         name = gr.Dropdown(label="Run", choices=[], info="running ones first, then the newest")
         status = gr.Textbox(label="Status", max_lines=4, elem_id="watch-status")
         alarms = gr.Textbox(label="Alarms", max_lines=8)
+        large, small = list(CURVES)[:2], list(CURVES)[2:]
         with gr.Row():
-            plots = [plot(label, CURVES[label][1], 260) for label in list(CURVES)[:2]]
+            plots = {label: plot(label, CURVES[label][1], 260) for label in large}
         with gr.Row():
-            plots += [plot(label, CURVES[label][1], 180) for label in list(CURVES)[2:]]
+            plots |= {label: plot(label, CURVES[label][1], 180) for label in small}
         log = gr.Textbox(label="Last lines of its console", lines=6, max_lines=12, elem_classes="console")
         if page.editable:
             started = launch_controls(launcher, name, timer)
@@ -64,15 +64,16 @@ def build(page: Page) -> None:
             started = gr.Textbox(visible=False)
         gr.Markdown("### The completions of a step")
         step = gr.Slider(1, 2, value=1, step=1, label="Step")
-        shown_range = gr.State()  # changes if the completions have to be shown anew
+        shown_range = gr.State()  # its change has the completions shown anew
+        groups, group = gr.State([]), gr.State([])  # the completions of the step, and those of the chosen prompt
         prompts = table("Prompts (click one)", "No.", "correct", "mean reward", "spread", "question")
-        number = gr.State(0)  # of the prompt, from 0
         question = gr.Textbox(label="Question", max_lines=8)
         headers = ("No.", "reward", "verdict", "advantage", "ended by", "tokens", "completion")
         completions = table("Its completions, the highest reward first (click one)", *headers)
         text = gr.Textbox(label="Completion", max_lines=20)
         reasons = table("Its rewards", "reward function", "gave", "why")
         gr.Markdown("### The tokens of the group from which most was learned")
+        logged = gr.State([])  # the completions that were logged token by token
         with gr.Row():
             which = gr.Dropdown(label="Completion", choices=[])
             measure = gr.Radio(list(MEASURES), value="advantage", label="Colour by")
@@ -81,35 +82,36 @@ def build(page: Page) -> None:
             label="Tokens (click one for its numbers)", show_legend=True, color_map=COLOURS, elem_classes="tokens"
         )
 
-    watched = [name, status, alarms, log, started, step, shown_range, timer, seen, *plots]
-    group = [number, question, completions, text, reasons]
-    tokens = [legend, coloured]
+    watched = {"name": name, "status": status, "alarms": alarms, "log": log, "started": started, "step": step}
+    watched |= {"shown_range": shown_range, "timer": timer, "seen": seen} | plots
 
     @shows_errors
     def watch_run(visible: bool, chosen: str | None, seen: dict):
         if not visible:  # another tab is in front: the timer ends until this one is selected
             return {timer: gr.Timer(active=False)}
-        return dict(zip(watched, follow(runs, launcher, chosen, seen)))
+        return {watched[key]: value for key, value in follow(page.runs, launcher, chosen, seen).items()}
 
     quiet = {"show_progress": "hidden"}
-    inputs = [visible, name, seen]
-    gr.on([tab.select, name.input], watch_run, inputs, watched, **quiet)
-    timer.tick(watch_run, inputs, watched, js=IS_VISIBLE, **quiet)
-    outputs = [prompts, *group, which, *tokens]
+    inputs, outputs = [visible, name, seen], list(watched.values())
+    gr.on([tab.select, name.input], watch_run, inputs, outputs, **quiet)
+    timer.tick(watch_run, inputs, outputs, js=IS_VISIBLE, **quiet)
+    of_group = [group, question, completions, text, reasons]
+    outputs = [groups, prompts, *of_group, logged, which, legend, coloured]
+    show = shows_errors(show_step, page.runs)
     stepping = [shown_range.change, step.change]
-    gr.on(stepping, shows_errors(show_step, runs), [name, step, measure], outputs, trigger_mode="always_last", **quiet)
-    prompts.select(shows_errors(pick_prompt, runs), [name, step], group, **quiet)
-    completions.select(shows_errors(pick_completion, runs), [name, step, number], [text, reasons], **quiet)
-    picked = [name, step, which, measure]
-    gr.on([which.input, measure.input], shows_errors(show_tokens, runs), picked, tokens, **quiet)
-    coloured.select(shows_errors(pick_token, runs), picked, legend, **quiet)
+    gr.on(stepping, show, [name, step, measure], outputs, trigger_mode="always_last", **quiet)
+    prompts.select(shows_errors(pick_prompt), groups, of_group, **quiet)
+    completions.select(shows_errors(pick_completion), group, [text, reasons], **quiet)
+    colouring = [which.input, measure.input]
+    gr.on(colouring, shows_errors(describe_tokens), [logged, which, measure], [legend, coloured], **quiet)
+    coloured.select(shows_errors(pick_token), [logged, which], legend, **quiet)
 
 
 # --- the run
 
 
-def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> list:
-    """The values of `watched` in `build`, with gr.skip() for those that have not changed. seen: what the page shows."""
+def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> dict:
+    """New values by the names of `watched` in `build`; what has not changed is left out. seen: what the page shows."""
     running = runs.running()
     names = running + [name for name in runs.names() if name not in running]
     name = chosen if chosen in names else next(iter(names), None)
@@ -117,40 +119,34 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> li
     if started and seen.get("started") != started:  # switch to a run that was just started, once
         name = started
     is_active = name in running or launcher.alive()
-    skip = gr.skip()
-    status, alarms, log = "There is no run yet: start one below, or by: make train", "", ""
-    key, steps, curves = None, [], [None] * len(CURVES)
+    shown = {"status": "There is no run yet: start one below, or by: make train", "alarms": "", "log": ""}
+    curves, key, steps = dict.fromkeys(CURVES), None, []
     try:
         if name:
             run = runs.get(name)
-            metrics = run.metrics()
-            summary = run.summary()
-            status, alarms, log = describe_status(run, metrics), describe_alarms(run), run.log_tail()
+            metrics, summary = run.metrics(), run.summary()
+            shown = {"status": describe_status(run, metrics), "alarms": describe_alarms(run), "log": run.log_tail()}
             steps = run.steps()
-            new_key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
-            curves = [skip] * len(CURVES)
-            if new_key != seen.get("key"):
-                curves = describe_curves(run, metrics, summary)
-            key = new_key
+            key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
+            curves = describe_curves(run, metrics, summary) if key != seen.get("key") else {}
     except Exception as error:  # whatever a file contains
-        is_active = False
+        is_active, key = False, None
         known = isinstance(error, (UiError, ConfigError))
-        status = str(error) if known else f"{name} cannot be shown: {type(error).__name__}: {error}"
-    shown_range = [name, *steps[:1], *steps[-1:]]
-    before = seen.get("range", [])
-    slider = update = skip
+        shown["status"] = str(error) if known else f"{name} cannot be shown: {type(error).__name__}: {error}"
+    shown |= curves
+    shown_range, before = [name, *steps[:1], *steps[-1:]], seen.get("range", [])
     if shown_range != before:
         first, last = (steps[0], steps[-1]) if steps else (1, 1)
         # Another run, its first step, or a run that was cut back: show the last step. Else the chosen step stays.
         is_new = shown_range[:2] != before[:2] or shown_range[2:] < before[2:]
-        slider = gr.Slider(first, max(last, first + 1), **({"value": last} if is_new else {}))
-        update = shown_range if is_new and name else skip
-    choices = skip
+        shown["step"] = gr.Slider(first, max(last, first + 1), **({"value": last} if is_new else {}))
+        if is_new and name:
+            shown["shown_range"] = shown_range
     if [names, chosen] != [seen.get("names"), name]:
-        choices = gr.Dropdown(choices=names, value=name)
+        shown["name"] = gr.Dropdown(choices=names, value=name)
+    shown |= {"started": launcher.describe(), "timer": gr.Timer(2 if is_active else 10, active=True)}
     seen = {"names": names, "key": key, "range": shown_range, "started": started or seen.get("started")}
-    timer = gr.Timer(2 if is_active else 10, active=True)
-    return [choices, status, alarms, log, launcher.describe(), slider, update, timer, seen, *curves]
+    return shown | {"seen": seen}
 
 
 def describe_status(run: Run, metrics: list[dict]) -> str:
@@ -183,17 +179,14 @@ def describe_alarms(run: Run) -> str:
     return "\n".join(lines + [cut(text.decode("utf-8", errors="replace"), SHORT) for text in list(texts)[-20:]])
 
 
-def describe_curves(run: Run, metrics: list[dict], summary: dict) -> list[pd.DataFrame | None]:
+def describe_curves(run: Run, metrics: list[dict], summary: dict) -> dict[str, pd.DataFrame | None]:
     """The points of each curve, at most POINTS a series; None if there are none."""
-    frames = []
-    for factor, series in CURVES.values():
-        rows = [
-            (step, factor * value, label)
-            for label, metric in series.items()
-            for step, value in points_of(run, metrics, summary, metric)
-        ]
+    frames = {}
+    for label, (factor, series) in CURVES.items():
+        points = [(name, points_of(run, metrics, summary, metric)) for name, metric in series.items()]
+        rows = [(step, factor * value, name) for name, known in points for step, value in known]
         # None: a plot takes the numbers of an empty frame for categories, and keeps them.
-        frames.append(pd.DataFrame(rows, columns=["x", "y", "series"]) if rows else None)
+        frames[label] = pd.DataFrame(rows, columns=["x", "y", "series"]) if rows else None
     return frames
 
 
@@ -217,29 +210,30 @@ def points_of(run: Run, metrics: list[dict], summary: dict, metric: str) -> list
 def show_step(runs: Runs, name: str, step: float, measure: str) -> list:
     """All values below the slider. A step without a file, or with a damaged one, is empty, and the question says why."""
     run, step = runs.get(name), int(step)
-    groups, choices = [], []
+    groups, choices, logged = [], [], []
     try:
         groups = run.groups(step)
-        group = show_group(groups[0])
+        group = [groups[0], *show_group(groups[0])]
     except UiError as error:
-        group = [str(error), [], "", []]
+        group = [[], str(error), [], "", []]
     try:
-        logged = run.tokens(step) or {}
-        choices = token_choices(logged, groups)
-        tokens = describe_tokens(logged.get("completions", []), 0, measure)
+        record = run.tokens(step) or {"completions": []}
+        logged = record["completions"]
+        choices = token_choices(record, groups)
+        tokens = describe_tokens(logged, 0, measure)
     except UiError as error:
         tokens = [str(error), []]
     rows = [describe_group(number, group) for number, group in enumerate(groups, 1)]
-    return [rows, 0, *group, gr.Dropdown(choices=choices, value=0 if choices else None), *tokens]
+    return [groups, rows, *group, logged, gr.Dropdown(choices=choices, value=0 if choices else None), *tokens]
 
 
-def pick_prompt(runs: Runs, event: gr.SelectData, name: str, step: float) -> list:
-    number = int(event.row_value[0]) - 1
-    return [number, *show_group(runs.get(name).group(int(step), number))]
+def pick_prompt(event: gr.SelectData, groups: list[list[dict]]) -> list:
+    group = groups[int(event.row_value[0]) - 1]
+    return [group, *show_group(group)]
 
 
-def pick_completion(runs: Runs, event: gr.SelectData, name: str, step: float, number: int) -> list:
-    return show_completion(runs.get(name).group(int(step), number)[int(event.row_value[0]) - 1])
+def pick_completion(event: gr.SelectData, group: list[dict]) -> list:
+    return show_completion(group[int(event.row_value[0]) - 1])
 
 
 def show_group(group: list[dict]) -> list:
@@ -285,24 +279,15 @@ def verdict(record: dict) -> str:
 # --- its tokens
 
 
-def show_tokens(runs: Runs, name: str, step: float, which: int | None, measure: str) -> list:
-    return describe_tokens(logged_tokens(runs, name, step), which, measure)
+def pick_token(event: gr.SelectData, logged: list[dict], which: int) -> str:
+    return describe_token(logged[which], event.index)
 
 
-def pick_token(runs: Runs, event: gr.SelectData, name: str, step: float, which: int, measure: str) -> str:
-    return describe_token(logged_tokens(runs, name, step)[which], event.index)
-
-
-def logged_tokens(runs: Runs, name: str, step: float) -> list[dict]:
-    """The completions of a step that were logged token by token."""
-    return (runs.get(name).tokens(int(step)) or {}).get("completions", [])
-
-
-def token_choices(logged: dict, groups: list[list[dict]]) -> list[tuple[str, int]]:
+def token_choices(record: dict, groups: list[list[dict]]) -> list[tuple[str, int]]:
     """The completions that were logged token by token, as (label, index)."""
-    same = [group for group in groups if group[0].get("prompt_id") == logged.get("prompt_id")]
+    same = [group for group in groups if group[0].get("prompt_id") == record.get("prompt_id")]
     if len(same) != 1:  # the prompt was drawn twice: it is not known which group was logged
-        return [(f"{i + 1}", i) for i in range(len(logged.get("completions", [])))]
+        return [(f"{i + 1}", i) for i in range(len(record["completions"]))]
     return [(f"{i + 1}: reward {number_of(one.get('reward'))}, {verdict(one)}", i) for i, one in enumerate(same[0])]
 
 

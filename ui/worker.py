@@ -147,10 +147,8 @@ class Worker:
 
     def _load_first(self, run: str | None) -> None:
         if not self.models.policy:
-            turn = Turn(Ask((), (), run), None, [])
             with contextlib.suppress(Exception, SystemExit):  # the first question shows it
-                self._find_base(turn)
-                self.models.load(turn.config, turn.base)
+                self.models.load(*self.models.settings(run))
 
     def _advance(self, turns: list[Turn], advanced: threading.Event) -> None:
         """Advance the sides of a question, for UPDATE seconds or until the state of one changes."""
@@ -193,7 +191,7 @@ class Worker:
     def _begin(self, turn: Turn) -> None:
         """Load the model and the LoRA of a side and put its question, once no question before it is in the way."""
         if not turn.config:
-            self._find_base(turn)
+            turn.config, turn.base = self.models.settings(turn.side[0] if turn.side else turn.ask.run)
         if note := self._waits_for(turn):
             return turn.update("waiting", note)
         if self.models.base != turn.base:
@@ -203,10 +201,6 @@ class Worker:
         in_use = {other.adapter for turns in list(self._jobs) for other in turns if other.steps}
         self.models.put_question(turn, in_use)
         turn.update("answering")
-
-    def _find_base(self, turn: Turn) -> None:
-        turn.config = config = self.models.settings(turn.side[0] if turn.side else turn.ask.run)
-        turn.base = config.model, config.load_in_4bit, config.dtype, config.device
 
     def _waits_for(self, turn: Turn) -> str:
         """What a side waits for, in words; empty if it can begin. First come, first served."""

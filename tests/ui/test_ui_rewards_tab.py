@@ -315,7 +315,7 @@ def test_a_row_that_cannot_be_used_does_not_blame_the_file(page):
 
 def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
     page.editable = False
-    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr("ui.reward_process.Popen", None)
     words, table, _, _, text, _ = rewards_tab.pick(page, "mine", 3, 2)  # what the run has saved
     assert "total 2, right" in words and text == "\\boxed{2}"
     offered = {f.api_name for f in built(page).fns.values()}

@@ -143,11 +143,7 @@ def test_groups(run):
     assert [[line["completion"] for line in group] for group in groups] == [
         [f"\\boxed{{4}} 7 {p} {i}" for i in range(2)] for p in range(3)
     ]
-    assert run.group(7, 2) == groups[2]
     assert run.completions(7) == sum(groups, [])
-    for step, number in ((7, 3), (7, -1)):
-        with pytest.raises(UiError, match="Choose another step or prompt"):
-            run.group(step, number)
     for step in (0, 21):
         with pytest.raises(UiError, match=f"no completions of step {step}: rollouts/0000{step:02d}.jsonl is missing"):
             run.groups(step)

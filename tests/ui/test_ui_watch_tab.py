@@ -70,8 +70,7 @@ def test_a_run_under_way(folder, launcher):
 def test_only_what_changed_is_sent(folder, launcher):
     first = followed(launcher)
     again = followed(launcher, "a", first["seen"])
-    same = gr.skip()
-    assert all(again[name] == same for name in ("name", "step", *watch_tab.CURVES))
+    assert not {"name", "step", "shown_range", *watch_tab.CURVES} & set(again)
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write(lines_of(real_metrics([11])) + '{"step": 12, "rew')
     write_rollouts(folder / "a", rollouts_of([11]))
@@ -226,7 +225,7 @@ def test_the_choices_name_reward_and_verdict():
     groups = [[{"prompt_id": "p"}], [line(1.0, "right", prompt_id="q"), line(0.0, prompt_id="q")]]
     assert watch_tab.token_choices(completions, groups) == [("1: reward 1, correct", 0), ("2: reward 0, wrong", 1)]
     assert watch_tab.token_choices(completions, groups * 2) == [("1", 0), ("2", 1)], "the prompt was asked twice"
-    assert watch_tab.token_choices({}, groups) == []
+    assert watch_tab.token_choices({"completions": []}, groups) == []
 
 
 # --- the page
@@ -243,15 +242,18 @@ def clicked(page, name, *inputs, index=None, row=None):
 
 def test_clicks(folder):
     page = build(folder)
-    logged = {"step": 3, "prompt_id": "q3-0", "completions": [{"tokens": ["a", "b"], "logprobs": [-0.5, -1.5]}]}
-    write_tokens(folder / "a", [logged])
+    runs = Runs(folder)
+    tokens = [{"tokens": ["a", "b"], "logprobs": [-0.5, -1.5]}]
+    write_tokens(folder / "a", [{"step": 3, "prompt_id": "q3-0", "completions": tokens}])
     write_rollouts(folder / "a", rollouts_of([3], text="<b>"))
-    number, question, rows, text, _ = clicked(page, "pick_prompt", "a", 3, row=["2", "2 + 2 = ?"])
-    assert (number, question, text) == (1, "2 + 2 = ?", "<b> 3 1 1") and [row[0] for row in rows] == [2, 1]
-    assert clicked(page, "pick_completion", "a", 3, 1, row=[1, "0"])[0] == "<b> 3 1 0"
-    assert clicked(page, "pick_token", "a", 3, 0, "KL", index=1).startswith("token 2, text b, log-probability -1.5")
+    groups, _, _, _, _, _, _, logged, *_ = watch_tab.show_step(runs, "a", 3, "KL")
+    assert groups == runs.get("a").groups(3) and logged == tokens
+    group, question, rows, text, _ = clicked(page, "pick_prompt", groups, row=["2", "2 + 2 = ?"])
+    assert (group, question, text) == (groups[1], "2 + 2 = ?", "<b> 3 1 1") and [row[0] for row in rows] == [2, 1]
+    assert clicked(page, "pick_completion", group, row=[1, "0"])[0] == "<b> 3 1 0"
+    assert clicked(page, "pick_token", logged, 0, index=1).startswith("token 2, text b, log-probability -1.5")
     with pytest.raises(gr.Error, match="There is no run &#x27;../a&#x27;"):
-        clicked(page, "pick_prompt", "../a", 3, row=[1])
+        clicked(page, "show_step", "../a", 3, "KL")
 
 
 def test_a_gap_or_a_damaged_file_leaves_the_page_whole(folder):
@@ -260,8 +262,10 @@ def test_a_gap_or_a_damaged_file_leaves_the_page_whole(folder):
     write_tokens(
         folder / "a", [{"step": 3, "prompt_id": "q3-0", "completions": [{"tokens": ["a"], "advantages": [1.0]}]}]
     )
-    prompts, number, question, completions, _, _, which, legend, tokens = watch_tab.show_step(runs, "a", 3, "advantage")
-    assert (len(prompts), number, question, len(completions)) == (3, 0, "2 + 2 = ?", 2)
+    _, prompts, group, question, completions, _, _, _, which, legend, tokens = watch_tab.show_step(
+        runs, "a", 3, "advantage"
+    )
+    assert (len(prompts), len(group), question, len(completions)) == (3, 2, "2 + 2 = ?", 2)
     assert which.value == 0 and legend.startswith("advantage, in this group") and tokens == [("a", "far above 0")]
     (folder / "a/rollouts/000004.jsonl").unlink()
     (folder / "a/rollouts/000005.jsonl").write_text("nonsense")
@@ -270,10 +274,10 @@ def test_a_gap_or_a_damaged_file_leaves_the_page_whole(folder):
         (4, "rollouts/000004.jsonl is missing", "No tokens were logged"),
         (5, "rollouts/000005.jsonl is damaged", "tokens/000005.json is damaged"),
     ):
-        prompts, _, question, completions, text, reasons, which, legend, tokens = watch_tab.show_step(
+        *empty, question, completions, text, reasons, logged, which, legend, tokens = watch_tab.show_step(
             runs, "a", step, "KL"
         )
-        assert prompts == completions == reasons == tokens == which.choices == [] and text == ""
+        assert empty == [[], [], []] and completions == reasons == tokens == which.choices == [] and text == ""
         assert problem in question and of_tokens in legend
     found = followed(Launcher(runs))
     assert (found["step"].minimum, found["step"].maximum) == (1, 10) and "step 10 of 20" in found["status"]
