@@ -29,7 +29,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
-from ui import compare_tab, rewards_tab, watch_tab  # noqa: E402
+from ui import compare_tab, learn_tab, rewards_tab, watch_tab  # noqa: E402
 from ui.runs import Page, Runs  # noqa: E402
 from ui.worker import Worker  # noqa: E402
 
@@ -83,7 +83,7 @@ def build(settings: Settings) -> gr.Blocks:
     page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file)
     with gr.Blocks(title="Ponder", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown("# Ponder\nThe same question to the model before and after training.")
-        for tab in (compare_tab, watch_tab, rewards_tab):
+        for tab in (compare_tab, watch_tab, rewards_tab, learn_tab):
             tab.build(page)
     return blocks
 

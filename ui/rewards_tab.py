@@ -18,7 +18,6 @@ import gradio as gr
 from data import DataError
 from grading import RewardError
 from rl.config import ConfigError
-from ui import learn_tab
 from ui.chat import cut
 from ui.reward_process import number_of, reward_rows, run_task, score_completions, text_of
 from ui.runs import Page, Run, UiError, shows_errors
@@ -249,7 +248,6 @@ def build(page: Page) -> None:
             changes.select(shows_errors(number_in_row), None, number).success(*taken)
         else:
             gr.Markdown(READ_ONLY)
-    learn_tab.build(page)
 
 
 def build_editor(page: Page, chosen: list) -> tuple[gr.Code, gr.Dataframe]:

@@ -114,17 +114,23 @@ class Worker:
         """Yield the state of the sides until all are over. Closing the iterator ends the answers."""
         turns = [Turn(ask, side, messages) for side, messages in zip(ask.sides, ask.messages, strict=True)]
         advanced = threading.Event()
+        advance = functools.partial(self._advance, turns, advanced)
         self._jobs.append(turns)
+        self._inbox.put(advance)
         try:
-            while not all(turn.answer.over for turn in turns):
-                advanced.clear()
-                self._inbox.put(functools.partial(self._advance, turns, advanced))
+            over = False
+            while not over:
                 advanced.wait()
+                advanced.clear()
                 answers = tuple(turn.answer for turn in turns)
-                if "answering" not in [answer.state for answer in answers]:
-                    time.sleep(UPDATE)
+                over = all(answer.over for answer in answers)
+                if not over:
+                    if "answering" not in [answer.state for answer in answers]:
+                        time.sleep(UPDATE)
+                    self._inbox.put(advance)  # the thread continues while the page shows this update
                 yield answers
         finally:
+            ask.stop.set()
             self._jobs.remove(turns)
 
     def load_ahead(self, run: str | None) -> None:
@@ -144,6 +150,8 @@ class Worker:
             except queue.Empty:
                 if not self._jobs:
                     self.models.make_way()
+            except Exception as error:  # a mistake in this file: the thread has to go on
+                describe_error(error)
 
     def _load_first(self, run: str | None) -> None:
         if not self.models.policy:
@@ -154,18 +162,20 @@ class Worker:
         """Advance the sides of a question, for UPDATE seconds or until the state of one changes."""
         end = time.monotonic() + UPDATE
         is_answering = True
-        while is_answering and time.monotonic() < end:
-            before = [turn.answer for turn in turns]
+        try:
+            while is_answering and time.monotonic() < end:
+                before = [turn.answer for turn in turns]
+                for turn in turns:
+                    if not turn.answer.over:
+                        self._step(turn)
+                if [turn.answer for turn in turns] != before:
+                    break
+                is_answering = any(turn.answer.state == "answering" for turn in turns)
             for turn in turns:
-                if not turn.answer.over:
-                    self._step(turn)
-            if [turn.answer for turn in turns] != before:
-                break
-            is_answering = any(turn.answer.state == "answering" for turn in turns)
-        for turn in turns:
-            if turn.answer.state == "answering":
-                turn.update("answering")
-        advanced.set()
+                if turn.answer.state == "answering":
+                    turn.update("answering")
+        finally:
+            advanced.set()
 
     def _step(self, turn: Turn) -> None:
         """Make one decode step (a few on CUDA), or what comes before the first one. An error ends this side alone."""

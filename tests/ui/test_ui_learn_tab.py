@@ -34,9 +34,9 @@ def test_more_lambda_is_less_bias_and_more_spread():
 
 def test_an_episode_with_a_hole_is_refused():
     for row in (["a", "x", 1], ["a", 1, None], ["a", 1, ""], ["a", float("nan"), 0], ["a"]):
-        with pytest.raises(UiError, match="where a number belongs"):
+        with pytest.raises(UiError, match="where two numbers belong"):
             learn_tab.gae([["b", 0, 0], row], 1.0, 1.0, 0.1)
-    for episode, expected in (([], "where a number belongs"), ([["a", 0, 0]] * 51, "at most 50")):
+    for episode, expected in (([], "where two numbers belong"), ([["a", 0, 0]] * 51, "at most 50")):
         with pytest.raises(UiError, match=expected):
             learn_tab.gae(episode, 1.0, 1.0, 0.1)
 

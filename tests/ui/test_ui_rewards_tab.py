@@ -16,7 +16,7 @@ import yaml
 from conftest import asked_in_a_run
 from watching import write_rollouts
 
-from ui import rewards_tab
+from ui import learn_tab, rewards_tab
 from ui.runs import Page, Runs, UiError
 
 REWARDS = """
@@ -328,6 +328,7 @@ def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
 def built(page):
     with gr.Blocks(analytics_enabled=False) as blocks:
         rewards_tab.build(page)
+        learn_tab.build(page)
     return blocks
 
 
