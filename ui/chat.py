@@ -22,7 +22,6 @@ from ui.worker import Answer, Ask, Sample
 
 BASE = "the base model"
 SIDES = "left", "right"
-ROUNDS = 20  # of a chat that are shown and put to the models, the last ones
 SHOWN = 20_000  # characters of a text; the download has all of it
 SECONDS = 30.0  # the time limit of the reward functions
 TINY = Path("configs/tiny.yaml")  # the settings if there is no run
@@ -141,8 +140,7 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
     chosen = [left or BASE, right or BASE]
     if session.swapped:
         chosen.reverse()
-    answered = [done for done in session.rounds if any(answer.samples for answer in done.answers)]
-    session.rounds = answered[-ROUNDS:]
+    session.rounds = [done for done in session.rounds if any(answer.samples for answer in done.answers)]
     ask = Ask(
         sides=tuple(map(side_of, chosen)),
         messages=tuple(conversation(session.rounds, side, prompt) for side in (0, 1)),

@@ -65,7 +65,7 @@ class Models:
 
     def run_on_card(self) -> str | None:
         for name in self.runs.running():
-            with contextlib.suppress(UiError, ConfigError):
+            with contextlib.suppress(UiError, ConfigError, OSError):
                 if self.runs.get(name).config.device != "cpu":
                     return name
         return None

@@ -5,7 +5,6 @@ is not saved is kept beside the file (rewards.draft.py) until it is saved or dro
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -25,25 +24,11 @@ from ui.runs import Page, Run, UiError, shows_errors
 READ_ONLY = "This page is open to other machines: here rewards are neither edited nor tried out."
 WRITING = threading.Lock()  # held while the reward file or its draft is written
 SECONDS = 60.0  # the time limit of reward code
-SHOWN_ROWS = 200  # of the completions that are scored again
 SCORES = ["function", "value", "weight", "counts", "why"]
 CHANGES = ["completion", "question", "old", "new", "verdict", "what changed", "why", "its end"]
 
 
 # --- the completion
-
-
-def shows_reward_errors(function):
-    """A handler with the outputs (words, table): errors in the reward file are shown in the words, where they stay."""
-
-    @functools.wraps(function)
-    def call(*args):
-        try:
-            return function(*args)
-        except RewardError as error:
-            return str(error), []
-
-    return call
 
 
 def choose(page: Page, name: str | None, step: float | None, number: float | None) -> tuple:
@@ -81,9 +66,8 @@ def pick(page: Page, name: str | None, step: float | None, number: float | None)
     return words, table, record["prompt"], given, cut(record["completion"]), record.get("finish_reason") == "length"
 
 
-@shows_reward_errors
 def score(page: Page, name, step, number, question, given, text, truncated, source) -> tuple[str, list]:
-    """Score the completion in the fields: one of a run, or any other."""
+    """Score the completion in the fields: one of a run, or any other. Outputs: words, in which errors stay, and the table."""
     run = page.runs.get(name) if name else None
     row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(given)
     completion, logged = {"text": text, "truncated": truncated}, ""
@@ -93,7 +77,10 @@ def score(page: Page, name, step, number, question, given, text, truncated, sour
             completion |= {"text": record["completion"], "tokens": record.get("tokens"), "step": record["step"]}
             logged = logged_score(record)
     process = run and run.path, page.rewards_file, source, SECONDS
-    weights, (result,), printed = score_completions(*process, row, [completion])
+    try:
+        weights, (result,), printed = score_completions(*process, row, [completion])
+    except RewardError as error:
+        return str(error), []
     verdict = f"{result.verdict} (by {result.judge})" if result.judge else result.verdict
     if result.verdict == "wrong" and not result.judge:
         verdict = "no verdict: none of the rewards that apply can judge it; give the expected answer"
@@ -101,19 +88,19 @@ def score(page: Page, name, step, number, question, given, text, truncated, sour
     return words + output(printed), reward_rows(result, weights)
 
 
-@shows_reward_errors
 def rescore(page: Page, name: str | None, step: float | None, source: str) -> tuple[str, list]:
-    """Score a step again: old -> new, the completions that change most first."""
+    """Score a step again: old -> new, the completions that change most first. Outputs as of `score`."""
     run = page.runs.get(name or "")
     records = run.completions(int(step or 0))
-    result, printed = run_task("rescore", run.path, page.rewards_file, source, SECONDS, lines=records)
+    try:
+        result, printed = run_task("rescore", run.path, page.rewards_file, source, SECONDS, lines=records)
+    except RewardError as error:
+        return str(error), []
     rows = result["rows"]
     words = f"{len(rows)} completions of step {int(step)} by {file_label(page, source)}:\n{result['report']}"
     if len(rows) < len(records):
         words += f"{len(records) - len(rows)} are left out: their questions are not in the run's data any more.\n"
-    if len(rows) > SHOWN_ROWS:
-        words += f"The {SHOWN_ROWS} that change most are shown.\n"
-    return words + output(printed), rows[:SHOWN_ROWS]
+    return words + output(printed), rows
 
 
 def logged_score(record: dict) -> str:

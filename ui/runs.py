@@ -199,10 +199,6 @@ class Run:
         path = self.file(name)
         return parsed(path.read_bytes(), name) if path.is_file() else None
 
-    def log_tail(self, n: int = 20) -> str:
-        """The last n lines of console.log."""
-        return tail(self.file("console.log"), n)
-
     def _metrics(self) -> Iterator[bytes]:
         """The complete lines of metrics.jsonl, one a step."""
         with opened(self.file("metrics.jsonl")) as file:

@@ -13,7 +13,7 @@ from rl.run.report import clock, mean, seconds_left, standard_deviation
 from ui.chat import cut
 from ui.launch import READ_ONLY, Launcher, launch_controls
 from ui.reward_process import number_of
-from ui.runs import Page, Run, Runs, UiError, opened, shows_errors, thinned
+from ui.runs import Page, Run, Runs, UiError, opened, shows_errors, tail, thinned
 
 CURVES = {  # label: (factor, {series: metric}); the first two are large
     "Held-out accuracy, %": (100, {"greedy": "eval/accuracy", "sampled": "eval/accuracy_sampled"}),
@@ -125,7 +125,8 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> di
         if name:
             run = runs.get(name)
             metrics, summary = run.metrics(), run.summary()
-            shown = {"status": describe_status(run, metrics), "alarms": describe_alarms(run), "log": run.log_tail()}
+            shown = {"status": describe_status(run, metrics), "alarms": describe_alarms(run)}
+            shown["log"] = tail(run.file("console.log"), 20)
             steps = run.steps()
             key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
             curves = describe_curves(run, metrics, summary) if key != seen.get("key") else {}

@@ -9,6 +9,7 @@ import functools
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -145,13 +146,17 @@ class Worker:
 
         self.models = Models(self.runs)
         while True:
+            task = self._rest
+            with contextlib.suppress(queue.Empty):
+                task = self._inbox.get(timeout=IDLE)
             try:
-                self._inbox.get(timeout=IDLE)()
-            except queue.Empty:
-                if not self._jobs:
-                    self.models.make_way()
-            except Exception as error:  # a mistake in this file: the thread has to go on
-                describe_error(error)
+                task()
+            except Exception:  # a mistake in this file: the thread has to go on
+                traceback.print_exc()
+
+    def _rest(self) -> None:
+        if not self._jobs:
+            self.models.make_way()
 
     def _load_first(self, run: str | None) -> None:
         if not self.models.policy:

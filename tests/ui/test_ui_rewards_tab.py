@@ -186,7 +186,7 @@ def test_html_that_is_printed_or_given_as_a_reason_stays_text(page):
 # --- a step once more
 
 
-def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
+def test_a_step_is_scored_again_old_to_new(page):
     words, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
     assert words.startswith("4 completions of step 3 by rewards.py:")
     figures = {line.split()[0]: line.split()[1:] for line in words.splitlines() if line.startswith("  ")}
@@ -206,9 +206,6 @@ def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
     assert SCRIPT in table[0][7] and len(table[0][7]) == 80
     words, table = rewards_tab.rescore(page, "mine", 3, REWARDS.replace('"math"', '"math", weight=9'))
     assert "2.0000      1.0500" in words, "the run's weight counts"
-    monkeypatch.setattr(rewards_tab, "SHOWN_ROWS", 2)
-    words, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
-    assert "The 2 that change most are shown" in words and [row[0] for row in table] == [4, 2]
     words, table = rewards_tab.rescore(page, "mine", 3, REWARDS + "1 / 0\n")
     assert "ZeroDivisionError" in words and table == []
 

@@ -12,7 +12,7 @@ from watching import cut_rollouts, lines_of, metrics_of, rollouts_of, write_roll
 
 from rl.config import ConfigError
 from ui import runs as reading
-from ui.runs import Runs, UiError, shows_errors, thinned
+from ui.runs import Runs, UiError, shows_errors, tail, thinned
 
 
 @pytest.fixture
@@ -85,8 +85,14 @@ def test_no_link_leads_out_of_the_folder(folder):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(secret)
     run = Runs(folder).get("a")
-    reads = run.log_tail, run.summary, run.metrics, run.alarms, run.steps_done
-    for read in (*reads, lambda: run.tokens(1), lambda: run.groups(1), lambda: run.evaluation("x")):
+    reads = run.summary, run.metrics, run.alarms, run.steps_done
+    for read in (
+        *reads,
+        lambda: run.tokens(1),
+        lambda: run.groups(1),
+        lambda: run.evaluation("x"),
+        lambda: run.file("console.log"),
+    ):
         with pytest.raises(UiError, match="outside of the runs folder"):
             read()
     for name in ("rollouts", "tokens"):
@@ -112,7 +118,12 @@ def test_a_run_that_has_written_nothing_yet(folder):
     (folder / "b/config.yaml").write_text("")
     run = Runs(folder).get("b")
     assert (run.metrics(), run.steps(), run.tokens(1), run.evaluations()) == ([], [], None, [])
-    assert (run.checkpoints(), run.summary(), run.log_tail(), run.status()) == ([], {}, "", "stopped")
+    assert (run.checkpoints(), run.summary(), tail(run.file("console.log"), 20), run.status()) == (
+        [],
+        {},
+        "",
+        "stopped",
+    )
 
 
 def test_status(folder, run):
@@ -224,8 +235,8 @@ def test_what_is_damaged_is_said(folder, run):
 
 def test_log_tail(folder, run):
     (folder / "a/console.log").write_bytes(b"x" * 200_000 + b"\none\n\xfftwo\n")
-    assert run.log_tail(2) == "one\n\N{REPLACEMENT CHARACTER}two"
-    assert len(run.log_tail()) < 2**16
+    assert tail(run.file("console.log"), 2) == "one\n\N{REPLACEMENT CHARACTER}two"
+    assert len(tail(run.file("console.log"), 20)) < 2**16
 
 
 def long_run(path, steps, lines, length):
