@@ -128,15 +128,12 @@ class Run:
             return "running"
         return "finished" if self.summary().get("finished") else "stopped"
 
-    def steps_done(self) -> int:
-        return sum(1 for _ in self._metrics())
-
     def metrics(self, points: int = POINTS) -> list[dict]:
         """The metrics of each step; of a long run, of `points` evenly spaced steps and `points` evaluated ones."""
         lines = list(self._metrics())
         evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
         kept = {*thinned(range(len(lines)), points), *thinned(evaluated, points)}
-        return [parsed(lines[i], "metrics.jsonl") for i in sorted(kept)]
+        return [parsed(lines[i], "metrics.jsonl", "step") for i in sorted(kept)]
 
     def alarms(self) -> dict[str, int]:
         """The first step of each alarm, by its subject."""
@@ -146,9 +143,9 @@ class Run:
                 b'"alarms": []' in line
             ):  # most lines: not parsed, since that takes a tenth of a second for 5,000 of them
                 continue
-            metrics = parsed(line, "metrics.jsonl")
+            metrics = parsed(line, "metrics.jsonl", "step")
             for subject in metrics.get("alarms", []):
-                first_steps.setdefault(subject, metrics.get("step"))
+                first_steps.setdefault(subject, metrics["step"])
         return first_steps
 
     def evaluations(self) -> list[str]:
@@ -170,7 +167,7 @@ class Run:
     def completions(self, step: int) -> list[dict]:
         """The completions of a step, one record each. Raises UiError if there are none or the file is damaged."""
         name = f"rollouts/{step:06d}.jsonl"
-        records = self._records(name)
+        records = self._records(name, "prompt_id", "prompt", "completion")
         if not records:
             raise UiError(
                 f"{self.name} has no completions of step {step}: {name} is missing or empty. Choose another step."
@@ -180,7 +177,7 @@ class Run:
     def groups(self, step: int) -> list[list[dict]]:
         """The completions of a step, one list a prompt. Raises UiError as `completions` does."""
         groups = []
-        for _, same_prompt in itertools.groupby(self.completions(step), key=lambda record: record.get("prompt_id")):
+        for _, same_prompt in itertools.groupby(self.completions(step), key=lambda record: record["prompt_id"]):
             records = list(same_prompt)
             size = self.config.num_generations
             if len(records) % size:
@@ -197,16 +194,16 @@ class Run:
         """
         name = f"tokens/{step:06d}.json"
         path = self.file(name)
-        return parsed(path.read_bytes(), name) if path.is_file() else None
+        return parsed(path.read_bytes(), name, "prompt_id", "completions") if path.is_file() else None
 
     def _metrics(self) -> Iterator[bytes]:
         """The complete lines of metrics.jsonl, one a step."""
         with opened(self.file("metrics.jsonl")) as file:
             yield from (line for line in file if line.endswith(b"\n"))
 
-    def _records(self, name: str) -> list[dict]:
+    def _records(self, name: str, *fields: str) -> list[dict]:
         with opened(self.file(name)) as file:
-            return [parsed(line, name) for line in file if line.strip()]
+            return [parsed(line, name, *fields) for line in file if line.strip()]
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -242,14 +239,15 @@ def opened(path: Path) -> BinaryIO:
     return open(path if path.is_file() else os.devnull, "rb")
 
 
-def parsed(text: bytes, name: str) -> dict:
-    """Parse a JSON object in the file `name`. Raises UiError if it is damaged."""
+def parsed(text: bytes, name: str, *fields: str) -> dict:
+    """Parse a JSON object with these fields in the file `name`. Raises UiError if it is damaged."""
     try:
         value = json.loads(text)
     except ValueError:
         value = None
-    if not isinstance(value, dict):
-        raise UiError(f"{name} is damaged: {text[:40]!r} is not a JSON object. Remove that line, or the file.")
+    if not isinstance(value, dict) or not value.keys() >= set(fields):
+        what = " with ".join(filter(None, ["not a JSON object", ", ".join(fields)]))
+        raise UiError(f"{name} is damaged: {text[:40]!r} is {what}. Remove that line, or the file.")
     return value
 
 

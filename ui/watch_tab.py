@@ -125,7 +125,7 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> di
         if name:
             run = runs.get(name)
             metrics, summary = run.metrics(), run.summary()
-            shown = {"status": describe_status(run, metrics), "alarms": describe_alarms(run)}
+            shown = {"status": describe_status(run, metrics, summary), "alarms": describe_alarms(run, metrics)}
             shown["log"] = tail(run.file("console.log"), 20)
             steps = run.steps()
             key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
@@ -150,10 +150,10 @@ def follow(runs: Runs, launcher: Launcher, chosen: str | None, seen: dict) -> di
     return shown | {"seen": seen}
 
 
-def describe_status(run: Run, metrics: list[dict]) -> str:
+def describe_status(run: Run, metrics: list[dict], summary: dict) -> str:
     """Status, steps, time left and held-out accuracy in two lines."""
-    config, summary = run.config, run.summary()
-    done, status = run.steps_done(), run.status()
+    config, status = run.config, run.status()
+    done = metrics[-1]["step"] if metrics else 0
     words = {"finished": "Finished", "stopped": "Stopped before its end", "running": "Running"}[status]
     if status == "running" and run.file("STOP").exists():
         words = "Running, asked to stop: it ends after this step, and saves"
@@ -169,11 +169,11 @@ def describe_status(run: Run, metrics: list[dict]) -> str:
     return text + "."
 
 
-def describe_alarms(run: Run) -> str:
+def describe_alarms(run: Run, metrics: list[dict]) -> str:
     """The alarms with their first steps, and their texts from the console."""
     if not (alarms := run.alarms()):
         return "none"
-    active = run.metrics(2)[-1].get("alarms", [])
+    active = metrics[-1].get("alarms", [])
     lines = [f"{a}: since step {s}" + ("" if a in active else ", no longer") for a, s in list(alarms.items())[:20]]
     with opened(run.file("console.log")) as file:
         texts = dict.fromkeys(line[8:].strip() for line in file if line.startswith(b"  alarm:"))
@@ -218,7 +218,7 @@ def show_step(runs: Runs, name: str, step: float, measure: str) -> list:
     except UiError as error:
         group = [[], str(error), [], "", []]
     try:
-        record = run.tokens(step) or {"completions": []}
+        record = run.tokens(step) or {"prompt_id": None, "completions": []}
         logged = record["completions"]
         choices = token_choices(record, groups)
         tokens = describe_tokens(logged, 0, measure)
@@ -248,7 +248,7 @@ def show_group(group: list[dict]) -> list:
         reward, advantage = number_of(record.get("reward")), number_of(record.get("advantage"), "+.3g")
         text = cut(record["completion"], SHORT)
         rows.append([i + 1, reward, verdict(record), advantage, ended_by, record.get("tokens"), text])
-    return [cut(group[0].get("prompt", "")), rows, *show_completion(group[order[0]])]
+    return [cut(group[0]["prompt"]), rows, *show_completion(group[order[0]])]
 
 
 def show_completion(record: dict) -> list:
@@ -262,7 +262,7 @@ def show_completion(record: dict) -> list:
 def describe_group(number: int, group: list[dict]) -> list:
     rewards = [record["reward"] for record in group if record.get("reward") is not None]
     right = f"{sum(record.get('verdict') == 'right' for record in group)} of {len(group)}"
-    question = cut(group[0].get("prompt", ""), SHORT)
+    question = cut(group[0]["prompt"], SHORT)
     return [number, right, number_of(mean(rewards)), number_of(standard_deviation(rewards)), question]
 
 
@@ -286,7 +286,7 @@ def pick_token(event: gr.SelectData, logged: list[dict], which: int) -> str:
 
 def token_choices(record: dict, groups: list[list[dict]]) -> list[tuple[str, int]]:
     """The completions that were logged token by token, as (label, index)."""
-    same = [group for group in groups if group[0].get("prompt_id") == record.get("prompt_id")]
+    same = [group for group in groups if group[0]["prompt_id"] == record["prompt_id"]]
     if len(same) != 1:  # the prompt was drawn twice: it is not known which group was logged
         return [(f"{i + 1}", i) for i in range(len(record["completions"]))]
     return [(f"{i + 1}: reward {number_of(one.get('reward'))}, {verdict(one)}", i) for i, one in enumerate(same[0])]

@@ -23,7 +23,7 @@ def folder(tmp_path):
     (run / "config.yaml").write_text("num_generations: 2\nmax_steps: 20\n")
     (run / "metrics.jsonl").write_text(lines_of(metrics_of(range(1, 21))))
     write_rollouts(run, rollouts_of(range(1, 21)))
-    write_tokens(run, [{"step": s, "completions": []} for s in range(1, 21)])
+    write_tokens(run, [{"step": s, "prompt_id": f"q{s}-0", "completions": []} for s in range(1, 21)])
     for name in ("after", "step_000010", "before"):
         (run / f"eval/{name}.jsonl").write_text(lines_of([{"question": "<b>", "verdict": "right"}] * 3))
     for name in ("step_000010", "step_000005", "step_000015.unfinished", "step_000020"):
@@ -85,7 +85,7 @@ def test_no_link_leads_out_of_the_folder(folder):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(secret)
     run = Runs(folder).get("a")
-    reads = run.summary, run.metrics, run.alarms, run.steps_done
+    reads = run.summary, run.metrics, run.alarms
     for read in (
         *reads,
         lambda: run.tokens(1),
@@ -161,8 +161,9 @@ def test_groups(run):
 
 
 def test_a_prompt_that_is_asked_twice_in_a_row(folder, run):
-    write_rollouts(folder / "a", [{"step": 1, "prompt_id": "q", "n": n} for n in range(4)])
-    assert [[line["n"] for line in group] for group in run.groups(1)] == [[0, 1], [2, 3]]
+    lines = rollouts_of([1], prompts=1, size=4)
+    write_rollouts(folder / "a", lines)
+    assert run.groups(1) == [lines[:2], lines[2:]]
 
 
 def test_steps_are_those_of_the_files(folder, run):
@@ -180,7 +181,7 @@ def test_steps_are_those_of_the_files(folder, run):
 def test_half_a_line_is_not_read(folder, run):
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "prompt')
-    assert run.steps_done() == len(run.metrics()) == 20
+    assert len(run.metrics()) == run.metrics()[-1]["step"] == 20
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write('_id": 1, "alarms": []}\n')
     assert run.metrics()[-1] == {"step": 21, "prompt_id": 1, "alarms": []}
@@ -197,7 +198,7 @@ def test_a_run_that_was_cut_back(folder, run):
     metrics.write_text(lines_of(again))
     assert run.metrics() == again and run.alarms() == {"clipped": 6}
     metrics.write_text(lines_of(metrics_of(range(1, 42))))
-    assert run.alarms() == {} and run.steps_done() == 41
+    assert run.alarms() == {} and run.metrics()[-1]["step"] == 41
 
 
 def test_metrics_are_thinned(folder, run):
@@ -214,7 +215,7 @@ def test_metrics_are_thinned(folder, run):
 
 
 def test_what_is_damaged_is_said(folder, run):
-    for content in ('nonsense\n{"step": 1}\n', '{"step": 1}\n{"step": 1, "com', "[]\n", "\ud800"):
+    for content in ('nonsense\n{"step": 1}\n', '{"step": 1}\n', '{"step": 1, "com', "[]\n", "\ud800"):
         (folder / "a/rollouts/000003.jsonl").write_bytes(content.encode(errors="surrogatepass"))
         (folder / "a/tokens/000003.json").write_bytes(content.encode(errors="surrogatepass"))
         with pytest.raises(UiError, match="rollouts/000003.jsonl is damaged: .* not a JSON object"):
@@ -246,7 +247,10 @@ def long_run(path, steps, lines, length):
     more = {f"part/{n}/mean": 0.123456789 for n in range(60)}  # a line is as long as a real one: about 2 KB
     (path / "metrics.jsonl").write_text(lines_of(metrics_of(range(1, steps + 1), **more)))
     write_rollouts(path, rollouts_of(range(1, steps + 1), lines // 2, 2, "x" * length))
-    write_tokens(path, ({"step": step, "completions": [{"tokens": ["x"] * 1000}]} for step in range(1, steps + 1)))
+    write_tokens(
+        path,
+        ({"step": step, "prompt_id": "q", "completions": [{"tokens": ["x"] * 1000}]} for step in range(1, steps + 1)),
+    )
 
 
 def polled(run, polls, steps):

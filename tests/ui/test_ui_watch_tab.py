@@ -225,7 +225,7 @@ def test_the_choices_name_reward_and_verdict():
     groups = [[{"prompt_id": "p"}], [line(1.0, "right", prompt_id="q"), line(0.0, prompt_id="q")]]
     assert watch_tab.token_choices(completions, groups) == [("1: reward 1, correct", 0), ("2: reward 0, wrong", 1)]
     assert watch_tab.token_choices(completions, groups * 2) == [("1", 0), ("2", 1)], "the prompt was asked twice"
-    assert watch_tab.token_choices({"completions": []}, groups) == []
+    assert watch_tab.token_choices({"prompt_id": None, "completions": []}, groups) == []
 
 
 # --- the page
@@ -270,9 +270,12 @@ def test_a_gap_or_a_damaged_file_leaves_the_page_whole(folder):
     (folder / "a/rollouts/000004.jsonl").unlink()
     (folder / "a/rollouts/000005.jsonl").write_text("nonsense")
     (folder / "a/tokens/000005.json").write_text('{"step": 5,')
+    (folder / "a/rollouts/000006.jsonl").write_text('{"step": 6, "prompt_id": "q"}\n')
+    (folder / "a/tokens/000006.json").write_text('{"step": 6}')
     for step, problem, of_tokens in (
         (4, "rollouts/000004.jsonl is missing", "No tokens were logged"),
         (5, "rollouts/000005.jsonl is damaged", "tokens/000005.json is damaged"),
+        (6, "rollouts/000006.jsonl is damaged", "tokens/000006.json is damaged"),
     ):
         *empty, question, completions, text, reasons, logged, which, legend, tokens = watch_tab.show_step(
             runs, "a", step, "KL"
