@@ -37,6 +37,7 @@ class Round:
     ask: Ask
     row: dict | None = None  # None: no expected answer
     answers: tuple[Answer, ...] = ()
+    done: bool = False  # answered and judged
     weights: dict[str, float] = field(default_factory=dict)
     unjudged: str = ""  # why there is no verdict
 

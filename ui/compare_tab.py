@@ -74,23 +74,17 @@ def messages(session: Session, side: int) -> list[dict]:
     return shown
 
 
-def chats(session: Session) -> list[gr.Chatbot]:
-    shown = []
-    for side, label in enumerate(map(str.title, SIDES)):
-        if session.rounds:
-            last = session.rounds[-1]
-            label += f": {'hidden' if last.hidden else last.names[side]}"
-        shown.append(gr.Chatbot(messages(session, side), label=label))
-    return shown
-
-
 def panes(session: Session) -> list:
     """Both chats, and below them the verdicts and the tables of rewards of the last answers."""
     last = session.rounds[-1] if session.rounds else None
-    if not last or last.hidden or not last.answers or not all(answer.over for answer in last.answers):
-        return [*chats(session), "", "", [], []]
+    chats = []
+    for side, label in enumerate(map(str.title, SIDES)):
+        name = f": {'hidden' if last.hidden else last.names[side]}" if last else ""
+        chats.append(gr.Chatbot(messages(session, side), label=label + name))
+    if not last or last.hidden or not last.done:
+        return [*chats, "", "", [], []]
     below = [function(last, answer) for function in (chat.verdict_text, chat.reward_table) for answer in last.answers]
-    return [*chats(session), *below]
+    return [*chats, *below]
 
 
 def answer(page: Page, session: Session, *asked) -> Iterator[list]:
@@ -100,7 +94,7 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
     """
 
     def progress(status: str) -> list:
-        return [*chats(session), *[gr.skip()] * 4, status, *[gr.skip()] * 3]
+        return [*panes(session), status, gr.skip(), gr.skip(), gr.skip()]
 
     question, expected = asked[3:5]
     session.unanswered = ""
@@ -134,6 +128,7 @@ def answer(page: Page, session: Session, *asked) -> Iterator[list]:
             round_.unjudged = f"No verdict: {first_line(error)}"
         if round_ not in session.rounds:
             return
+    round_.done = True
     status = chat.summary(round_, time.monotonic() - started)
     yield [*panes(session), status, gr.Row(visible=round_.hidden), gr.skip(), expected if session.unanswered else ""]
 

@@ -132,6 +132,7 @@ class Worker:
                 yield answers
         finally:
             ask.stop.set()
+            self._inbox.put(advance)  # frees what the sides hold if they are not over
             self._jobs.remove(turns)
 
     def load_ahead(self, run: str | None) -> None:

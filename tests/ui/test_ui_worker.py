@@ -195,9 +195,9 @@ def test_a_closed_iterator_leaves_nothing(made, worker):
     del turns
     answering.close()
     assert worker._jobs == []
+    assert said(last(worker, None, ONE)) == [made[1]["base"], made[1]["one"]]
     gc.collect()
     assert not any(engine() for engine in engines), "they hold the cache"
-    assert said(last(worker, None, ONE)) == [made[1]["base"], made[1]["one"]]
 
 
 def test_questions_wait_for_their_turn(made, worker, monkeypatch):
