@@ -27,10 +27,19 @@ ONE = "one/step_000001"
 
 def record(key, verdict, text="", **more):
     return {
-        "id": key, "task": "sums", "question": f"question {key}", "expected": "13", "completion": text or f"\\boxed{{{verdict}}}",
-        "verdict": verdict, "thinks": False, "finish_reason": "stop", "tokens": 9, "reward": 0.1,
-        "rewards": {"correct": float(verdict == "right"), "passes_tests": None}, "reasons": {"correct": f"{verdict}: so"},
-    } | more  # fmt: skip
+        "id": key,
+        "task": "sums",
+        "question": f"question {key}",
+        "expected": "13",
+        "completion": text or f"\\boxed{{{verdict}}}",
+        "verdict": verdict,
+        "thinks": False,
+        "finish_reason": "stop",
+        "tokens": 9,
+        "reward": 0.1,
+        "rewards": {"correct": float(verdict == "right"), "passes_tests": None},
+        "reasons": {"correct": f"{verdict}: so"},
+    } | more
 
 
 def make_run(folder, name="one"):

@@ -24,9 +24,17 @@ SHORT = (
 def test_the_command(launcher):
     command = launcher.command("configs/tiny.yaml", "--max-steps 20 --system-prompt 'a b; $(rm) `x` && y'")
     assert command == [
-        sys.executable, "train.py", "--config", "configs/tiny.yaml", "--max-steps", "20",
-        "--system-prompt", "a b; $(rm) `x` && y", "--output-dir", str(launcher.runs.folder / "tiny-1"),
-    ]  # fmt: skip
+        sys.executable,
+        "train.py",
+        "--config",
+        "configs/tiny.yaml",
+        "--max-steps",
+        "20",
+        "--system-prompt",
+        "a b; $(rm) `x` && y",
+        "--output-dir",
+        str(launcher.runs.folder / "tiny-1"),
+    ]
     (launcher.runs.folder / "tiny-1").mkdir()
     assert launcher.command("configs/tiny.yaml", "")[-1] == str(launcher.runs.folder / "tiny-2")
     resumed = ["--max-steps", "30", "--resume", str(launcher.runs.folder / "a")]

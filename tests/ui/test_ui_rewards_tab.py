@@ -43,22 +43,37 @@ def page(tmp_path):
     """A run of one step on three questions, four completions; its reward was lax: it paid for any box."""
     questions, rows, folder = asked_in_a_run(tmp_path)
     settings = {
-        "train_data": [str(questions)], "train_questions": 100, "eval_questions": 1, "num_generations": 2,
+        "train_data": [str(questions)],
+        "train_questions": 100,
+        "eval_questions": 1,
+        "num_generations": 2,
         "reward_weights": {"correct": 2.0},
-    }  # fmt: skip
+    }
     defaults = {"eval_data": [], "columns": {}, "seed": 0, "reward_funcs": []}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | defaults))
     lines = [
         {
-            "step": 3, "prompt_id": row["id"], "task": "t", "prompt": row["prompt"], "completion": text,
-            "finish_reason": "stop", "tokens": tokens, "reward": 2.0, "rewards": {"correct": 1.0}, "metrics": {},
-            "verdict": "right", "reasons": {"correct": "right"}, "advantage": 0.0,
+            "step": 3,
+            "prompt_id": row["id"],
+            "task": "t",
+            "prompt": row["prompt"],
+            "completion": text,
+            "finish_reason": "stop",
+            "tokens": tokens,
+            "reward": 2.0,
+            "rewards": {"correct": 1.0},
+            "metrics": {},
+            "verdict": "right",
+            "reasons": {"correct": "right"},
+            "advantage": 0.0,
         }
         for row, text, tokens in (
-            (rows[0], "\\boxed{1}", 9), (rows[0], "\\boxed{2}", 3), (rows[1], "\\boxed{2}", 9),
+            (rows[0], "\\boxed{1}", 9),
+            (rows[0], "\\boxed{2}", 3),
+            (rows[1], "\\boxed{2}", 9),
             (rows[1], "x" * 50_000 + SCRIPT + "\\boxed{7}", 9),
         )
-    ]  # fmt: skip
+    ]
     write_rollouts(folder, lines)
     (folder / "rewards.py").write_text("from grading import reward\n@reward\ndef correct(completion):\n    return 1\n")
     (tmp_path / "rewards.py").write_text(REWARDS)
@@ -115,9 +130,11 @@ def test_a_very_long_completion_is_cut_for_display_and_scored_whole(page):
 
 def test_what_is_not_there_is_said(page):
     for place, expected in (
-        (("mine", 3, 5), "has the completions 1 to 4"), (("mine", 9, 1), "no completions of step 9"),
-        (("../mine", 3, 1), "There is no run"), ((None, None, None), "There is no run"),
-    ):  # fmt: skip
+        (("mine", 3, 5), "has the completions 1 to 4"),
+        (("mine", 9, 1), "no completions of step 9"),
+        (("../mine", 3, 1), "There is no run"),
+        ((None, None, None), "There is no run"),
+    ):
         with pytest.raises(UiError, match=expected):
             rewards_tab.pick(page, *place)
     (page.runs.folder.parent / "q.jsonl").unlink()

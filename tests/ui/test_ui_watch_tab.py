@@ -46,8 +46,11 @@ def test_a_run_that_was_stopped(launcher):
     assert found["log"].endswith("step 2/20") and found["alarms"] == "none" and found["timer"].value == 10
     assert (found["step"].minimum, found["step"].maximum, found["step"].value) == (1, 10, 10)
     assert points(found["Held-out accuracy, %"]) == [
-        (0, 10.0, "greedy"), (5, 50.0, "greedy"), (0, 20.0, "sampled"), (5, 25.0, "sampled")
-    ]  # fmt: skip
+        (0, 10.0, "greedy"),
+        (5, 50.0, "greedy"),
+        (0, 20.0, "sampled"),
+        (5, 25.0, "sampled"),
+    ]
     assert points(found["Reward"])[:2] == [(1, 0.1, "mean"), (2, 0.2, "mean")]
     assert points(found["Tokens a second"])[0] == (1, 60.0, "of the whole step")  # 6 completions of 20 tokens in 2 s
     assert found["KL from the base, nats a token"] is None
