@@ -270,7 +270,7 @@ def polled(run, polls, steps):
 
 
 @pytest.mark.parametrize(
-    "steps, lines, length, polls", [(300, 8, 1000, 20), pytest.param(5000, 8, 1000, 100, marks=pytest.mark.slow)]
+    "steps, lines, length, polls", [(300, 8, 1000, 20), pytest.param(5000, 8, 1000, 60, marks=pytest.mark.slow)]
 )
 def test_memory_stays_flat(tmp_path, steps, lines, length, polls):
     long_run(tmp_path / "runs/a", steps, lines, length)
