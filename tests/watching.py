@@ -1,22 +1,65 @@
-"""A made-up run folder, and the tab Watch over it."""
+"""Run folders with made-up contents, and the tab Watch over them."""
 
 import contextlib
+import itertools
 import json
 import time
 from pathlib import Path
 
 import gradio as gr
-from test_ui_runs import lines_of, metrics_of, rollouts_of
 
-from ui import watch
+from ui import watch_tab
 from ui.runs import Page, Runs
 
-NAMES = ["name", "status", "alarms", "log", "became", "step", "opened_at", "timer", "seen"]
+NAMES = ["name", "status", "alarms", "log", "started", "step", "shown_range", "timer", "seen"]
+
+
+def lines_of(dicts):
+    return "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dicts)
+
+
+def metrics_of(steps, **more):
+    return [{"step": s, "reward": s / 10, "accuracy": 0.5, "alarms": []} | more for s in steps]
+
+
+def rollouts_of(steps, prompts=3, size=2, text="\\boxed{4}"):
+    return [
+        {
+            "step": s,
+            "prompt_id": f"q{s}-{p}",
+            "prompt": "2 + 2 = ?",
+            "completion": f"{text} {s} {p} {i}",
+            "reward": i / 2,
+        }
+        for s in steps
+        for p in range(prompts)
+        for i in range(size)
+    ]
+
+
+def write_rollouts(run, records):
+    """Write rollouts/000001.jsonl and so on; records: completions in the order of their steps."""
+    (run / "rollouts").mkdir(exist_ok=True)
+    for step, completions in itertools.groupby(records, key=lambda record: record["step"]):
+        (run / f"rollouts/{step:06d}.jsonl").write_text(lines_of(completions))
+
+
+def write_tokens(run, records):
+    """Write tokens/000001.json and so on; records: one a step."""
+    (run / "tokens").mkdir(exist_ok=True)
+    for record in records:
+        (run / f"tokens/{record['step']:06d}.json").write_text(json.dumps(record))
+
+
+def cut_rollouts(run, step):
+    """Remove the files of later steps, as --resume does."""
+    for file in run.glob("rollouts/*.jsonl"):
+        if int(file.stem) > step:
+            file.unlink()
 
 
 def followed(launcher, chosen=None, seen=None):
-    values = watch.follow(launcher.runs, launcher, chosen, seen or {})
-    return dict(zip(NAMES, values)) | dict(zip(watch.CURVES, values[len(NAMES) :]))
+    return watch_tab.follow(launcher.runs, launcher, chosen, seen or {})
 
 
 def real_metrics(steps, **more):
@@ -38,7 +81,7 @@ def stopped_run(tmp_path):
     metrics = real_metrics(range(1, 11))
     metrics[4]["eval/accuracy"], metrics[4]["eval/accuracy_sampled"] = 0.5, 0.25
     (run / "metrics.jsonl").write_text(lines_of(metrics))
-    (run / "rollouts.jsonl").write_text(lines_of(rollouts_of(range(1, 11))))
+    write_rollouts(run, rollouts_of(range(1, 11)))
     rates = {"accuracy": 0.1, "accuracy_sampled": 0.2}
     (run / "summary.json").write_text(json.dumps({"eval": {"before": rates}, "seconds": {"eval": 10.0}, "steps": 5}))
     (run / "console.log").write_text("step 1/20\n  alarm: nothing is <b>right</b>\nstep 2/20\n")
@@ -49,7 +92,7 @@ def build(folder, editable=True):
     with gr.Blocks(analytics_enabled=False) as blocks:
         with gr.Tab("Another"):
             gr.Markdown("-")
-        watch.build(Page(Runs(folder), None, editable, Path("rewards.py")))
+        watch_tab.build(Page(Runs(folder), None, editable, Path("rewards.py")))
     return blocks
 
 
@@ -73,7 +116,9 @@ def serving(folder):
 
 def watched(client, name=None, visible=True):
     return dict(
-        zip([n for n in NAMES if n not in ("opened_at", "seen")], client.predict(visible, name, api_name="/watch_run"))
+        zip(
+            [n for n in NAMES if n not in ("shown_range", "seen")], client.predict(visible, name, api_name="/watch_run")
+        )
     )
 
 

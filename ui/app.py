@@ -1,16 +1,16 @@
-"""The page: the same question to the model before and after, what changed, a run as it learns, rewards tried out.
+"""The page: compare the model before and after training, see what changed, watch a run, try out rewards.
 
-    make ui                                                   over runs/, at 127.0.0.1
+    make ui                                                   serves runs/ at 127.0.0.1
     python ui/app.py --runs FOLDER --port 7861
-    python ui/app.py --host 0.0.0.0 --auth NAME:PASSWORD      for others on the network: they can read and ask, nothing more
+    python ui/app.py --host 0.0.0.0 --auth NAME:PASSWORD      for others on the network, who can read and ask questions
 
-Nothing is sent anywhere, and nothing is stored in the visitor's browser but the theme. On this machine alone (the
-default) rewards can be edited and runs started; requests from other sites' pages are refused.
+Nothing is sent to other machines, and only the theme is stored in the browser. Rewards can be edited and runs started only
+if the page is served to this machine alone (the default). Requests from the pages of other sites are refused.
 """
 
 import os
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import contextlib
 import signal
@@ -29,7 +29,8 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
-from ui import compare, lab, watch  # noqa: E402
+from rl.config import first_line  # noqa: E402
+from ui import compare_tab, learn_tab, rewards_tab, watch_tab  # noqa: E402
 from ui.runs import Page, Runs  # noqa: E402
 from ui.worker import Worker  # noqa: E402
 
@@ -44,11 +45,11 @@ footer {display: none !important}
 @dataclass
 class Settings:
     runs: Path = Path("runs")  # the folder with the runs
-    rewards_file: Path = Path("rewards.py")  # the reward file that is edited and tried
-    host: str = "127.0.0.1"  # the address to listen at; any other but this machine's own asks for --auth
-    port: int = 7860  # 0: any that is free
-    auth: str | None = None  # NAME:PASSWORD that visitors have to give
-    share: bool = False  # a public address through Gradio's servers; asks for --auth
+    rewards_file: Path = Path("rewards.py")  # the reward file that is edited and tried out
+    host: str = "127.0.0.1"  # the address to listen at; any other than 127.0.0.1 needs --auth
+    port: int = 7860  # 0: any free port
+    auth: str | None = None  # NAME:PASSWORD for the visitors
+    share: bool = False  # a public address through Gradio's servers; needs --auth
 
     @property
     def is_local(self) -> bool:
@@ -56,7 +57,7 @@ class Settings:
 
 
 class OwnOrigin:
-    """Refuses what pages of other sites send here, and to be shown within them."""
+    """Refuses requests from the pages of other sites, and to be framed by them."""
 
     def __init__(self, app):
         self.app = app
@@ -69,36 +70,36 @@ class OwnOrigin:
                 refusal = PlainTextResponse("Refused: the request comes from the page of another site.", 403)
                 return await refusal(scope, receive, send)
 
-        async def unframed(message):
+        async def send_unframed(message):
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).append("Content-Security-Policy", "frame-ancestors 'self'")
             await send(message)
 
-        await self.app(scope, receive, unframed)
+        await self.app(scope, receive, send_unframed)
 
 
 def build(settings: Settings) -> gr.Blocks:
-    """The page, not launched."""
+    """Build the page without serving it."""
     runs = Runs(settings.runs)
     page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file)
     with gr.Blocks(title="Ponder", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown("# Ponder\nThe same question to the model before and after training.")
-        for tab in (compare, watch, lab):
+        for tab in (compare_tab, watch_tab, rewards_tab, learn_tab):
             tab.build(page)
     return blocks
 
 
 def launch(settings: Settings) -> tuple[gr.Blocks, str]:
-    """Serve the page from threads of this process: the page, and its address. Ends the program where others could reach it
-    unasked."""
+    """Serve the page from threads of this process, and return it with its address. Exits if others could reach it without a
+    password."""
     if not settings.is_local and not settings.auth:
-        sys.exit("error: host: others can reach this page there: give a name and a password, --auth NAME:PASSWORD")
+        sys.exit("error: host: others can reach the page at this address: set a password, --auth NAME:PASSWORD")
     if ":" in settings.host:
         sys.exit("error: host: expected a name or an IPv4 address, such as 127.0.0.1 or 0.0.0.0")
     name, _, password = (settings.auth or "").partition(":")
     if settings.auth and not (name and password):
         sys.exit("error: auth: expected NAME:PASSWORD")
-    hosts = LOOPBACK if settings.is_local else ["*"]  # any other name is a site's own for 127.0.0.1
+    hosts = LOOPBACK if settings.is_local else ["*"]  # another name would be that of a site that resolves to 127.0.0.1
     blocks = build(settings).queue(default_concurrency_limit=8, max_size=64)
     _, address, shared = blocks.launch(
         server_name=settings.host,
@@ -108,7 +109,7 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
         app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(OwnOrigin)]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
-        max_file_size="1mb",  # nothing here takes a file
+        max_file_size="1mb",  # the page takes no files
         run_history=False,
         enable_monitoring=False,
         footer_links=[],
@@ -121,12 +122,12 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
 if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__.split("\n")[0])
     settings.runs, settings.rewards_file = settings.runs.resolve(), settings.rewards_file.resolve()
-    os.chdir(ROOT)  # where data/tiny and configs/ are
+    os.chdir(ROOT)  # data/tiny and configs/ are relative paths
     try:
         _, address = launch(settings)
     except OSError as error:  # the port is taken
-        sys.exit(f"error: port: {' '.join(str(error).split())}")
-    print(f"The page is at {address} over {settings.runs} (Ctrl-C ends it; runs that it started go on)", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as Ctrl-C does, it leaves no temporary files
+        sys.exit(f"error: port: {first_line(error)}")
+    print(f"The page is at {address} and shows {settings.runs} (Ctrl-C ends it; its runs continue)", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that temporary files are removed, as after Ctrl-C
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

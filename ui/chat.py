@@ -1,80 +1,74 @@
-"""A chat with two models: what is asked of them, what the reward functions say of their answers, and what is taken away.
+"""A chat with two models: the questions, what the reward functions say of the answers, and the downloads.
 
-Raw texts stay here, on the server, in a `Session`. Both sides are judged by one reward file: that of the run on the right,
-else on the left, else of the newest run, else the project's own. Imports neither gradio nor torch.
+Raw texts stay on the server, in a `Session`. Both sides are scored by one reward file: that of the run on the right, else
+on the left, else of the newest run, else the project's own. Imports neither gradio nor torch.
 """
 
 import contextlib
-import functools
-import itertools
 import json
 import math
 import random
 import re
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-from data import load_questions
 from grading import Score, outcome_of, prompt_text
 from rl.config import Config
-from rl.run.read_config import read_yaml
-from ui.apart import parts_of, score_apart
-from ui.runs import Page, Run, UiError, import_models
+from ui.reward_process import reward_rows, score_completions
+from ui.runs import Page, Run, UiError, config_of, import_models, questions_of
 from ui.worker import Answer, Ask, Sample
 
 BASE = "the base model"
 SIDES = "left", "right"
-ROUNDS = 20  # of a chat: what was before is neither shown nor put to the models
 SHOWN = 20_000  # characters of a text; the download has all of it
-JUDGING = 30.0  # seconds that the reward functions have
-TINY = "configs/tiny.yaml"  # the settings where there is no run
+SECONDS = 30.0  # the time limit of the reward functions
+TINY = Path("configs/tiny.yaml")  # the settings if there is no run
 
 
 @dataclass(eq=False)
 class Round:
-    """A question, what both sides answered, and what the reward functions say of it."""
+    """A question and the answers of both sides."""
 
     question: str
     names: list[str]  # of the sides
-    hidden: bool  # the vote is to come
+    hidden: bool  # blind: the names and verdicts are shown after the vote
     ask: Ask
-    row: dict | None = None  # None: nothing to judge by
+    row: dict | None = None  # None: no expected answer
     answers: tuple[Answer, ...] = ()
-    scores: tuple[list[Score | None], ...] = [], []  # of each side's samples; None: it had not ended
+    done: bool = False  # answered and judged
     weights: dict[str, float] = field(default_factory=dict)
     unjudged: str = ""  # why there is no verdict
 
 
 @dataclass
 class Session:
-    """One visitor's chat."""
+    """The chat of one visitor."""
 
     rounds: list[Round] = field(default_factory=list)
-    held_out: dict | None = None  # the row that was put into the question's field last
-    swapped: bool | None = None  # the sides of this chat, which is a blind one; None: it is not
+    held_out: dict | None = None  # the row that was put into the question field last
+    swapped: bool | None = None  # of a blind chat: whether the sides are swapped; None: it is not blind
     votes: Counter = field(default_factory=Counter)
-    unanswered: str = ""  # the last question, where nothing was written
-    folder: tempfile.TemporaryDirectory | None = None  # of what is taken away; it goes with the session
+    unanswered: str = ""  # the last question if nothing was written
+    folder: tempfile.TemporaryDirectory | None = None  # of the downloads; removed with the session
 
 
-# --- what is asked
+# --- the questions
 
 
 def choices(page: Page) -> list[tuple[str, str]]:
-    """(shown, value) of what a side can be: the base, then the checkpoints, the newest first."""
+    """What a side can be, as (label, value): the base, then the checkpoints of each run, the newest first."""
     found = [(BASE, BASE)]
     for name in page.runs.names():
-        with contextlib.suppress(UiError):  # it says so where it is chosen
+        with contextlib.suppress(UiError):  # it is shown when the run is chosen
             for checkpoint in reversed(page.runs.get(name).checkpoints()):
                 found.append((f"{name}, step {int(checkpoint[5:])}", f"{name}/{checkpoint}"))
     return found
 
 
 def side_of(chosen: str | None) -> tuple[str, str] | None:
-    """The worker's side for a value of `choices`. Raises UiError."""
+    """The worker's side for a value of `choices`."""
     if chosen in (None, "", BASE):
         return None
     run, _, checkpoint = str(chosen).partition("/")
@@ -82,42 +76,32 @@ def side_of(chosen: str | None) -> tuple[str, str] | None:
 
 
 def home_of(page: Page, left: str | None, right: str | None) -> Run | None:
-    """The run whose base, questions and rewards are meant; None where there is none."""
+    """The run whose base, questions and rewards are used; None if there is no run."""
     names = [side[0] for side in (side_of(right), side_of(left)) if side] + page.runs.names()[:1]
     return page.runs.get(names[0]) if names else None
 
 
-def settings_of(home: Run | None) -> Config:
-    return home.config if home else read_yaml(TINY)
+def held_out_rows(page: Page, left: str | None, right: str | None) -> list[dict]:
+    home = home_of(page, left, right)
+    return (home.questions() if home else questions_of(TINY, 0))[1]
 
 
-def questions(config: Config) -> tuple[list[dict], list[dict]]:
-    """The training rows and the held-out rows of a run's data."""
-    return _questions(json.dumps(vars(config), default=str))
-
-
-@functools.lru_cache(2)
-def _questions(settings: str) -> tuple[list[dict], list[dict]]:
-    return load_questions(SimpleNamespace(**json.loads(settings)))[:2]
-
-
-def put(page: Page, session: Session, left, right, number: float | None) -> tuple[str, int]:
-    """A held-out question for the question's field, and its number."""
-    rows = questions(settings_of(home_of(page, left, right)))[1]
+def take_held_out(page: Page, session: Session, left, right, number: float | None) -> tuple[str, int]:
+    """A held-out question for the question field, and its number."""
+    rows = held_out_rows(page, left, right)
     if not number or not 1 <= number <= len(rows):
         raise UiError(f"There is no held-out question {number or 0:g}: they are numbered from 1 to {len(rows)}.")
     session.held_out = rows[int(number) - 1]
     return prompt_text(session.held_out["prompt"]), int(number)
 
 
-def draw(page: Page, session: Session, left, right) -> tuple[str, int]:
-    """As `put`, any of them."""
-    rows = questions(settings_of(home_of(page, left, right)))[1]
-    return put(page, session, left, right, random.randint(1, len(rows)))
+def draw_held_out(page: Page, session: Session, left, right) -> tuple[str, int]:
+    """A random one."""
+    return take_held_out(page, session, left, right, random.randint(1, len(held_out_rows(page, left, right))))
 
 
 def conversation(rounds: list[Round], side: int, question: str | list[dict]) -> list[dict]:
-    """A side's chat so far with the question behind it; of several samples it goes on from the first."""
+    """The chat of a side so far and the question. Of several samples it continues from the first."""
     messages = []
     for done in rounds:
         samples = done.answers[side].samples if done.answers else ()
@@ -131,9 +115,9 @@ def stop(session: Session) -> None:
         round_.ask.stop.set()
 
 
-def begin(page: Page, session: Session, left, right, blind, question, expected, greedy, *how) -> Round:
-    """The next round of a chat, to be put to the worker; a held-out question begins a new chat."""
-    temperature, top_p, seed, longest, samples = how
+def begin(page: Page, session: Session, left, right, blind, question, expected, greedy, *sampling) -> Round:
+    """Add the next round to a chat, to be answered by the worker; a held-out question starts a new chat."""
+    temperature, top_p, seed, longest, samples = sampling
     if not (question or "").strip():
         raise UiError("There is no question. Write one, or take a held-out one.")
     if (longest or 0) < 0:
@@ -141,23 +125,26 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
     stop(session)
     home = home_of(page, left, right)
     config = settings_of(home)
-    row, put_before = None, question
+    row, prompt = None, question
     if session.held_out and question.strip() == prompt_text(session.held_out["prompt"]).strip():
-        row, put_before, session.rounds = session.held_out, session.held_out["prompt"], []
+        row, prompt = session.held_out, session.held_out["prompt"]
+        session.rounds = []
     elif (expected or "").strip():
-        ours = {"id": "own", "task": "own", "prompt": question, "answer": expected.strip()}
-        row = {config.columns["answer"]: ours["answer"]} | ours if "answer" in config.columns else ours
-    hidden = session.rounds and session.rounds[-1].hidden
-    is_new = not hidden if blind else session.swapped is not None
-    if is_new:  # a chat's sides stay what they are
-        session.rounds, session.swapped = [], random.random() < 0.5 if blind else None
-    order = (1, 0) if session.swapped else (0, 1)
-    chosen = [(left, right)[i] or BASE for i in order]
-    answered = [done for done in session.rounds if any(answer.samples for answer in done.answers)]
-    session.rounds = answered[-ROUNDS:]  # of the others nothing is left to go on from
+        answer = expected.strip()
+        row = {config.columns.get("answer", "answer"): answer}
+        row |= {"id": "own", "task": "own", "prompt": question, "answer": answer}
+    was_blind = session.rounds and session.rounds[-1].hidden
+    is_new = not was_blind if blind else session.swapped is not None
+    if is_new:  # the sides of a chat stay what they are
+        session.rounds = []
+        session.swapped = random.random() < 0.5 if blind else None
+    chosen = [left or BASE, right or BASE]
+    if session.swapped:
+        chosen.reverse()
+    session.rounds = [done for done in session.rounds if any(answer.samples for answer in done.answers)]
     ask = Ask(
         sides=tuple(map(side_of, chosen)),
-        messages=tuple(conversation(session.rounds, side, put_before) for side in (0, 1)),
+        messages=tuple(conversation(session.rounds, side, prompt) for side in (0, 1)),
         run=home.name if home else None,
         temperature=0.0 if greedy else float(temperature),
         top_p=float(top_p),
@@ -169,49 +156,54 @@ def begin(page: Page, session: Session, left, right, blind, question, expected, 
     return session.rounds[-1]
 
 
-# --- what is said of the answers
+def settings_of(home: Run | None) -> Config:
+    return home.config if home else config_of(TINY, 0)
+
+
+# --- the verdicts
 
 
 def judge(page: Page, round_: Round) -> None:
-    """Have the reward functions score all that has ended, on both sides. Raises RewardError, also where they hang."""
+    """Score the samples of both sides that have ended. Raises RewardError, also if a function does not end."""
     home = page.runs.get(round_.ask.run) if round_.ask.run else None
     file = home.file("rewards.py") if home else page.rewards_file
+    ended = [sample for answer in round_.answers for sample in answer.samples if sample.ended]
     completions = [
-        {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids}
-        for answer in round_.answers for s in answer.samples if s.ended
-    ]  # fmt: skip
-    source = file.read_text(encoding="utf-8")
-    how = home and home.path, file, source, JUDGING, round_.row, completions, round_.ask.stop
-    round_.weights, found, _ = score_apart(*how)
-    scores = iter(found)
-    round_.scores = tuple([next(scores) if s.ended else None for s in answer.samples] for answer in round_.answers)
+        {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids} for s in ended
+    ]
+    process = home and home.path, file, file.read_text(encoding="utf-8"), SECONDS
+    round_.weights, scores, _ = score_completions(*process, round_.row, completions, round_.ask.stop)
+    scores = iter(scores)
+    round_.answers = tuple(
+        replace(answer, samples=tuple(replace(s, score=next(scores)) if s.ended else s for s in answer.samples))
+        for answer in round_.answers
+    )
 
 
-def verdict(sample: Sample, score: Score | None, max_tokens: int) -> str:
-    """In words: correct, wrong, cut off, no answer, or why there is none."""
+def verdict(sample: Sample, max_tokens: int) -> str:
+    """correct, wrong, cut off, no answer, or why there is no verdict."""
     if not sample.ended:
         return "stopped: no verdict"
-    cut = f"cut off after {max_tokens} tokens" if sample.truncated else ""
+    score = sample.score
+    cut_off = f"cut off after {max_tokens} tokens" if sample.truncated else ""
     if score is None:
-        return cut or "no verdict"
-    reason = score.reasons.get(score.judge, "")
+        return cut_off or "no verdict"
     if score.verdict == "ungraded":
         return f"ungraded: {next(iter(score.reasons.values()), '')}"
     if not score.judge:
         return "no verdict: none of the rewards that apply here can judge"
     if score.is_right:
         return "correct"
-    return cut or ("no answer" if outcome_of(reason) == "no_answer" else "wrong")
+    return cut_off or ("no answer" if outcome_of(score.reasons.get(score.judge, "")) == "no_answer" else "wrong")
 
 
-def judged(round_: Round, side: int) -> list[tuple[Sample, Score | None]]:
-    """Each sample of a side with its score, None where it has none."""
-    return list(itertools.zip_longest(round_.answers[side].samples, round_.scores[side]))
+def scores_of(answer: Answer) -> list[Score]:
+    return [sample.score for sample in answer.samples if sample.score]
 
 
-def rate(round_: Round, side: int) -> tuple[int, int]:
-    """How many of a side's samples are right, and of how many that were graded."""
-    graded = [score for _, score in judged(round_, side) if score and score.judge and score.verdict != "ungraded"]
+def rate(answer: Answer) -> tuple[int, int]:
+    """How many samples of a side are right, and how many were graded."""
+    graded = [score for score in scores_of(answer) if score.judge and score.verdict != "ungraded"]
     return sum(score.is_right for score in graded), len(graded)
 
 
@@ -223,16 +215,16 @@ def in_percent(right: int, n: int) -> str:
     return f"{right}/{n} correct ({right / n:.0%}, 95 %: {low:.0%} to {high:.0%})"
 
 
-def verdict_text(round_: Round, side: int) -> str:
-    """What stands under a side."""
-    answer, both = round_.answers[side], judged(round_, side)
+def verdict_text(round_: Round, answer: Answer) -> str:
+    """The line below a side."""
     if answer.state == "failed":
         return answer.note
-    if len(both) > 1 and rate(round_, side)[1]:
-        text = in_percent(*rate(round_, side))
+    right, graded = rate(answer)
+    if len(answer.samples) > 1 and graded:
+        text = in_percent(right, graded)
     else:
-        text = "; ".join(dict.fromkeys(verdict(sample, score, round_.ask.max_tokens) for sample, score in both))
-    totals = [score.total for _, score in both if score and not math.isnan(score.total)]
+        text = "; ".join(dict.fromkeys(verdict(sample, round_.ask.max_tokens) for sample in answer.samples))
+    totals = [score.total for score in scores_of(answer) if not math.isnan(score.total)]
     if totals:
         text += f". Reward {sum(totals) / len(totals):.3g}" + (" on average" if len(totals) > 1 else "")
     if round_.row:
@@ -241,96 +233,93 @@ def verdict_text(round_: Round, side: int) -> str:
 
 
 def expected_of(row: dict) -> str:
-    found = row.get("tests") if row.get("answer") is None else row["answer"]
-    found = row.get("target", "what its grader says") if found is None else found
-    return "; ".join(map(str, found)) if isinstance(found, list) else str(found)
+    expected = row.get("tests") if row.get("answer") is None else row["answer"]
+    if expected is None:
+        expected = row.get("target", "what its grader says")
+    return "; ".join(map(str, expected)) if isinstance(expected, list) else str(expected)
 
 
-def reward_table(round_: Round, side: int) -> list[list]:
+def reward_table(round_: Round, answer: Answer) -> list[list]:
     rows = []
-    for number, (_, score) in enumerate(judged(round_, side), 1):
-        for name, value, why in parts_of(score) if score else ():
-            if value is not None or why:
-                weight = round_.weights.get(name, 0)
-                shown = "" if value is None else f"{value:g}", f"{weight:g}" if weight else "metric"
-                rows.append([number, name, *shown, cut(why, 500)])
+    for number, sample in enumerate(answer.samples, 1):
+        known = reward_rows(sample.score, round_.weights) if sample.score else []
+        rows += [[number, *row[:3], cut(row[-1], 500)] for row in known if row[1] != "-" or row[-1]]
     return rows
 
 
 def summary(round_: Round, seconds: float) -> str:
-    """One line on the round."""
-    rates = [rate(round_, side) for side in (0, 1)]
-    known = not round_.hidden and all(n for _, n in rates)
-    text = f"{' against '.join(f'{right}/{n}' for right, n in rates)} correct. " if known else ""
+    """The status line of a round that is over."""
+    rates = [rate(answer) for answer in round_.answers]
+    is_known = not round_.hidden and all(n for _, n in rates)
+    correct = f"{' against '.join(f'{right}/{n}' for right, n in rates)} correct. " if is_known else ""
     how = f"temperature {round_.ask.temperature:g}, seed {round_.ask.seed}" if round_.ask.temperature else "greedy"
     states = {answer.state for answer in round_.answers}
     ended = "Stopped" if "stopped" in states else "Failed" if states == {"failed"} else "Answered"
     vote = " Vote to see which is which, and the verdicts." if round_.hidden else ""
-    return f"{text}{ended} after {seconds:.1f} s ({how}).{vote}"
+    return f"{correct}{ended} after {seconds:.1f} s ({how}).{vote}"
 
 
-# --- to take away
+# --- the downloads
 
 
 def as_records(session: Session) -> list[dict]:
-    """One a question, with all that was asked, written and said of it."""
+    """One record a question, with its settings, answers and scores."""
     records = []
-    for done in (r for r in session.rounds if r.answers):
-        ask, sides = done.ask, {}
-        for side, name in enumerate(SIDES):
-            both = judged(done, side)
-            sides[name] = {
-                "model": "hidden until the vote" if done.hidden else done.names[side],
-                "state": done.answers[side].state, "note": done.answers[side].note,
-                "samples": [
-                    {"text": s.text, "tokens": len(s.token_ids)} | ({} if done.hidden else judgement(s, score, ask.max_tokens))
-                    for s, score in both
-                ],
-            }  # fmt: skip
-        how = {name: getattr(ask, name) for name in ("temperature", "top_p", "max_tokens", "samples")}
-        records.append({
-            "question": done.question, "id": done.row and done.row["id"], "expected": done.row and expected_of(done.row),
-            "run": ask.run, "seed": ask.seed, "settings": how, "note": done.unjudged, **sides,
-        })  # fmt: skip
+    for done in session.rounds:
+        if not done.answers:
+            continue
+        record = {"question": done.question, "id": done.row and done.row["id"]}
+        record |= {"expected": done.row and expected_of(done.row), "run": done.ask.run, "seed": done.ask.seed}
+        record["settings"] = {
+            name: getattr(done.ask, name) for name in ("temperature", "top_p", "max_tokens", "samples")
+        }
+        record["note"] = done.unjudged
+        for side, (name, answer) in enumerate(zip(SIDES, done.answers)):
+            model = "hidden until the vote" if done.hidden else done.names[side]
+            samples = [sample_record(done, sample) for sample in answer.samples]
+            record[name] = {"model": model, "state": answer.state, "note": answer.note, "samples": samples}
+        records.append(record)
     return records
 
 
-def judgement(sample: Sample, score: Score | None, max_tokens: int) -> dict:
-    found = {"verdict": verdict(sample, score, max_tokens)}
-    if score:
-        total = None if math.isnan(score.total) else score.total
-        found |= {"reward": total, "rewards": score.parts, "metrics": score.metrics, "reasons": score.reasons}
-    return found
+def sample_record(round_: Round, sample: Sample) -> dict:
+    record = {"text": sample.text, "tokens": len(sample.token_ids)}
+    if not round_.hidden:
+        record["verdict"] = verdict(sample, round_.ask.max_tokens)
+        if score := sample.score:
+            record["reward"] = None if math.isnan(score.total) else score.total
+            record |= {"rewards": score.parts, "metrics": score.metrics, "reasons": score.reasons}
+    return record
 
 
 def as_markdown(records: list[dict]) -> str:
     parts = ["# A comparison"]
     for record in records:
         how = ", ".join(f"{name} {value:g}" for name, value in (record["settings"] | {"seed": record["seed"]}).items())
-        parts += ["## Question", fenced(record["question"]), f"Expected: {record['expected']}. Asked with {how}."]
-        for side in SIDES:
-            parts.append(f"### {side.title()}: {record[side]['model']} {record[side]['note']}".strip())
-            for sample in record[side]["samples"]:
+        parts += ["## Question", fenced(record["question"]), f"Expected: {record['expected']}. Settings: {how}."]
+        for name in SIDES:
+            side = record[name]
+            parts.append(f"### {name.title()}: {side['model']} {side['note']}".strip())
+            for sample in side["samples"]:
                 rewards = ", ".join(f"{k} {v:g}" for k, v in sample.get("rewards", {}).items() if v is not None)
-                said = (
-                    f"{sample.get('verdict', 'no vote yet')}; {sample['tokens']} tokens; rewards: {rewards or 'none'}"
-                )
-                parts += [fenced(sample["text"]), said]
+                outcome = sample.get("verdict", "no vote yet")
+                parts.append(fenced(sample["text"]))
+                parts.append(f"{outcome}; {sample['tokens']} tokens; rewards: {rewards or 'none'}")
     return "\n\n".join(parts) + "\n"
 
 
 def fenced(text: str) -> str:
-    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", text)), 0)
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", text)), 0)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def files(session: Session) -> tuple[str | None, str | None]:
-    """The chat as Markdown and as JSONL."""
+    """Write the chat as Markdown and as JSONL."""
     if not (records := as_records(session)):
         return None, None
     session.folder = session.folder or tempfile.TemporaryDirectory(prefix="ponder-")
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     markdown, jsonl = (Path(session.folder.name) / f"comparison.{kind}" for kind in ("md", "jsonl"))
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     markdown.write_text(as_markdown(records), encoding="utf-8", errors="replace")
     jsonl.write_text(lines, encoding="utf-8", errors="replace")
     return str(markdown), str(jsonl)

@@ -1,40 +1,41 @@
-"""Starts and stops runs from the page: train.py as a process of its own, which goes on without the page."""
+"""Starts and stops runs from the page: train.py as a process of its own, which outlives the page."""
 
 import itertools
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
 import gradio as gr
 
-from ui.runs import Runs, UiError, said, tail
+from ui.runs import Runs, UiError, shows_errors, tail
 
 ROOT = Path(__file__).resolve().parent.parent
-ELSEWHERE = "This page is open to others: start and stop runs on the machine itself."
+READ_ONLY = "This page is open to others: start and stop runs on the machine itself."
 
 
 class Launcher:
-    """train.py as a process of its own, one at a time. What it is known by lies in the run folder, so that a run is found
-    again when the page has been reloaded or restarted."""
+    """Starts one train.py at a time. Its state is read from the run folder, so that a run is found again after the page
+    was reloaded or restarted."""
 
     def __init__(self, runs: Runs):
-        self.runs, self._lock = runs, threading.Lock()
-        self.process: subprocess.Popen | None = None
+        self.runs = runs
+        self.process: Popen | None = None
+        self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="ponder-")
         self.log = Path(self._folder.name) / "console.log"
 
     @property
     def name(self) -> str | None:
-        """Of the run folder, with which each command ends."""
+        """The name of the run that was started last: its folder is the last argument of each command."""
         return Path(self.process.args[-1]).name if self.process else None
 
     def command(self, recipe: str, overrides: str) -> list[str]:
-        """Raises UiError for a recipe or settings that are not to be."""
+        """The command that starts a recipe in a new folder. Raises UiError if the recipe or a setting is not allowed."""
         if recipe not in recipes():
             raise UiError(f"There is no recipe {recipe!r}. Choose one of the list.")
         stem = Path(recipe).stem
@@ -43,49 +44,49 @@ class Launcher:
         return [sys.executable, "train.py", "--config", recipe, *settings(overrides), "--output-dir", shown]
 
     def resume_command(self, name: str | None, overrides: str) -> list[str]:
-        """Raises UiError for a run that was not stopped, or settings that are not to be."""
-        if (run := self.runs.get(name)).status() != "stopped":
-            raise UiError(f"{run.name} is not to be gone on with: it is {run.status()}. Choose one that was stopped.")
+        """Raises UiError if the run has not stopped early or a setting is not allowed."""
+        run = self.runs.get(name)
+        if (status := run.status()) != "stopped":
+            raise UiError(f"{run.name} cannot be resumed: it is {status}. Choose a run that was stopped.")
         return [sys.executable, "train.py", *settings(overrides), "--resume", str(run.path)]
 
     def start(self, command: list[str]) -> str:
-        """Raises UiError where another run is under way."""
+        """Raises UiError if another run is in progress."""
         with self._lock:
-            if (busy := self.runs.running()) or self.alive():
-                raise UiError(f"{busy[0] if busy else self.name} is running, and has the machine. Stop it first.")
+            if (running := self.runs.running()) or self.alive():
+                raise UiError(f"{running[0] if running else self.name} is running. Stop it first.")
             with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-                )  # fmt: skip
-        return self.words()
+                how = {"stdin": DEVNULL, "stdout": log, "stderr": STDOUT, "start_new_session": True}
+                self.process = Popen(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **how)
+        return self.describe()
 
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
     def stop(self, name: str | None) -> str:
-        """By a STOP file; one that was started and has not begun to train, by a signal. Says what it did. Raises UiError."""
+        """Stop a run by a STOP file; one that has not taken its lock yet, by a signal. Raises UiError if none is running."""
         if name and (run := self.runs.get(name)).status() == "running":
             run.file("STOP").touch()
-            return f"{name} has been asked to stop: it ends after the step it is at, and saves."
+            return f"{name} has been asked to stop: it ends after the current step, and saves."
         if self.alive() and (name == self.name or self.name not in self.runs.names()):
             self.process.terminate()
             return f"{self.name} had not begun: it has been ended."
         raise UiError(f"{name or 'Nothing'} is not running. Choose a run that is.")
 
-    def words(self) -> str:
-        """What was started last, and what has become of it."""
+    def describe(self) -> str:
+        """The command that was started last, and its state."""
         if self.process is None:
             return "nothing yet"
         command = shlex.join(self.process.args)
         if self.alive():
-            pid = self.process.pid
-            return f"{command}\nruns as process {pid}. It goes on when this page is closed.\n{tail(self.log, 5)}"
-        return f"{command}\nended with exit code {self.process.returncode}. Its last lines:\n{tail(self.log, 15)}"
+            state = f"runs as process {self.process.pid}. It continues when this page is closed."
+        else:
+            state = f"ended with exit code {self.process.returncode}. Its last lines:"
+        return f"{command}\n{state}\n{tail(self.log, 15)}"
 
 
 def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> gr.Textbox:
-    """Start, go on and stop. Returns the box that says what became of the last start."""
+    """Build the controls that start, resume and stop runs. Returns the box with the state of the last start."""
     with gr.Accordion("Start or stop a run", open=False) as controls:
         recipe = gr.Dropdown(list(recipes()), value="configs/tiny.yaml", label="Recipe")
         about = gr.Textbox(recipes()["configs/tiny.yaml"], label="About it", max_lines=12)
@@ -93,42 +94,41 @@ def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> g
         command = gr.Textbox(label="The command", max_lines=4)
         with gr.Row():
             start = gr.Button("Start it", variant="primary")
-            go_on = gr.Button("Go on with the run above")
+            resume = gr.Button("Resume the run above")
             stop = gr.Button("Stop the run above: it saves")
-    became = gr.Textbox(label="Started from this page", max_lines=20)
+    started = gr.Textbox(label="Started from this page", max_lines=20)
 
-    @said
+    @shows_errors
     def show_command(recipe: str, overrides: str):
         try:
             command = launcher.command(recipe, overrides)
-            return recipes()[recipe], shlex.join(command)
         except UiError as error:
             return gr.skip(), str(error)
+        return recipes()[recipe], shlex.join(command)
 
-    @said
+    @shows_errors
     def start_run(recipe: str, overrides: str):
         return launcher.start(launcher.command(recipe, overrides)), gr.Timer(2, active=True)
 
-    @said
+    @shows_errors
     def resume_run(name: str | None, overrides: str):
         return launcher.start(launcher.resume_command(name, overrides)), gr.Timer(2, active=True)
 
-    @said
+    @shows_errors
     def stop_run(name: str | None):
         return launcher.stop(name)
 
-    shown = {"show_progress": "hidden", "trigger_mode": "always_last"}
-    gr.on(
-        [controls.expand, recipe.change, overrides.change], show_command, [recipe, overrides], [about, command], **shown
-    )
-    start.click(start_run, [recipe, overrides], [became, timer])
-    go_on.click(resume_run, [name, overrides], [became, timer])
-    stop.click(stop_run, name, became)
-    return became
+    shown = [about, command]
+    quiet = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on([controls.expand, recipe.change, overrides.change], show_command, [recipe, overrides], shown, **quiet)
+    start.click(start_run, [recipe, overrides], [started, timer])
+    resume.click(resume_run, [name, overrides], [started, timer])
+    stop.click(stop_run, name, started)
+    return started
 
 
 def settings(overrides: str) -> list[str]:
-    """As arguments. Raises UiError for what the controls choose."""
+    """The other settings as arguments. Raises UiError for those that the page chooses itself."""
     try:
         arguments = shlex.split(overrides or "")
     except ValueError as error:
@@ -140,7 +140,7 @@ def settings(overrides: str) -> list[str]:
 
 
 def recipes() -> dict[str, str]:
-    """The comment that each recipe begins with."""
+    """The recipes by file name, each with the comment at its beginning."""
     found = {}
     for path in sorted(ROOT.glob("configs/*.yaml")):
         comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())

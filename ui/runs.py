@@ -1,81 +1,78 @@
-"""Reads the runs folder for the page, and nothing outside of it. Imports neither torch nor gradio.
+"""Read the runs folder for the page, and nothing outside of it. Imports neither torch nor gradio.
 
-A run may be under way, cut back by --resume, or half a gigabyte long, so none of it is kept. Steps ascend in rollouts.jsonl
-and tokens.jsonl, so the lines of one are found by bisection; metrics.jsonl is small (2 KB a step) and read as a whole.
+A run may be in progress, cut back by --resume, or half a gigabyte long, so nothing that is read is kept in memory. Roll-outs
+and tokens are one file a step; metrics.jsonl (2 KB a step) is read as a whole.
 """
 
-import bisect
 import contextlib
 import functools
 import html
 import inspect
 import itertools
 import json
-import math
 import os
-import re
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
 
-from data import DataError
+from data import DataError, load_questions
 from grading import RewardError
 from rl.config import Config, ConfigError, RunError, first_line
 from rl.run.read_config import read_yaml
 
-POINTS = 500  # of a curve
+POINTS = 500  # the most points of a curve
 IMPORTING = threading.Lock()
-PROBING = threading.Lock()  # two threads that try a run's lock at once would take each other for the run
+PROBING = threading.Lock()  # two threads that try a run's lock at the same time would take each other for the run
 
 
 class UiError(Exception):
-    """What happened, and what to do, in words for the person at the page."""
+    """An error for the person at the page: the message says what is wrong and what to do."""
 
 
 @dataclass
 class Page:
-    """What every tab needs. editable: reward files can be changed, and runs started and stopped."""
+    """What every tab needs."""
 
     runs: "Runs"
     worker: Any
-    editable: bool
+    editable: bool  # the reward file can be edited, and runs can be started and stopped
     rewards_file: Path
-    draft_of: str | None = None  # the visitor whose edits the draft of the reward file has
+    draft_of: str | None = None  # the visitor whose edits are in the draft of the reward file
 
 
 class Runs:
-    """The folders in `folder` that have a config.yaml."""
+    """The run folders in `folder`: those that have a config.yaml."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).resolve()
 
     def names(self) -> list[str]:
-        """The newest first, by when it was begun or resumed."""
-        began = {}
+        """The names of the runs, the one started or resumed last first."""
+        started = {}
         for config in self.folder.glob("*/config.yaml"):
-            with contextlib.suppress(OSError):  # removed since
+            with contextlib.suppress(OSError):  # removed in the meantime
                 if self._has(config.parent.name):
-                    began[config.parent.name] = config.stat().st_mtime
-        return sorted(began, key=lambda name: (began[name], name), reverse=True)
+                    started[config.parent.name] = config.stat().st_mtime
+        return sorted(started, key=lambda name: (started[name], name), reverse=True)
 
     def get(self, name: str) -> "Run":
-        """Raises UiError for anything but one of `names`, so that no path leads out of the folder."""
+        """Return a run. Raises UiError for anything but one of `names`, so that no path leads out of the folder."""
         if not self._has(name):
             names = self.names()
-            there = f"There are {', '.join(names[:5])}." if names else f"{self.folder.name}/ has none: train one first."
-            raise UiError(f"There is no run {name!r}. {there}")
+            hint = f"There are {', '.join(names[:5])}." if names else f"{self.folder.name}/ has none: train one first."
+            raise UiError(f"There is no run {name!r}. {hint}")
         return Run(self.folder / name)
 
     def running(self) -> list[str]:
-        """Those of `names` that go on at this moment."""
+        """The names of the runs that are in progress."""
         running = []
         for name in self.names():
-            with contextlib.suppress(UiError):  # removed since, or a link
+            with contextlib.suppress(UiError):  # removed in the meantime, or a link
                 if self.get(name).status() == "running":
                     running.append(name)
         return running
@@ -88,13 +85,14 @@ class Runs:
 
 
 class Run:
-    """One run folder. What is read is as the files are at that moment."""
+    """One run folder. Every method reads the files as they are at that moment."""
 
     def __init__(self, path: Path):
-        self.path, self.name = path, path.name
+        self.path = path
+        self.name = path.name
 
     def file(self, name: str) -> Path:
-        """Raises UiError where a link leads out of the runs folder."""
+        """The path of a file. Raises UiError if a link leads out of the runs folder."""
         path = self.path / name
         if not is_inside(path, self.path.parent):
             raise UiError(f"{self.name}/{name} lies outside of the runs folder. Put the file itself there.")
@@ -102,190 +100,166 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """Not to be changed. Raises ConfigError."""
+        """The settings, not to be changed. Raises ConfigError."""
         path = self.file("config.yaml")
-        return config_of(str(path), path.stat().st_mtime_ns)
+        return config_of(path, path.stat().st_mtime_ns)
+
+    def questions(self) -> tuple[list[dict], list[dict]]:
+        """The training rows and the held-out rows. Raises ConfigError or DataError."""
+        path = self.file("config.yaml")
+        return questions_of(path, path.stat().st_mtime_ns)
 
     def summary(self) -> dict:
-        """Empty before the first evaluation has ended."""
+        """The contents of summary.json; empty before the first evaluation."""
         try:
-            found = json.loads(self.file("summary.json").read_text(encoding="utf-8"))
+            summary = json.loads(self.file("summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return summary if isinstance(summary, dict) else {}
 
     def checkpoints(self) -> list[str]:
-        """Those that were written to their end, the newest last."""
+        """The names of the complete checkpoints, the newest last."""
         folders = self.file("checkpoints").glob("step_*")
         return sorted(f.name for f in folders if f.name[5:].isdecimal() and (f / "adapter_config.json").is_file())
 
     def status(self) -> str:
         """running, finished or stopped."""
-        if is_held(self.file("lock")):
+        if is_locked(self.file("lock")):
             return "running"
         return "finished" if self.summary().get("finished") else "stopped"
 
-    def steps_done(self) -> int:
-        return sum(1 for _ in self._metrics())
-
     def metrics(self, points: int = POINTS) -> list[dict]:
-        """The metrics of each step; where these are more, of so many evenly spaced ones and so many with an evaluation."""
+        """The metrics of each step; of a long run, of `points` evenly spaced steps and `points` evaluated ones."""
         lines = list(self._metrics())
         evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
         kept = {*thinned(range(len(lines)), points), *thinned(evaluated, points)}
-        return [parsed(lines[i], "metrics.jsonl") for i in sorted(kept)]
+        return [parsed(lines[i], "metrics.jsonl", "step") for i in sorted(kept)]
 
     def alarms(self) -> dict[str, int]:
-        """The step at which each alarm was first up, by subject."""
-        found = {}
-        # They are the last of a line: of those that end alike the first one will do.
-        for _, alike in itertools.groupby(self._metrics(), key=lambda line: line[line.rfind(b'"alarms"') :]):
-            metrics = parsed(next(alike), "metrics.jsonl")
+        """The first step of each alarm, by its subject."""
+        first_steps = {}
+        for line in self._metrics():
+            if (
+                b'"alarms": []' in line
+            ):  # most lines: not parsed, since that takes a tenth of a second for 5,000 of them
+                continue
+            metrics = parsed(line, "metrics.jsonl", "step")
             for subject in metrics.get("alarms", []):
-                found.setdefault(subject, metrics.get("step"))
-        return found
-
-    def _metrics(self) -> Iterator[bytes]:
-        """The lines of metrics.jsonl that are there in full, a step each."""
-        with opened(self.file("metrics.jsonl")) as file:
-            yield from (line for line in file if line.endswith(b"\n"))
+                first_steps.setdefault(subject, metrics["step"])
+        return first_steps
 
     def evaluations(self) -> list[str]:
-        """before, step_000015, ..., after: those there are, in this order."""
+        """The names of the evaluations in order: before, step_000015, ..., after."""
         names = [path.stem for path in self.file("eval").glob("*.jsonl")]
         return sorted(names, key=lambda name: (name == "after", name != "before", name))
 
     def evaluation(self, name: str) -> list[dict]:
-        """One record a held-out question (rl.evaluate.record). Raises UiError where there is none of this name."""
+        """One record a held-out question (rl.evaluate.record). Raises UiError if there is no evaluation of this name."""
         if name not in (names := self.evaluations()):
             raise UiError(f"{self.name} has no evaluation {name!r}. It has {', '.join(names) or 'none yet'}.")
-        lines = self.file(f"eval/{name}.jsonl").read_bytes().split(b"\n")
-        return [parsed(line, f"eval/{name}.jsonl") for line in lines if line]
+        return self._records(f"eval/{name}.jsonl")
 
-    def steps(self) -> range:
-        """The steps of which there are roll-outs: all from the first to the last one."""
-        with opened(self.file("rollouts.jsonl")) as file:
-            whole = end_of_lines(file)
-            return range(step_at(file, 0), step_at(file, end_of_lines(file, whole - 1)) + 1) if whole else range(0)
+    def steps(self) -> list[int]:
+        """The steps that have a file of completions, in order."""
+        files = self.file("rollouts").glob("*.jsonl")
+        return sorted(int(file.stem) for file in files if file.stem.isdecimal())
+
+    def completions(self, step: int) -> list[dict]:
+        """The completions of a step, one record each. Raises UiError if there are none or the file is damaged."""
+        name = f"rollouts/{step:06d}.jsonl"
+        records = self._records(name, "prompt_id", "prompt", "completion")
+        if not records:
+            raise UiError(
+                f"{self.name} has no completions of step {step}: {name} is missing or empty. Choose another step."
+            )
+        return records
 
     def groups(self, step: int) -> list[list[dict]]:
-        """The lines of rollouts.jsonl of a step, one list a prompt; none where the step has none."""
-        lines, size = self._lines("rollouts.jsonl", step), self.config.num_generations
+        """The completions of a step, one list a prompt. Raises UiError as `completions` does."""
         groups = []
-        for _, same in itertools.groupby(lines, key=lambda line: line.get("prompt_id")):
-            same = list(same)
-            of = size if len(same) % size == 0 else len(same)  # one prompt may be asked twice in a row
-            groups += [same[i : i + of] for i in range(0, len(same), of)]
+        for _, same_prompt in itertools.groupby(self.completions(step), key=lambda record: record["prompt_id"]):
+            records = list(same_prompt)
+            size = self.config.num_generations
+            if len(records) % size:
+                size = len(records)
+            groups += [
+                records[i : i + size] for i in range(0, len(records), size)
+            ]  # a prompt may be drawn twice in a row
         return groups
 
-    def group(self, step: int, number: int) -> list[dict]:
-        """One prompt's completions. Raises UiError where there are none."""
-        groups = self.groups(step)
-        if not 0 <= number < len(groups):
-            raise UiError(f"{self.name} has no completions {number + 1} of step {step}. Choose another step or prompt.")
-        return groups[number]
-
     def tokens(self, step: int) -> dict | None:
-        """The line of tokens.jsonl of a step: {step, prompt_id, completions: [{tokens, logprobs, advantages, ...}]}."""
-        return next(iter(self._lines("tokens.jsonl", step)), None)
+        """The group of a step that was logged token by token: {step, prompt_id, completions: [{tokens, logprobs, ...}]}.
 
-    def log_tail(self, n: int = 20) -> str:
-        """The last n lines of console.log."""
-        return tail(self.file("console.log"), n)
+        None if the step has none. Raises UiError if the file is damaged.
+        """
+        name = f"tokens/{step:06d}.json"
+        path = self.file(name)
+        return parsed(path.read_bytes(), name, "prompt_id", "completions") if path.is_file() else None
 
-    def _lines(self, name: str, step: int) -> list[dict]:
+    def _metrics(self) -> Iterator[bytes]:
+        """The complete lines of metrics.jsonl, one a step."""
+        with opened(self.file("metrics.jsonl")) as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+    def _records(self, name: str, *fields: str) -> list[dict]:
         with opened(self.file(name)) as file:
-            whole = end_of_lines(file)
-            start, end = (seek_step(file, s, whole) for s in (step, step + 1))
-            file.seek(start)
-            return [parsed(line, name) for line in file.read(end - start).split(b"\n") if line]
+            return [parsed(line, name, *fields) for line in file if line.strip()]
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether it lies in this folder, where no link has led to."""
+    """Whether a path lies in this folder once its links are resolved."""
     try:
         return path.resolve().is_relative_to(folder)
-    except (OSError, RuntimeError):  # of somebody else, or links in a circle
+    except (OSError, RuntimeError):  # it belongs to another user, or links form a circle
         return False
 
 
 @functools.lru_cache(64)
-def config_of(path: str, written: int) -> Config:
-    """The settings in a file. written: when, so that it is read once."""
-    return read_yaml(path)
+def config_of(path: Path, modified: int) -> Config:
+    """The settings in a file, read once for each time of modification."""
+    return read_yaml(str(path))
 
 
-def thinned(values, points: int = POINTS) -> list:
-    """At most so many of them, evenly spaced, the first and the last among them."""
+@functools.lru_cache(4)
+def questions_of(path: Path, modified: int) -> tuple[list[dict], list[dict]]:
+    """The training rows and the held-out rows of the settings in a file, read once for each time of modification."""
+    c = config_of(path, modified)
+    return load_questions(c)[:2]
+
+
+def thinned(values: Sequence, points: int = POINTS) -> list:
+    """At most `points` of the values, evenly spaced, the first and the last among them."""
     if len(values) <= points:
         return list(values)
     return [values[round(i * (len(values) - 1) / (points - 1))] for i in range(points)]
 
 
 def opened(path: Path) -> BinaryIO:
-    """For reading; as if empty where it is not there yet."""
+    """Open a file for reading; a missing one reads as an empty one."""
     return open(path if path.is_file() else os.devnull, "rb")
 
 
-def end_of_lines(file: BinaryIO, before: int | None = None) -> int:
-    """Where the last line that is there in full ends, before a place or at all: one may be being written."""
-    end = file.seek(0, os.SEEK_END) if before is None else before
-    while end > 0:
-        start = max(0, end - 2**16)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
-
-
-def step_at(file: BinaryIO, place: int) -> int:
-    """The step of the line that begins there; it is the first of its fields. Raises UiError where it has none."""
-    file.seek(place)
-    found = re.match(rb'\{"step": ?(\d+)', file.read(40))
-    if not found:
-        raise UiError(f"{Path(file.name).name} cannot be read at byte {place}. Remove the line there, or the file.")
-    return int(found[1])
-
-
-def seek_step(file: BinaryIO, step: int, whole: int) -> int:
-    """The place of the first line whose step is not less, `whole` where there is none. whole: from `end_of_lines`."""
-
-    def line_from(place: int) -> int:
-        """Where the first line begins that does not begin before this place."""
-        if place:
-            file.seek(place - 1)
-            file.readline()
-            return min(file.tell(), whole)
-        return 0
-
-    def step_from(place: int) -> float:
-        return step_at(file, start) if (start := line_from(place)) < whole else math.inf
-
-    return line_from(bisect.bisect_left(range(whole), step, key=step_from))
-
-
-def parsed(line: bytes, name: str) -> dict:
-    """One line of a .jsonl file. Raises UiError where it is damaged."""
+def parsed(text: bytes, name: str, *fields: str) -> dict:
+    """Parse a JSON object with these fields in the file `name`. Raises UiError if it is damaged."""
     try:
-        found = json.loads(line)
+        value = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UiError(f"{name} has a line that is not a JSON object: {line[:40]!r}. Remove that line.")
-    return found
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= set(fields):
+        what = " with ".join(filter(None, ["not a JSON object", ", ".join(fields)]))
+        raise UiError(f"{name} is damaged: {text[:40]!r} is {what}. Remove that line, or the file.")
+    return value
 
 
 def tail(path: Path, n: int) -> str:
-    """The last n lines of a text, as far as 64 KB hold them; empty where there is none."""
+    """The last n lines of a text file, at most 64 KB; empty if there is no file."""
     with opened(path) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
         return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-n:])
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process holds this lock: it is tried, and given back at once."""
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock: it is taken for a moment and released."""
     with PROBING:
         try:
             if path.is_file():
@@ -293,20 +267,20 @@ def is_held(path: Path) -> bool:
                     pass
         except filelock.Timeout:
             return True
-        except OSError:  # a folder that belongs to somebody else
+        except OSError:  # the folder belongs to another user
             pass
     return False
 
 
 def import_models() -> None:
-    """Import what loads and asks models, before a thread uses any of it: two threads that begin with transformers at once
-    get half of it each."""
+    """Import the packages that load models before a thread uses them: two threads that import transformers at the same
+    time get incomplete modules."""
     with IMPORTING:
         import rl.evaluate  # noqa: F401
 
 
-def in_words(error: BaseException) -> str:
-    """What the page says of an error. One that is a fault of this program is printed in full."""
+def describe_error(error: BaseException) -> str:
+    """The message for the person at the page. An unexpected error is printed in full."""
     if isinstance(error, (UiError, ConfigError, DataError, RewardError, RunError)):
         return str(error)
     traceback.print_exception(error)
@@ -314,28 +288,30 @@ def in_words(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def errors_said() -> Iterator[None]:
-    """Errors become what Gradio shows (gr.Error), with their text escaped: the page takes it for HTML."""
+def errors_shown() -> Iterator[None]:
+    """Turn errors into what Gradio shows (gr.Error), with the text escaped: the page takes it for HTML."""
     import gradio as gr
 
     try:
         yield
     except Exception as error:
-        raise gr.Error(html.escape(in_words(error)), print_exception=False) from None
+        raise gr.Error(html.escape(describe_error(error)), print_exception=False) from None
 
 
-def said(function: Callable, *first) -> Callable:
-    """An event handler, or a generator, with its first arguments, whose errors are said to the person."""
+def shows_errors(function: Callable, *first) -> Callable:
+    """An event handler or generator with its first arguments bound, whose errors are shown to the person at the page."""
     bound = functools.partial(function, *first)
 
     def call(*args):
-        with errors_said():
+        with errors_shown():
             return bound(*args)
 
     def generate(*args) -> Iterator:
-        with errors_said():
+        with errors_shown():
             yield from bound(*args)
 
     handler = functools.update_wrapper(generate if inspect.isgeneratorfunction(function) else call, function)
-    handler.__signature__ = inspect.signature(bound)  # by which Gradio knows what it wants to be told
+    handler.__signature__ = inspect.signature(
+        bound
+    )  # Gradio reads from it whether the handler takes an event or a request
     return handler

@@ -1,33 +1,29 @@
-"""The one thread that owns the models: it answers what the page asks, everybody's sides in turn, a decode step at a time.
+"""The thread that owns the models (ui/models.py): it answers the questions of the page, a few decode steps of each in turn.
 
-There is one base model at a time. Base and checkpoints are the same weights: each checkpoint is a LoRA beside the others,
-and every step of a side is made with its own switched on, or with none for the base. So two sides and several visitors are
-answered together. A side that needs another base waits until nobody is being answered with the one that is there.
-
-What is not used of a run's settings: its backend (the base is loaded by transformers, the engine is the project's own), and
-the adapter that it may have started from: the base is the model without any. Torch is imported by the thread.
+So two sides and several visitors are answered together. A side that needs another base model waits until the questions before
+it are answered. Only the thread imports torch.
 """
 
 import contextlib
-import dataclasses
-import gc
-import itertools
+import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from rl.config import Config, ConfigError
-from rl.fit.shapes import find_shape
-from ui.runs import Runs, UiError, import_models, in_words
+from grading import Score
+from rl.config import Config
+from ui.runs import Runs, describe_error, import_models
 
-AT_ONCE = 4  # questions that are answered together; others wait
-STALE = 2.0  # seconds after which a question is dropped whose page gives no sign of life
-UPDATE, BEAT = 0.1, 0.5  # seconds: between two updates of a side at the least, between two signs of life at the most
-ADAPTERS = 6  # checkpoints kept beside the base
-SMALL = 1e9  # parameters of a model that may answer from the CPU while a run holds the card
+AT_ONCE = 4  # questions that are answered together; later ones wait
+UPDATE = 0.1  # seconds between two updates of a question
+IDLE = 5.0  # seconds without work after which the thread looks whether a run needs the card
+OUT_OF_MEMORY = (
+    "Out of memory. Lower the samples a side (now {0.samples}) or the longest answer (now {0.max_tokens} tokens), close other "
+    "programs that use the memory, or choose a run with a smaller model."
+)
 
 Side = tuple[str, str] | None  # run and checkpoint; None: the base model
 
@@ -37,32 +33,33 @@ class Ask:
     """A question to two sides."""
 
     sides: tuple[Side, ...]
-    messages: tuple[list[dict], ...]  # of each side: its conversation, which ends with the question
-    run: str | None = None  # whose base model is meant, and whose system prompt the base gets; None: data/tiny
+    messages: tuple[list[dict], ...]  # the conversation of each side, which ends with the question
+    run: str | None = None  # gives the base model and its system prompt; None: data/tiny
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     seed: int = 0
     max_tokens: int = 256
     samples: int = 1
-    stop: threading.Event = field(default_factory=threading.Event, repr=False)  # set it, and the answers end
+    stop: threading.Event = field(default_factory=threading.Event, repr=False)  # set it to end the answers
 
 
 @dataclass(frozen=True)
 class Sample:
     """What a side has written so far."""
 
-    text: str  # raw, with what the chat template had already opened of the thinking
+    text: str  # raw, with the beginning of the thinking that the chat template has written
     token_ids: list[int]
     ended: bool
     truncated: bool  # at max_tokens
+    score: Score | None = None  # by the reward functions, once they have judged
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One side of a question as it stands."""
+    """The state of one side."""
 
     state: str = "waiting"  # loading, answering; done, stopped, failed
-    note: str = ""  # in words: what it waits for, or what went wrong
+    note: str = ""  # for the visitor: what it waits for, or what went wrong
     samples: tuple[Sample, ...] = ()
 
     @property
@@ -72,315 +69,166 @@ class Answer:
 
 @dataclass
 class Turn:
-    """The worker's side of a side."""
+    """One side while it is being answered."""
 
     ask: Ask
     side: Side
     messages: list[dict]
-    changed: threading.Event
     answer: Answer = Answer()
     config: Config | None = None
-    policy: object = None  # the base's, with this run's system prompt
+    base: tuple | None = None  # identifies the base model
+    policy: object = None  # the base model with the system prompt of this run
     adapter: str | None = None  # its name in the model
     engine: object = None
-    steps: Iterator | None = None  # advances it; None: not begun, or over
-    opening: str = ""
-    ended: dict = field(default_factory=dict)  # as the engine yields them
-    shown: float = 0.0
+    steps: Iterator | None = None  # yields the samples that end with each decode step
+    opening: str = ""  # the beginning of the thinking that the chat template has written
+    ended: dict = field(default_factory=dict)  # by sample: (token ids, log-probabilities, truncated)
 
-    @property
-    def base(self) -> tuple:
-        """What is loaded for it."""
-        return self.config.model, self.config.load_in_4bit, self.config.dtype, self.config.device
-
-    def say(self, state: str, note: str = "") -> None:
-        """How it stands: at once where that is new, else now and then. Where it is the end, what it held is free."""
-        now, is_new = time.monotonic(), (self.answer.state, self.answer.note) != (state, note)
-        if is_new or now - self.shown > UPDATE:
-            self.answer = Answer(state, note, self.samples() if self.policy else ())
-            self.shown = 0.0 if is_new else now  # the first token is shown at once too
-            if self.answer.over:
-                self.policy = self.engine = self.steps = None
-            self.changed.set()
+    def update(self, state: str, note: str = "") -> None:
+        self.answer = Answer(state, note, self.samples() if self.policy else ())
+        if self.answer.over:
+            self.policy = self.engine = self.steps = None
 
     def samples(self) -> tuple[Sample, ...]:
         drawn = {row.place: (row.ids, [], None) for row in self.engine.rows} if self.engine else {}
-        found = []
+        samples = []
         for place in range(self.ask.samples):
             ids, _, truncated = (drawn | self.ended).get(place, ([], [], None))
             text = self.opening + self.policy.decode(ids)
             if truncated is None:
-                text = text.rstrip("\ufffd")  # of a character only some bytes are there
-            found.append(Sample(text, list(ids), truncated is not None, bool(truncated)))
-        return tuple(found)
-
-
-class Job:
-    """A question with its turns, and when the page last gave a sign."""
-
-    def __init__(self, ask: Ask):
-        self.ask, self.changed, self.beat = ask, threading.Event(), time.monotonic()
-        self.turns = [Turn(ask, *both, self.changed) for both in zip(ask.sides, ask.messages, strict=True)]
-
-    @property
-    def over(self) -> bool:
-        return all(turn.answer.over for turn in self.turns)
+                text = text.rstrip("\ufffd")  # the first bytes of a character that is not complete
+            samples.append(Sample(text, list(ids), truncated is not None, bool(truncated)))
+        return tuple(samples)
 
 
 class Worker:
-    """Starts the thread. `answer` may be called from any other."""
+    """Starts the thread. `answer` and `load_ahead` may be called from any other."""
 
     def __init__(self, runs: Runs):
         self.runs = runs
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._jobs: list[Job] = []  # as they came
-        self._policy = self._base = None  # what is loaded, and what Turn.base that is
-        self._adapters: dict[tuple, str] = {}  # names in the model, the one that was used last at the end
-        self._on: str | None = "default"  # the adapter that is switched on
-        self._numbers, self._looked = itertools.count(1), time.monotonic()
+        self.models = None
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()  # functions to call in the thread
+        self._jobs: list[list[Turn]] = []  # the questions that are not answered yet, in the order of their arrival
         threading.Thread(target=self._work, name="models", daemon=True).start()
 
-    # --- called by the page
-
     def answer(self, ask: Ask) -> Iterator[tuple[Answer, ...]]:
-        """The sides as they grow, at least twice a second, until all are over. Whoever stops asking for more stops them."""
-        job = Job(ask)
-        self._inbox.put(job)
+        """Yield the state of the sides until all are over. Closing the iterator ends the answers."""
+        turns = [Turn(ask, side, messages) for side, messages in zip(ask.sides, ask.messages, strict=True)]
+        advanced = threading.Event()
+        advance = functools.partial(self._advance, turns, advanced)
+        self._jobs.append(turns)
+        self._inbox.put(advance)
         try:
             over = False
             while not over:
-                job.changed.wait(BEAT)
-                job.changed.clear()
-                job.beat, over = time.monotonic(), job.over
-                yield tuple(turn.answer for turn in job.turns)
+                advanced.wait()
+                advanced.clear()
+                answers = tuple(turn.answer for turn in turns)
+                over = all(answer.over for answer in answers)
+                if not over:
+                    if "answering" not in [answer.state for answer in answers]:
+                        time.sleep(UPDATE)
+                    self._inbox.put(advance)  # the thread continues while the page shows this update
+                yield answers
         finally:
-            if not job.over:
-                ask.stop.set()
+            ask.stop.set()
+            self._inbox.put(advance)  # frees what the sides hold if they are not over
+            self._jobs.remove(turns)
 
     def load_ahead(self, run: str | None) -> None:
-        """Load a run's base model, if there is none yet: the first question need not wait for it. Returns at once."""
-        job = Job(Ask((None,), ([],), run, samples=0))
-        job.beat = float("inf")
-        self._inbox.put(job)
+        """Load the base model of a run if there is none yet, so that the first question need not wait. Returns at once."""
+        self._inbox.put(functools.partial(self._load_first, run))
 
     # --- the thread
 
     def _work(self) -> None:
         import_models()
-        import torch
+        from ui.models import Models
 
-        self._threads = torch.get_num_threads()
-        with torch.no_grad():
-            while True:
-                try:
-                    self._receive()
-                    self._drop()
-                    self._round()
-                except (Exception, SystemExit) as error:  # a fault of this file: nobody is to wait for ever
-                    for turn in (turn for job in self._jobs for turn in job.turns):
-                        self._fail(turn, error)
+        self.models = Models(self.runs)
+        while True:
+            task = self._rest
+            with contextlib.suppress(queue.Empty):
+                task = self._inbox.get(timeout=IDLE)
+            try:
+                task()
+            except Exception:  # a mistake in this file: the thread has to go on
+                traceback.print_exc()
 
-    def _round(self) -> None:
-        """Begin what can be begun, and advance each side that is being answered."""
-        turns = [turn for job in self._jobs[:AT_ONCE] for turn in job.turns if not turn.answer.over]
-        for turn in [turn for job in self._jobs[AT_ONCE:] for turn in job.turns]:
-            turn.say("waiting", f"{AT_ONCE} other questions are being answered: this one waits for its turn")
-        going = [turn for turn in turns if turn.steps]
-        for turn in turns:
-            if turn.steps or not self._try(turn, self._settle):
-                continue
-            if going and turn.base != self._base:  # first come, first served
-                turn.say("waiting", f"waits for {turn.config.model}: {self._base[0]} is still being asked")
-                break
-            if self._try(turn, self._begin):
-                going.append(turn)
-        for turn in going:
-            self._try(turn, self._advance)
+    def _rest(self) -> None:
+        if not self._jobs:
+            self.models.make_way()
 
-    def _receive(self) -> None:
-        """Take in what was asked; wait for it where there is nothing else to do."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._inbox.get(block=not self._jobs, timeout=5)
-                if job.ask.samples or not self._policy:
-                    self._jobs.append(job)
-        if not self._jobs and self._policy and self._policy.device.type == "cuda" and self._run_on_card():
-            self._unload()  # the run gets the memory that an idle page holds
+    def _load_first(self, run: str | None) -> None:
+        if not self.models.policy:
+            with contextlib.suppress(Exception, SystemExit):  # the first question shows it
+                self.models.load(*self.models.settings(run))
 
-    def _drop(self) -> None:
-        """End what was stopped, or whose page is gone, and forget what is over."""
-        now = time.monotonic()
-        busy, self._looked = now - self._looked, now  # while this thread loads a model, a page may not come to its turn
-        for job in self._jobs:
-            if job.ask.stop.is_set() or now - job.beat > STALE + busy:
-                for turn in job.turns:
-                    if not turn.answer.over:
-                        turn.say("stopped", "stopped")
-        self._jobs = [job for job in self._jobs if not job.over]
-
-    def _try(self, turn: Turn, work: Callable[[Turn], None]) -> bool:
-        """Do a part of a turn's work, and say whether there is more to do; what goes wrong ends this turn alone."""
+    def _advance(self, turns: list[Turn], advanced: threading.Event) -> None:
+        """Advance the sides of a question, for UPDATE seconds or until the state of one changes."""
+        end = time.monotonic() + UPDATE
+        is_answering = True
         try:
-            work(turn)
-        except (Exception, SystemExit) as error:
-            self._fail(turn, error)
-        if turn.answer.state == "failed":  # the error is gone, and with it what its frames held
-            self._free()
-        return not turn.answer.over
+            while is_answering and time.monotonic() < end:
+                before = [turn.answer for turn in turns]
+                for turn in turns:
+                    if not turn.answer.over:
+                        self._step(turn)
+                if [turn.answer for turn in turns] != before:
+                    break
+                is_answering = any(turn.answer.state == "answering" for turn in turns)
+            for turn in turns:
+                if turn.answer.state == "answering":
+                    turn.update("answering")
+        finally:
+            advanced.set()
 
-    def _fail(self, turn: Turn, error: Exception) -> None:
+    def _step(self, turn: Turn) -> None:
+        """Make one decode step (a few on CUDA), or what comes before the first one. An error ends this side alone."""
         from rl.model.oom import is_out_of_memory
 
-        turn.policy = None  # it is not asked any more for what was written
-        out_of_memory = (
-            f"Out of memory. Lower the samples a side (now {turn.ask.samples}) or the longest answer (now "
-            f"{turn.ask.max_tokens} tokens), close what else uses the memory, or take a run with a smaller model."
-        )
-        turn.say("failed", out_of_memory if is_out_of_memory(error) else in_words(error))
-
-    # --- what a turn goes through
-
-    def _settle(self, turn: Turn) -> None:
-        """Find its run's settings, and where its model is to be."""
-        if turn.config:
-            return
-        name = turn.side[0] if turn.side else turn.ask.run
-        config = self.runs.get(name).config if name else Config()
-        device = self._device(config)
-        turn.config = dataclasses.replace(
-            config, adapter=None, backend="transformers", optim="adamw_torch", gradient_checkpointing=False,
-            device=device, dtype="auto" if device == "cpu" and config.device != "cpu" else config.dtype,
-        )  # fmt: skip
-
-    def _device(self, config: Config) -> str:
-        """cpu or cuda. Raises UiError where a run holds the card and the model is too large for the CPU."""
-        import torch
-
-        if config.device == "cpu" or not torch.cuda.is_available():
-            return "cpu"
-        run = self._run_on_card()
-        if run and find_shape(config.model).parameters > SMALL:
-            raise UiError(
-                f"{run} is training on the card, and {config.model} is too large to answer from the CPU. Wait for its end, or "
-                "stop it in the tab Watch: it saves."
-            )
-        return "cpu" if run else "cuda"
-
-    def _run_on_card(self) -> str | None:
-        for name in self.runs.running():
-            with contextlib.suppress(UiError, ConfigError):
-                if self.runs.get(name).config.device != "cpu":
-                    return name
-        return None
+        try:
+            if turn.ask.stop.is_set():
+                turn.update("stopped", "stopped")
+            elif not turn.steps:
+                self._begin(turn)
+            else:
+                self.models.step(turn)
+                is_done = len(turn.ended) == turn.ask.samples
+                if is_done or not turn.answer.samples[0].token_ids:  # the first token is shown at once
+                    turn.update("done" if is_done else "answering")
+        except (Exception, SystemExit) as error:
+            turn.policy = None  # it may not be able to decode the samples
+            note = OUT_OF_MEMORY.format(turn.ask) if is_out_of_memory(error) else describe_error(error)
+            turn.update("failed", note)
+        if turn.answer.state == "failed":  # here the error is gone, and what its frames held
+            self.models.free()
 
     def _begin(self, turn: Turn) -> None:
-        """Have its model and its LoRA there, and put the question."""
-        import torch
+        """Load the model and the LoRA of a side and put its question, once no question before it is in the way."""
+        if not turn.config:
+            turn.config, turn.base = self.models.settings(turn.side[0] if turn.side else turn.ask.run)
+        if note := self._waits_for(turn):
+            return turn.update("waiting", note)
+        if self.models.base != turn.base:
+            if turn.answer.state != "loading":  # the page shows it before the thread is busy
+                return turn.update("loading", f"loads {turn.config.model}")
+            self.models.load(turn.config, turn.base)
+        in_use = {other.adapter for turns in list(self._jobs) for other in turns if other.steps}
+        self.models.put_question(turn, in_use)
+        turn.update("answering")
 
-        from rl.model.engine import Engine
-        from rl.model.hf_generate import HFGenerate
-        from rl.model.sampling import Sampling
-
-        if self._base != turn.base:
-            turn.say("loading", f"loads {turn.config.model}")
-            self._load(turn)
-        ask, config = turn.ask, turn.config
-        if not ask.samples:
-            return turn.say("done")
-        policy = dataclasses.replace(
-            self._policy, system_prompt=config.system_prompt, chat_template_kwargs=config.chat_template_kwargs
-        )
-        turn.adapter = self._adapter(*turn.side) if turn.side else None
-        prompt, room = policy.encode_prompt(turn.messages), policy.context_length or 2**31
-        if len(prompt) >= room:
-            raise UiError(
-                f"The question with the chat so far has {len(prompt):,} tokens, and the model reads {room:,} at most, with its "
-                "answer. Start a new chat, or shorten the question."
-            )
-        room -= len(prompt)
-        self._switch(turn.adapter)  # the engine may fold it into scratch weights of its own
-        sampling, generator = Sampling(ask.temperature, top_p=ask.top_p), torch.Generator(policy.device)
-        generator.manual_seed(ask.seed)
-        how = policy, [prompt], ask.samples, min(ask.max_tokens, room), sampling, generator, ask.samples
-        turn.engine = Engine(*how) if policy.decoder else None  # without one the answer comes as a whole
-        turn.steps = turn.engine.steps() if turn.engine else HFGenerate(*how).run()
-        turn.policy, turn.opening = policy, policy.opened_thinking(turn.messages)
-        turn.say("answering")
-
-    def _advance(self, turn: Turn) -> None:
-        """One decode step; on CUDA a few."""
-        self._switch(turn.adapter)
-        turn.ended |= next(turn.steps)
-        turn.say("done" if len(turn.ended) == turn.ask.samples else "answering")
-
-    # --- the model
-
-    def _load(self, turn: Turn) -> None:
-        import torch
-
-        from rl.model.policy import KEEPS_FREED_BELOW_HIDDEN, load_policy
-
-        self._unload()
-        self._policy = load_policy(turn.config)
-        self._base = turn.base
-        # Of a small model a second thread costs more than it does, twenty times where a run trains on the same cores.
-        is_small = self._policy.model.config.get_text_config().hidden_size < KEEPS_FREED_BELOW_HIDDEN
-        torch.set_num_threads(1 if is_small else self._threads)
-
-    def _unload(self) -> None:
-        self._policy = self._base = None
-        self._adapters, self._on = {}, "default"
-        self._free()
-
-    def _free(self) -> None:
-        import torch
-
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _switch(self, adapter: str | None) -> None:
-        """Let this LoRA be on; None: no LoRA at all."""
-        if adapter == self._on:
-            return
-        model, self._on = self._policy.model, adapter
-        if adapter is None:
-            model.base_model.disable_adapter_layers()
-        else:
-            model.base_model.enable_adapter_layers()
-            model.set_adapter(adapter, inference_mode=True)
-
-    def _adapter(self, run: str, checkpoint: str) -> str:
-        """The name in the model of a checkpoint's LoRA, which is loaded if it is not there. Raises ConfigError."""
-        found = self.runs.get(run)
-        if checkpoint not in (there := found.checkpoints()):
-            raise UiError(f"{run} has no checkpoint {checkpoint!r}. It has {', '.join(there) or 'none yet'}.")
-        weights = found.file(f"checkpoints/{checkpoint}/adapter_model.safetensors")
-        folder = weights.parent
-        if not weights.is_file():
-            raise ConfigError(f"adapter: {folder} has no adapter_model.safetensors: choose another checkpoint")
-        key = weights, weights.stat().st_mtime_ns
-        name = self._adapters.pop(key, None) or self._read(folder)
-        self._adapters[key] = name
-        return name
-
-    def _read(self, folder: Path) -> str:
-        """Load a LoRA beside the others, of which one that nobody asks is dropped where there are many."""
-        from safetensors import SafetensorError
-
-        model, name = self._policy.model, f"checkpoint{next(self._numbers)}"
-        self._switch("default")
-        used = {turn.adapter for job in self._jobs for turn in job.turns if turn.steps}
-        for key, old in list(self._adapters.items()):
-            if len(self._adapters) >= ADAPTERS and old not in used:
-                model.delete_adapter(self._adapters.pop(key))
-        try:
-            found = model.load_adapter(folder, name, torch_device=str(self._policy.device))
-            if found.missing_keys or found.unexpected_keys:
-                raise ValueError("some of its matrices have no counterpart")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            if name in model.peft_config:
-                model.delete_adapter(name)
-            why = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ConfigError(f"adapter: {folder} cannot be put on {model.config.name_or_path}: {why}") from error
-        return name
+    def _waits_for(self, turn: Turn) -> str:
+        """What a side waits for, in words; empty if it can begin. First come, first served."""
+        jobs = [turns for turns in list(self._jobs) if not turns[0].ask.stop.is_set()]
+        for place, turns in enumerate(jobs):
+            if place >= AT_ONCE:
+                return f"{AT_ONCE} other questions are being answered: this one waits for its turn"
+            for other in turns:
+                if other is turn:
+                    return ""
+                if not other.answer.over and other.base != turn.base:
+                    return (
+                        f"waits for {turn.config.model}: {other.base[0] if other.base else 'another model'} is in use"
+                    )
+        return ""

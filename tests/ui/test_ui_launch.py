@@ -24,9 +24,17 @@ SHORT = (
 def test_the_command(launcher):
     command = launcher.command("configs/tiny.yaml", "--max-steps 20 --system-prompt 'a b; $(rm) `x` && y'")
     assert command == [
-        sys.executable, "train.py", "--config", "configs/tiny.yaml", "--max-steps", "20",
-        "--system-prompt", "a b; $(rm) `x` && y", "--output-dir", str(launcher.runs.folder / "tiny-1"),
-    ]  # fmt: skip
+        sys.executable,
+        "train.py",
+        "--config",
+        "configs/tiny.yaml",
+        "--max-steps",
+        "20",
+        "--system-prompt",
+        "a b; $(rm) `x` && y",
+        "--output-dir",
+        str(launcher.runs.folder / "tiny-1"),
+    ]
     (launcher.runs.folder / "tiny-1").mkdir()
     assert launcher.command("configs/tiny.yaml", "")[-1] == str(launcher.runs.folder / "tiny-2")
     resumed = ["--max-steps", "30", "--resume", str(launcher.runs.folder / "a")]
@@ -53,7 +61,7 @@ def test_commands_that_are_refused(launcher, recipe, settings, says):
 
 def test_what_cannot_be_started_or_stopped(folder, launcher):
     with filelock.FileLock(folder / "a/lock"):
-        with pytest.raises(UiError, match="a is running, and has the machine. Stop it first"):
+        with pytest.raises(UiError, match="a is running. Stop it first"):
             launcher.start(["never"])
         with pytest.raises(UiError, match="it is running"):
             launcher.resume_command("a", "")
@@ -72,13 +80,13 @@ def test_a_run_is_started_watched_found_again_and_stopped(folder, served):
     client = served()
     _, command = client.predict("configs/tiny.yaml", SHORT, api_name="/show_command")
     assert command.endswith(f"--device cpu --output-dir {folder}/tiny-1")
-    became, timer = client.predict("configs/tiny.yaml", f"--max-steps 2000 {SHORT}", api_name="/start_run")
-    assert became.startswith(command.split(" --prompts")[0]) and timer["active"]
-    with pytest.raises(Exception, match="is running, and has the machine"):
+    started, timer = client.predict("configs/tiny.yaml", f"--max-steps 2000 {SHORT}", api_name="/start_run")
+    assert started.startswith(command.split(" --prompts")[0]) and timer["active"]
+    with pytest.raises(Exception, match="is running. Stop it first"):
         client.predict("configs/tiny.yaml", SHORT, api_name="/start_run")
     found = until(client, lambda f: "Running: step" in f["status"] and "step 0 of" not in f["status"])
     assert found["timer"]["value"] == 2 and "of 2000, about" in found["status"]
-    assert os.getsid(pid := int(found["became"].split("process ")[1].split(".")[0])) == pid, "outlives the page"
+    assert os.getsid(pid := int(found["started"].split("process ")[1].split(".")[0])) == pid, "outlives the page"
 
     again = served()  # the page is loaded anew
     found = watched(again)
@@ -87,17 +95,17 @@ def test_a_run_is_started_watched_found_again_and_stopped(folder, served):
     assert len(shown[0]["data"]) == 2 and shown[6].startswith("entropy, in this group") and shown[7]
     with pytest.raises(Exception, match="a is not running"):
         again.predict("a", api_name="/stop_run")
-    assert "it ends after the step it is at, and saves" in again.predict("tiny-1", api_name="/stop_run")
+    assert "it ends after the current step, and saves" in again.predict("tiny-1", api_name="/stop_run")
     found = until(client, lambda f: "Stopped before its end" in f["status"] and f["timer"]["value"] == 10)
-    assert "ended with exit code 0" in found["became"] and Runs(folder).get("tiny-1").checkpoints()
+    assert "ended with exit code 0" in found["started"] and Runs(folder).get("tiny-1").checkpoints()
     assert "step_" in found["log"]
 
 
 def test_a_wrong_setting_is_shown_with_the_exit_code(folder, served):
     client = served()
     client.predict("configs/tiny.yaml", "--lerning-rate 1", api_name="/start_run")
-    found = until(client, lambda f: "exit code" in f["became"])
-    assert "exit code 1" in found["became"] and "Did you mean 'learning_rate'?" in found["became"]
+    found = until(client, lambda f: "exit code" in f["started"])
+    assert "exit code 1" in found["started"] and "did you mean learning_rate?" in found["started"]
     assert not (folder / "tiny-1").exists()
 
 
@@ -109,7 +117,7 @@ def test_a_run_that_is_killed(folder, launcher):
         time.sleep(0.1)
     os.kill(launcher.process.pid, signal.SIGKILL)
     launcher.process.wait()
-    assert "ended with exit code -9. Its last lines:\n" in launcher.words()
+    assert "ended with exit code -9. Its last lines:\n" in launcher.describe()
     found = followed(launcher, "tiny-1")
     assert found["status"].startswith("Stopped before its end: step")
     assert launcher.resume_command("tiny-1", "")[2] == "--resume"

@@ -11,7 +11,7 @@ from conftest import fill_lora
 pytest.importorskip("gradio")
 
 from gradio_client import Client  # noqa: E402
-from test_ui_compare import HOSTILE, ONE, make_run  # noqa: E402
+from test_ui_compare_tab import HOSTILE, ONE, make_run  # noqa: E402
 from test_ui_worker import PERTURBED, QUESTION, plain  # noqa: E402
 
 from rl.config import Config  # noqa: E402

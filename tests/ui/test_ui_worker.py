@@ -1,9 +1,11 @@
 """The thread that owns the models: the base is the base, whatever else goes on; stopping; what goes wrong, in words."""
 
 import dataclasses
+import gc
 import shutil
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rl.config import Config
 from rl.model.policy import load_policy, save_adapter
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
+from ui import models
 from ui import worker as module
 from ui.runs import Runs
 from ui.worker import Ask, Worker
@@ -121,7 +124,7 @@ def test_the_base_is_the_base_where_nothing_can_be_folded(made, worker, monkeypa
     monkeypatch.setattr("rl.model.policy.unsupported", lambda model: "it is a test")
     other = Worker(made[0])
     assert said(last(other, ONE, None)) == [made[1]["one"], made[1]["base"]]
-    assert other._policy.decoder is None
+    assert other.models.policy.decoder is None
 
 
 @pytest.mark.parametrize("folds", [True, False])
@@ -152,7 +155,7 @@ def test_two_visitors_at_once(made, worker, folds, monkeypatch):
 def test_it_streams_and_the_first_token_comes_soon(made):
     worker = Worker(made[0])
     worker.load_ahead("one")
-    while not worker._policy:
+    while not (worker.models and worker.models.policy):
         time.sleep(0.01)
     begun, first, lengths = time.monotonic(), None, []
     for answers in worker.answer(ask(None, BABBLES, max_tokens=400)):
@@ -184,15 +187,17 @@ def test_three_cancels_in_a_row(made, worker):
     assert said(last(worker, None, ONE)) == [made[1]["base"], made[1]["one"]]
 
 
-def test_a_page_that_is_gone_is_not_answered(made, worker, monkeypatch):
-    monkeypatch.setattr(module, "STALE", 0.3)
+def test_a_closed_iterator_leaves_nothing(made, worker):
+    """As Gradio closes it when a page is gone."""
     _, answering = started(worker, None, BABBLES, max_tokens=400)
-    with_engines = [turn for job in worker._jobs for turn in job.turns]
-    until = time.monotonic() + 5
-    while worker._jobs and time.monotonic() < until:
-        time.sleep(0.05)
-    assert worker._jobs == [] and all(turn.engine is None and turn.steps is None for turn in with_engines)
-    assert list(answering)[-1][1].state == "stopped"
+    (turns,) = worker._jobs
+    engines = [weakref.ref(turn.engine) for turn in turns]
+    del turns
+    answering.close()
+    assert worker._jobs == []
+    assert said(last(worker, None, ONE)) == [made[1]["base"], made[1]["one"]]
+    gc.collect()
+    assert not any(engine() for engine in engines), "they hold the cache"
 
 
 def test_questions_wait_for_their_turn(made, worker, monkeypatch):
@@ -257,7 +262,7 @@ def test_adapters_that_are_broken_or_do_not_fit(made, worker, tmp_path):
         assert said([base]) == [texts["base"]]
         assert broken.state == "failed" and broken.note.startswith("adapter: ") and folder.name in broken.note, name
         assert "\n" not in broken.note
-    assert set(worker._policy.model.peft_config) == {"default", *worker._adapters.values()}
+    assert set(worker.models.policy.model.peft_config) == {"default", *worker.models.adapters.values()}
     assert said(last(worker, None, ONE)) == [texts["base"], texts["one"]]
     for folder in folders.values():
         shutil.rmtree(folder)
@@ -275,14 +280,14 @@ def test_a_checkpoint_of_another_base_does_not_fit(made, worker):
 
 def test_many_checkpoints(made, worker, monkeypatch):
     """Of those that nobody asks, some are dropped; one that is written anew is read anew."""
-    monkeypatch.setattr(module, "ADAPTERS", 2)
+    monkeypatch.setattr(models, "ADAPTERS", 2)
     runs, texts = made
     first = runs.folder / "one/checkpoints/step_000001"
     for i in range(2, 6):
         shutil.copytree(first, first.with_name(f"step_00000{i}"))
     for i in (1, 2, 3, 4, 5, 1):
         assert said(last(worker, None, ("one", f"step_00000{i}"))) == [texts["base"], texts["one"]]
-        assert len(worker._policy.model.peft_config) <= 1 + 2
+        assert len(worker.models.policy.model.peft_config) <= 1 + 2
     babbling = (runs.folder / "babbles/checkpoints/step_000001/adapter_model.safetensors").read_bytes()
     (first.with_name("step_000005") / "adapter_model.safetensors").write_bytes(babbling)
     assert said(last(worker, ("one", "step_000005")))[0] != texts["one"]
@@ -327,8 +332,11 @@ def test_what_goes_wrong_is_said_and_ends_one_question_alone(made, worker, monke
 def test_a_run_that_trains_on_the_card_keeps_it(made, worker, monkeypatch):
     config = Config(device="auto", dtype="bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert worker._device(config) == "cuda" and worker._device(dataclasses.replace(config, device="cpu")) == "cpu"
-    monkeypatch.setattr(Worker, "_run_on_card", lambda self: "one")
-    assert worker._device(config) == "cpu"
-    with pytest.raises(module.UiError, match="one is training on the card, and Qwen/Qwen3-8B is too large"):
-        worker._device(Config(model="Qwen/Qwen3-8B"))
+    assert (
+        worker.models.device(config) == "cuda"
+        and worker.models.device(dataclasses.replace(config, device="cpu")) == "cpu"
+    )
+    monkeypatch.setattr(models.Models, "run_on_card", lambda self: "one")
+    assert worker.models.device(config) == "cpu"
+    with pytest.raises(models.UiError, match="one is training on the card, and Qwen/Qwen3-8B is too large"):
+        worker.models.device(Config(model="Qwen/Qwen3-8B"))

@@ -2,13 +2,13 @@
 
 import pytest
 
-from ui import learn
+from ui import learn_tab
 from ui.runs import UiError
 
 
 def test_gae_moves_from_the_td_error_to_the_whole_return():
     episode = [["a", 0, 0.5], ["b", 1, 0.25]]
-    words, table, advantages, errors = learn.gae(episode, 1.0, 0.5, 0.0)
+    words, table, advantages, errors = learn_tab.gae(episode, 1.0, 0.5, 0.0)
     # delta = 0 + 0.25 - 0.5, 1 - 0.25; A_1 = -0.25 + 0.5 x 0.75; lambda 1: 1 - 0.5
     assert table == [[1, -0.25, 0.125, 0.5, 0.625, 1.0], [2, 0.75, 0.75, 0.75, 1.0, 1.0]]
     chosen = advantages[advantages["series"] == "chosen lambda"]
@@ -20,12 +20,12 @@ def test_gae_moves_from_the_td_error_to_the_whole_return():
         and bias[1.0] == pytest.approx(0, abs=1e-6)
     )
     assert "lambda 0.5: bias 0.375, spread 0.000" in words
-    discounted = learn.gae(episode, 0.5, 1.0, 0.0)[1]
+    discounted = learn_tab.gae(episode, 0.5, 1.0, 0.0)[1]
     assert [row[3] for row in discounted] == [0.0, 0.75]
 
 
 def test_more_lambda_is_less_bias_and_more_spread():
-    _, _, _, errors = learn.gae(learn.EPISODE, 1.0, 0.95, 1.0)
+    _, _, _, errors = learn_tab.gae(learn_tab.EPISODE, 1.0, 0.95, 1.0)
     of = {name: errors[errors["series"] == name]["y"].tolist() for name in ("bias", "spread")}
     assert of["bias"][-1] == pytest.approx(0, abs=1e-5) and of["bias"][0] == pytest.approx(0.3, abs=1e-5)
     assert of["spread"] == sorted(of["spread"])
@@ -34,11 +34,11 @@ def test_more_lambda_is_less_bias_and_more_spread():
 
 def test_an_episode_with_a_hole_is_refused():
     for row in (["a", "x", 1], ["a", 1, None], ["a", 1, ""], ["a", float("nan"), 0], ["a"]):
-        with pytest.raises(UiError, match="where a number belongs"):
-            learn.gae([["b", 0, 0], row], 1.0, 1.0, 0.1)
-    for episode, expected in (([], "where a number belongs"), ([["a", 0, 0]] * 51, "at most 50")):
+        with pytest.raises(UiError, match="where two numbers belong"):
+            learn_tab.gae([["b", 0, 0], row], 1.0, 1.0, 0.1)
+    for episode, expected in (([], "where two numbers belong"), ([["a", 0, 0]] * 51, "at most 50")):
         with pytest.raises(UiError, match=expected):
-            learn.gae(episode, 1.0, 1.0, 0.1)
+            learn_tab.gae(episode, 1.0, 1.0, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_an_episode_with_a_hole_is_refused():
     ],
 )
 def test_the_clip_says_whether_the_gradient_is_cut(ratio, advantage, expected, objective, slope):
-    words, drawn = learn.clip(ratio, advantage, 0.2, 0.28)
+    words, drawn = learn_tab.clip(ratio, advantage, 0.2, 0.28)
     assert expected in words and f"Objective {objective}" in words.replace("-0.000", "0.000")
     assert words.replace("-0.", "0.").endswith(f"by the ratio {slope}.")
     point = drawn[drawn["series"] == "your token"]
@@ -61,5 +61,5 @@ def test_the_clip_says_whether_the_gradient_is_cut(ratio, advantage, expected, o
 
 
 def test_each_playground_has_its_entry_of_the_terms():
-    assert "A_t = delta_t + gamma lam A_{t+1}" in learn.term("GAE") and "###" not in learn.term("GAE")
-    assert "clip(ratio, 1 - epsilon, 1 + epsilon_high)" in learn.term("PPO clip")
+    assert "A_t = delta_t + gamma lam A_{t+1}" in learn_tab.term("GAE") and "###" not in learn_tab.term("GAE")
+    assert "clip(ratio, 1 - epsilon, 1 + epsilon_high)" in learn_tab.term("PPO clip")

@@ -14,8 +14,9 @@ import gradio as gr
 import pytest
 import yaml
 from conftest import asked_in_a_run
+from watching import write_rollouts
 
-from ui import lab
+from ui import learn_tab, rewards_tab
 from ui.runs import Page, Runs, UiError
 
 REWARDS = """
@@ -42,23 +43,38 @@ def page(tmp_path):
     """A run of one step on three questions, four completions; its reward was lax: it paid for any box."""
     questions, rows, folder = asked_in_a_run(tmp_path)
     settings = {
-        "train_data": [str(questions)], "train_questions": 100, "eval_questions": 1, "num_generations": 2,
+        "train_data": [str(questions)],
+        "train_questions": 100,
+        "eval_questions": 1,
+        "num_generations": 2,
         "reward_weights": {"correct": 2.0},
-    }  # fmt: skip
+    }
     defaults = {"eval_data": [], "columns": {}, "seed": 0, "reward_funcs": []}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | defaults))
     lines = [
         {
-            "step": 3, "prompt_id": row["id"], "task": "t", "prompt": row["prompt"], "completion": text,
-            "finish_reason": "stop", "tokens": tokens, "reward": 2.0, "rewards": {"correct": 1.0}, "metrics": {},
-            "verdict": "right", "reasons": {"correct": "right"}, "advantage": 0.0,
+            "step": 3,
+            "prompt_id": row["id"],
+            "task": "t",
+            "prompt": row["prompt"],
+            "completion": text,
+            "finish_reason": "stop",
+            "tokens": tokens,
+            "reward": 2.0,
+            "rewards": {"correct": 1.0},
+            "metrics": {},
+            "verdict": "right",
+            "reasons": {"correct": "right"},
+            "advantage": 0.0,
         }
         for row, text, tokens in (
-            (rows[0], "\\boxed{1}", 9), (rows[0], "\\boxed{2}", 3), (rows[1], "\\boxed{2}", 9),
+            (rows[0], "\\boxed{1}", 9),
+            (rows[0], "\\boxed{2}", 3),
+            (rows[1], "\\boxed{2}", 9),
             (rows[1], "x" * 50_000 + SCRIPT + "\\boxed{7}", 9),
         )
-    ]  # fmt: skip
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ]
+    write_rollouts(folder, lines)
     (folder / "rewards.py").write_text("from grading import reward\n@reward\ndef correct(completion):\n    return 1\n")
     (tmp_path / "rewards.py").write_text(REWARDS)
     return Page(Runs(tmp_path / "runs"), None, True, tmp_path / "rewards.py")
@@ -67,7 +83,7 @@ def page(tmp_path):
 def score(page, text, given="", source=REWARDS, **asked):
     asked = {"name": None, "step": None, "number": None, "question": "1 + 1?", "cut": False} | asked
     places = (asked[name] for name in ("name", "step", "number", "question"))
-    return lab.score(page, *places, given, text, asked["cut"], source)
+    return rewards_tab.score(page, *places, given, text, asked["cut"], source)
 
 
 def cells(table):
@@ -95,7 +111,7 @@ def test_a_pasted_completion_is_scored_with_weights_total_and_verdict(page):
 
 
 def test_a_completion_of_a_run_is_taken_and_scored_as_the_run_did(page):
-    words, table, question, given, text, cut = lab.pick(page, "mine", 3, 2)
+    words, table, question, given, text, cut = rewards_tab.pick(page, "mine", 3, 2)
     assert words == "In the run: total 2, right." and cells(table)["correct"] == ["1", "", "", "right"]
     assert (question, text, cut) == ("0 + 1?", "\\boxed{2}", False) and json.loads(given)["answer"] == "1"
     place = {"name": "mine", "step": 3, "number": 2, "question": question}
@@ -106,7 +122,7 @@ def test_a_completion_of_a_run_is_taken_and_scored_as_the_run_did(page):
 
 
 def test_a_very_long_completion_is_cut_for_display_and_scored_whole(page):
-    _, _, question, given, text, _ = lab.pick(page, "mine", 3, 4)
+    _, _, question, given, text, _ = rewards_tab.pick(page, "mine", 3, 4)
     assert len(text) < 21_000 and "more characters are not shown" in text and SCRIPT not in text
     words, table = score(page, text, given, name="mine", step=3, number=4, question=question)
     assert cells(table)["correct"][-1] == "wrong: 7 is not 2"
@@ -114,13 +130,15 @@ def test_a_very_long_completion_is_cut_for_display_and_scored_whole(page):
 
 def test_what_is_not_there_is_said(page):
     for place, expected in (
-        (("mine", 3, 5), "has the completions 1 to 4"), (("mine", 9, 1), "no completions of step 9"),
-        (("../mine", 3, 1), "There is no run"), ((None, None, None), "There is no run"),
-    ):  # fmt: skip
+        (("mine", 3, 5), "has the completions 1 to 4"),
+        (("mine", 9, 1), "no completions of step 9"),
+        (("../mine", 3, 1), "There is no run"),
+        ((None, None, None), "There is no run"),
+    ):
         with pytest.raises(UiError, match=expected):
-            lab.pick(page, *place)
+            rewards_tab.pick(page, *place)
     (page.runs.folder.parent / "q.jsonl").unlink()
-    words, _, _, given, text, _ = lab.pick(page, "mine", 3, 1)
+    words, _, _, given, text, _ = rewards_tab.pick(page, "mine", 3, 1)
     assert "q.jsonl" in words and given == "" and text == "\\boxed{1}"
 
 
@@ -145,7 +163,7 @@ def test_a_file_that_fails_is_said_with_its_line(page, more, expected):
 
 @pytest.mark.parametrize("loop", ["while True: print('<b>on and on</b>' * 99)", "import time; time.sleep(99)"])
 def test_a_function_that_hangs_is_ended_and_named(page, loop, monkeypatch):
-    monkeypatch.setattr(lab, "SECONDS", 1.0)
+    monkeypatch.setattr(rewards_tab, "SECONDS", 1.0)
     started = time.monotonic()
     words, table = score(page, "x", source=f"{REWARDS}@reward\ndef endless(c):\n    {loop}\n")
     assert time.monotonic() - started < 10
@@ -153,7 +171,7 @@ def test_a_function_that_hangs_is_ended_and_named(page, loop, monkeypatch):
 
 
 def test_what_a_function_starts_does_not_outlive_it(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(lab, "SECONDS", 2.0)
+    monkeypatch.setattr(rewards_tab, "SECONDS", 2.0)
     pid = tmp_path / "pid"
     more = f"""
 import subprocess
@@ -185,8 +203,8 @@ def test_html_that_is_printed_or_given_as_a_reason_stays_text(page):
 # --- a step once more
 
 
-def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
-    words, table = lab.rescore(page, "mine", 3, REWARDS)
+def test_a_step_is_scored_again_old_to_new(page):
+    words, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
     assert words.startswith("4 completions of step 3 by rewards.py:")
     figures = {line.split()[0]: line.split()[1:] for line in words.splitlines() if line.startswith("  ")}
     assert figures["correct"] == ["1.0000", "0.5000", "2"]
@@ -203,93 +221,90 @@ def test_a_step_is_scored_again_old_to_new(page, monkeypatch):
     ]
     assert table[2][2:5] == ["2", "2", "right"]
     assert SCRIPT in table[0][7] and len(table[0][7]) == 80
-    words, table = lab.rescore(page, "mine", 3, REWARDS.replace('"math"', '"math", weight=9'))
+    words, table = rewards_tab.rescore(page, "mine", 3, REWARDS.replace('"math"', '"math", weight=9'))
     assert "2.0000      1.0500" in words, "the run's weight counts"
-    monkeypatch.setattr(lab, "SHOWN_ROWS", 2)
-    words, table = lab.rescore(page, "mine", 3, REWARDS)
-    assert "The 2 that change most are shown" in words and [row[0] for row in table] == [4, 2]
-    words, table = lab.rescore(page, "mine", 3, REWARDS + "1 / 0\n")
+    words, table = rewards_tab.rescore(page, "mine", 3, REWARDS + "1 / 0\n")
     assert "ZeroDivisionError" in words and table == []
 
 
 def test_questions_that_are_gone_are_left_out(page):
-    rollouts = page.runs.get("mine").path / "rollouts.jsonl"
+    rollouts = page.runs.get("mine").path / "rollouts/000003.jsonl"
     rollouts.write_text(rollouts.read_text().replace('"q0"', '"gone"'))
-    words, table = lab.rescore(page, "mine", 3, REWARDS)
+    words, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
     assert "2 are left out" in words and [row[0] for row in table] == [4, 3]
-    assert "not in the run's data" in lab.pick(page, "mine", 3, 1)[0]
+    assert "not in the run's data" in rewards_tab.pick(page, "mine", 3, 1)[0]
 
 
 # --- the editor
 
 
 def test_the_file_is_saved_whole_and_what_does_not_import_is_kept_beside(page):
-    file, draft = lab.places(page)
+    file, draft = rewards_tab.places(page)
     os.chmod(file, 0o640)
-    _, shown, loaded = lab.read_file(page, A)
-    assert shown == loaded == REWARDS and "nothing to save" in lab.save(page, shown.strip(), loaded, A)[0]
-    words, loaded = lab.save(page, REWARDS + "def broken(:", loaded, A)
+    _, shown, loaded = rewards_tab.read_file(page, A)
+    assert shown == loaded == REWARDS and "nothing to save" in rewards_tab.save(page, shown.strip(), loaded, A)[0]
+    words, loaded = rewards_tab.save(page, REWARDS + "def broken(:", loaded, A)
     assert "Not saved: rewards.py:14: SyntaxError" in words and file.read_text() == loaded == REWARDS
-    words, shown, loaded = lab.read_file(page, A)  # another visit
+    words, shown, loaded = rewards_tab.read_file(page, A)  # another visit
     assert "changes that are not in rewards.py" in words and shown == REWARDS + "def broken(:\n"
     assert loaded == REWARDS
     better = REWARDS.replace("<= 3", "<= 4")
-    words, loaded = lab.save(page, better, loaded, A)
+    words, loaded = rewards_tab.save(page, better, loaded, A)
     assert words.startswith("Saved. Its rewards: correct 1, short 0.2.") and file.read_text() == loaded == better
     assert stat.S_IMODE(file.stat().st_mode) == 0o640 and not draft.exists()
     assert sorted(f.name for f in file.parent.iterdir()) == ["q.jsonl", "rewards.py", "runs"]
 
 
 def test_a_file_that_changed_meanwhile_is_not_written_over(page):
-    file, draft = lab.places(page)
+    file, draft = rewards_tab.places(page)
     file.write_text(REWARDS + "# by another editor\n")
-    words, _ = lab.save(page, REWARDS + "# mine\n", REWARDS, A)
+    words, _ = rewards_tab.save(page, REWARDS + "# mine\n", REWARDS, A)
     assert (
         "may have changed since it was read. Press Save once more" in words
         and "another" in file.read_text()
         and "mine" in draft.read_text()
     )
-    words, shown, loaded = lab.drop(page, A)
+    words, shown, loaded = rewards_tab.drop(page, A)
     assert shown == loaded == file.read_text() and not draft.exists()
-    words, loaded = lab.save(page, REWARDS + "# mine\n", None, A)  # the page has forgotten what it read
-    assert "once more" in words and lab.save(page, REWARDS + "# mine\n", loaded, A)[0].startswith("Saved")
+    words, loaded = rewards_tab.save(page, REWARDS + "# mine\n", None, A)  # the page has forgotten what it read
+    assert "once more" in words and rewards_tab.save(page, REWARDS + "# mine\n", loaded, A)[0].startswith("Saved")
 
 
 def test_what_is_not_saved_scores_and_changes_no_file(page):
-    file, draft = lab.places(page)
+    file, draft = rewards_tab.places(page)
     words, _ = score(page, "\\boxed{2}", "2", source=REWARDS.replace("weight=0.2", "weight=0.25"))
     assert "By rewards.py, with what is not saved: total" in words and file.read_text() == REWARDS
     assert "By rewards.py: total" in score(page, "\\boxed{2}", "2")[0]
-    lab.keep(page, REWARDS + "# mine", A)  # as it is typed
-    assert draft.read_text() == REWARDS + "# mine\n" == lab.read_file(page, A)[1]
-    lab.keep(page, REWARDS, A)
+    rewards_tab.keep(page, REWARDS + "# mine", A)  # as it is typed
+    assert draft.read_text() == REWARDS + "# mine\n" == rewards_tab.read_file(page, A)[1]
+    rewards_tab.keep(page, REWARDS, A)
     assert not draft.exists(), "as in the file again"
 
 
 def test_no_window_touches_the_edits_of_another(page):
-    file, draft = lab.places(page)
-    lab.read_file(page, A), lab.read_file(page, B)
-    assert "is kept in rewards.draft.py" in lab.keep(page, REWARDS + "# of A", A)
-    assert "nothing to save" in lab.save(page, REWARDS, REWARDS, B)[0]
+    file, draft = rewards_tab.places(page)
+    rewards_tab.read_file(page, A), rewards_tab.read_file(page, B)
+    assert "is kept in rewards.draft.py" in rewards_tab.keep(page, REWARDS + "# of A", A)
+    assert "nothing to save" in rewards_tab.save(page, REWARDS, REWARDS, B)[0]
     for source in (REWARDS, REWARDS + "# of B"):
-        assert "has the edits of another window" in lab.keep(page, source, B)
-    words, loaded = lab.save(page, REWARDS + "# of B", REWARDS, B)
+        assert "has the edits of another window" in rewards_tab.keep(page, source, B)
+    words, loaded = rewards_tab.save(page, REWARDS + "# of B", REWARDS, B)
     assert words.startswith("Saved") and "of B" in file.read_text() and "of A" in draft.read_text()
-    assert lab.read_file(page, B)[1] == REWARDS + "# of A\n", "the window goes on with those"
-    assert "another window" in lab.keep(page, REWARDS + "# of A, more", A)
+    assert rewards_tab.read_file(page, B)[1] == REWARDS + "# of A\n", "the window goes on with those"
+    assert "another window" in rewards_tab.keep(page, REWARDS + "# of A, more", A)
 
 
 def test_what_is_typed_while_save_checks_is_kept(page):
-    file, draft = lab.places(page)
+    file, draft = rewards_tab.places(page)
     slow = REWARDS + "import time; time.sleep(1.5)\n"
-    lab.read_file(page, A)
+    rewards_tab.read_file(page, A)
     with ThreadPoolExecutor() as threads:
-        saving = threads.submit(lab.save, page, slow, REWARDS, A)
+        saving = threads.submit(rewards_tab.save, page, slow, REWARDS, A)
         time.sleep(0.7)
-        lab.keep(page, slow + "# typed meanwhile", A)
+        rewards_tab.keep(page, slow + "# typed meanwhile", A)
         assert saving.result()[0].startswith("Saved")
         assert file.read_text() == slow and draft.read_text() == slow + "# typed meanwhile\n"
-        list(threads.map(lambda n: [lab.keep(page, f"{REWARDS}# {n}", A) for _ in range(100)], range(4)))
+        list(threads.map(lambda n: [rewards_tab.keep(page, f"{REWARDS}# {n}", A) for _ in range(100)], range(4)))
     assert re.fullmatch(re.escape(REWARDS) + r"# \d\n", draft.read_text())
 
 
@@ -314,8 +329,8 @@ def test_a_row_that_cannot_be_used_does_not_blame_the_file(page):
 
 def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
     page.editable = False
-    monkeypatch.setattr(subprocess, "Popen", None)
-    words, table, _, _, text, _ = lab.pick(page, "mine", 3, 2)  # what the run has saved
+    monkeypatch.setattr("ui.reward_process.Popen", None)
+    words, table, _, _, text, _ = rewards_tab.pick(page, "mine", 3, 2)  # what the run has saved
     assert "total 2, right" in words and text == "\\boxed{2}"
     offered = {f.api_name for f in built(page).fns.values()}
     assert offered == {"choose", "pick", "gae", "clip"}
@@ -326,13 +341,14 @@ def test_on_a_page_for_others_nothing_is_written_or_run(page, monkeypatch):
 
 def built(page):
     with gr.Blocks(analytics_enabled=False) as blocks:
-        lab.build(page)
+        rewards_tab.build(page)
+        learn_tab.build(page)
     return blocks
 
 
 def test_neither_the_page_nor_reward_code_waits_for_imports_it_does_not_need():
-    code = "import sys; from ui import apart; print({'gradio', 'pandas'} & set(sys.modules))\n"
-    code += "from ui import lab; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys; from ui import reward_process; print({'gradio', 'pandas'} & set(sys.modules))\n"
+    code += "from ui import rewards_tab; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["set()", "set()"], done.stderr
 
@@ -351,7 +367,7 @@ def test_the_tabs_answer_over_http(page, monkeypatch):
         assert "total 0.2, wrong" in words and table["data"][0][0] == "correct"
         words, _ = client.predict("mine", 3, REWARDS, api_name="/rescore")
         assert "verdicts: 2 right -> wrong" in words
-        monkeypatch.setattr(lab, "SECONDS", 3.0)
+        monkeypatch.setattr(rewards_tab, "SECONDS", 3.0)
         endless = REWARDS + "@reward\ndef endless(c):\n    while True: pass\n"
         job = client.submit("mine", 3, 2, *fields, endless, api_name="/score")
         assert client.predict(1.5, 1, 0.2, 0.28, api_name="/clip")[0].startswith("The gradient is CUT")

@@ -15,7 +15,7 @@ gr = pytest.importorskip("gradio")
 from gradio.helpers import special_args  # noqa: E402
 
 from grading import Score  # noqa: E402
-from ui import chat, compare  # noqa: E402
+from ui import chat, compare_tab  # noqa: E402
 from ui.chat import BASE, Session  # noqa: E402
 from ui.runs import Page, Runs, UiError  # noqa: E402
 from ui.worker import Answer, Sample  # noqa: E402
@@ -27,10 +27,19 @@ ONE = "one/step_000001"
 
 def record(key, verdict, text="", **more):
     return {
-        "id": key, "task": "sums", "question": f"question {key}", "expected": "13", "completion": text or f"\\boxed{{{verdict}}}",
-        "verdict": verdict, "thinks": False, "finish_reason": "stop", "tokens": 9, "reward": 0.1,
-        "rewards": {"correct": float(verdict == "right"), "passes_tests": None}, "reasons": {"correct": f"{verdict}: so"},
-    } | more  # fmt: skip
+        "id": key,
+        "task": "sums",
+        "question": f"question {key}",
+        "expected": "13",
+        "completion": text or f"\\boxed{{{verdict}}}",
+        "verdict": verdict,
+        "thinks": False,
+        "finish_reason": "stop",
+        "tokens": 9,
+        "reward": 0.1,
+        "rewards": {"correct": float(verdict == "right"), "passes_tests": None},
+        "reasons": {"correct": f"{verdict}: so"},
+    } | more
 
 
 def make_run(folder, name="one"):
@@ -81,7 +90,7 @@ def page(tmp_path):
 
 def ask(page, session, question="What is 6 + 7?", expected="", blind=False, left=BASE, right=ONE, how=GREEDY):
     """The last outputs: chats, verdicts, tables, status, vote, question."""
-    return list(compare.answer(page, session, left, right, blind, question, expected, *how))[-1]
+    return list(compare_tab.answer(page, session, left, right, blind, question, expected, *how))[-1]
 
 
 def texts(chatbot):
@@ -93,7 +102,7 @@ def texts(chatbot):
 
 def test_a_held_out_question_is_judged(page):
     session = Session()
-    question, number = chat.put(page, session, BASE, ONE, 3)
+    question, number = chat.take_held_out(page, session, BASE, ONE, 3)
     assert number == 3 and question == session.held_out["prompt"]
     page.worker.sides = ["\\boxed{99}"], [f"<think>so</think>\\boxed{{{session.held_out['answer']}}}"]
     *chats, left, right, of_left, of_right, status, _, _, _ = ask(page, session, question)
@@ -113,8 +122,8 @@ def test_a_held_out_question_is_judged(page):
     assert (asked.temperature, asked.max_tokens, asked.samples) == (0, 40, 1)
     for wrong in (0, 99, -1, None):
         with pytest.raises(UiError, match="they are numbered from 1 to 8"):
-            chat.put(page, session, BASE, ONE, wrong)
-    assert 1 <= chat.draw(page, session, BASE, ONE)[1] <= 8
+            chat.take_held_out(page, session, BASE, ONE, wrong)
+    assert 1 <= chat.draw_held_out(page, session, BASE, ONE)[1] <= 8
 
 
 def test_a_question_of_ones_own_has_no_verdict_without_an_expected_answer(page):
@@ -146,14 +155,14 @@ def test_reward_functions_that_fail_or_hang(page, monkeypatch):
         "while True: pass": "No verdict: rewards.py gave no answer within 1 s, it was in bad, line 4.",
     }
     for code, words in failing.items():
-        monkeypatch.setattr(chat, "JUDGING", 1 if "while" in code else 30)
+        monkeypatch.setattr(chat, "SECONDS", 1 if "while" in code else 30)
         file.write_text(f"from grading import reward\n@reward\ndef bad(completion):\n    {code}\n")
         *chats, left, right, _, _, _, _, _, _ = ask(page, session, expected="13")
         assert left.startswith("no verdict. Expected: 13. " + words[:10]) and words in left, left
         assert texts(chats[0])[-1] == "\\boxed{14}"
     file.write_text("def bad(:\n")
     assert "rewards.py" in ask(page, session, expected="13")[2]
-    monkeypatch.setattr(chat, "JUDGING", 30)
+    monkeypatch.setattr(chat, "SECONDS", 30)
     file.write_text(good)  # nothing of the one that hung is in the way
     started = time.monotonic()
     assert ask(page, session, expected="13")[3] == "correct. Reward 1.1. Expected: 13"
@@ -175,26 +184,18 @@ def test_samples_and_their_rates(page):
 
 
 def test_verdicts_in_words():
-    sample = Sample("x", [1], True, False)
-    cut = Sample("x", [1], True, True)
+    def verdict(name=None, reason="", judge="correct", ended=True, truncated=False):
+        score = Score(0.0, {"correct": 0.0}, {}, {"correct": reason}, name, judge) if name else None
+        return chat.verdict(Sample("x", [1], ended, truncated, score), 9)
 
-    def score(verdict, reason="", judge="correct"):
-        return Score(0.0, {"correct": 0.0}, {}, {"correct": reason}, verdict, judge)
-
-    said = {
-        chat.verdict(sample, score("right"), 9): "correct",
-        chat.verdict(sample, score("wrong", "wrong: 3 is not 4"), 9): "wrong",
-        chat.verdict(sample, score("wrong", "no_answer"), 9): "no answer",
-        chat.verdict(cut, score("wrong"), 9): "cut off after 9 tokens",
-        chat.verdict(cut, None, 9): "cut off after 9 tokens",
-        chat.verdict(sample, None, 9): "no verdict",
-        chat.verdict(sample, score("ungraded", "sandbox_error: gone"), 9): "ungraded: sandbox_error: gone",
-        chat.verdict(
-            sample, score("wrong", judge=None), 9
-        ): "no verdict: none of the rewards that apply here can judge",
-        chat.verdict(Sample("x", [1], False, False), None, 9): "stopped: no verdict",
-    }
-    assert all(found == expected for found, expected in said.items())
+    assert verdict("right") == "correct"
+    assert verdict("wrong", "wrong: 3 is not 4") == "wrong"
+    assert verdict("wrong", "no_answer") == "no answer"
+    assert verdict("wrong", truncated=True) == verdict(truncated=True) == "cut off after 9 tokens"
+    assert verdict() == "no verdict"
+    assert verdict("ungraded", "sandbox_error: gone") == "ungraded: sandbox_error: gone"
+    assert verdict("wrong", judge=None) == "no verdict: none of the rewards that apply here can judge"
+    assert verdict(ended=False) == "stopped: no verdict"
 
 
 # --- a chat
@@ -206,16 +207,16 @@ def test_a_blind_chat_goes_on_where_a_question_fails(page):
     page.worker.fails = True
     *_, status, voting, question, _ = ask(page, session, "too long", blind=True)
     assert status == "Failed: it fails" and voting.visible and len(session.rounds) == 1 and session.rounds[0].hidden
-    assert compare.put_back(session, "") == "too long" and compare.put_back(session, "typed") == "typed"
+    assert compare_tab.put_back(session, "") == "too long" and compare_tab.put_back(session, "typed") == "typed"
     page.worker.fails = False
     ask(page, session, "And then?", blind=True)
-    assert len(session.rounds) == 2 and compare.put_back(session, "") == ""
-    assert "Left was" in compare.vote(0, session)[-1]
+    assert len(session.rounds) == 2 and compare_tab.put_back(session, "") == ""
+    assert "Left was" in compare_tab.vote(0, session)[-1]
 
 
 def test_follow_up_turns_are_each_sides_own(page):
     session = Session()
-    question, _ = chat.put(page, session, BASE, ONE, 1)
+    question, _ = chat.take_held_out(page, session, BASE, ONE, 1)
     ask(page, session, question)
     *chats, left, _, _, _, _, _, _, _ = ask(page, session, "Are you sure?")
     assert "Your own question" in left and len(texts(chats[0])) == 4 and len(texts(chats[1])) == 6
@@ -224,15 +225,15 @@ def test_follow_up_turns_are_each_sides_own(page):
     assert [m["content"] for m in messages[1]] == [question, "<think>so</think>\\boxed{13}", "Are you sure?"]  # raw
     ask(page, session, question)  # a held-out question begins a new chat
     assert len(session.rounds) == 1 and len(page.worker.asks[-1].messages[0]) == 1
-    compare.new_chat(session)
-    assert compare.panes(session)[0].value == [] and chat.files(session) == (None, None)
+    compare_tab.new_chat(session)
+    assert compare_tab.panes(session)[0].value == [] and chat.files(session) == (None, None)
 
 
 def test_a_new_chat_ends_the_old_answers(page):
     session = Session()
-    answering = compare.answer(page, session, BASE, ONE, False, "What?", "", *GREEDY)
+    answering = compare_tab.answer(page, session, BASE, ONE, False, "What?", "", *GREEDY)
     next(answering), next(answering)
-    compare.new_chat(session)
+    compare_tab.new_chat(session)
     assert list(answering) == [] and page.worker.asks[0].stop.is_set() and session.rounds == []
 
 
@@ -252,7 +253,7 @@ def test_blind_until_the_vote(page, monkeypatch):
             assert all(sample.keys() == {"text", "tokens"} for sample in samples)
             monkeypatch.setattr(chat.random, "random", lambda: 0.5)
             outputs = ask(page, session, "And then?", blind=True)
-        left, right, *verdicts, _, _, voting, status = compare.vote(better, session)
+        left, right, *verdicts, _, _, voting, status = compare_tab.vote(better, session)
         assert all(verdict.startswith("no verdict. Your own question") for verdict in verdicts)
         assert (
             f"{winner} " in status.partition("Votes for:")[2]
@@ -262,7 +263,7 @@ def test_blind_until_the_vote(page, monkeypatch):
         )
         assert len(session.rounds) == 3
         with pytest.raises(UiError, match="nothing to vote on"):
-            compare.vote(0, session)
+            compare_tab.vote(0, session)
     assert session.votes == {ONE: 1, BASE: 2, "neither": 1}
     ask(page, session)  # not blind: a new chat, with the sides as chosen
     assert len(session.rounds) == 1 and page.worker.asks[-1].sides == (None, ("one", "step_000001"))
@@ -304,7 +305,7 @@ def test_thinking_folds_when_it_is_over():
     def shown(*how):
         return [
             (m["content"][0]["text"], m["metadata"].get("title"), m["metadata"].get("status"))
-            for m in compare.bubbles(*how)
+            for m in compare_tab.bubbles(*how)
         ]
 
     assert shown("<think>a", False) == [("a", "Thinking", "pending")]
@@ -331,7 +332,7 @@ def evaluated(page):
 
 
 def test_what_changed(evaluated):
-    text, which, rows, *of_one = compare.changed(*evaluated, "all")
+    text, which, rows, *of_one = compare_tab.changed(*evaluated, "all")
     assert of_one == ["", "", ""]
     assert text.startswith("1 fixed, 1 broke, 1 both right, 2 both wrong of 5. before -> after: 2/5 correct (40%")
     assert text.endswith(" Not graded, and counted as wrong: 1 before, 0 after.")
@@ -345,8 +346,8 @@ def test_what_changed(evaluated):
     assert ("both wrong (2)", "both wrong") in which.choices and max(
         len(str(cell)) for row in rows for cell in row
     ) < 100
-    assert [row[0] for row in compare.changed(*evaluated, "both wrong")[2]] == [4, 5]
-    question, before, after = compare.opened(*evaluated, SimpleNamespace(row_value=["1", "fixed"]))
+    assert [row[0] for row in compare_tab.changed(*evaluated, "both wrong")[2]] == [4, 5]
+    question, before, after = compare_tab.open_question(*evaluated, SimpleNamespace(row_value=["1", "fixed"]))
     assert question == "1 (fixed): question q0\nExpected: 13"
     assert before.startswith("wrong, reward 0.1, 9 tokens, ended by itself\ncorrect 0 wrong: so\n\nxxx")
     assert before.endswith("(30,000 more characters are not shown)") and after.endswith(HOSTILE)
@@ -355,7 +356,7 @@ def test_what_changed(evaluated):
 def test_a_click_on_the_table_reaches_its_handler(evaluated):
     """Gradio tells by the annotation that it wants to know of the click."""
     with gr.Blocks() as blocks:
-        compare.build(evaluated[0])
+        compare_tab.build(evaluated[0])
     (table,) = (key for key, block in blocks.blocks.items() if getattr(block, "elem_id", None) == "changed-table")
     (handler,) = (f for f in blocks.fns.values() if (table, "select") in f.targets)
     click = gr.SelectData(None, {"index": [0, 1], "value": "fixed", "row_value": [1, "fixed"]})
@@ -364,9 +365,9 @@ def test_a_click_on_the_table_reaches_its_handler(evaluated):
 
 
 def test_nothing_to_compare_yet(page):
-    assert compare.changed(page, None, None, None, "all")[0].startswith("There is no evaluation yet")
+    assert compare_tab.changed(page, None, None, None, "all")[0].startswith("There is no evaluation yet")
     with pytest.raises(UiError, match="has no evaluation '../config'"):
-        compare.changed(page, "one", "../config", "after", "all")
+        compare_tab.changed(page, "one", "../config", "after", "all")
 
 
 # --- the choice of the sides
@@ -376,7 +377,7 @@ def test_the_newest_checkpoint_stands_on_the_right(page):
     known = [BASE]
 
     def values(*chosen):
-        known[:], _, left, right = compare.refresh(page, list(known), *chosen)
+        known[:], _, left, right = compare_tab.refresh(page, list(known), *chosen)
         return [left.value, right.value]
 
     assert values(BASE, BASE) == [BASE, BASE]
