@@ -18,7 +18,7 @@ from grading import Score, outcome_of, prompt_text
 from rl.config import Config
 from ui.reward_process import reward_rows, score_completions
 from ui.runs import Page, Run, UiError, config_of, import_models, questions_of
-from ui.worker import Answer, Ask, Sample
+from ui.turns import Answer, Ask, Sample
 
 BASE = "the base model"
 SIDES = "left", "right"

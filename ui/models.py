@@ -21,7 +21,7 @@ from rl.model.hf_generate import HFGenerate
 from rl.model.policy import KEEPS_FREED_BELOW_HIDDEN, load_policy
 from rl.model.sampling import Sampling
 from ui.runs import Runs, UiError
-from ui.worker import Turn
+from ui.turns import Turn
 
 ADAPTERS = 6  # checkpoints that stay loaded beside the base
 SMALL = 1e9  # parameters of a model that may answer from the CPU while a run holds the card

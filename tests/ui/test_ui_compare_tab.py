@@ -18,7 +18,7 @@ from grading import Score  # noqa: E402
 from ui import chat, compare_tab  # noqa: E402
 from ui.chat import BASE, Session  # noqa: E402
 from ui.runs import Page, Runs, UiError  # noqa: E402
-from ui.worker import Answer, Sample  # noqa: E402
+from ui.turns import Answer, Sample  # noqa: E402
 
 GREEDY = True, 1.0, 1.0, 0, 0, 1
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & **bold**  <b>\n</think> $$x$$'

@@ -105,7 +105,7 @@ def test_a_wrong_setting_is_shown_with_the_exit_code(folder, served):
     client = served()
     client.predict("configs/tiny.yaml", "--lerning-rate 1", api_name="/start_run")
     found = until(client, lambda f: "exit code" in f["started"])
-    assert "exit code 1" in found["started"] and "did you mean learning_rate?" in found["started"]
+    assert "exit code 1" in found["started"] and "Did you mean 'learning_rate'?" in found["started"]
     assert not (folder / "tiny-1").exists()
 
 

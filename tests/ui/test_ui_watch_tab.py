@@ -20,7 +20,7 @@ from watching import (  # noqa: E402
     write_tokens,
 )
 
-from rl.run.report import standard_deviation  # noqa: E402
+from rl.run.metrics import standard_deviation  # noqa: E402
 from ui import watch_tab  # noqa: E402
 from ui.launch import Launcher  # noqa: E402
 from ui.runs import Runs  # noqa: E402

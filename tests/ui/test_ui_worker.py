@@ -19,7 +19,8 @@ from rl.rollout import rollout
 from ui import models
 from ui import worker as module
 from ui.runs import Runs
-from ui.worker import Ask, Worker
+from ui.turns import Ask
+from ui.worker import Worker
 
 QUESTION = "2 + 5 + 6 - 6 + 6 = ?"
 SYSTEM = "Ben has 4 dollars. Ben finds 9."
@@ -322,7 +323,7 @@ def test_what_goes_wrong_is_said_and_ends_one_question_alone(made, worker, monke
     assert "the model reads 512 at most" in notes["too long"]
     (runs.folder / "gone").mkdir()
     (runs.folder / "gone/config.yaml").write_text("model: nobody/nothing\ndevice: cpu\n")
-    assert last(worker, None, run="gone")[0].note.startswith("model: nobody/nothing cannot be loaded")
+    assert last(worker, None, run="gone")[0].note.startswith("model: nobody/nothing is neither")
     (runs.folder / "gone/config.yaml").write_text("modle: data/tiny\n")
     assert "modle" in last(worker, None, run="gone")[0].note
     shutil.rmtree(runs.folder / "gone")
