@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.sides import has_gpu, write_json  # noqa: E402
-from rl.config import first_line  # noqa: E402
+from grading.base import first_line  # noqa: E402
 
 LIMIT = 480  # seconds of a part
 LAST_LINES = 30  # kept of a part that did not pass

@@ -7,7 +7,8 @@ import httpx
 import huggingface_hub
 
 from export.settings import Source
-from rl.config import ConfigError, RunError, first_line
+from grading.base import first_line
+from rl.config import ConfigError, RunError
 
 HOW_TO_USE = """
 

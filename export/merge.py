@@ -18,7 +18,8 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 
-from rl.config import ConfigError, RunError, first_line
+from grading.base import first_line
+from rl.config import ConfigError, RunError
 from rl.run.files import describe_write_error, fsync_path
 
 # Settings of a saved adapter that make it more than A and B on linear layers.

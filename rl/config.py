@@ -42,11 +42,6 @@ class ConfigError(Exception):
     """A setting is wrong. The message is one line that names it and what to change."""
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 @dataclass
 class Config:
     # --- the model

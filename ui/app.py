@@ -29,7 +29,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
-from rl.config import first_line  # noqa: E402
+from grading.base import first_line  # noqa: E402
 from ui import compare_tab, learn_tab, rewards_tab, watch_tab  # noqa: E402
 from ui.runs import Page, Runs  # noqa: E402
 from ui.worker import Worker  # noqa: E402

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import gradio as gr
 from gradio.context import Context
 
-from rl.config import first_line
+from grading.base import first_line
 from ui import chat
 from ui.chat import BASE, SIDES, Session, cut
 from ui.runs import Page, UiError, shows_errors

@@ -22,7 +22,8 @@ import filelock
 
 from data import DataError, load_questions
 from grading import RewardError
-from rl.config import Config, ConfigError, RunError, first_line
+from grading.base import first_line
+from rl.config import Config, ConfigError, RunError
 from rl.run.read_config import read_yaml
 
 POINTS = 500  # the most points of a curve

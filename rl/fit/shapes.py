@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl.config import ConfigError, first_line
+from grading.base import first_line
+from rl.config import ConfigError
 
 # The dimensions of common models by their name on the Hub, so that nothing is downloaded for them.
 KNOWN = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))

@@ -17,7 +17,8 @@ import torch
 # Taken before Unsloth puts one of its own in this place, which is always reentrant: rl/model/logprobs.py and rl/model/decoder.py need this.
 from torch.utils.checkpoint import checkpoint as checkpoint
 
-from rl.config import Config, ConfigError, first_line
+from grading.base import first_line
+from rl.config import Config, ConfigError
 
 LINEAR_LAYERS = [
     "q_proj",

@@ -10,7 +10,8 @@ from typing import Literal, TypeVar
 
 import torch
 
-from rl.config import Config, ConfigError, first_line
+from grading.base import first_line
+from rl.config import Config, ConfigError
 
 T = TypeVar("T")
 AUTO_SHRUNK = ("rollout_batch_size", "max_tokens_per_micro_batch")  # settings that are halved when memory runs out

@@ -24,7 +24,8 @@ import transformers  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
-from rl.config import Config, ConfigError, first_line  # noqa: E402
+from grading.base import first_line  # noqa: E402
+from rl.config import Config, ConfigError  # noqa: E402
 from rl.model.backends import (  # noqa: E402
     LINEAR_LAYERS,
     choose_device,

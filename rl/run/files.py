@@ -8,7 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
-from rl.config import RunError, first_line
+from grading.base import first_line
+from rl.config import RunError
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
