@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from grading.sandbox.cases import called_names, parse_tests
+
 
 class Format(NamedTuple):
     """One set's way of writing rows. `convert` raises KeyError, TypeError or ValueError for a row that is not so."""
@@ -65,7 +67,7 @@ def _mbpp(row: dict, question: str, setup: str, more_tests) -> dict:
     if len(tests) > 1:
         shown = f"Your code must pass this test:\n{tests[0]}"
     else:
-        shown = f"It is called {', '.join(called_names(tests, program))}."
+        shown = f"It is called {', '.join(sorted(called_names(parse_tests(tests, None, setup))))}."
     prompt = f"{question.strip()}\n{shown}"
     setup = setup.replace("\r\n", "\n")
     return {"id": f"mbpp/{row['task_id']}", "prompt": prompt, "tests": tests, "setup": setup, "solution": program}
@@ -93,14 +95,6 @@ def _before_function(program: str, name: str) -> str:
         raise ValueError(f"the prompt does not define {name}")
     first_line = min([functions[-1].lineno, *(decorator.lineno for decorator in functions[-1].decorator_list)])
     return "\n".join(program.split("\n")[: first_line - 1]).strip()
-
-
-def called_names(tests: str | list, program: str) -> list[str]:
-    """The top-level functions and classes of a program that its tests (Python code) name."""
-    source = tests if isinstance(tests, str) else "\n".join(tests)
-    named = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    defined = [node.name for node in ast.parse(program).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    return [name for name in dict.fromkeys(defined) if name in named]
 
 
 def _texts(value) -> list[str]:
