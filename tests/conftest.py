@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the network
 if os.environ.get("PYTEST_XDIST_WORKER"):  # two processes, each with a thread: more would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests are of the CPU; bench/gpu_check.py is for a GPU
+
+
+def pytest_configure(config):
+    """Hide the GPU from all tests but those of `pytest -m gpu`."""
+    selected = config.option.markexpr
+    if os.environ.get("GPU_TESTS_ON_CPU") or "gpu" not in selected or "not gpu" in selected:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,392 @@
+"""Ponder beside another trainer: seconds and memory of the same training step, in interleaved rounds.
+
+    make bench                                                  TRL, the bundled tiny model
+    .venv-trl/bin/python bench/vs_peer.py --model qwen3-1.7b    random weights of that shape (bench/memory.py)
+    .venv-trl/bin/python bench/vs_peer.py --until 80            seconds until 80 % of a step's completions are right
+    .venv-unsloth/bin/python bench/vs_peer.py --peer unsloth    Unsloth; on a CPU its fallback
+
+To be run in an environment that has the peer beside what Ponder needs. The sides are two processes with the same packages and as
+many threads; while one works, the other waits. They have the same model and LoRA, prompts, group size, length limit, sampling,
+reward and loss (GRPO with `dapo`, no KL, one AdamW step per roll-out). First their log-probabilities are compared. On the tiny
+model they start from a LoRA that train.py has trained for 10 steps, when completions are longer than at the start; a tiny
+learning rate keeps them so.
+
+Ratios are peer / Ponder: above 1 is better for Ponder. A round's figure is the median of its steps; the table has the median of
+the rounds, the ratios also with the lowest and the highest round. Ponder's roll-out includes scoring, since completions are
+scored as they end; the peer's scoring (about 1 ms) counts as update. Ponder's steps are those of train.py without its logs.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from bench.memory import SHAPES  # noqa: E402
+from data import QuestionSampler, load_questions  # noqa: E402
+from grading import Rewards, reward  # noqa: E402
+from rl.config import Config  # noqa: E402
+from rl.model.backends import choose_device, choose_dtype, import_backend  # noqa: E402
+
+WARM_UP = 2  # steps of each side before the first round
+MICRO_BATCH = (
+    64  # rows of the peer's forward passes: of 32, 64, 128 and 256, TRL is the fastest with these on two cores
+)
+FIGURES = {
+    "rollout": "roll-out, s",
+    "update": "update, s",
+    "step": "step, s",
+    "memory": "memory, MB",
+    "tokens": "tokens",
+}
+# fmt: off
+SAME = {  # settings of the peer's trainer, the same as Ponder's; Unsloth's defaults differ from TRL's
+    "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "scale_rewards": "group", "mask_truncated_completions": False,
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "optim": "adamw_torch", "weight_decay": 0.0, "warmup_steps": 0,
+    "lr_scheduler_type": "constant", "gradient_checkpointing": False, "shuffle_dataset": False, "save_strategy": "no",
+    "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
+}
+# fmt: on
+
+
+def is_right(text: str, answer: str) -> float:
+    """The reward of both sides: 1 if the last box of the text holds the answer."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    return float(bool(boxed) and boxed[-1].strip() == answer)
+
+
+def now(device) -> float:
+    """The clock, after the GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Ponder:
+    def __init__(self, settings: dict):
+        started = time.perf_counter()
+        self.config = Config(**settings)
+        self.config.check()
+        import_backend(self.config)  # Unsloth has to be imported before transformers
+        from rl.advantages import Advantages
+        from rl.model.policy import load_policy
+        from rl.update import Updater
+
+        @reward
+        def boxed_answer(completion):
+            return is_right(completion.text, completion.row["answer"])
+
+        rows, _, _ = load_questions(self.config)
+        self.policy = load_policy(self.config)
+        self.rewards = Rewards(Path(__file__), [boxed_answer.reward])
+        questions = self.policy.encode(rows)
+        self.questions = QuestionSampler(questions, 0, self.config.seed)
+        count = self.config.max_steps * self.config.prompts_per_step
+        self.order = QuestionSampler(questions, 0, self.config.seed).take(count, 1)  # the questions of all steps
+        self.advantages = Advantages(self.policy, self.rewards, self.config)
+        self.updater = Updater(self.policy, None, self.config)
+        self.generator = torch.Generator(self.policy.device).manual_seed(self.config.seed)
+        self.done = 0
+        self.loading = time.perf_counter() - started
+
+    def step(self) -> dict[str, float]:
+        from rl.rollout import collect
+        from rl.run.monitor import peak_memory_mb
+
+        device = self.policy.device
+        self.done += 1
+        started = now(device)
+        episodes = collect(self.policy, self.questions, self.rewards, self.generator, self.config, self.done)
+        collected = now(device)
+        self.advantages.compute(episodes)
+        self.updater.update(episodes)
+        ended = now(device)
+        return {
+            "rollout": collected - started,
+            "update": ended - collected,
+            "step": ended - started,
+            "memory": peak_memory_mb(device),
+            "tokens": sum(len(episode.completion_ids) for episode in episodes),
+            "accuracy": statistics.fmean(episode.score.total for episode in episodes),
+        }
+
+    def sample(self) -> tuple[list[int], list[list[int]], list[float]]:
+        """A prompt, eight completions of it, and the log-probabilities of all their tokens."""
+        from rl.checks import check_sampler
+        from rl.model.sampling import Sampling
+        from rl.rollout import rollout
+
+        check_sampler(self.policy, self.order)  # roll-out, update and the model's own forward pass agree
+        prompt = self.order[0].prompt_ids
+        generator = torch.Generator(self.policy.device).manual_seed(self.config.seed)
+        episodes = rollout(self.policy, [prompt], 8, self.config.max_completion_length, Sampling(), generator, 8)
+        logprobs = [value for episode in episodes for value in episode.sampler_logprobs]
+        return prompt, [episode.completion_ids for episode in episodes], logprobs
+
+
+class Peer:
+    """TRL's GRPOTrainer, or Unsloth's of that name, in a process of its own, which makes a step whenever it is asked to."""
+
+    def __init__(self, *job):
+        started = time.perf_counter()
+        processes = multiprocessing.get_context("spawn")
+        self.pipe, other_end = processes.Pipe()
+        processes.Process(target=train_peer, args=(*job, other_end), daemon=True).start()
+        other_end.close()
+        self.logprobs = self.receive()
+        self.loading = time.perf_counter() - started
+
+    def step(self) -> dict[str, float]:
+        self.pipe.send("step")
+        return self.receive()
+
+    def receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            sys.exit("error: the peer has failed, see above")
+
+
+def load_peer(peer: str, config: Config, adapter: str, length: int):
+    """The model with the LoRA to start from, and its tokenizer. length: of the longest text, in tokens."""
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    if peer == "unsloth":  # its CUDA graphs, packing and shared prefix are on by default
+        os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # it would fetch a file from the Hub
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = f"{adapter}-compiled"
+        from unsloth import FastLanguageModel  # before trl, whose trainers it replaces
+
+        return FastLanguageModel.from_pretrained(
+            adapter,
+            use_exact_model_name=True,
+            max_seq_length=length,
+            dtype=dtype,
+            load_in_4bit=config.load_in_4bit,
+            use_gradient_checkpointing=False,  # memory is not short here, and it costs time
+        )
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from rl.model.policy import load_by_transformers
+
+    model = PeftModel.from_pretrained(load_by_transformers(config, device, dtype), adapter, is_trainable=True)
+    return model, AutoTokenizer.from_pretrained(config.model, padding_side="left")
+
+
+def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sample: tuple, pipe) -> None:
+    """Send the log-probabilities of the sample, a prompt and completions, then a step's figures for each message.
+
+    prompts: text, token ids and answer of the prompts of all steps. adapter: folder of the LoRA to start from.
+    """
+    longest = max(len(ids) for _, ids, _ in prompts)
+    model, tokenizer = load_peer(peer, config, adapter, longest + config.max_completion_length)
+
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rl.run.monitor import peak_memory_mb
+
+    device = model.device
+    rows_per_step = config.prompts_per_step * config.num_generations
+
+    class TimedTrainer(GRPOTrainer):
+        """Takes the time of `_generate`, the roll-out; all else of a step is the update."""
+
+        def _generate(self, *args, **kwargs):
+            started = now(device)
+            result = super()._generate(*args, **kwargs)
+            self.figures["rollout"] += now(device) - started
+            self.figures["tokens"] += sum(map(len, result[1]))
+            return result
+
+    class StepByStep(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            prompt, completions = sample
+            length = max(map(len, completions))
+            padding = [length - len(ids) for ids in completions]
+            rows = [prompt + ids + [tokenizer.pad_token_id] * n for ids, n in zip(completions, padding)]
+            mask = [[1] * (len(prompt) + length - n) + [0] * n for n in padding]
+            tensors = (torch.tensor(x, device=device) for x in (rows, mask))
+            with torch.no_grad():
+                logprobs = trainer._get_per_token_logps_and_entropies(trainer.model, *tensors, length)[0].tolist()
+            pipe.send([value for row, ids in zip(logprobs, completions) for value in row[: len(ids)]])
+
+        def on_step_begin(self, *_, **__):
+            try:
+                pipe.recv()
+            except EOFError:  # the other side has ended
+                sys.exit()
+            trainer.figures = {"rollout": 0.0, "tokens": 0, "accuracy": 0.0}
+            self.started = now(device)
+
+        def on_step_end(self, *_, **__):
+            step = now(device) - self.started
+            update = step - trainer.figures["rollout"]
+            pipe.send(trainer.figures | {"update": update, "step": step, "memory": peak_memory_mb(device)})
+
+    coin = random.Random(config.seed)
+
+    def reward(completions, answer, **_):
+        rewards = [is_right(*pair) for pair in zip(completions, answer)]
+        trainer.figures["accuracy"] += sum(rewards) / rows_per_step
+        return [float(coin.getrandbits(1)) for _ in rewards] if config.control == "random-reward" else rewards
+
+    texts, ids, answers = map(list, zip(*prompts))
+    if tokenizer(texts)["input_ids"] != ids:
+        raise ValueError("the peer's tokenizer gives other token ids for the same prompts")
+    micro_batch = min(MICRO_BATCH, rows_per_step)
+    settings = GRPOConfig(
+        output_dir=f"{adapter}-trainer",
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda",
+        dataloader_pin_memory=device.type == "cuda",
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=rows_per_step // micro_batch,
+        seed=config.seed,
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        **SAME,
+    )
+    data = Dataset.from_dict({"prompt": texts, "answer": answers})
+    trainer = TimedTrainer(model, reward, settings, data, processing_class=tokenizer, callbacks=[StepByStep()])
+    trainer.train()
+
+
+def make_settings(args: argparse.Namespace, folder: str) -> dict:
+    """Ponder's settings. Makes what they name in the folder: random weights, or a LoRA to start from."""
+    settings = {"train_data": ["sums", "words"], "eval_questions": 8, "seed": args.seed, "model": args.model}
+    settings |= {"max_steps": WARM_UP + args.rounds * args.steps, "max_completion_length": 96}
+    settings["max_tokens_per_micro_batch"] = 4096 if args.model not in SHAPES else 8192
+    if args.until:
+        return settings | {"learning_rate": 2e-3}
+    settings |= {"learning_rate": 1e-6, "control": "random-reward" if args.reward == "coin" else "none"}
+    if args.model in SHAPES:
+        make = f"from bench.memory import make_random_model as make; make({args.model!r}, {folder!r} + '/model', 128)"
+        subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True)
+        sizes = {"prompts_per_step": 8, "max_completion_length": 256}
+        return settings | sizes | {"model": f"{folder}/model", "load_in_4bit": torch.cuda.is_available()}
+    short = "--max-steps 10 --lr-scheduler-type constant --eval-questions 8 --eval-steps 0 --train-data sums words"
+    command = [sys.executable, "train.py", *short.split(), "--model", args.model, "--output-dir", f"{folder}/run"]
+    subprocess.run([*command, "--seed", str(args.seed)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return settings | {"adapter": f"{folder}/run/checkpoints/step_000010"}
+
+
+def start(args: argparse.Namespace, folder: str) -> tuple[Ponder, Peer, float]:
+    """Both sides, and the largest difference of their log-probabilities in nats. Exits if it is too large."""
+    ponder = Ponder(make_settings(args, folder))
+    ponder.policy.model.save_pretrained(folder, selected_adapters=["default"])
+    render = ponder.policy.render_prompt
+    prompts = [(render(q.row["prompt"]), q.prompt_ids, q.row["answer"]) for q in ponder.order]
+    *sample, logprobs = ponder.sample()
+    peer = Peer(args.peer, ponder.config, folder, prompts, sample)
+    difference = max(abs(a - b) for a, b in zip(logprobs, peer.logprobs, strict=True))
+    allowed = 1e-4 if ponder.policy.dtype == torch.float32 else 0.3  # in 16 bits single tokens differ by hundredths
+    if not difference <= allowed:
+        sys.exit(f"error: log-probabilities differ by {difference:.2g} nats; {allowed:g} is allowed")
+    return ponder, peer, difference
+
+
+def figures(steps: list[dict]) -> dict[str, float]:
+    """The median of each figure, but the maximum of the memory."""
+    medians = {name: statistics.median(step[name] for step in steps) for name in FIGURES}
+    return medians | {"memory": max(step["memory"] for step in steps)}
+
+
+def compare(rounds: dict[str, list[list[dict]]]) -> dict:
+    """Figures of both sides, and their ratios with the lowest and the highest round. rounds: steps by round, by side."""
+    sides = {side: figures([step for steps in by_round for step in steps]) for side, by_round in rounds.items()}
+    pairs = [(figures(ours), figures(peer)) for ours, peer in zip(rounds["ours"], rounds["peer"])]
+    spread = {}
+    for name in FIGURES:
+        ratios = [peer[name] / ours[name] for ours, peer in pairs]
+        spread[name] = {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
+    return {"sides": sides, "ratio": {name: spread[name]["median"] for name in FIGURES}, "spread": spread}
+
+
+def until(goal: float, steps: list[dict]) -> dict[str, float] | None:
+    """The number and the seconds of the steps until one has this accuracy; None if none has."""
+    for number, step in enumerate(steps, 1):
+        if step["accuracy"] >= goal:
+            return {"steps": number, "seconds": sum(step["step"] for step in steps[:number])}
+    return None
+
+
+def report(result: dict) -> str:
+    """The table in Markdown, and what it depends on."""
+    lines = [f"| | Ponder | {result['peer']} | ratio (lowest to highest round) |", "|---|---|---|---|"]
+    for name, title in FIGURES.items():
+        digits = 0 if name in ("memory", "tokens") else 3
+        ours, theirs = (f"{result['sides'][side][name]:,.{digits}f}" for side in ("ours", "peer"))
+        ratio = "{median:.2f} ({least:.2f} to {greatest:.2f})".format(**result["spread"][name])
+        lines.append(f"| {title} | {ours} | {theirs} | {ratio} |")
+    lines += ["", f"{result['machine']}, {result['device']}; seed {result['seed']}; {shlex.join(result['command'])}"]
+    lines.append(", ".join(map(" ".join, result["versions"].items())))
+    for side, cold in result["cold"].items():
+        name = "Ponder" if side == "ours" else result["peer"]
+        lines.append(f"{name}, cold: {cold['loading']:.1f} s to load, {cold['first_step']:.1f} s for the first step")
+    lines.append(f"log-probabilities differ by {result['off_by']:.1e} nats at most")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=("trl", "unsloth"), default="trl")
+    parser.add_argument("--model", default="data/tiny", help=f"a folder, or random weights: {', '.join(SHAPES)}")
+    parser.add_argument("--reward", choices=("coin", "task"), default="coin", help="coin: Ponder can skip no group")
+    parser.add_argument("--until", type=float, metavar="PERCENT", help="a fresh LoRA learns until this much is right")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="of each side in a round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
+    with tempfile.TemporaryDirectory() as folder:
+        ponder, peer, difference = start(args, folder)
+        sides = {"ours": ponder, "peer": peer}
+        warm_up = {side: [one.step() for _ in range(WARM_UP)] for side, one in sides.items()}
+        rounds = {"ours": [], "peer": []}
+        for number in range(args.rounds):
+            for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
+                rounds[side].append([sides[side].step() for _ in range(args.steps)])
+    packages = {"torch", "transformers", "peft", "trl", args.peer}
+    versions = {name: importlib.metadata.version(name) for name in sorted(packages)}
+    result = compare(rounds) | {
+        "peer": f"{args.peer} {versions[args.peer]}",
+        "off_by": difference,
+        "cold": {s: {"loading": sides[s].loading, "first_step": warm_up[s][0]["step"]} for s in sides},
+        "machine": machine,
+        "device": ponder.policy.device.type,
+        "seed": args.seed,
+        "versions": versions,
+        "rounds": rounds,
+        "command": sys.argv,
+    }
+    print(report(result))
+    if args.until:
+        result["until"] = {s: until(args.until / 100, sum(rounds[s], warm_up[s])) for s in sides}
+        print(f"{args.until:g} % right: {result['until']}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

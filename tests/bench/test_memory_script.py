@@ -1,0 +1,24 @@
+"""bench/memory.py: random weights of a known shape, and prediction and measurement from a run of --probe."""
+
+from bench import memory
+from rl.config import Config
+
+
+def test_random_models_end_by_one_law(tmp_path):
+    from rl.model.policy import load_policy
+
+    folder = memory.make_random_model("qwen3-small", str(tmp_path), mean_length=64)
+    policy = load_policy(Config(model=folder, device="cpu"))
+    assert len(policy.eos_ids) == 1 + 512 // 64 and policy.tokenizer.eos_token_id in policy.eos_ids
+    assert policy.decoder and policy.vocabulary == 512
+    assert sorted(policy.model.generation_config.eos_token_id) == sorted(policy.eos_ids)
+
+
+def test_every_shape_is_known():
+    assert set(memory.ON_CPU) | set(memory.ON_GPU) <= set(memory.SHAPES)
+    assert {len(shape) for shape in memory.SHAPES.values()} == {len(memory.FIELDS)}
+
+
+def test_predicted_and_measured():
+    predicted, measured = memory.measure("qwen3-small", memory.SHORT)
+    assert 10 < predicted < 1000 and 10 < measured < 1000
