@@ -240,7 +240,7 @@ def test_other_families_sample_what_is_trained(tmp_path, config, name):
     fill_lora(policy, 0.2)
     episodes = roll(policy, [QUESTIONS[i] for i in (0, 2, 3, 1)], n=3, length=12)
     assert len({len(e.prompt_ids) for e in episodes}) == 3 and len(episodes) == 12
-    assert [e.question for e in episodes] == [place // 3 for place in range(12)]
+    assert [e.group for e in episodes] == [place // 3 for place in range(12)]
     sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
     alone = []
     with torch.no_grad():
