@@ -65,7 +65,7 @@ class RewardModel:
         self.reward = ModelReward(self.__name__, self, float(weight), when, style="chat")
 
     def __call__(self, prompts: list, completions: list) -> list[tuple[float, str]]:
-        """The value of each completion, with a reason if it was cut; texts or chats. RewardError: the model cannot be used."""
+        """The value of each completion, and why it was cut if it was. Raises RewardError if the model cannot be used."""
         import torch
 
         tokenizer, model = _load(self.model)
