@@ -1,44 +1,76 @@
-"""The command `python export.py`."""
+"""The command `python export.py`: its settings, and the checkpoint that they name."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from export.gguf import find_tools
-from export.settings import Settings, find_source, load_held_out
-from grading import sandbox
-from rl.config import Config, RunError
+from data import load_questions
+from export.gguf import CONVERTED_TYPES, QUANTIZED_TYPES, find_tools
+from grading import load_rewards, sandbox
+from grading.base import did_you_mean
+from rl.config import ConfigError, RunError
+from rl.run.read_config import read_yaml
 
-DESCRIPTION = "Merge a trained LoRA into its 16-bit base model, for transformers, vLLM, llama.cpp and Ollama."
+
+@dataclass
+class Settings:
+    """Merge a trained LoRA into its 16-bit base model, for transformers, vLLM, llama.cpp and Ollama."""
+
+    path: str  # a run folder (its last checkpoint), or one of its checkpoints
+    gguf: Literal[CONVERTED_TYPES + QUANTIZED_TYPES] | None = None  # also write a GGUF file of this type
+    llama_cpp: str | None = None  # its folder; default: the PATH, ./llama.cpp, ~/llama.cpp, ~/.unsloth/llama.cpp
+    eval_questions: int = 402  # number of held-out questions to answer at most; 0: none
+    base_model: str | None = None  # the 16-bit base model, if it has moved since the run or the run's was quantized
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    push_to_hub: str | None = None  # USER/NAME: upload the merged model to the Hugging Face Hub
+    public: bool = False  # make the uploaded repository public
 
 
 def main(arguments: list[str]) -> None:
     """Run the command. Raises ConfigError, DataError, RewardError or RunError with a one-line message."""
-    kind = tyro.conf.PositionalRequiredArgs[Settings]
-    settings = tyro.cli(kind, args=arguments, prog="export.py", description=DESCRIPTION)
-    source = find_source(Path(settings.path))
+    settings = tyro.cli(tyro.conf.PositionalRequiredArgs[Settings], args=arguments, prog="export.py")
+    checkpoint = find_checkpoint(Path(settings.path))
+    run = checkpoint.parent.parent
+    config = read_yaml(str(run / "config.yaml"))
     tools = find_tools(settings.gguf, settings.llama_cpp) if settings.gguf else None
-    sandbox.start(source.config.code_timeout, source.config.unsafe_run_model_code)  # forks: before torch is imported
-    rows, rewards = load_held_out(source, settings.eval_questions)
+    sandbox.start(config.code_timeout, config.unsafe_run_model_code)  # forks: before torch is imported
+    rows = []
+    if settings.eval_questions > 0:
+        file = str(run / "rewards.py")
+        rewards = load_rewards(file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps)
+        _, rows, _ = load_questions(config)
+        rows = rows[:: -(-len(rows) // settings.eval_questions)]
 
-    from rl.model.policy import check_model  # imports torch; --help and the checks above need none, and are fast
+    import torch  # not at the top: --help and the checks so far do without it, and are fast
 
-    check_model(Config(model=settings.base_model or source.config.model, device=settings.device))
     from export.pipeline import Export
 
-    export = Export(source, settings)
+    export = Export(checkpoint, config, settings.base_model, settings.device)
     try:
         export.merge()
         if tools:
-            export.convert(tools)
+            export.convert(settings.gguf, tools)
         if rows:
             export.evaluate(rows, rewards)
         if settings.push_to_hub:
-            export.upload()
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
+            export.upload(settings.push_to_hub, settings.public)
+    except torch.OutOfMemoryError as error:
         raise RunError("the GPU is out of memory: --device cpu uses the memory of the machine instead") from error
     finally:
         shutil.rmtree(export.unpacked, ignore_errors=True)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder (its last one), its file checkpoints/best or a checkpoint's own folder names."""
+    pointer = path if path.is_file() else path / "checkpoints/last"
+    if pointer.is_file():
+        path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if (path / "adapter_config.json").is_file() and (path.parent.parent / "config.yaml").is_file():
+        return path
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} has no checkpoint: this run has saved nothing")
+    runs = [file.parent for folder in (Path("runs"), path.parent) for file in folder.glob("*/config.yaml")]
+    raise ConfigError(f"{path} is neither a run folder, as runs/NAME, nor a checkpoint.{did_you_mean(path, runs)}")

@@ -5,194 +5,167 @@ The merged model is read back and compared with base and LoRA before it takes it
 
 import gc
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import transformers
+import httpx
+import huggingface_hub
+from transformers.utils import cached_file, is_gguf_available
 
-from export import gguf, hub, merge
-from export.settings import Settings, Source
+from export import gguf, merge
 from grading import Rewards
-from rl.config import ConfigError
+from grading.base import first_line
+from rl.config import Config, ConfigError, RunError
 from rl.evaluate import answer, rates
 from rl.model.backends import describe_precision
-from rl.model.policy import Policy, is_cached, load_policy, restore_adapter
-from rl.run.checkpoint import damage, fingerprint
-from rl.run.files import to_json, write_atomic, write_errors
-
-COMPARED_TEXTS = 8  # texts whose logits are compared
-COMPARED_TOKENS = 160  # of each text, from its end
+from rl.model.policy import Policy, load_policy
+from rl.run.checkpoint import Checkpoints, damage, fingerprint
+from rl.run.files import read_jsonl, to_json, write_atomic, write_errors
 
 
 class Export:
-    """One export. Call `merge` first."""
+    """The export of one checkpoint of a run, into RUN/export. Call `merge` first."""
 
-    def __init__(self, source: Source, settings: Settings):
-        self.source = source
-        self.settings = settings
-        self.check_checkpoint()
-        if settings.push_to_hub:
-            hub.check_repository(settings.push_to_hub)
-        self.config = replace(
-            source.config,
-            adapter=str(source.checkpoint),
-            device=settings.device,
-            optim="adamw_torch",
-            backend="transformers",
-        )
-        self.base = settings.base_model or source.config.model
-        self.dtype = str(merge.merge_dtype(self.base)).removeprefix("torch.")
-        self.folder = Path(settings.output_dir or (source.run or source.checkpoint) / "export")
+    def __init__(self, checkpoint: Path, config: Config, base_model: str | None, device: str):
+        """config: of the run. base_model: in place of the run's. Raises ConfigError if it or the checkpoint is unusable."""
+        self.run = checkpoint.parent.parent
+        if problem := damage(checkpoint):
+            intact = [str(folder) for folder in Checkpoints(self.run, keep=0).all() if not damage(folder)]
+            raise ConfigError(f"{checkpoint} cannot be used: {problem}; intact ones: {', '.join(intact) or 'none'}")
+        self.state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        self.trained = config
+        self.base = base_model or config.model
+        self.saved_dtype = merge.saved_dtype(self.base)
+        self.dtype = "float16" if self.saved_dtype == "float16" else "bfloat16"
+        self.config = replace(config, model=self.base, adapter=str(checkpoint), device=device)
+        self.config = replace(self.config, optim="adamw_torch", backend="transformers")  # for a machine without a GPU
+        self.folder = self.run / "export"
         self.merged = self.folder / "merged"
         self.unpacked = self.folder / "unpacked"  # the weights of the GGUF file, as transformers reads it
-        self.report = {"checkpoint": str(source.checkpoint), "base_model": self.base, "dtype": self.dtype}
-        print(f"checkpoint  {source.checkpoint}{other_best(source)}; base model {self.base}")
+        self.report = {"checkpoint": str(checkpoint), "base_model": self.base, "dtype": self.dtype}
+        print(f"checkpoint  {checkpoint}; base model {self.base}")
+
+    def load(self, folder: Path | None = None, **changes) -> Policy:
+        """Load base and LoRA, or the model in a folder, with these settings changed."""
+        if folder:
+            changes |= {"model": str(folder), "adapter": None, "load_in_4bit": False}
+        return load_policy(replace(self.config, **changes))
 
     def merge(self) -> None:
         """Merge the LoRA, write the model, read it back and compare its logits with those of base and LoRA."""
-        policy = self.load(model=self.base, load_in_4bit=False, dtype=self.dtype)
-        merge.check_plain_lora(policy.model)
-        restore_adapter(policy, self.source.checkpoint)  # raises if a matrix of the LoRA is missing or has no place
-        self.check_base(policy)
-        self.texts = texts_to_compare(policy, self.source.run)
-        trained_logits = merge.compute_logits(policy.model, self.texts)
+        policy = self.load(load_in_4bit=False, dtype=self.dtype)
+        policy.model.delete_adapter("reference")  # a second copy of the LoRA
+        made = self.state["made"]
+        is_same_dtype = made["runs_on"].removesuffix(" by Unsloth").endswith((self.dtype, "float32"))
+        if is_same_dtype and self.saved_dtype == self.dtype and not (self.trained.adapter or self.trained.load_in_4bit):
+            if fingerprint(policy) != made["model"]:
+                raise ConfigError(f"{self.base} is not the base model that was trained: its weights differ")
+        records = read_jsonl(self.run / "eval/before.jsonl")
+        self.texts = []  # at most four held-out questions with their answers before training, of at most 128 tokens
+        for record in records[:: len(records) // 4 + 1]:
+            completion = policy.tokenizer.encode(record["completion"], add_special_tokens=False)
+            self.texts.append((policy.encode_prompt(record["question"]) + completion)[-128:])
+        trained = merge.compute_logits(policy.model, self.texts)
         with policy.model.disable_adapter():
-            lora_effect = merge.largest_difference(merge.compute_logits(policy.model, self.texts), trained_logits)
-        tokenizer = policy.tokenizer
-        # Not the base's settings, whose top_k or penalty was not used in training.
-        generation = transformers.GenerationConfig(eos_token_id=sorted(policy.eos_ids), pad_token_id=policy.pad_id)
-        layers = len(merge.lora_layers(policy.model))
-        model = merge.merge_lora(policy.model)
-        print(f"merge       a LoRA on {layers} layers into {self.base}, summed in fp32 and rounded to {self.dtype}")
+            base = merge.compute_logits(policy.model, self.texts)
+        print(f"merge       the LoRA into {self.base}, summed in fp32 and rounded to {self.dtype}")
         with merge.replace_folder(self.merged) as folder:
-            model.generation_config = generation
+            model, rounding = merge.merge_lora(policy.model)
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            merge.copy_sentencepiece(self.base, folder)
-            (folder / "README.md").write_text(hub.model_card(self.source, self.base), encoding="utf-8")
+            policy.tokenizer.save_pretrained(folder)
+            # llama.cpp's converter needs this file of some tokenizers, and transformers no longer writes it.
+            if file := cached_file(self.base, "tokenizer.model", _raise_exceptions_for_missing_entries=False):
+                shutil.copy(file, folder)
             del policy, model
             gc.collect()
-            written = self.load(model=str(folder), adapter=None, load_in_4bit=False, dtype=self.dtype)
-            self.merged_logits = merge.compute_logits(written.model, self.texts)
-            difference = merge.largest_difference(self.merged_logits, trained_logits)
-            merge.check_difference(difference, lora_effect)
-        places = len(self.merged_logits)
+            self.merged_logits = merge.compute_logits(self.load(folder, dtype=self.dtype).model, self.texts)
+            figures = merge.compare_logits(base, trained, self.merged_logits, rounding)
         print(
-            f"read back   logits differ from base and LoRA by up to {difference:.2g} at {places:,} places; the LoRA changes "
-            f"them by up to {lora_effect:.2g}\nwritten     {self.merged}"
+            f"read back   logits within {figures['merged']:.2g} of base and LoRA, whose effect is {figures['lora']:.2g}"
         )
-        self.report["logits"] = {"places": places, "merged": difference, "lora": lora_effect}
-        self.write_report()
+        print(f"written     {self.merged}")
+        self.report["logits"] = {"places": len(trained)} | figures
+        self.write()
 
-    def convert(self, tools: dict[str, list[str]]) -> None:
-        """Write a GGUF file with a Modelfile by `tools` (of find_tools), and compare its logits if transformers can read it."""
-        config, gguf_type = self.config, self.settings.gguf
-        name = (self.source.run or self.source.checkpoint).resolve().name
-        file = self.folder / gguf_type / f"{name}-{gguf_type}.gguf"
+    def convert(self, gguf_type: str, tools: dict[str, list[str]]) -> None:
+        """Write a GGUF file and a Modelfile by `tools` (of find_tools), and compare its logits if transformers can read it."""
+        config = self.config
+        file = self.folder / gguf_type / f"{self.run.resolve().name}-{gguf_type}.gguf"
         remark = "not compared, since transformers needs the package gguf for that: pip install gguf"
         with merge.replace_folder(file.parent) as folder:
             gguf.convert(tools, gguf_type, self.merged, folder / file.name)
             text = gguf.modelfile(file.name, config.temperature, config.system_prompt, config.chat_template_kwargs)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
-            if transformers.utils.is_gguf_available():
+            if is_gguf_available():
                 merge.unpack_gguf(folder / file.name, self.merged, self.unpacked)
-                read = self.load(
-                    model=str(self.unpacked), adapter=None, load_in_4bit=False, dtype="float32", device="cpu"
-                )
-                logits = merge.compute_logits(read.model, self.texts)
-                difference = merge.largest_difference(logits, self.merged_logits)
+                read = self.load(self.unpacked, dtype="float16", device="cpu")
+                difference = (merge.compute_logits(read.model, self.texts) - self.merged_logits).abs().max().item()
                 self.report["logits"] |= {"gguf_type": gguf_type, "gguf": difference}
                 remark = f"logits differ from the merged model's by up to {difference:.2g}"
         print(f"gguf        {file}, with a Modelfile for Ollama; {remark}")
-        self.write_report()
+        self.write()
 
     def evaluate(self, rows: list[dict], rewards: Rewards) -> None:
-        """Answer the held-out questions greedily: as trained, merged, and as GGUF."""
-        config = self.config
-        as_trained = f"as trained, {'NF4, ' if config.load_in_4bit else ''}{describe_precision(config)}"
-        has_model = Path(config.model).is_dir() or is_cached(config.model)
-        merged = {"model": str(self.merged), "adapter": None, "load_in_4bit": False}
-        models = {as_trained: {"model": config.model if has_model else self.base}, "merged": merged}
-        if self.unpacked.exists():
-            models[f"GGUF {self.settings.gguf}"] = merged | {"model": str(self.unpacked)}
-        answers = {}
-        for name, changes in models.items():
-            policy = self.load(**changes)
-            answers[name] = answer(policy, policy.encode(rows), rewards, config, step=0, temperature=0.0)
+        """Answer the held-out questions greedily, as trained, merged, and as GGUF, and print a table."""
+        label = "as trained" if self.base == self.trained.model else "base and LoRA"
+        precision = f"{'NF4, ' if self.config.load_in_4bit else ''}{describe_precision(self.config)}"
+        models = {f"{label}, {precision}": None, "merged": self.merged}
+        if gguf_type := self.report["logits"].get("gguf_type"):
+            models[f"GGUF {gguf_type}"] = self.unpacked
+        print(f"\n{'held-out questions, greedy':<36}{'n':>5}{'right (95 %)':>24}{'same text as trained':>24}")
+        accuracy = self.report["accuracy"] = {}
+        texts = {}
+        for name, folder in models.items():
+            policy = self.load(folder)
+            records = answer(policy, policy.encode(rows), rewards, self.config, step=0, temperature=0.0)
             del policy
             gc.collect()
-        accuracy = {}
-        for name, records in answers.items():
-            same = sum(a["completion"] == b["completion"] for a, b in zip(answers[as_trained], records))
+            texts[folder] = [record["completion"] for record in records]
+            same = sum(a == b for a, b in zip(texts[folder], texts[None]))
             accuracy[name] = rates(records) | {"same_as_trained": same}
-        print("\n" + accuracy_table(accuracy))
-        self.report["accuracy"] = accuracy
-        self.write_report()
-        self.write("merged/README.md", hub.model_card(self.source, self.base, accuracy))
+            right = "{accuracy:.1%} ({ci95[0]:.0%} to {ci95[1]:.0%})".format(**accuracy[name])
+            print(f"{name:<36}{len(records):>5}{right:>24}{same:>24}")
+        self.write()
 
-    def upload(self) -> None:
-        print(f"uploaded    {hub.push(self.merged, self.settings.push_to_hub, self.settings.public)}")
+    def upload(self, name: str, public: bool) -> None:
+        """Upload the merged model to a repository of the Hub; not to a public one, unless `public`."""
+        api = huggingface_hub.HfApi()
+        try:
+            address = api.create_repo(name, private=not public, exist_ok=True)
+            if not public and not api.model_info(name).private:
+                raise RunError(f"push_to_hub: {name} exists and is public: add --public, or choose another name")
+            api.upload_folder(repo_id=name, folder_path=self.merged, commit_message="Merged by Ponder")
+        except (OSError, httpx.HTTPError, ValueError) as error:  # no token, no network, no permission
+            reason = f"{first_line(error)} (log in with: hf auth login)"
+            raise RunError(
+                f"push_to_hub: {name} was not uploaded: {reason}; the model stays in {self.merged}"
+            ) from error
+        print(f"uploaded    {address}")
 
-    def load(self, **changes) -> Policy:
-        """Load the policy with these settings changed. adapter=None gives it a new LoRA, which has no effect."""
-        policy = load_policy(replace(self.config, **changes))
-        if policy.starts_from_adapter:
-            policy.model.delete_adapter("reference")  # a second copy of the LoRA
-        return policy
+    def write(self) -> None:
+        """Write report.json and the model card."""
+        config = self.config
+        base_line = "" if Path(self.base).is_dir() else f"base_model: {self.base}\n"  # the Hub accepts only an id
+        summary = json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
+        last = {"at the run's last evaluation": self.state["eval"]}
+        accuracy = {"before training": summary["eval"]["before"]} | self.report.get("accuracy", last)
+        lines = [f"* {name}: {x['accuracy']:.1%} of {x['n']} questions" for name, x in accuracy.items()]
+        card = f"""\
+---
+{base_line}library_name: transformers
+pipeline_tag: text-generation
+tags: [ponder]
+---
 
-    def check_checkpoint(self) -> None:
-        """Raise ConfigError if files of the checkpoint do not have their checksums."""
-        checkpoint = self.source.checkpoint
-        if not self.source.run and not (checkpoint / "SHA256SUMS").exists():
-            return
-        if problem := damage(checkpoint):
-            others = sorted(str(folder) for folder in checkpoint.parent.glob("step_*") if not damage(folder))
-            raise ConfigError(f"{checkpoint} cannot be used: {problem}; intact ones: {', '.join(others) or 'none'}")
+# {self.base} with a LoRA merged into it, trained by Ponder
 
-    def check_base(self, policy: Policy) -> None:
-        """Raise ConfigError if the base model's weights are not those of the run, as far as they can be compared."""
-        run_config = self.source.config
-        if not self.source.run or run_config.load_in_4bit or run_config.adapter:
-            return
-        made = self.source.state["made"]
-        same_numbers = made["runs_on"].removesuffix(" by Unsloth").endswith(("float32", self.dtype))
-        if same_numbers and fingerprint(policy) != made["model"]:
-            raise ConfigError(
-                f"{self.base} is not the base model that {self.source.checkpoint} was trained on: its weights differ"
-            )
+{config.algorithm.upper()}, step {self.state["step"]}, seed {config.seed}, on {", ".join(config.train_data)}.
+System prompt: {config.system_prompt or "none"}. Settings of the chat template: {json.dumps(config.chat_template_kwargs)}.
 
-    def write_report(self) -> None:
-        self.write("report.json", to_json(self.report, indent=2) + "\n")
+Held-out accuracy, greedy:
 
-    def write(self, name: str, text: str) -> None:
-        with write_errors(self.folder / name):
-            write_atomic(self.folder / name, text)
-
-
-def other_best(source: Source) -> str:
-    """A remark if another checkpoint of the run was better on the held-out questions."""
-    best = source.run / "checkpoints/best" if source.run else None
-    name = best.read_text(encoding="utf-8").strip() if best and best.is_file() else source.checkpoint.name
-    return "" if name == source.checkpoint.name else f" (the best on the held-out questions was {name})"
-
-
-def texts_to_compare(policy: Policy, run: Path | None) -> list[list[int]]:
-    """Token ids of some held-out questions with their answers before training; without a run, of sums."""
-    lines = [{"question": f"What is {n} + {n + 3}?", "completion": "The answer is"} for n in range(COMPARED_TEXTS)]
-    if run:
-        with (run / "eval/before.jsonl").open(encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
-    texts = []
-    for line in lines[:: max(1, len(lines) // COMPARED_TEXTS)][:COMPARED_TEXTS]:
-        completion = policy.tokenizer.encode(line["completion"], add_special_tokens=False)
-        texts.append((policy.encode_prompt(line["question"]) + completion)[-COMPARED_TOKENS:])
-    return texts
-
-
-def accuracy_table(accuracy: dict[str, dict]) -> str:
-    """A table of `rates` with same_as_trained, by model."""
-    lines = [f"{'held-out questions, greedy':<36}{'n':>5}{'right (95 %)':>24}{'same text as trained':>24}"]
-    for name, figures in accuracy.items():
-        right = "{:.1%} ({:.0%} to {:.0%})".format(figures["accuracy"], *figures["ci95"])
-        lines.append(f"{name:<36}{figures['n']:>5}{right:>24}{figures['same_as_trained']:>24}")
-    return "\n".join(lines)
+"""
+        with write_errors(self.folder):
+            write_atomic(self.merged / "README.md", card + "\n".join(lines) + "\n")
+            write_atomic(self.folder / "report.json", to_json(self.report, indent=2) + "\n")

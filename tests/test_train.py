@@ -268,7 +268,7 @@ def test_a_mistake_is_one_line_on_the_terminal(tmp_path):
     command = [sys.executable, "train.py", "--model", "data/tinny", "--output-dir", str(tmp_path / "run")]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stdout == "" and not (tmp_path / "run").exists()
-    assert failed.stderr.startswith("error: model: data/tinny is neither") and failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("error: model: data/tinny cannot be loaded") and failed.stderr.count("\n") == 1
 
 
 def test_an_adapter_that_reads_back_differently_is_an_error(tmp_path, monkeypatch):

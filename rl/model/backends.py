@@ -20,15 +20,8 @@ from torch.utils.checkpoint import checkpoint as checkpoint
 from grading.base import first_line
 from rl.config import Config, ConfigError
 
-LINEAR_LAYERS = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-]  # theirs, without the head
+# Of the families that go through Unsloth, without the head.
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def choose_device(config: Config) -> torch.device:
@@ -49,29 +42,30 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def choose_backend(config: Config) -> str:
-    """unsloth or transformers. Raises ConfigError where Unsloth is asked for and cannot be had."""
-    installed, device = importlib.util.find_spec("unsloth") is not None, choose_device(config)
-    in_fp32_on_gpu = device.type == "cuda" and choose_dtype(config, device) == torch.float32
-    if config.backend == "unsloth":
-        if not installed:
-            raise ConfigError(
-                "backend is unsloth, which is not installed: pip install -r requirements.txt, or set backend to transformers"
-            )
-        if in_fp32_on_gpu:
-            raise ConfigError(
-                "backend unsloth computes in bfloat16 or float16: set dtype to auto, or backend to transformers"
-            )
-    if config.backend != "auto":
-        return config.backend
-    return "unsloth" if installed and device.type == "cuda" and not in_fp32_on_gpu else "transformers"
+    """unsloth or transformers. Raises ConfigError if `backend: unsloth` cannot be used."""
+    device = choose_device(config)
+    is_installed = importlib.util.find_spec("unsloth") is not None
+    is_fp32_on_gpu = device.type == "cuda" and choose_dtype(config, device) == torch.float32
+    if config.backend == "auto":
+        return "unsloth" if is_installed and device.type == "cuda" and not is_fp32_on_gpu else "transformers"
+    if config.backend == "unsloth" and not is_installed:
+        raise ConfigError(
+            "backend is unsloth, which is not installed: pip install -r requirements.txt, or set backend to transformers"
+        )
+    if config.backend == "unsloth" and is_fp32_on_gpu:
+        raise ConfigError(
+            "backend unsloth computes in bfloat16 or float16: set dtype to auto, or backend to transformers"
+        )
+    return config.backend
 
 
 def import_backend(config: Config) -> list[str]:
-    """Import the backend, before anything imports transformers, and put its name into the settings; returns notes.
+    """Import the backend, before anything imports transformers, and set config.backend to its name. Returns notes.
 
-    Raises ConfigError where `backend: unsloth` asks for what cannot be imported.
+    Raises ConfigError if `backend: unsloth` cannot be imported.
     """
-    asked, config.backend = config.backend, choose_backend(config)
+    is_required = config.backend == "unsloth"
+    config.backend = choose_backend(config)
     if config.backend == "transformers" or "unsloth" in sys.modules:
         return []
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would fetch a file from the Hub to be counted
@@ -84,18 +78,21 @@ def import_backend(config: Config) -> list[str]:
         )
     try:
         import unsloth  # noqa: F401
-    except Exception as error:  # whatever does not fit on this machine
-        reason = first_line(error)
-        if asked == "unsloth":
-            raise ConfigError(f"backend: Unsloth cannot be imported, set it to transformers: {reason}") from error
+    except Exception as error:  # anything that does not fit on this machine
+        if is_required:
+            raise ConfigError(
+                f"backend: Unsloth cannot be imported, set it to transformers: {first_line(error)}"
+            ) from error
         config.backend = "transformers"
-        notes.append(f"Unsloth cannot be imported, plain transformers is used: {reason}")
+        notes.append(f"Unsloth cannot be imported, plain transformers is used: {first_line(error)}")
     return notes
 
 
 def describe_precision(config: Config) -> str:
-    device, through = choose_device(config), " by Unsloth" if choose_backend(config) == "unsloth" else ""
-    return f"{device.type} in {str(choose_dtype(config, device)).removeprefix('torch.')}{through}"
+    """Device, dtype and backend in words: "cuda in bfloat16 by Unsloth"."""
+    device = choose_device(config)
+    dtype = str(choose_dtype(config, device)).removeprefix("torch.")
+    return f"{device.type} in {dtype}" + (" by Unsloth" if choose_backend(config) == "unsloth" else "")
 
 
 # --- what is Unsloth's own
@@ -127,9 +124,8 @@ def load_by_unsloth(config: Config, dtype: torch.dtype):
         offload_embedding=False,  # the engine reads it where it is
         random_state=config.seed,
     )
-    saved = saved_names(config.model)
-    if missing := sorted(name for name, _ in model.named_parameters() if saved and name not in saved):
-        raise ConfigError(missing_weights(config.model, missing))
+    if saved := saved_names(config.model):
+        refuse_missing_weights(config.model, {name for name, _ in model.named_parameters()} - saved)
     return model
 
 
@@ -149,24 +145,24 @@ def saved_names(model: str) -> set[str]:
     return set()
 
 
-def missing_weights(model: str, names: list[str]) -> str:
-    return f"model: the weights of {model} lack {', '.join(names[:3])}: the files are not whole"
+def refuse_missing_weights(model: str, names: set[str]) -> None:
+    """Raise ConfigError if there are names of weights that the files lack: they would be random numbers."""
+    if names:
+        raise ConfigError(f"model: the weights of {model} lack {', '.join(sorted(names)[:3])}: the files are not whole")
 
 
-def lora_by_unsloth(model, config: Config, adapter: dict):
-    """A new LoRA on every linear layer, as get_peft_model of peft gives it, over Unsloth's kernels.
-
-    adapter: r, lora_alpha and the like, as peft's LoraConfig names them.
-    """
+def lora_by_unsloth(model, config: Config, settings):
+    """A new LoRA as get_peft_model of peft makes it from these settings (a LoraConfig), over Unsloth's kernels."""
     from unsloth import FastLanguageModel
 
+    names = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
     return FastLanguageModel.get_peft_model(
         model,
         lora_dropout=0.0,
         bias="none",
         use_gradient_checkpointing=checkpointing(config),
         random_state=config.seed,
-        **adapter,
+        **{name: getattr(settings, name) for name in names},
     )
 
 

@@ -1,16 +1,15 @@
 """The roll-out through the model's own `generate`, for models that rl/model/decoder.py does not know, and for Unsloth's.
 
-A logits processor draws each token and lets `generate` choose nothing else, so nothing of the model's generation_config
-takes part. Each row is prefilled by itself, and a batch ends with its longest completion.
+A logits processor draws each token and lets `generate` choose nothing else; load_policy has emptied the model's
+generation_config. Each row is prefilled by itself, and a batch ends with its longest completion.
 """
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from rl.model.policy import Policy
 from rl.model.sampling import Ended, Sampling, sample
@@ -55,20 +54,16 @@ class HFGenerate:
         padded = [[policy.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         draw = Draw(self, prompts)
-        settings = GenerationConfig(
+        policy.model.generate(
+            input_ids=torch.tensor(padded, device=policy.device),
+            attention_mask=torch.tensor(mask, device=policy.device),
             max_new_tokens=self.max_completion_length,
             do_sample=False,
             use_cache=True,
             eos_token_id=sorted(policy.eos_ids),
             pad_token_id=policy.pad_id,
+            logits_processor=LogitsProcessorList([draw]),
         )
-        with generation_config(policy.model, settings):
-            policy.model.generate(
-                input_ids=torch.tensor(padded, device=policy.device),
-                attention_mask=torch.tensor(mask, device=policy.device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([draw]),
-            )
         tokens = torch.stack(draw.tokens, 1).tolist()  # (B, C)
         logprobs = torch.stack(draw.logprobs, 1).tolist()
         completions = []
@@ -101,17 +96,3 @@ class Draw(LogitsProcessor):
         self.tokens.append(token)
         self.logprobs.append(logprob)
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
-
-
-@contextlib.contextmanager
-def generation_config(model, settings: GenerationConfig):
-    """Within this context these are the model's own settings, from which `generate` fills in what it was not given."""
-    holders = [model, model.get_base_model()]
-    before = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = settings
-    try:
-        yield
-    finally:
-        for holder, own in zip(holders, before):
-            holder.generation_config = own

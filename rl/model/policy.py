@@ -7,26 +7,20 @@ through Unsloth or through transformers + peft (rl/model/backends.py), with 4-bi
 import contextlib
 import ctypes
 import difflib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-# On some CPUs bitsandbytes reports on import that an optional kernel is not installed. It is not needed.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+import jinja2
+import peft
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-import httpx  # noqa: E402
-import huggingface_hub  # noqa: E402
-import jinja2  # noqa: E402
-import peft  # noqa: E402
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
-
-from grading.base import first_line  # noqa: E402
-from rl.config import Config, ConfigError  # noqa: E402
-from rl.model.backends import (  # noqa: E402
+from grading.base import first_line
+from rl.config import Config, ConfigError
+from rl.model.backends import (
     LINEAR_LAYERS,
     choose_device,
     choose_dtype,
@@ -34,10 +28,10 @@ from rl.model.backends import (  # noqa: E402
     is_for_unsloth,
     load_by_unsloth,
     lora_by_unsloth,
-    missing_weights,
+    refuse_missing_weights,
     set_mode,
 )
-from rl.model.decoder import Decoder, unsupported  # noqa: E402
+from rl.model.decoder import Decoder, unsupported
 
 # Hidden size: on a CPU, what smaller models have freed is kept for later tensors (keep_freed_memory).
 KEEPS_FREED_BELOW_HIDDEN = 512
@@ -87,10 +81,10 @@ class Policy:
     @property
     def context_length(self) -> int | None:
         """The longest text the model takes, in tokens; Unsloth cuts what is longer than its max_seq_length."""
-        limits = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), None
+        limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if self.by_unsloth:
-            limits = limits[0], getattr(self.model, "max_seq_length", None)
-        return min((limit for limit in limits if limit), default=None)
+            limits.append(getattr(self.model, "max_seq_length", None))
+        return min(filter(None, limits), default=None)
 
     @property
     def shares_prompts(self) -> bool:
@@ -109,14 +103,14 @@ class Policy:
         finally:
             set_mode(self.model, False, self.by_unsloth)
 
-    @contextlib.contextmanager
     def reference(self):
         """Within this context the model is the reference: without its LoRA, or with the LoRA it started from."""
-        if not self.starts_from_adapter:
-            with self.model.disable_adapter():
-                yield
-            return
-        self.model.set_adapter("reference", inference_mode=True)
+        return self.adapter("reference") if self.starts_from_adapter else self.model.disable_adapter()
+
+    @contextlib.contextmanager
+    def adapter(self, name: str):
+        """Within this context the model has this LoRA in place of the one that is trained."""
+        self.model.set_adapter(name, inference_mode=True)
         try:
             yield
         finally:
@@ -141,7 +135,7 @@ class Policy:
         text = self.render_prompt(prompt)
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
 
-    def encode(self, rows: list[dict]) -> list["Question"]:
+    def encode(self, rows: list[dict]) -> list[Question]:
         """Encode data rows. Raises ConfigError if a prompt cannot be encoded or leaves no room for a completion."""
         questions = []
         for row in rows:
@@ -178,52 +172,69 @@ class Policy:
 
 
 def load_policy(config: Config) -> Policy:
-    """Load model, tokenizer and LoRA as the settings say. Raises ConfigError for a model or adapter that cannot be used."""
-    check_model(config)
+    """Load model, tokenizer and LoRA as the settings say. Raises ConfigError if model or adapter cannot be used."""
+    check_folders(config)
     import_backend(config)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
+        model_config = AutoConfig.from_pretrained(config.model)
+        by_unsloth = config.backend == "unsloth" and is_for_unsloth(model_config)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        by_unsloth = config.backend == "unsloth" and is_for_unsloth(AutoConfig.from_pretrained(config.model))
         model = load_by_unsloth(config, dtype) if by_unsloth else load_by_transformers(config, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model: {config.model} cannot be loaded: {first_line(error)}") from error
+        near = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
+        reason = f"did you mean {near[0]}?" if near else first_line(error)
+        raise ConfigError(f"model: {config.model} cannot be loaded: {reason}") from error
     config.backend = "unsloth" if by_unsloth else "transformers"
     if device.type == "cpu":
         keep_freed_memory(model.config.get_text_config().hidden_size)
+    eos_ids = find_eos_ids(tokenizer, model)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    # The model's own settings (a top_k, a penalty) take no part in sampling, and are not exported with it.
+    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=pad_id)
 
     torch.manual_seed(config.seed)  # of the LoRA's random half
     if config.adapter:
         model = load_adapter(model, config)
     elif by_unsloth:
-        model = lora_by_unsloth(
-            model, config, {"r": config.lora_r, "lora_alpha": config.lora_alpha, "target_modules": LINEAR_LAYERS}
-        )
+        model = lora_by_unsloth(model, config, lora_settings(config, LINEAR_LAYERS))
     else:
         model = peft.get_peft_model(model, lora_settings(config))
     make_deterministic(model)
     set_mode(model, False, by_unsloth)
+    fallback_reason = unsupported(model)
     return Policy(
         model=model,
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
-        eos_ids=find_eos_ids(tokenizer, model),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
         temperature=config.temperature,
         system_prompt=config.system_prompt,
         chat_template_kwargs=config.chat_template_kwargs,
         max_completion_length=config.max_completion_length,
         starts_from_adapter=config.adapter is not None,
-        decoder=None if unsupported(model) else Decoder(model),
+        decoder=None if fallback_reason else Decoder(model),
         by_unsloth=by_unsloth,
-        fallback_reason=unsupported(model),
-        plain_head=not unsupported(model) or has_plain_head(model),
+        fallback_reason=fallback_reason,
+        plain_head=not fallback_reason or has_plain_head(model),
         entropy_gradient=config.entropy_coef > 0,
     )
+
+
+def check_folders(config: Config) -> None:
+    """Raise ConfigError if the folder of model or adapter is not one."""
+    if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():
+        raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
+    if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
+            "(give a folder such as runs/NAME/checkpoints/step_000045)"
+        )
 
 
 def load_by_transformers(config: Config, device: torch.device, dtype: torch.dtype):
@@ -238,19 +249,15 @@ def load_by_transformers(config: Config, device: torch.device, dtype: torch.dtyp
         quantization_config=quantization if config.load_in_4bit else None,
         output_loading_info=True,
     )
-    if loading["missing_keys"]:
-        raise ConfigError(missing_weights(config.model, sorted(loading["missing_keys"])))
+    refuse_missing_weights(config.model, loading["missing_keys"])
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def lora_settings(config: Config) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
+def lora_settings(config: Config, layers: str | list[str] = "all-linear") -> peft.LoraConfig:
+    return peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM")
 
 
 def make_deterministic(model) -> None:
@@ -268,22 +275,34 @@ def make_deterministic(model) -> None:
 
 
 def load_adapter(model, config: Config) -> peft.PeftModel:
-    """Put a saved LoRA on the model, and its frozen copy as the reference."""
+    """Put a saved LoRA on the model, and its frozen copy as the reference. Raises ConfigError if it does not fit."""
+    folder = Path(config.adapter)
     try:
         if config.backend == "unsloth":
-            saved = peft.PeftConfig.from_pretrained(config.adapter)
+            saved = peft.PeftConfig.from_pretrained(folder)
             if others := [name for name in OTHER_LORAS if getattr(saved, name, None) not in (None, False, "none")]:
                 raise ValueError(f"it is not a plain LoRA ({', '.join(others)}): set backend to transformers")
-            names = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
-            model = lora_by_unsloth(model, config, {name: getattr(saved, name) for name in names})
-            read_adapter(model, Path(config.adapter))
+            model = lora_by_unsloth(model, config, saved)
         else:
-            model = peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
-        model.load_adapter(config.adapter, "reference", is_trainable=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"adapter: {config.adapter} does not fit {config.model}: {first_line(error)}") from error
+            model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        model.load_adapter(folder, "reference", is_trainable=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"adapter: {folder} does not fit {config.model}: {first_line(error)}") from error
+    restore_adapter(model, folder)
     model.set_adapter("default")
     return model
+
+
+def restore_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Load the weights of a saved LoRA into the one that is trained. Raises ConfigError if they do not fit, or are damaged."""
+    try:
+        weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"adapter: {folder} cannot be read: {first_line(error)}") from error
+    expected = peft.get_peft_model_state_dict(model, adapter_name="default")
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
+        raise ConfigError(f"adapter: {folder} does not fit {model.config.name_or_path}: its LoRA has other shapes")
+    peft.set_peft_model_state_dict(model, weights, adapter_name="default")
 
 
 def keep_freed_memory(hidden_size: int) -> None:
@@ -308,18 +327,19 @@ def has_plain_head(model) -> bool:
 
 
 def find_eos_ids(tokenizer, model) -> frozenset[int]:
-    """The union of what tokenizer, model and generation_config call end of sequence, and of what ends a turn.
+    """The end-of-sequence tokens of tokenizer, model and generation_config together, and the token that ends a turn.
 
-    Some models have several; of a base model, such as Qwen3-4B-Base, none of the three names the <|im_end|> of its chat
-    template, behind which it would write on up to the limit of length.
+    Some models have several. None of the three names the <|im_end|> of the chat template of a base model such as
+    Qwen3-4B-Base, which would write on after it up to the limit of length.
     """
-    configs = (tokenizer, model.config, model.config.get_text_config(), model.generation_config)
-    sources = [getattr(c, "eos_token_id", None) for c in configs]
-    sources.append(end_of_turn(tokenizer))
-    ids = frozenset(i for s in sources for i in (s if isinstance(s, (list, tuple)) else [s]) if i is not None)
+    ids = {end_of_turn(tokenizer)}
+    for source in (tokenizer, model.config, model.config.get_text_config(), model.generation_config):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update(eos if isinstance(eos, (list, tuple)) else [eos])
+    ids.discard(None)
     if not ids:
         raise ConfigError("the model has no end-of-sequence token: set eos_token in its tokenizer_config.json")
-    return ids
+    return frozenset(ids)
 
 
 def end_of_turn(tokenizer) -> int | None:
@@ -337,67 +357,18 @@ def end_of_turn(tokenizer) -> int | None:
     return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
 
 
-def check_model(config: Config) -> None:
-    """Find device, model and adapter before anything large is loaded. Raises ConfigError."""
-    choose_device(config)
-    if Path(config.model).is_dir():
-        if not (Path(config.model) / "config.json").is_file():
-            raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
-    elif not is_cached(config.model):
-        try:
-            huggingface_hub.HfApi().model_info(config.model, timeout=10)
-        except (httpx.HTTPError, OSError, ValueError) as error:  # not found, no network, not a name
-            near = difflib.get_close_matches(config.model, ["data/tiny"], n=1)
-            hint = "this machine cannot reach the Hub" if isinstance(error, httpx.TransportError) else first_line(error)
-            hint = f"did you mean {near[0]}?" if near else hint
-            raise ConfigError(
-                f"model: {config.model} is neither a folder here nor a model that can be fetched: {hint}"
-            ) from None
-    if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
-            "(give a folder such as runs/NAME/checkpoints/step_000045)"
-        )
-
-
-def is_cached(model: str) -> bool:
-    """Whether a model of the Hub has been downloaded before."""
-    try:
-        return isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str)
-    except ValueError:  # not a name the Hub could have
-        return False
-
-
 def save_adapter(policy: Policy, folder: Path) -> None:
     """Write LoRA and tokenizer into a folder that peft and others load."""
     policy.model.save_pretrained(folder, selected_adapters=["default"])
     policy.tokenizer.save_pretrained(folder)
 
 
-def restore_adapter(policy: Policy, folder: Path) -> None:
-    """Let the policy's LoRA be the one that was saved in `folder`. Raises ConfigError where that is of another shape."""
-    try:
-        read_adapter(policy.model, folder)
-    except ValueError as error:
-        raise ConfigError(f"adapter: {folder} does not fit {policy.model.config.name_or_path}: {error}") from None
-
-
-def read_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """The weights of the LoRA saved in `folder`, into the one that is there. Raises ValueError where the shapes differ."""
-    weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    expected = peft.get_peft_model_state_dict(model, adapter_name="default")
-    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise ValueError("its LoRA has other shapes")
-    peft.set_peft_model_state_dict(model, weights, adapter_name="default")
-
-
 @contextlib.contextmanager
 def reloaded_adapter(policy: Policy, folder: Path):
     """Within this context the policy's LoRA is the one that was saved in `folder`, read back from the disk."""
     policy.model.load_adapter(folder, "reloaded", is_trainable=False)
-    policy.model.set_adapter("reloaded", inference_mode=True)
     try:
-        yield
+        with policy.adapter("reloaded"):
+            yield
     finally:
-        policy.model.set_adapter("default")
         policy.model.delete_adapter("reloaded")

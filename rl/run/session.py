@@ -127,7 +127,7 @@ class Run:
         self.made["model"] = fingerprint(policy)
         if self.checkpoint:
             self.folder.checkpoints.check_same(self.checkpoint, self.made, config.accept_changes)
-            restore_adapter(policy, self.checkpoint.folder)
+            restore_adapter(policy.model, self.checkpoint.folder)
         if config.resume:
             self.folder.cut_back(self.step)
         else:

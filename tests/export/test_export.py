@@ -21,9 +21,10 @@ from conftest import ROOT, fill_lora
 import train
 from export import gguf, merge
 from export.command import main
-from export.hub import push
+from export.pipeline import Export
 from rl.config import Config, ConfigError, RunError
 from rl.model.policy import load_policy, save_adapter
+from rl.run.files import sha256
 
 SMALL = "--max-steps 3 --prompts-per-step 4 --num-generations 4 --eval-questions 12 --save-steps 2 --train-questions 30 --max-completion-length 40 --learning-rate 3e-3 --log-completions-steps 0 --device cpu"
 
@@ -64,9 +65,10 @@ def test_an_export_of_a_run(small_run, capsys):
     said = capsys.readouterr().out
     out, last = small_run / "export", small_run / "checkpoints/step_000003"
     assert sorted(p.name for p in out.iterdir()) == ["merged", "report.json"]
-    assert f"checkpoint  {last}" in said and "a LoRA on 28 layers into data/tiny" in said
+    assert f"checkpoint  {last}" in said and "the LoRA into data/tiny" in said
     report = json.loads((out / "report.json").read_text())
     assert report["logits"]["merged"] < 0.1 < report["logits"]["lora"]
+    assert report["logits"]["relative_rms"] < 0.05
     trained, merged = report["accuracy"].values()
     assert trained["n"] == merged["n"] <= 8 and trained["same_as_trained"] == trained["n"]
     assert f"merged                                  {merged['n']:>1}" in said
@@ -110,17 +112,15 @@ def test_a_saved_lora_answers_the_same_in_a_fresh_process_of_plain_transformers_
     assert done.stdout == "same\n" * 6
 
 
-def test_any_peft_folder_can_be_merged(run, tmp_path, capsys):
-    alone = Path(shutil.copytree(run / "checkpoints/step_000002", tmp_path / "alone/adapter"))
-    for name in ("SHA256SUMS", "trainer_state.json", "trainer_state.pt", "tokenizer.json"):
-        (alone / name).unlink()
-    main([str(alone), "--output-dir", str(tmp_path / "out")])
-    assert "held-out questions" not in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"merged", "report.json"}
-    merged, base = (
-        loaded(folder).model.layers[0].mlp.up_proj.weight for folder in (tmp_path / "out/merged", "data/tiny")
-    )
-    assert not merged.equal(base)
+def test_the_best_checkpoint_and_one_named_by_its_folder(run, capsys):
+    (run / "checkpoints/best").write_text("step_000002\n")
+    for path in (run / "checkpoints/best", run / "checkpoints/step_000002"):
+        main([str(path), "--eval-questions", "0"])
+        said = capsys.readouterr().out
+        assert f"checkpoint  {run}/checkpoints/step_000002" in said and "held-out questions" not in said
+    card = (run / "export/merged/README.md").read_text()
+    assert "GRPO, step 2, seed 0" in card and "* at the run's last evaluation: " in card
+    assert "accuracy" not in json.loads((run / "export/report.json").read_text())
 
 
 def test_a_run_over_4_bit_weights_is_merged_into_the_16_bit_ones(run, capsys):
@@ -136,9 +136,9 @@ def test_a_base_that_has_moved_is_named(run, tmp_path, capsys):
     moved = Path(shutil.copytree("data/tiny", tmp_path / "moved"))
     settings = yaml.safe_load((run / "config.yaml").read_text()) | {"model": "no/longer"}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert "model: no/longer is neither a folder here nor a model" in refused(run)
+    assert "base model: no/longer cannot be read (--base-model): " in refused(run)
     main([str(run), "--base-model", str(moved), "--eval-questions", "2"])
-    assert "as trained, cpu in float32" in capsys.readouterr().out
+    assert "base and LoRA, cpu in float32" in capsys.readouterr().out
 
 
 def test_too_little_memory_on_the_card_is_a_line(run, monkeypatch):
@@ -152,8 +152,10 @@ def test_too_little_memory_on_the_card_is_a_line(run, monkeypatch):
 
 
 def test_what_cannot_be_exported_is_said_in_a_line(run, tmp_path):
-    assert refused(run.with_name("smal")).endswith(f"did you mean {run}?")
-    assert "nowhere/at/all is neither the folder of a run nor that of a saved LoRA" in refused("nowhere/at/all")
+    assert refused(run.with_name("smal")).endswith(f"Did you mean '{run}'?")
+    assert "nowhere/at/all is neither a run folder, as runs/NAME, nor a checkpoint" in refused("nowhere/at/all")
+    shutil.copytree(run / "checkpoints/step_000002", tmp_path / "alone/a/b")
+    assert "nor a checkpoint" in refused(tmp_path / "alone/a/b")  # its run and questions are not there
     weights = run / "checkpoints/step_000003/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     message = refused(run)
@@ -170,11 +172,14 @@ def test_another_base_model_is_noticed(run, tmp_path):
     safetensors.torch.save_file(
         {n: w * 1.01 for n, w in weights.items()}, other / "model.safetensors", {"format": "pt"}
     )
-    assert "is not the base model that" in refused(run, "--base-model", other)
+    assert "is not the base model that was trained: its weights differ" in refused(run, "--base-model", other)
     settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}))
+    main([str(run), "--base-model", str(other), "--eval-questions", "0"])  # weights that are rounded cannot be compared
+    shutil.rmtree(run / "export")
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (other / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
-    assert "is quantized (bitsandbytes)" in refused(run, "--base-model", other)
+    assert "is quantized: name the original 16-bit model with --base-model" in refused(run, "--base-model", other)
     smaller = transformers.Qwen3Config(**settings | {"hidden_size": 64})
     transformers.Qwen3ForCausalLM(smaller).save_pretrained(other)
     assert "does not fit" in refused(run, "--base-model", other)
@@ -214,20 +219,54 @@ def test_where_an_export_fails_the_one_before_stays(run, fault, monkeypatch):
     assert contents(run / "export") == before
 
 
-def test_an_export_that_was_killed_leaves_the_one_before_and_the_next_one_replaces_it(tmp_path):
+@pytest.mark.parametrize(
+    "moment", ["while it writes", "after the old folder is renamed", "before the old one is removed"]
+)
+def test_an_export_that_is_killed_loses_nothing(tmp_path, moment, monkeypatch):
+    """The folder is the old one or the new one, at once or after the next export has begun."""
     before = old_export(tmp_path / "export")
+    rename = Path.rename
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def rename_and_kill(path, target):
+        rename(path, target)
+        kill()
+
     if not (child := os.fork()):
         with merge.replace_folder(tmp_path / "export/merged") as folder:
             (folder / "model.safetensors").write_text("new")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if moment == "while it writes":
+                kill()
+            if moment == "after the old folder is renamed":
+                monkeypatch.setattr(Path, "rename", rename_and_kill)
+            else:
+                monkeypatch.setattr(merge, "repair", kill)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert contents(tmp_path / "export").items() > before.items()
     with pytest.raises(ValueError), merge.replace_folder(tmp_path / "export/merged"):
         raise ValueError
-    assert contents(tmp_path / "export") == before
+    new = {"merged/model.safetensors": b"new"}
+    assert contents(tmp_path / "export") == (new if moment == "before the old one is removed" else before)
     with merge.replace_folder(tmp_path / "export/merged") as folder:
-        (folder / "model.safetensors").write_text("new")
-    assert contents(tmp_path / "export") == {"merged/model.safetensors": b"new"}
+        (folder / "model.safetensors").write_text("newer")
+    assert contents(tmp_path / "export") == {"merged/model.safetensors": b"newer"}
+
+
+def test_a_folder_that_cannot_be_renamed_is_put_back(tmp_path, monkeypatch):
+    before = old_export(tmp_path / "export")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "merged.unfinished":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(RunError, match="export/merged cannot be written: Input/output error"):
+        with merge.replace_folder(tmp_path / "export/merged"):
+            pass
+    assert contents(tmp_path / "export") == before
 
 
 # --- GGUF
@@ -265,7 +304,7 @@ def test_a_converter_that_fails_leaves_the_merged_model(run, nothing_installed, 
         tmp_path / "llama.cpp/convert_hf_to_gguf.py",
         "sys.exit('loading\\nNotImplementedError: tokenizer not known\\n')",
     )
-    message = refused(run, "--gguf", "q8_0", "--llama-cpp", tmp_path / "llama.cpp")
+    message = refused(run, "--gguf", "q8_0", "--llama-cpp", tmp_path / "llama.cpp", "--eval-questions", "0")
     assert message == (
         "gguf: convert_hf_to_gguf.py failed: NotImplementedError: tokenizer not known; the merged model is in "
         f"{run}/export/merged"
@@ -321,14 +360,21 @@ def test_a_gguf_file_read_back_has_the_merged_models_logits(kind, tmp_path):
         vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.1, **shape
     )
     transformers.LlamaForCausalLM(settings).bfloat16().save_pretrained(base)
+    run = tmp_path / "run"
+    train.main([*SMALL.split(), "--model", str(base), "--output-dir", str(run)])
     policy = load_policy(Config(model=str(base), device="cpu"))
     fill_lora(policy, 0.05)
-    save_adapter(policy, tmp_path / "adapter")
-    main([str(tmp_path / "adapter"), "--gguf", kind, "--device", "cpu"])
-    out = tmp_path / "adapter/export"
-    assert sorted(p.name for p in (out / kind).iterdir()) == ["Modelfile", f"adapter-{kind}.gguf"]
-    logits = json.loads((out / "report.json").read_text())["logits"]
+    checkpoint = run / "checkpoints/step_000003"
+    save_adapter(policy, checkpoint)  # one whose effect is known
+    sums = [f"{sha256(checkpoint / line.split()[1])}  {line.split()[1]}" for line in (checkpoint / "SHA256SUMS").open()]
+    (checkpoint / "SHA256SUMS").write_text("\n".join(sums))
+    main([str(run), "--gguf", kind, "--device", "cpu", "--eval-questions", "4"])
+    out = run / "export"
+    assert sorted(p.name for p in (out / kind).iterdir()) == ["Modelfile", f"run-{kind}.gguf"]
+    report = json.loads((out / "report.json").read_text())
+    logits = report["logits"]
     assert logits["gguf"] < (0.2 * logits["lora"] if kind == "q8_0" else 1e-4)
+    assert [name.split()[0] for name in report["accuracy"]] == ["as", "merged", "GGUF"]
     assert sorted(p.name for p in out.iterdir()) == sorted(["merged", "report.json", kind])
 
 
@@ -352,29 +398,34 @@ class Hub:
         self.calls.append(("upload_folder", options["repo_id"], options["folder_path"]))
 
 
-def test_an_upload_is_private_unless_asked_otherwise(tmp_path):
+def test_an_upload_is_private_unless_asked_otherwise(tmp_path, monkeypatch, capsys):
+    def push(public, hub):
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+        Export.upload(SimpleNamespace(merged=tmp_path), "me/model", public)
+
     hub = Hub()
-    assert push(tmp_path, "me/model", False, hub) == "hub/me/model"
+    push(False, hub)
+    assert capsys.readouterr().out == "uploaded    hub/me/model\n"
     assert hub.calls == [
         ("create_repo", "me/model", {"private": True, "exist_ok": True}),
         ("upload_folder", "me/model", tmp_path),
     ]
     hub = Hub(private=False)
     with pytest.raises(RunError, match="me/model exists and is public: add --public"):
-        push(tmp_path, "me/model", False, hub)
+        push(False, hub)
     assert len(hub.calls) == 1
-    push(tmp_path, "me/model", True, hub)
+    push(True, hub)
     assert hub.calls[1:] == [
         ("create_repo", "me/model", {"private": False, "exist_ok": True}),
         ("upload_folder", "me/model", tmp_path),
     ]
     with pytest.raises(RunError, match="was not uploaded: the line is cut .log in with.*; the model stays in"):
-        push(tmp_path, "me/model", True, Hub(error=ConnectionError("the line is cut\nand more")))
+        push(True, Hub(error=ConnectionError("the line is cut\nand more")))
 
 
 def test_without_a_network_the_model_stays_here(run):
-    assert "push_to_hub: Repo id must" in refused(run, "--push-to-hub", "me/too/many")
-    assert not (run / "export").exists()
+    message = refused(run, "--push-to-hub", "me/too/many", "--eval-questions", "0")
+    assert "me/too/many was not uploaded: Repo id must" in message
     message = refused(run, "--push-to-hub", "me/model", "--eval-questions", "0")
     assert message.startswith("push_to_hub: me/model was not uploaded: ") and f"stays in {run}/export/merged" in message
     assert loaded(run / "export/merged")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from grading import RewardError, load_rewards, preflight, reward_model, score_all
+from grading.rewards import models
 from grading.rewards.models import RewardModel, _load
 
 PROMPTS = ["2+5=?", "What is 3 + 4 + 5?", "1", "Compute 9 - 2 + 1.", "A bus has 3 riders."]
@@ -78,14 +79,15 @@ def values(function, prompts=PROMPTS, texts=TEXTS):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind, chat", [("qwen", True), ("bert", True), ("gpt2", True), ("qwen", False)])
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_a_batch_says_what_single_rows_say(tmp_path, kind, chat, side, batch_size):
+def test_a_batch_says_what_single_rows_say(tmp_path, kind, chat, side, batch_size, monkeypatch):
+    monkeypatch.setattr(models, "BATCH_SIZE", batch_size)
     folder = save(tmp_path / "m", kind, chat=chat, padding_side=side)
-    found = values(reward_model(folder, batch_size=batch_size))
+    found = values(reward_model(folder))
     expected = plain_logits(folder, PROMPTS, TEXTS)[:, 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert found.std() > 1e-3  # the rows do differ
     if kind == "qwen":
-        squashed = values(reward_model(folder, sigmoid=True, batch_size=batch_size))
+        squashed = values(reward_model(folder, sigmoid=True))
         torch.testing.assert_close(squashed, expected.sigmoid(), atol=1e-5, rtol=0)
 
 
@@ -198,22 +200,19 @@ def test_labels_that_are_missing_or_unknown(tmp_path):
         assert "\n" not in str(found.value)
         return str(found.value)
 
-    assert message(folder).endswith("has 2 labels: say with label= which one is good: 'bad', 'good'")
-    assert message(folder, label="god").endswith("has no label 'god', only 'bad', 'good'. Did you mean 'good'?")
-    assert message(folder, label=2).endswith("has no label 2, only 'bad', 'good'.")
-    assert message(folder, label=1, sigmoid=True).endswith("gives a probability with label=: leave out sigmoid=")
-    assert message(single, label="good").endswith("has one output, a score, and no labels: leave out label=")
+    assert "label is None, but must name the good label of" in message(folder)
+    assert message(folder).endswith("'bad', 'good'.")
+    assert message(folder, label="god").endswith("'bad', 'good'. Did you mean 'good'?")
+    assert "label is 2, but must name" in message(folder, label=2)
+    assert "or be left out if there is only one" in message(single, label="good")
+    probability, squashed = (values(reward_model(folder, label=1, sigmoid=sigmoid)) for sigmoid in (False, True))
+    assert probability.equal(squashed)  # it is within 0..1 already
 
 
 def test_models_that_cannot_be_used(tmp_path):
-    with pytest.raises(RewardError, match="there is no folder ./nowhere"):
-        reward_model("./nowhere")
-    with pytest.raises(RewardError, match="there is no folder a/b/c"):
-        reward_model("a/b/c")
-    with pytest.raises(RewardError, match="holds no config.json"):
-        reward_model(str(tmp_path))
-    with pytest.raises(RewardError, match="batch_size is 0"):
-        reward_model("data/tiny", batch_size=0)
+    for name in ("./nowhere", "a/b/c", str(tmp_path)):
+        with pytest.raises(RewardError, match=f"^reward_model: {name} cannot be loaded as a sequence classifier: ."):
+            reward_model(name)(["q"], ["a"])
     untrained = reward_model("data/tiny")  # a language model: loading it makes a random head
     with pytest.raises(
         RewardError, match="data/tiny has no trained classification head, its weights lack score.weight"
@@ -314,8 +313,9 @@ def test_a_reward_model_never_judges(tmp_path):
 
 
 def test_faults_in_a_reward_file_name_its_line(tmp_path):
-    with pytest.raises(RewardError, match=r"^rewards.py:3: RewardError: reward_model: there is no folder ./nowhere"):
-        load_rewards(write(tmp_path, "\nm = reward_model('./nowhere')\n"))
+    rewards = load_rewards(write(tmp_path, f"{RULE}\nm = reward_model('./nowhere', name='m')\n"))
+    with pytest.raises(RewardError, match=r"^reward function 'm' \(rewards.py:6\), row r1.*./nowhere cannot be loaded"):
+        rewards.check([{"id": "r1", "prompt": "q", "answer": "7"}])
     rewards = load_rewards(write(tmp_path, f"{RULE}\nm = reward_model('data/tiny', name='m')\n"))
     with pytest.raises(
         RewardError, match=r"^reward function 'm' \(rewards.py:6\), row r1.*no trained classification head"

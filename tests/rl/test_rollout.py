@@ -50,7 +50,6 @@ def test_a_qwen_like_generation_config_does_not_change_what_is_sampled(tmp_path,
     qwen = {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.3}
     config.model = copy_of_tiny(tmp_path / "m", generation_config=qwen)
     policy = load_policy(config)
-    assert policy.model.generation_config.top_k == 2
     prompt = policy.encode_prompt("What is 8 - 3 + 9?") + policy.tokenizer.encode("\\boxed{", add_special_tokens=False)
     with torch.no_grad():
         probabilities = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).tolist()
@@ -176,11 +175,10 @@ def test_a_batch_has_no_more_rows_than_the_limit(policy, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["hf generate"], indirect=True)
-def test_nothing_of_a_generation_config_changes_what_generate_draws(policy):
+def test_nothing_of_a_generation_config_changes_what_generate_draws(policy, config, tmp_path):
     """Neither its way of sampling, nor tokens that it forces or forbids, nor where it would stop."""
     expected = roll(policy, QUESTIONS, n=4)
-    drawn = sorted({token for episode in expected for token in episode.completion_ids} - {1})
-    own = policy.model.generation_config
+    drawn = sorted({token for episode in expected for token in episode.completion_ids} - {1, 9})
     hostile = {
         "do_sample": True,
         "temperature": 0.1,
@@ -197,16 +195,16 @@ def test_nothing_of_a_generation_config_changes_what_generate_draws(policy):
         "max_length": 3,
         "max_time": 0.0,
         "stop_strings": ["1"],
-        "eos_token_id": drawn[:3],
         "return_dict_in_generate": True,
         "use_cache": False,
     }
-    for name, value in hostile.items():
-        setattr(own, name, value)
+    config.model = copy_of_tiny(tmp_path / "m", generation_config=hostile)
+    policy = load_policy(config)
+    policy.decoder = None
+    fill_lora(policy, 0.02)
     episodes = roll(policy, QUESTIONS, n=4)
     assert [e.completion_ids for e in episodes] == [e.completion_ids for e in expected]
     assert [e.sampler_logprobs for e in episodes] == [e.sampler_logprobs for e in expected]
-    assert policy.model.generation_config is policy.model.get_base_model().generation_config is own
 
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0, "eos_token_id": 1}
@@ -240,7 +238,7 @@ def test_other_families_sample_what_is_trained(tmp_path, config, name):
     fill_lora(policy, 0.2)
     episodes = roll(policy, [QUESTIONS[i] for i in (0, 2, 3, 1)], n=3, length=12)
     assert len({len(e.prompt_ids) for e in episodes}) == 3 and len(episodes) == 12
-    assert [e.question for e in episodes] == [place // 3 for place in range(12)]
+    assert [e.group for e in episodes] == [place // 3 for place in range(12)]
     sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
     alone = []
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_steps_by_graphs_give_the_same_completions(name, penalty, monkeypatch):
     """Several steps between two looks, idle slots decoded along, buckets: rows end where they should and nothing leaks."""
     policy, prompts = make_policy(name), random_rows(5, 11, 1, 8, 3, 7)
     policy.eos_ids = frozenset({2, 13, 18, 24, 31})
-    how = {"num_generations": 2, "max_completion_length": 21, "rows_at_a_time": 5}
+    how = {"num_generations": 2, "max_completion_length": 21, "rollout_batch_size": 5}
     how |= {"sampling": Sampling(top_k=1, repetition_penalty=penalty), "generator": torch.Generator()}
     expected = rollout(policy, prompts, **how)
     handed = []

@@ -10,7 +10,14 @@ from conftest import copy_of_tiny, fill_lora, vectors
 
 from rl.config import Config, ConfigError
 from rl.model.logprobs import completion_logprobs
-from rl.model.policy import check_model, choose_device, load_policy, make_deterministic, reloaded_adapter, save_adapter
+from rl.model.policy import (
+    choose_device,
+    load_policy,
+    make_deterministic,
+    reloaded_adapter,
+    restore_adapter,
+    save_adapter,
+)
 from rl.update import Updater
 
 
@@ -133,6 +140,26 @@ def test_an_adapter_of_another_model_is_refused(policy, tmp_path, config):
     policy.tokenizer.save_pretrained(tmp_path / "m")
     config.adapter, config.model = str(tmp_path / "a"), str(tmp_path / "m")
     with pytest.raises(ConfigError, match="adapter: .* does not fit"):
+        load_policy(config)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a matrix is missing", "no file"])
+def test_a_damaged_adapter_is_refused(policy, tmp_path, config, damage):
+    """At the start of a run, and where a checkpoint is restored: never trained on with random numbers in its place."""
+    save_adapter(policy, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif damage == "no file":
+        weights.unlink()
+    else:
+        tensors = safetensors.torch.load_file(weights)
+        del tensors[next(iter(tensors))]
+        safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ConfigError, match="^adapter: [^\n]+$"):
+        restore_adapter(policy.model, tmp_path)
+    config.adapter = str(tmp_path)
+    with pytest.raises(ConfigError, match="^adapter: [^\n]+$"):
         load_policy(config)
 
 
@@ -294,12 +321,14 @@ def test_prompts_that_cannot_be_encoded_name_their_row(policy):
 
 
 def test_models_and_adapters_that_are_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="model: data/tinny is neither .* did you mean data/tiny?"):
-        check_model(Config(model="data/tinny"))
+    with pytest.raises(ConfigError, match="model: data/tinny cannot be loaded: did you mean data/tiny?"):
+        load_policy(Config(model="data/tinny"))
+    with pytest.raises(ConfigError, match="^model: no-such-org/no-model cannot be loaded: [^\n]+$"):
+        load_policy(Config(model="no-such-org/no-model"))
     with pytest.raises(ConfigError, match="has no config.json"):
-        check_model(Config(model=str(tmp_path)))
+        load_policy(Config(model=str(tmp_path)))
     with pytest.raises(ConfigError, match="adapter: .* is not a saved LoRA"):
-        check_model(Config(adapter=str(tmp_path)))
+        load_policy(Config(adapter=str(tmp_path)))
 
 
 def test_what_needs_a_gpu_says_so():

@@ -26,7 +26,7 @@ from rl.model.backends import import_backend, set_mode  # noqa: E402
 import_backend(Config(backend="unsloth"))
 
 import torch  # noqa: E402
-from conftest import fill_lora  # noqa: E402
+from conftest import copy_of_tiny, fill_lora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rl.checks import check_sampler  # noqa: E402
@@ -50,9 +50,10 @@ def loaded(config, backend, noise=0.02):
 
 
 @pytest.fixture(params=[False, True], ids=["16 or 32 bits", "4 bits"])
-def both(config, request):
-    """The same policy by Unsloth and by transformers."""
+def both(config, request, tmp_path):
+    """The same policy by Unsloth and by transformers, of a model whose generation_config must not come in between."""
     config.load_in_4bit = request.param
+    config.model = copy_of_tiny(tmp_path / "model", generation_config={"repetition_penalty": 5.0})
     return [loaded(config, backend) for backend in ("unsloth", "transformers")]
 
 
@@ -143,7 +144,6 @@ def test_what_samples_is_what_is_trained(both, path):
         policy = copy.copy(policy)
         if path == "generate" and policy.by_unsloth:
             policy.decoder = None
-            policy.model.generation_config.repetition_penalty = 5.0  # must not come in between
         prompts = [policy.encode_prompt(question) for question in QUESTIONS]
         asked = policy, prompts, 2, 12
         texts.append([e.completion_ids for e in rollout(*asked, Sampling(0), torch.Generator(), 4)])
