@@ -315,7 +315,7 @@ def test_a_reward_model_never_judges(tmp_path):
 def test_faults_in_a_reward_file_name_its_line(tmp_path):
     rewards = load_rewards(write(tmp_path, f"{RULE}\nm = reward_model('./nowhere', name='m')\n"))
     with pytest.raises(RewardError, match=r"^reward function 'm' \(rewards.py:6\), row r1.*./nowhere cannot be loaded"):
-        rewards.check([{"id": "r1", "prompt": "q", "answer": "7"}])
+        preflight(rewards, [{"id": "r1", "prompt": "q", "answer": "7"}])
     rewards = load_rewards(write(tmp_path, f"{RULE}\nm = reward_model('data/tiny', name='m')\n"))
     with pytest.raises(
         RewardError, match=r"^reward function 'm' \(rewards.py:6\), row r1.*no trained classification head"

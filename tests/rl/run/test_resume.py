@@ -138,7 +138,7 @@ def test_a_stop_file_ends_the_run_after_its_step(tmp_path, whole):
     assert_same(folder, whole("grpo")[0])
 
 
-def ctrl_c_twice(*_):
+def ctrl_c_twice(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
 
