@@ -4,7 +4,7 @@
 # make test        the fast tests, a few minutes                               (make test-all: the slow ones too, about an hour)
 # make lint        ruff check and ruff format --check
 # make compare     every algorithm of the family, three seeds each             (ARGS="--only ppo grpo"; all: an hour)
-# make bench       a training step beside TRL's, which gets an environment of its own   (ARGS="--reward task")
+# make bench       a training step beside TRL's                                (ARGS="--reward task")
 # make test-gpu    what only a machine with an NVIDIA GPU can show, in a few minutes
 # make test-unsloth   the calls into Unsloth, against its fallback on a CPU, in .venv-unsloth-cpu
 # make screenshots the README's pictures of the page, of the newest run; needs chromium
@@ -51,7 +51,7 @@ compare: .venv/installed-dev
 	@$(PY) bench/compare.py $(ARGS)
 
 bench: .venv/installed-dev
-	@PIP_ARGS="$(PIP_ARGS)" $(PY) bench/vs_peer.py $(ARGS)
+	@$(PY) bench/vs_peer.py $(ARGS)
 
 screenshots: .venv/installed-dev
 	@$(PY) tests/ui/test_ui_page.py $(ARGS)

@@ -1,11 +1,11 @@
 """Ponder beside another trainer: seconds and memory of the same training step, in interleaved rounds.
 
     make bench                                                  TRL, the bundled tiny model
-    .venv-trl/bin/python bench/vs_peer.py --model qwen3-1.7b    random weights of that shape (bench/memory.py)
-    .venv-trl/bin/python bench/vs_peer.py --until 80            seconds until 80 % of a step's completions are right
-    .venv-unsloth/bin/python bench/vs_peer.py --peer unsloth    Unsloth; on a CPU its fallback
+    python bench/vs_peer.py --model qwen3-1.7b                  random weights of that shape (bench/memory.py)
+    python bench/vs_peer.py --until 80                          seconds until 80 % of a step's completions are right
+    .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth      Unsloth; on a CPU its fallback
 
-To be run in an environment that has the peer beside what Ponder needs. The sides are two processes with the same packages and as
+To be run in an environment that has the peer: TRL is in requirements-dev.txt, Unsloth in the one of `make test-unsloth`. The sides are two processes with the same packages and as
 many threads; while one works, the other waits. They have the same model and LoRA, prompts, group size, length limit, sampling,
 reward and loss (GRPO with `dapo`, no KL, one AdamW step per roll-out). First their log-probabilities are compared. On the tiny
 model they start from a LoRA that train.py has trained for 10 steps, when completions are longer than at the start; a tiny
