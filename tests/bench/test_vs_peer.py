@@ -115,6 +115,25 @@ def test_log_probabilities_that_differ_end_the_script(ponder, monkeypatch, tmp_p
             vs_peer.start(argparse.Namespace(peer="trl"), str(tmp_path))
 
 
+def test_the_environment_of_trl_is_made_once(tmp_path, monkeypatch):
+    """It is made again for another version of TRL; then the script runs there, with the same arguments."""
+    commands = []
+    monkeypatch.setattr(vs_peer, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        vs_peer, "run", lambda *arguments: commands.append(arguments) or (tmp_path / ".venv-trl").mkdir()
+    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(vs_peer.os, "execv", lambda *arguments: commands.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["bench/vs_peer.py", "--seed", "3"])
+    monkeypatch.setenv("PIP_ARGS", "--extra-index-url URL")
+    vs_peer.enter_environment()
+    _, install, (python, arguments) = commands
+    assert install[:4] == [python, "-m", "pip", "install"] and "URL" in install and install[-1] == vs_peer.TRL
+    assert python.startswith(str(tmp_path / ".venv-trl")) and arguments[1:] == [*sys.argv, "--here"]
+    vs_peer.enter_environment()
+    assert len(commands) == 4
+
+
 def test_a_failure_of_the_peer_ends_the_script(capfd):
     with pytest.raises(SystemExit, match="the peer has failed"):
         vs_peer.Peer("trl", None, "adapter", [], ())
@@ -123,10 +142,23 @@ def test_a_failure_of_the_peer_ends_the_script(capfd):
 
 @pytest.mark.slow
 @pytest.mark.skipif(TRL < "1.16" and not importlib.util.find_spec("triton"), reason="no TRL that trains here")
-@pytest.mark.parametrize("options", [["--model", "qwen3-small"], ["--until", "50"]], ids=["random weights", "until"])
+@pytest.mark.parametrize(
+    "options", [["--random-weights", "qwen3-small"], ["--until", "50"]], ids=["random weights", "until"]
+)
 def test_a_small_run_beside_trl(tmp_path, options):
     file = tmp_path / "result.json"
-    command = [sys.executable, "bench/vs_peer.py", "--rounds", "1", "--steps", "1", "--json", str(file), *options]
+    command = [
+        sys.executable,
+        "bench/vs_peer.py",
+        "--here",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--json",
+        str(file),
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())

@@ -1,6 +1,7 @@
 """Memory: the dimensions of models, what a run needs by part, and what --dry-run says and advises."""
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -364,17 +365,23 @@ def test_it_answers_at_once_and_without_torch():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", ["qwen3-167m", "llama-129m", "qwen2-199m"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen2"])
 def test_within_15_percent_of_what_is_measured(name):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("these models are for a CPU")
-    from bench.memory import ON_CPU, measure
+    spec = importlib.util.spec_from_file_location("bench_memory", "bench/memory.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    found = bench.measure(name, bench.ON_CPU[name][2])
+    assert found["peak"] == pytest.approx(found["measured"], rel=0.15), found
+    assert found["measured"] > 700  # MB: there is something to predict
 
-    predicted, measured = measure(name, ON_CPU[name])
-    assert predicted == pytest.approx(measured, rel=0.15)
-    assert measured > 700  # MB: there is something to predict
+
+def test_the_benchmark_has_a_help():
+    done = subprocess.run([sys.executable, "bench/memory.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "ten minutes" in done.stdout
 
 
 def test_size():
