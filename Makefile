@@ -67,8 +67,10 @@ test-unsloth: .venv-unsloth-cpu/installed
 	@$(PY) $(PIP) $(GYM) 2>/dev/null || echo "Without reasoning_gym, since one of its packages needs a C compiler here; everything else works."
 	@touch $@
 
+# Unsloth brings the TRL that it needs.
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	@$(PY) $(PIP) -r requirements-dev.txt
+	@$(if $(filter requirements.txt,$(REQUIREMENTS)),grep -v "^trl" requirements-dev.txt,cat requirements-dev.txt) >.venv/dev.txt
+	@$(PY) $(PIP) -r .venv/dev.txt
 	@touch $@
 
 # Without its dependencies: on a CPU it would bring packages for GPUs, and what it needs is there.

@@ -6,6 +6,7 @@
 Measured is on a CPU the peak of resident memory above that after the imports (Linux), on a GPU what PyTorch allocates at most.
 """
 
+import json
 import os
 import platform
 import re
@@ -24,21 +25,16 @@ ON_CPU = {
     "llama-129m": f"{SHORT} --algorithm ppo --gradient-checkpointing",
     "qwen2-199m": f"{SHORT} --lora-r 32",
 }
-ON_GPU = dict.fromkeys(("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen2.5-0.5b", "llama3.2-1b"), LONG)
+ON_GPU = dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "meta-llama/Llama-3.2-1B"), LONG)
 # fmt: off
 FIELDS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings",
 )
-SHAPES = {
-    "qwen3-0.6b": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
-    "qwen3-1.7b": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True),
-    "qwen3-4b": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
-    "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True),
-    "llama3.2-1b": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
+SMALL_SHAPES = {  # beside those in rl/fit/models.json
     "qwen3-167m": ("qwen3", 151936, 768, 2048, 8, 12, 4, 64, True),
     "llama-129m": ("llama", 8192, 640, 1728, 24, 10, 10, 64, False),
-    "qwen2-199m": ("qwen2", 50304, 1536, 4096, 5, 12, 2, 128, True),
+    "qwen2-199m": ("qwen2", 50304, 1536, 4096, 5, 12, 2, 128, True),  # head_dim is always hidden_size / heads
     "qwen3-small": ("qwen3", 512, 64, 128, 2, 4, 2, 16, True),  # for dry checks of what is meant for a GPU
 }
 # fmt: on
@@ -48,6 +44,7 @@ def make_random_model(name: str, folder: str, mean_length: int | None = None) ->
     """Save a model of a known shape with random bf16 weights and the bundled model's tokenizer; returns the folder.
 
     Args:
+        name: of SMALL_SHAPES or of rl/fit/models.json.
         mean_length: mean length of completions, in tokens. The next token of random weights is nearly uniform, so
             vocabulary / mean_length end-of-sequence tokens give geometric lengths in every trainer. None: there is one such
             token, and nearly all completions reach the limit.
@@ -55,9 +52,8 @@ def make_random_model(name: str, folder: str, mean_length: int | None = None) ->
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    settings = dict(zip(FIELDS, SHAPES[name]))
-    if settings["model_type"] == "qwen2":
-        del settings["head_dim"]  # always hidden_size / num_attention_heads
+    known = json.loads((ROOT / "rl/fit/models.json").read_text(encoding="utf-8"))
+    settings = dict(zip(FIELDS, SMALL_SHAPES[name])) if name in SMALL_SHAPES else known[name]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny")
     end_ids = [tokenizer.eos_token_id]
     if mean_length:

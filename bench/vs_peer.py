@@ -1,19 +1,19 @@
 """Ponder beside another trainer: seconds and memory of the same training step, in interleaved rounds.
 
-    make bench                                                  TRL, the bundled tiny model
-    python bench/vs_peer.py --model qwen3-1.7b                  random weights of that shape (bench/memory.py)
-    python bench/vs_peer.py --until 80                          seconds until 80 % of a step's completions are right
-    .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth      Unsloth; on a CPU its fallback
+    python bench/vs_peer.py                                            TRL, the bundled tiny model
+    python bench/vs_peer.py --random-weights Qwen/Qwen3-1.7B           in 4 bit on a GPU
+    python bench/vs_peer.py --until 80                                 seconds until 80 % of a step's completions are right
+    .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth       Unsloth, where it is installed; on a CPU its fallback
 
-To be run in an environment that has the peer: TRL is in requirements-dev.txt, Unsloth in the one of `make test-unsloth`. The sides are two processes with the same packages and as
-many threads; while one works, the other waits. They have the same model and LoRA, prompts, group size, length limit, sampling,
-reward and loss (GRPO with `dapo`, no KL, one AdamW step per roll-out). First their log-probabilities are compared. On the tiny
-model they start from a LoRA that train.py has trained for 10 steps, when completions are longer than at the start; a tiny
-learning rate keeps them so.
+The sides are two processes with the same packages and as many threads; while one works, the other waits. They have the same
+model and LoRA, prompts, group size, length limit, sampling, reward and loss (GRPO with `dapo`, no KL, one AdamW step per
+roll-out), and their log-probabilities are compared first. On the tiny model they start from a LoRA that train.py has trained for
+10 steps, when completions are longer than at the start; a tiny learning rate keeps them so. TRL is in
+requirements-dev.txt, Unsloth in the environment of `make test-unsloth`.
 
 Ratios are peer / Ponder: above 1 is better for Ponder. A round's figure is the median of its steps; the table has the median of
-the rounds, the ratios also with the lowest and the highest round. Ponder's roll-out includes scoring, since completions are
-scored as they end; the peer's scoring (about 1 ms) counts as update. Ponder's steps are those of train.py without its logs.
+the rounds, the ratios also with the lowest and the highest round. Ponder's steps are those of train.py without its logs; their
+roll-out includes scoring, since completions are scored as they end. The peer's scoring (about 1 ms) counts as update.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import random
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench.memory import SHAPES  # noqa: E402
+from bench.memory import run  # noqa: E402
 from data import QuestionSampler, load_questions  # noqa: E402
 from grading import Rewards, reward  # noqa: E402
 from rl.config import Config  # noqa: E402
@@ -171,14 +170,9 @@ def load_peer(peer: str, config: Config, adapter: str, length: int):
         os.environ["UNSLOTH_COMPILE_LOCATION"] = f"{adapter}-compiled"
         from unsloth import FastLanguageModel  # before trl, whose trainers it replaces
 
-        return FastLanguageModel.from_pretrained(
-            adapter,
-            use_exact_model_name=True,
-            max_seq_length=length,
-            dtype=dtype,
-            load_in_4bit=config.load_in_4bit,
-            use_gradient_checkpointing=False,  # memory is not short here, and it costs time
-        )
+        # Without gradient checkpointing: memory is not short here, and it costs time.
+        options = {"dtype": dtype, "load_in_4bit": config.load_in_4bit, "use_gradient_checkpointing": False}
+        return FastLanguageModel.from_pretrained(adapter, max_seq_length=length, use_exact_model_name=True, **options)
     from peft import PeftModel
     from transformers import AutoTokenizer
 
@@ -250,19 +244,15 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
     texts, ids, answers = map(list, zip(*prompts))
     if tokenizer(texts)["input_ids"] != ids:
         raise ValueError("the peer's tokenizer gives other token ids for the same prompts")
-    micro_batch = min(MICRO_BATCH, rows_per_step)
+    names = ("seed", "num_generations", "max_completion_length", "max_steps", "learning_rate")
     settings = GRPOConfig(
         output_dir=f"{adapter}-trainer",
         use_cpu=device.type == "cpu",
         bf16=device.type == "cuda",
         dataloader_pin_memory=device.type == "cuda",
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=rows_per_step // micro_batch,
-        seed=config.seed,
-        num_generations=config.num_generations,
-        max_completion_length=config.max_completion_length,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=rows_per_step // MICRO_BATCH,
+        **{name: getattr(config, name) for name in names},
         **SAME,
     )
     data = Dataset.from_dict({"prompt": texts, "answer": answers})
@@ -274,18 +264,18 @@ def make_settings(args: argparse.Namespace, folder: str) -> dict:
     """Ponder's settings. Makes what they name in the folder: random weights, or a LoRA to start from."""
     settings = {"train_data": ["sums", "words"], "eval_questions": 8, "seed": args.seed, "model": args.model}
     settings |= {"max_steps": WARM_UP + args.rounds * args.steps, "max_completion_length": 96}
-    settings["max_tokens_per_micro_batch"] = 4096 if args.model not in SHAPES else 8192
+    settings["max_tokens_per_micro_batch"] = 8192 if args.random_weights else 4096
     if args.until:
         return settings | {"learning_rate": 2e-3}
     settings |= {"learning_rate": 1e-6, "control": "random-reward" if args.reward == "coin" else "none"}
-    if args.model in SHAPES:
-        make = f"from bench.memory import make_random_model as make; make({args.model!r}, {folder!r} + '/model', 128)"
-        subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True)
-        sizes = {"prompts_per_step": 8, "max_completion_length": 256}
-        return settings | sizes | {"model": f"{folder}/model", "load_in_4bit": torch.cuda.is_available()}
+    if args.random_weights:
+        model = f"{folder}/model"
+        run("-c", f"from bench.memory import *; make_random_model({args.random_weights!r}, {model!r}, 128)")
+        sizes = {"prompts_per_step": 8, "max_completion_length": 256, "load_in_4bit": torch.cuda.is_available()}
+        return settings | sizes | {"model": model}
     short = "--max-steps 10 --lr-scheduler-type constant --eval-questions 8 --eval-steps 0 --train-data sums words"
-    command = [sys.executable, "train.py", *short.split(), "--model", args.model, "--output-dir", f"{folder}/run"]
-    subprocess.run([*command, "--seed", str(args.seed)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    where = ["--model", args.model, "--output-dir", f"{folder}/run"]
+    run("train.py", *short.split(), *where, "--seed", str(args.seed))
     return settings | {"adapter": f"{folder}/run/checkpoints/step_000010"}
 
 
@@ -297,7 +287,7 @@ def start(args: argparse.Namespace, folder: str) -> tuple[Ponder, Peer, float]:
     prompts = [(render(q.row["prompt"]), q.prompt_ids, q.row["answer"]) for q in ponder.order]
     *sample, logprobs = ponder.sample()
     peer = Peer(args.peer, ponder.config, folder, prompts, sample)
-    difference = max(abs(a - b) for a, b in zip(logprobs, peer.logprobs, strict=True))
+    difference = (torch.tensor(logprobs) - torch.tensor(peer.logprobs)).abs().max().item()
     allowed = 1e-4 if ponder.policy.dtype == torch.float32 else 0.3  # in 16 bits single tokens differ by hundredths
     if not difference <= allowed:
         sys.exit(f"error: log-probabilities differ by {difference:.2g} nats; {allowed:g} is allowed")
@@ -323,10 +313,8 @@ def compare(rounds: dict[str, list[list[dict]]]) -> dict:
 
 def until(goal: float, steps: list[dict]) -> dict[str, float] | None:
     """The number and the seconds of the steps until one has this accuracy; None if none has."""
-    for number, step in enumerate(steps, 1):
-        if step["accuracy"] >= goal:
-            return {"steps": number, "seconds": sum(step["step"] for step in steps[:number])}
-    return None
+    number = next((n for n, step in enumerate(steps, 1) if step["accuracy"] >= goal), None)
+    return number and {"steps": number, "seconds": sum(step["step"] for step in steps[:number])}
 
 
 def report(result: dict) -> str:
@@ -338,18 +326,19 @@ def report(result: dict) -> str:
         ratio = "{median:.2f} ({least:.2f} to {greatest:.2f})".format(**result["spread"][name])
         lines.append(f"| {title} | {ours} | {theirs} | {ratio} |")
     lines += ["", f"{result['machine']}, {result['device']}; seed {result['seed']}; {shlex.join(result['command'])}"]
-    lines.append(", ".join(map(" ".join, result["versions"].items())))
+    versions = ", ".join(map(" ".join, result["versions"].items()))
+    lines.append(f"{versions}; log-probabilities differ by {result['off_by']:.1e} nats at most")
     for side, cold in result["cold"].items():
         name = "Ponder" if side == "ours" else result["peer"]
         lines.append(f"{name}, cold: {cold['loading']:.1f} s to load, {cold['first_step']:.1f} s for the first step")
-    lines.append(f"log-probabilities differ by {result['off_by']:.1e} nats at most")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=("trl", "unsloth"), default="trl")
-    parser.add_argument("--model", default="data/tiny", help=f"a folder, or random weights: {', '.join(SHAPES)}")
+    parser.add_argument("--model", default="data/tiny")
+    parser.add_argument("--random-weights", metavar="NAME", help="of the shape of a model in rl/fit/models.json")
     parser.add_argument("--reward", choices=("coin", "task"), default="coin", help="coin: Ponder can skip no group")
     parser.add_argument("--until", type=float, metavar="PERCENT", help="a fresh LoRA learns until this much is right")
     parser.add_argument("--rounds", type=int, default=5)
@@ -367,8 +356,8 @@ def main() -> None:
         for number in range(args.rounds):
             for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
                 rounds[side].append([sides[side].step() for _ in range(args.steps)])
-    packages = {"torch", "transformers", "peft", "trl", args.peer}
-    versions = {name: importlib.metadata.version(name) for name in sorted(packages)}
+    packages = sorted({"torch", "transformers", "peft", "trl", args.peer})
+    versions = {name: importlib.metadata.version(name) for name in packages}
     result = compare(rounds) | {
         "peer": f"{args.peer} {versions[args.peer]}",
         "off_by": difference,

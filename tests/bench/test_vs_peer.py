@@ -123,10 +123,22 @@ def test_a_failure_of_the_peer_ends_the_script(capfd):
 
 @pytest.mark.slow
 @pytest.mark.skipif(TRL < "1.16" and not importlib.util.find_spec("triton"), reason="no TRL that trains here")
-@pytest.mark.parametrize("options", [["--model", "qwen3-small"], ["--until", "50"]], ids=["random weights", "until"])
+@pytest.mark.parametrize(
+    "options", [["--random-weights", "qwen3-small"], ["--until", "50"]], ids=["random weights", "until"]
+)
 def test_a_small_run_beside_trl(tmp_path, options):
     file = tmp_path / "result.json"
-    command = [sys.executable, "bench/vs_peer.py", "--rounds", "1", "--steps", "1", "--json", str(file), *options]
+    command = [
+        sys.executable,
+        "bench/vs_peer.py",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--json",
+        str(file),
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())

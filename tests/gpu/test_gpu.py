@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show, in less than eight minutes on a data-centre card, without a network:
+"""What only an NVIDIA GPU can show; meant for less than eight minutes on a data-centre card, without a network:
 
     python -m pytest tests/gpu -m gpu                       on a machine with a GPU; with Unsloth if it is installed
     GPU_TESTS_ON_CPU=1 python -m pytest tests/gpu -m gpu    a dry check of this file: small models, no bounds on speed and memory
@@ -75,7 +75,7 @@ def model_of(tmp_path_factory):
     def make(name: str) -> str:
         if name == "tiny":
             return str(ROOT / "data/tiny")
-        return make_random_model("qwen3-small" if DRY else name, str(tmp_path_factory.mktemp(name)))
+        return make_random_model("qwen3-small" if DRY else name, str(tmp_path_factory.mktemp("model")))
 
     return make
 
@@ -120,10 +120,10 @@ def start(folder: Path, arguments: str, faults: dict | None = None) -> int:
     "name, dtype, load_in_4bit",
     [
         ("tiny", "float16", False),
-        ("qwen3-0.6b", "bfloat16", False),
-        ("qwen3-0.6b", "float16", False),
-        ("qwen3-0.6b", "bfloat16", True),
-        ("qwen2.5-0.5b", "bfloat16", True),
+        ("Qwen/Qwen3-0.6B", "bfloat16", False),
+        ("Qwen/Qwen3-0.6B", "float16", False),
+        ("Qwen/Qwen3-0.6B", "bfloat16", True),
+        ("Qwen/Qwen2.5-0.5B", "bfloat16", True),
     ],
 )
 def test_sampler_agrees(load_model, show, name, dtype, load_in_4bit):
@@ -213,7 +213,7 @@ def test_decoding_speed(load_model, on_graphs, show):
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
 
-    _, policy, questions = load_model("qwen3-0.6b", 128)
+    _, policy, questions = load_model("Qwen/Qwen3-0.6B", 128)
     prompts = [question.prompt_ids for question in questions[:8]]
     speed = {}
     for path in ("graphs", "plain", "generate"):
@@ -237,7 +237,14 @@ def test_unsloth_kernels(model_of, tmp_path, show, options):
     sides = {}
     for backend in ("transformers", "transformers" if DRY else "unsloth"):
         file = tmp_path / "side.pt"
-        command = [sys.executable, "tests/gpu/backend_side.py", backend, model_of("qwen3-0.6b"), str(file), *options]
+        command = [
+            sys.executable,
+            "tests/gpu/backend_side.py",
+            backend,
+            model_of("Qwen/Qwen3-0.6B"),
+            str(file),
+            *options,
+        ]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
         subprocess.run(command, check=True, env=environment)
         sides[len(sides)] = torch.load(file)
@@ -298,7 +305,7 @@ def measured_run(model_of, tmp_path_factory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-1.7b"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"])
 def test_memory_as_predicted(measured_run, show, name, backend):
     summary, metrics = measured_run(name, backend)
     memory = summary["memory"]
@@ -311,7 +318,7 @@ def test_memory_as_predicted(measured_run, show, name, backend):
 @pytest.mark.skipif(not HAS_UNSLOTH, reason="no Unsloth")
 def test_step_speed_against_transformers(measured_run, show):
     """Ratios above 1: Unsloth is faster."""
-    ours, unsloth = (measured_run("qwen3-1.7b", backend)[1][-1] for backend in ("transformers", "unsloth"))
+    ours, unsloth = (measured_run("Qwen/Qwen3-1.7B", backend)[1][-1] for backend in ("transformers", "unsloth"))
     show(**{part: ours[part] / unsloth[part] for part in ("time/rollout", "time/update", "step_time")})
 
 
@@ -319,7 +326,7 @@ def test_recipe_fits_its_card(model_of, tmp_path, show):
     """Two steps of the smallest Qwen3 recipe in 6 GB, with prompts of about 256 tokens: no batch has to be halved."""
     config, _ = read_config(["--config", "configs/qwen3_0.6b_gsm8k.yaml"], "configs/tiny.yaml")
     settings = (
-        f"--config configs/qwen3_0.6b_gsm8k.yaml --model {model_of('qwen3-0.6b')} --system-prompt {'x' * 200} --max-steps 2 "
+        f"--config configs/qwen3_0.6b_gsm8k.yaml --model {model_of('Qwen/Qwen3-0.6B')} --system-prompt {'x' * 200} --max-steps 2 "
         "--eval-questions 8 --eval-steps 0 --save-steps 0 --train-data sums --control random-reward"
     )
     faults = {} if DRY else {"rl.model.policy::load_policy": (1, load_in_six_gigabytes)}
@@ -335,7 +342,7 @@ def test_out_of_memory_halves_the_batches(model_of, tmp_path, show):
     """In 4 GB with micro-batches that need far more."""
     asked = 32768
     settings = (
-        f"--model {model_of('qwen3-0.6b')} --backend transformers --load-in-4bit --max-steps 2 --eval-questions 8 --eval-steps 0 "
+        f"--model {model_of('Qwen/Qwen3-0.6B')} --backend transformers --load-in-4bit --max-steps 2 --eval-questions 8 --eval-steps 0 "
         f"--max-completion-length 128 --max-tokens-per-micro-batch {asked} --train-data sums --control random-reward"
     )
     fault = torch.OutOfMemoryError("CUDA out of memory") if DRY else load_in_four_gigabytes
