@@ -323,7 +323,7 @@ def test_what_goes_wrong_is_said_and_ends_one_question_alone(made, worker, monke
     assert "the model reads 512 at most" in notes["too long"]
     (runs.folder / "gone").mkdir()
     (runs.folder / "gone/config.yaml").write_text("model: nobody/nothing\ndevice: cpu\n")
-    assert last(worker, None, run="gone")[0].note.startswith("model: nobody/nothing is neither")
+    assert last(worker, None, run="gone")[0].note.startswith("model: nobody/nothing cannot be loaded")
     (runs.folder / "gone/config.yaml").write_text("modle: data/tiny\n")
     assert "modle" in last(worker, None, run="gone")[0].note
     shutil.rmtree(runs.folder / "gone")
