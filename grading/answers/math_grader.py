@@ -1,7 +1,7 @@
 r"""The math grader: find the final answer in a completion and judge whether it is the gold answer.
 
-In this order: the same text; plain numbers, as exact fractions; what grading/latex/ reads (formulas, lists, tuples, sets,
-intervals, matrices), compared by exact arithmetic (grading/exact.py); and only for formulas that agree with the gold in
+In this order: the same text; plain numbers, as exact fractions; what structures.py reads (formulas, lists, tuples, sets,
+intervals, matrices), compared by exact arithmetic (grading/answers/exact.py); and only for formulas that agree with the gold in
 floating point but not term by term (tan^2 + 1 and sec^2), math-verify in a worker process that can be killed. What
 cannot be read is right only as the same text. Nothing is ever evaluated as code.
 
