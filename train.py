@@ -19,22 +19,24 @@ from data import DataError, QuestionSampler, load_questions
 from grading import RewardError, check_tests, load_rewards, preflight, sandbox
 from rl.config import Config, ConfigError, RunError
 from rl.run import commands
+from rl.run.process import StopSignals
 from rl.run.read_config import read_config, saved_settings
 
 
 def main(arguments: list[str]) -> None:
     config, name = read_config(arguments, default_file="configs/tiny.yaml")
-    if config.dry_run:
-        commands.dry_run(config)
-    elif config.eval_only:
-        commands.eval_only(config, name)
-    elif config.probe:
-        commands.probe(config, train)
-    else:
-        train(config, name)
+    with StopSignals() as signals:
+        if config.dry_run:
+            commands.dry_run(config)
+        elif config.eval_only:
+            commands.eval_only(config, name)
+        elif config.probe:
+            commands.probe(config, train, signals)
+        else:
+            train(config, name, signals)
 
 
-def train(config: Config, name: str) -> None:
+def train(config: Config, name: str, signals: StopSignals) -> None:
     """One training run. name: of the recipe, for the run folder."""
     started = time.perf_counter()
 
@@ -63,7 +65,7 @@ def train(config: Config, name: str) -> None:
     from rl.run.token_log import inspect_tokens
     from rl.update import Updater
 
-    with Run(config, name, settings, rewards, train_rows, eval_rows, notes, started) as run:
+    with Run(config, name, settings, rewards, train_rows, eval_rows, notes, started, signals) as run:
         # One frozen base model, a LoRA for the policy, and for PPO a LoRA or a head for the critic.
         policy = load_policy(config)
         critic = Critic(policy, config) if config.has_critic else None
@@ -105,7 +107,7 @@ def train(config: Config, name: str) -> None:
             if run.checkpoint_due:
                 run.save()
 
-        run.raise_if_stopped()
+        run.end_steps()  # ends here if a stop was requested
         with run.timer("eval"):
             evaluation = evaluate(policy, held_out, rewards, config, run.step)
         run.finish(evaluation, held_out)

@@ -29,7 +29,7 @@ from rl.model.oom import AUTO_SHRUNK, retry_on_oom
 from rl.model.policy import Policy, Question, reloaded_adapter, save_adapter
 from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
-from rl.run.files import describe_write_error, fsync_path, sha256, write_atomic
+from rl.run.files import describe_write_error, fsync_path, sha256, write_atomic, write_errors
 
 FORMAT = 2  # of trainer_state.json and trainer_state.pt
 # Settings that cannot change in the middle of a run.
@@ -144,13 +144,15 @@ class Checkpoints:
 
         Raises ConfigError if there is no such checkpoint, or if intact later ones would be lost.
         """
-        self.repair()
+        with write_errors(self.path):
+            self.repair()
         folders = self.all()
         if named.resolve() == self.run.resolve():
             return folders[-1] if folders else None
         chosen = next((folder for folder in folders if folder.resolve() == named.resolve()), None)
         if not chosen:
-            raise ConfigError(f"resume: there is no checkpoint {named}; there are {', '.join(f.name for f in folders)}")
+            names = ", ".join(f.name for f in folders) or "none yet"
+            raise ConfigError(f"resume: there is no checkpoint {named}; there are {names}")
         later = [folder.name for folder in folders if folder > chosen and not damage(folder)]
         if later and not accept_changes:
             raise ConfigError(
@@ -229,6 +231,14 @@ class Checkpoints:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if all of them are as they were written."""
+    try:
+        return find_damage(folder)
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+
+
+def find_damage(folder: Path) -> str | None:
+    """As `damage`; raises OSError if a file cannot be read."""
     if not (folder / "SHA256SUMS").is_file():
         if not (folder / "trainer_state.pt").exists() and (folder / "adapter_model.safetensors").exists():
             return f"it holds the LoRA alone, without the optimizer (to begin a new run with it: --adapter {folder})"
@@ -243,11 +253,8 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if name not in sums:
             return f"SHA256SUMS does not list {name}"
-        try:
-            if sha256(folder / name) != sums[name]:
-                return f"{name} has changed since it was written, or is cut short"
-        except OSError as error:
-            return f"{error.filename} cannot be read: {error.strerror}"
+        if sha256(folder / name) != sums[name]:
+            return f"{name} has changed since it was written, or is cut short"
     return None
 
 
@@ -318,14 +325,19 @@ def shrunk_settings(config: Config) -> dict[str, int]:
     return {name: getattr(config, name) for name in AUTO_SHRUNK}
 
 
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch: reward functions may use them."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 class RandomState:
     """The random states of python, numpy and torch, which reward functions may use, and the generator of the roll-out."""
 
     def __init__(self, generator: torch.Generator, seed: int):
         self.generator = generator
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_all(seed)
 
     def state_dict(self) -> dict:
         kind, keys, *rest = numpy.random.get_state()

@@ -1,8 +1,6 @@
 """What train.py does instead of training: --dry-run, --probe and --eval-only."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import tempfile
 import time
@@ -10,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import load_questions, local_prompts
-from grading import check_tests, load_rewards, preflight, sandbox
+from grading import RewardError, check_tests, load_rewards, preflight, sandbox
 from rl.config import Config
 from rl.run import report
 from rl.run.files import read_jsonl, to_json
+from rl.run.process import StopSignals
 from rl.run.read_config import saved_settings
 
 PROBE_STEPS = 2
@@ -41,16 +40,21 @@ def eval_only(config: Config, name: str) -> None:
     from rl.model.backends import import_backend
 
     notes += import_backend(config)
+    from rl.checks import check_sampler
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy
+    from rl.run.checkpoint import seed_all, shrunk_settings
     from rl.run.folder import RunFolder, choose_folder
     from rl.run.metrics import summarize
-    from rl.run.monitor import MemoryUse, describe_machine, versions
+    from rl.run.monitor import MemoryUse, describe_machine, peak_memory_mb, versions
 
     folder = RunFolder(choose_folder(config, name), config)
     memory = MemoryUse()
     policy = load_policy(config)
     questions = policy.encode(eval_rows)
+    check_sampler(policy, questions)
+    if policy.fallback_reason:
+        notes.append(f"the model's own forward is used, which is slower: {policy.fallback_reason}")
     folder.open()
     try:
         folder.write_settings(settings, rewards.path, step=0)
@@ -58,8 +62,11 @@ def eval_only(config: Config, name: str) -> None:
         lines += report.describe_model(config, policy, critic=None)
         lines.append(f"data     {len(eval_rows):,} eval questions")
         print("\n  ".join(lines))
-        for note in notes:
+        for note in [*notes, *config.notes()]:
             print(f"  note     {note}")
+        for warning in report.warnings_of(config):
+            print(f"  WARNING  {warning}")
+        seed_all(config.seed)
         with policy.model.disable_adapter():
             before = evaluate(policy, questions, rewards, config, step=0)
         folder.write_evaluation("before", before)
@@ -70,15 +77,21 @@ def eval_only(config: Config, name: str) -> None:
         summary = summarize(config, [], evaluations, is_finished=bool(config.adapter)) | {
             "versions": versions(),
             "seconds": {"total": round(time.perf_counter() - started, 2)},
-            "memory": memory.figures(policy.device),
+            "peak_memory_mb": peak_memory_mb(policy.device),
+            "memory": memory.figures(policy.device) | shrunk_settings(config),
+            "reward_errors": rewards.errors,
         }
         folder.write("summary.json", to_json(summary, indent=2) + "\n")
         print("\n" + report.evaluation_table(**({"after": None, "gain": None} | summary["eval"])))
+    except RewardError as error:
+        if error.completions:
+            raise folder.write_failed(error, rewards) from error
+        raise
     finally:
         folder.close()
 
 
-def probe(config: Config, train: Callable[[Config, str], None]) -> None:
+def probe(config: Config, train: Callable[[Config, str, StopSignals], None], signals: StopSignals) -> None:
     """Make a run of two steps, and print what it took: seconds, memory, and the batch settings that fit. Nothing is kept.
 
     train: the function that trains; a run does more than a step, so it is the run that is measured.
@@ -86,8 +99,7 @@ def probe(config: Config, train: Callable[[Config, str], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="ponder-probe-") as folder:
         changes = {"max_steps": PROBE_STEPS, "eval_questions": PROBE_QUESTIONS, "critic_warmup_steps": 0}
         changes |= {"eval_steps": 0, "save_steps": 0, "report_to": [], "output_dir": f"{folder}/run"}
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(dataclasses.replace(config, **changes), "probe")
+        train(dataclasses.replace(config, **changes), "probe", signals)
         summary = json.loads((Path(folder) / "run/summary.json").read_text(encoding="utf-8"))
         last = read_jsonl(Path(folder) / "run/metrics.jsonl")[-1]
     evaluations = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)

@@ -21,7 +21,7 @@ from rl.config import Config, ConfigError, RunError
 from rl.evaluate import Evaluation
 from rl.rollout import Episode
 from rl.run.checkpoint import Checkpoints
-from rl.run.files import read_jsonl, to_json, to_jsonl, write_atomic, write_errors
+from rl.run.files import describe_write_error, read_jsonl, to_json, to_jsonl, write_atomic, write_errors
 from rl.run.process import Console
 
 # What a run that was killed at its very start leaves; config.yaml makes it a run.
@@ -114,8 +114,11 @@ class RunFolder:
     def write_failed(self, error: RewardError, rewards: Rewards) -> RewardError:
         """Add the completions on which a reward function failed to failed.jsonl. Returns the error, with a command to repeat it."""
         path = self.path / "failed.jsonl"
-        with write_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(to_jsonl([describe_completion(c) | {"row": dict(c.row)} for c in error.completions]))
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(to_jsonl([describe_completion(c) | {"row": dict(c.row)} for c in error.completions]))
+        except OSError as problem:
+            return RewardError(f"{error}. ({describe_write_error(path, problem)})")
         is_default = rewards.path == Path("rewards.py").resolve()
         script = "rewards.py" if is_default else f"-m grading self-test {shlex.quote(str(rewards.path))}"
         return RewardError(f"{error}. To see it again: python {script} --rescore {shlex.quote(str(path))}")
@@ -132,15 +135,16 @@ class RunFolder:
         files = {evaluated_at(file): file for file in self.path.glob("eval/*.jsonl")}
         return {step: Evaluation.from_lines(read_jsonl(files[step])) for step in sorted(files.keys() - {None})}
 
-    def check_unfinished(self) -> None:
+    def check_resumable(self) -> None:
         """Raise ConfigError if the run has finished, or its checkpoints are gone, unless changes are accepted."""
         summary = {}
         with contextlib.suppress(OSError, ValueError):
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         logged = len(self.metrics_lines())
         if summary.get("finished") and not self.config.accept_changes:
+            more = "--max-steps N" if logged >= self.config.max_steps else "--early-stopping 0"
             raise ConfigError(
-                f"resume: {self.path} has finished, with step {logged}; to train on: --max-steps N --accept-changes"
+                f"resume: {self.path} has finished, with step {logged}; to train on: {more} --accept-changes"
             )
         if not self.checkpoints.all() and not self.config.accept_changes and 0 < self.config.save_steps < logged:
             raise ConfigError(
@@ -190,6 +194,8 @@ class RunFolder:
             for file in self.path.glob("eval/*.jsonl"):
                 if (evaluated_at(file) or 0) > step or step == 0:
                     file.unlink()
+            if step == 0:
+                (self.path / "summary.json").unlink(missing_ok=True)
 
     def evaluation_file(self, step: int) -> Path:
         return self.path / (f"eval/step_{step:06d}.jsonl" if step else "eval/before.jsonl")

@@ -27,7 +27,7 @@ class Stopwatch:
         self.started = started
         self.earlier = 0.0  # seconds of the run before it was resumed
         self.seconds = dict.fromkeys(("setup", "rollout", "update", "eval"), 0.0)
-        self.step = {}
+        self.step_seconds = {}
         self.step_started = started
 
     def state_dict(self) -> dict:
@@ -47,7 +47,7 @@ class Stopwatch:
         self.seconds["setup"] += time.perf_counter() - self.started
 
     def begin_step(self) -> None:
-        self.step = dict.fromkeys(("rollout", "update", "eval"), 0.0)
+        self.step_seconds = dict.fromkeys(("rollout", "update", "eval"), 0.0)
         self.step_started = time.perf_counter()
 
     @contextlib.contextmanager
@@ -60,12 +60,12 @@ class Stopwatch:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             self.seconds[part] += seconds
-            self.step[part] = self.step.get(part, 0.0) + seconds
+            self.step_seconds[part] = self.step_seconds.get(part, 0.0) + seconds
 
     def step_metrics(self) -> dict[str, float]:
         """Seconds of the present step so far, in all (without its evaluation) and by part."""
-        total = time.perf_counter() - self.step_started - self.step["eval"]
-        parts = {f"time/{part}": round(seconds, 4) for part, seconds in self.step.items()}
+        total = time.perf_counter() - self.step_started - self.step_seconds["eval"]
+        parts = {f"time/{part}": round(seconds, 4) for part, seconds in self.step_seconds.items()}
         return {"step_time": round(total, 4)} | parts
 
     def summary(self) -> dict[str, float]:

@@ -50,7 +50,9 @@ class StopSignals:
             print(f"\n{name}: stopping", flush=True)
             raise Stopped(self.exit_code)
         if is_first:
-            print(f"\n{name}: finishing and saving this step (Ctrl-C again: stop now, without it)", flush=True)
+            print(
+                f"\n{name}: finishing and saving this step (Ctrl-C again: stop at once, this step is lost)", flush=True
+            )
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 

@@ -8,7 +8,7 @@ import shlex
 import unicodedata
 from pathlib import Path
 
-from grading import Rewards
+from grading import Rewards, sandbox
 from rl.config import Config
 
 
@@ -223,3 +223,13 @@ def draw_curve(path: Path, evaluations: dict, history: list[dict]) -> None:
     figure.savefig(unfinished, format="png", dpi=110)
     unfinished.replace(path)
     pyplot.close(figure)
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What must not be overlooked about a run; printed in every console line."""
+    warnings = []
+    if "unprotected" in sandbox.available():
+        warnings.append("UNSAFE: model-written code runs unprotected")
+    if config.control == "random-reward":
+        warnings.append("CONTROL: learning from random rewards")
+    return warnings

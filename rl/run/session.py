@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from grading import RewardError, Rewards, sandbox
+from grading import RewardError, Rewards
 from rl.checks import Agreement
 from rl.config import Config
 from rl.critic import Critic
@@ -48,6 +48,7 @@ class Run:
         eval_rows: list[dict],
         notes: list[str],
         started: float,
+        signals: StopSignals,
     ):
         self.config = config
         self.settings = settings
@@ -59,15 +60,14 @@ class Run:
         self.evaluations: dict[int, Evaluation] = {}
         self.memory = MemoryUse()
         self.stopwatch = Stopwatch(started)
-        self.signals = StopSignals()
+        self.signals = signals
         self.trackers = None
         self.folder = RunFolder(choose_folder(config, name), config)
         self.made = made_with(settings, rewards.path, train_rows, eval_rows, describe_precision(config))
-        self.checkpoint: Checkpoint | None = None  # the one to resume from
+        self.resumed_from: Checkpoint | None = None
 
     def __enter__(self) -> "Run":
         """Find and check the checkpoint to resume from, before a model is loaded. Raises ConfigError or RunError."""
-        self.signals.__enter__()
         if self.config.resume:
             try:
                 self._open_to_resume()
@@ -81,10 +81,10 @@ class Run:
         self.folder.open()
         checkpoints = self.folder.checkpoints
         if path := checkpoints.to_resume(Path(self.config.resume), accept):
-            self.checkpoint = checkpoints.read(path)
-            self.notes += checkpoints.check_same(self.checkpoint, self.made, accept)
-            self.step = self.checkpoint.step
-        self.folder.check_unfinished()
+            self.resumed_from = checkpoints.read(path)
+            self.notes += checkpoints.check_same(self.resumed_from, self.made, accept)
+            self.step = self.resumed_from.step
+        self.folder.check_resumable()
         self.folder.check_complete(self.step, self.counts[1])
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -99,11 +99,13 @@ class Run:
             self._close()
 
     def _close(self) -> None:
-        if self.trackers:
-            self.trackers.close()
-        if self.folder.is_open:
-            self.folder.close()
-        self.signals.__exit__()
+        self.signals.deferred = False
+        try:
+            if self.trackers:
+                self.trackers.close()
+        finally:
+            if self.folder.is_open:
+                self.folder.close()
 
     def start(
         self,
@@ -125,9 +127,9 @@ class Run:
         config = self.config
         self.policy = policy
         self.made["model"] = fingerprint(policy)
-        if self.checkpoint:
-            self.folder.checkpoints.check_same(self.checkpoint, self.made, config.accept_changes)
-            restore_adapter(policy.model, self.checkpoint.folder)
+        if self.resumed_from:
+            self.folder.checkpoints.check_same(self.resumed_from, self.made, config.accept_changes)
+            restore_adapter(policy.model, self.resumed_from.folder)
         if config.resume:
             self.folder.cut_back(self.step)
         else:
@@ -146,11 +148,11 @@ class Run:
             self.notes.append(f"the model's own forward is used, which is slower: {policy.fallback_reason}")
         for note in [*self.notes, *config.notes()]:
             print(f"  note     {note}")
-        self.warnings = warnings_of(config)
+        self.warnings = report.warnings_of(config)
         for warning in self.warnings:
             print(f"  WARNING  {warning}")
-        if self.checkpoint:
-            self._restore(self.checkpoint)
+        if self.resumed_from:
+            self._restore(self.resumed_from)
         self.memory.predict(config, policy, questions, held_out)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -168,6 +170,7 @@ class Run:
         with write_errors(self.folder.checkpoints.path):
             self.folder.checkpoints.mark(self.step, best_step(self.evaluations))
         self._print_example("Before training, one held-out question", evaluations[0])
+        self.write_summary()  # a finished run that continues is not finished
 
     # --- during the steps
 
@@ -287,13 +290,16 @@ class Run:
 
     # --- the end
 
-    def raise_if_stopped(self) -> None:
-        """After the last step: signals act at once again. Raises Stopped if the run was asked to stop; all of it is saved."""
-        self.signals.deferred = False
+    def end_steps(self) -> None:
+        """After the last step: signals act at once again. Raises Stopped if the run was asked to stop, with its step saved."""
         if self.stop_requested:
+            checkpoints = self.folder.checkpoints
+            if self.history and checkpoints.marked("last") != checkpoints.folder(self.step):
+                self.save()  # the request came after the last look at it
             with contextlib.suppress(OSError):
                 (self.folder.path / "STOP").unlink()
             raise Stopped(self.signals.exit_code)
+        self.signals.deferred = False
         if self.step < self.config.max_steps:
             best = best_step(self.evaluations)
             print(f"Stopped early: no evaluation after step {best} was better, of {len(self.evaluations)}.")
@@ -339,13 +345,3 @@ class Run:
 
 def print_note(text: str) -> None:
     print(f"  note: {text}", flush=True)
-
-
-def warnings_of(config: Config) -> list[str]:
-    """What must not be overlooked about a run; printed in every console line."""
-    warnings = []
-    if "unprotected" in sandbox.available():
-        warnings.append("UNSAFE: model-written code runs unprotected")
-    if config.control == "random-reward":
-        warnings.append("CONTROL: learning from random rewards")
-    return warnings
