@@ -124,6 +124,17 @@ def write(tmp_path, source):
     return str(path)
 
 
+def bare_policy(model, eos_ids=(1,), **settings):
+    """A policy over a model without a tokenizer, for forward passes on token ids."""
+    import torch
+
+    from rl.model.policy import Policy
+
+    fields = {"tokenizer": None, "device": torch.device("cpu"), "dtype": torch.float32, "eos_ids": frozenset(eos_ids)}
+    fields |= {"pad_id": 0, "temperature": 1.0, "system_prompt": None, "chat_template_kwargs": {}}
+    return Policy(model=model, starts_from_adapter=False, **fields, **settings)
+
+
 def fill_lora(policy, scale, seed=1):
     import torch
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import bare_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,24 +234,11 @@ def kept_by_autograd(family, layers, prompts, completions) -> int:
 
     from rl.model.decoder import Decoder
     from rl.model.logprobs import completion_logprobs
-    from rl.model.policy import Policy
 
     settings = getattr(transformers, f"{family}Config")(**TINY_SHAPE | {"num_hidden_layers": layers, "head_dim": 12})
     model = getattr(transformers, f"{family}ForCausalLM")(settings)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-    policy = Policy(
-        model=model,
-        tokenizer=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        eos_ids=frozenset({1}),
-        pad_id=0,
-        temperature=1.0,
-        system_prompt=None,
-        chat_template_kwargs={},
-        starts_from_adapter=False,
-        decoder=Decoder(model),
-    )
+    policy = bare_policy(model, decoder=Decoder(model))
     storages = {}
 
     def keep(tensor):

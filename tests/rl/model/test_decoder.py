@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from conftest import bare_policy
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -18,7 +19,7 @@ from rl.model import engine, logprobs
 from rl.model.decoder import Decoder, Linears, folded_weight, unsupported
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs, completion_states
-from rl.model.policy import Policy, has_plain_head, make_deterministic
+from rl.model.policy import has_plain_head, make_deterministic
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
 
@@ -73,19 +74,7 @@ def make_policy(name, lora_scale=0.1, **changes):
     make_deterministic(model)
     model.eval()
     assert unsupported(model) is None
-    return Policy(
-        model=model,
-        tokenizer=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        eos_ids=frozenset({2, 3}),
-        pad_id=0,
-        temperature=1.0,
-        system_prompt=None,
-        chat_template_kwargs={},
-        starts_from_adapter=False,
-        decoder=Decoder(model),
-    )
+    return bare_policy(model, eos_ids=(2, 3), decoder=Decoder(model))
 
 
 def random_rows(*lengths, seed=0):
@@ -337,20 +326,7 @@ def test_a_head_that_scales_its_logits_is_noticed():
     assert has_plain_head(model(1.0)) and not has_plain_head(model(0.25))
 
     scaled, prompts, completions = model(0.25), random_rows(4, 6), random_rows(5, 1, seed=1)
-    policy = Policy(
-        model=scaled,
-        tokenizer=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        eos_ids=frozenset({1}),
-        pad_id=0,
-        temperature=1.0,
-        system_prompt=None,
-        chat_template_kwargs={},
-        starts_from_adapter=False,
-        decoder=None,
-        plain_head=False,
-    )
+    policy = bare_policy(scaled, decoder=None, plain_head=False)
     with torch.no_grad():
         values, mask, _ = completion_logprobs(policy, prompts, completions)
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
