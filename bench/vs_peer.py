@@ -176,9 +176,9 @@ def load_peer(peer: str, config: Config, adapter: str, length: int):
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from rl.model.policy import load_by_transformers
+    from rl.model.policy import load_with_transformers
 
-    model = PeftModel.from_pretrained(load_by_transformers(config, device, dtype), adapter, is_trainable=True)
+    model = PeftModel.from_pretrained(load_with_transformers(config, device, dtype), adapter, is_trainable=True)
     return model, AutoTokenizer.from_pretrained(config.model, padding_side="left")
 
 

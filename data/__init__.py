@@ -42,7 +42,7 @@ def load(source: str, n: int | None = None, split: str = "train", columns: dict 
 
 def _read(source: str, n: int | None, split: str, columns: dict, seed: int) -> tuple[list[dict], int]:
     """Rows, at most n, and how many there are in all (of what is made: as many)."""
-    if is_made(source):
+    if is_generated(source):
         try:
             make = read_gym if source.startswith(PREFIX) else questions
             rows = make(source, n=n or 100, split=split, seed=seed)
@@ -68,7 +68,7 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def is_made(source: str) -> bool:
+def is_generated(source: str) -> bool:
     """Whether a source makes its questions from a seed, as many as asked for."""
     return source in MAKERS or source.startswith(PREFIX)
 
@@ -201,7 +201,7 @@ def highest_level(levels: list[float], step: int, curriculum_steps: int) -> floa
 
 def _held_out_source(source: str) -> str | None:
     """The source of the evaluation questions that belong to a training source, if it has any of its own."""
-    if is_made(source):
+    if is_generated(source):
         return source
     return None if Path(source).suffix.lower() in FILE_TYPES else held_out_split(source)
 

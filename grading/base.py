@@ -145,7 +145,7 @@ class RewardFunction:
     style: str | None = None  # of a batch function: "chat" or "text", once it is known (grading/rewards/trl.py)
     is_model = False  # True for a reward model, whose opinion never says whether a completion is right
 
-    def applies(self, row: dict) -> bool:
+    def applies_to(self, row: dict) -> bool:
         """`when` is a kind of row ("math", "code", ...: see row_kind), a task's name, or a function of the row."""
         if self.when is None:
             return True
@@ -168,11 +168,11 @@ class RewardFunction:
     def columns(self) -> dict[str, bool]:
         """Of a batch function: the columns of the data that its parameters name, and whether it needs them."""
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-        named = [p for p in self.parameters.values() if p.kind in kinds and p.name not in GIVEN]
+        named = [p for p in self.parameters.values() if p.kind in kinds and p.name not in TRL_ARGUMENTS]
         return {p.name: p.default is p.empty for p in named} if self.is_batch else {}
 
     @functools.cached_property
-    def sees_row(self) -> bool:
+    def reads_row(self) -> bool:
         """Whether its code asks for the data row. What never does cannot know what is right."""
         return bool(self.columns) if self.is_batch else "row" in _names_in(self.code)
 
@@ -195,7 +195,14 @@ def _names_in(code) -> set[str]:
     return set(code.co_names).union(*map(_names_in, code.co_consts))
 
 
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # to a batch function
+TRL_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)  # to a batch function
 
 
 @dataclass
@@ -237,7 +244,7 @@ class Rewards:
         graders = {name for name, reason in reasons.items() if outcome_of(reason)}
         able = [f for f in self.functions if f.name in reasons and f.weight > 0]
         able = [f for f in able if f.name in graders or self.can_judge(f)]
-        return max(able, key=lambda f: (f.name in graders, f.sees_row, f.weight), default=None)
+        return max(able, key=lambda f: (f.name in graders, f.reads_row, f.weight), default=None)
 
     def state_dict(self) -> dict[str, int]:
         return {"scored": self.scored, "errors": self.errors}
@@ -266,37 +273,37 @@ def metric(function: Callable | None = None, *, when: str | Callable | None = No
 # --- one reward function at a time
 
 
-_turn = threading.Lock()  # held by the thread whose reward function runs
-_mine = threading.local()
+_lock = threading.Lock()  # held by the thread whose reward function runs
+_thread = threading.local()
 
 
 @contextlib.contextmanager
-def alone():
+def reward_lock():
     """Reward functions run inside, one at a time in the whole process: they need not be thread-safe."""
-    if getattr(_mine, "turn", False):
+    if getattr(_thread, "turn", False):
         yield
         return
-    with _turn:
-        _mine.turn = True
+    with _lock:
+        _thread.turn = True
         try:
             yield
         finally:
-            _mine.turn = False
+            _thread.turn = False
 
 
 @contextlib.contextmanager
-def waiting():
+def lock_released():
     """Around a blocking wait in a grader: other reward functions may run meanwhile. Nothing where none runs here."""
-    if not getattr(_mine, "turn", False):
+    if not getattr(_thread, "turn", False):
         yield
         return
-    _mine.turn = False
-    _turn.release()
+    _thread.turn = False
+    _lock.release()
     try:
         yield
     finally:
-        _turn.acquire()
-        _mine.turn = True
+        _lock.acquire()
+        _thread.turn = True
 
 
 # --- words for messages

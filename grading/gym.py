@@ -8,7 +8,7 @@ import functools
 
 from grading.answers.math_grader import extract_answer
 from grading.base import Ungraded
-from grading.sandbox.plain import decode, encode
+from grading.sandbox.messages import decode, encode
 from grading.sandbox.workers import WorkerError, run_in_worker
 
 MAX_ANSWER_CHARS = 10_000

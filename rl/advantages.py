@@ -91,7 +91,7 @@ class Advantages:
         self, episodes: list[Episode], outcome: torch.Tensor, steps: list[Steps], metrics: dict
     ) -> list[torch.Tensor]:
         """G_t - b: the baseline is the mean return of the group, the running mean over the steps so far, or none."""
-        mask = mask_of(episodes)  # (N, C)
+        mask = completion_mask(episodes)  # (N, C)
         returns = algorithms.discounted_returns(
             algorithms.token_rewards(outcome, steps, mask, None, 0.0), mask, self.config.gamma
         )
@@ -112,7 +112,7 @@ class Advantages:
     ) -> list[torch.Tensor]:
         """GAE over token rewards with the KL in them, whitened. Ungraded completions take no part in the update."""
         config = self.config
-        mask = mask_of(episodes)  # (N, C)
+        mask = completion_mask(episodes)  # (N, C)
         kl = None
         if config.beta:
             old, reference = (pad([getattr(e, f"{name}_logprobs") for e in episodes]) for name in ("old", "reference"))
@@ -167,7 +167,7 @@ class Advantages:
         return [(bisect.bisect_left(counts, position, key=end), value) for position, value in sorted(steps)]
 
 
-def mask_of(episodes: list[Episode]) -> torch.Tensor:
+def completion_mask(episodes: list[Episode]) -> torch.Tensor:
     """True on the tokens of each completion, (N, C)."""
     lengths = torch.tensor([len(e.completion_ids) for e in episodes])
     return torch.arange(int(lengths.max())) < lengths[:, None]

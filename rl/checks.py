@@ -20,7 +20,7 @@ from rl.model.oom import retry_on_oom
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
-from rl.update import Updater, ids_of
+from rl.update import Updater, prompt_and_completion_ids
 
 PROMPTS, COMPLETIONS, TOKENS = 4, 2, 16  # of the trial roll-out; TOKENS is the greatest length
 SHIFT = 3.0  # nats a token by which the noise is to move the policy; at 1 the rounding of bf16 is up to 7 % of it
@@ -33,13 +33,13 @@ class Agreement:
 
     shift: float  # between LoRA on and off
     sampler: float  # between sampler and trainer
-    own_forward: float  # between trainer and the model's own forward pass
+    model_forward: float  # between trainer and the model's own forward pass
 
     def sampler_agrees(self) -> bool:
         return self.sampler <= ALLOWED * max(self.shift, 1)  # False for nan
 
     def trainer_agrees(self) -> bool:
-        return self.own_forward <= ALLOWED * max(self.shift, 1)
+        return self.model_forward <= ALLOWED * max(self.shift, 1)
 
 
 def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
@@ -56,7 +56,7 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
         policy.decoder = None
         policy.fallback_reason = (
             f"with noise in the LoRA, which moves log-probabilities by {agreement.shift:.2g} nats a token, the written-out one "
-            f"differs from it by {agreement.own_forward:.2g} in the update and by {agreement.sampler:.2g} more in the roll-out"
+            f"differs from it by {agreement.model_forward:.2g} in the update and by {agreement.sampler:.2g} more in the roll-out"
         )
         agreement = compare_paths(policy, prompts)
     if not agreement.sampler_agrees():
@@ -78,7 +78,7 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
         return rollout(policy, prompts, COMPLETIONS, length, sampling, generator, PROMPTS * COMPLETIONS)
 
     def score(episodes: list[Episode]) -> torch.Tensor:
-        logprobs, mask, _ = completion_logprobs(policy, *ids_of(episodes))
+        logprobs, mask, _ = completion_logprobs(policy, *prompt_and_completion_ids(episodes))
         return logprobs[mask]  # packed, (tokens,)
 
     def shift(episodes: list[Episode]) -> float:
@@ -101,13 +101,13 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
         decoder = policy.decoder
         policy.decoder = None
         try:
-            own_forward = score(episodes)
+            model_forward = score(episodes)
         finally:
             policy.decoder = decoder
         return Agreement(
             shift=shift(episodes),
             sampler=(sampler - trainer).abs().mean().item(),
-            own_forward=(own_forward - trainer).abs().mean().item(),
+            model_forward=(model_forward - trainer).abs().mean().item(),
         )
 
 
@@ -158,7 +158,7 @@ def try_rollout(policy: Policy, questions: list[Question], count: int, num_gener
             Sampling(config.temperature),
             torch.Generator(policy.device),
             config.rollout_batch_size,
-        ).rehearse()
+        ).allocate_peak()
 
     retry_on_oom(attempt, config, "rollout_batch_size", requested=count * num_generations, minimum=num_generations)
 
@@ -187,10 +187,10 @@ def try_update(updater: Updater, questions: list[Question]) -> None:
         allocated = [torch.zeros_like(p) for p in trained for _ in range(3)]
         try:
             with policy.training():
-                completion_logprobs(policy, *ids_of(batch), with_entropy=True)[0].sum().backward()
+                completion_logprobs(policy, *prompt_and_completion_ids(batch), with_entropy=True)[0].sum().backward()
                 if critic:
                     with critic.active():
-                        critic.values(*ids_of(batch))[0].sum().backward()
+                        critic.values(*prompt_and_completion_ids(batch))[0].sum().backward()
         finally:
             for p in trained:
                 p.grad = None

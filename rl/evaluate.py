@@ -56,11 +56,11 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        return accuracy_of(self.greedy)
+        return share_right(self.greedy)
 
     @property
     def accuracy_sampled(self) -> float:
-        return accuracy_of(self.sampled)
+        return share_right(self.sampled)
 
     def gain_over(self, before: "Evaluation") -> dict:
         """The paired gain since another evaluation of the same questions, greedy and sampled."""
@@ -69,7 +69,7 @@ class Evaluation:
         return greedy | {"accuracy_sampled": sampled["accuracy"], "ci95_sampled": sampled["ci95"]}
 
 
-def accuracy_of(records: list[dict]) -> float:
+def share_right(records: list[dict]) -> float:
     return sum(record["verdict"] == "right" for record in records) / len(records)
 
 

@@ -73,7 +73,7 @@ def rollout(
     Returns:
         The episodes, in the order of the prompts; the completions of one prompt stand side by side.
     """
-    set_mode(policy.model, False, policy.by_unsloth)  # keeps the KV cache on if training recomputes activations
+    set_mode(policy.model, False, policy.uses_unsloth)  # keeps the KV cache on if training recomputes activations
     engine = Engine if policy.decoder else HFGenerate
     sampler = engine(policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size)
     episodes = {}
@@ -103,7 +103,7 @@ class StreamingScorer:
             question = self.questions[episode.group]
             episode.completion = Completion(
                 prompt=prompt_text(question.row["prompt"]),
-                text=question.opening + self.policy.decode(episode.completion_ids),
+                text=question.completion_prefix + self.policy.decode(episode.completion_ids),
                 row=question.row,
                 tokens=len(episode.completion_ids),
                 token_ids=episode.completion_ids,

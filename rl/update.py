@@ -71,7 +71,7 @@ class Updater:
 
         def fill() -> None:
             for batch in self.micro_batches(episodes):
-                values, _ = self.critic.values(*ids_of(batch))  # (B, C + 1)
+                values, _ = self.critic.values(*prompt_and_completion_ids(batch))  # (B, C + 1)
                 for episode, row in zip(batch, values):
                     episode.values = row[: len(episode.completion_ids) + 1].clone()
 
@@ -207,7 +207,9 @@ class Updater:
         num_tokens = sum(len(e.completion_ids) for e in episodes if e.in_loss)
         contributing = [e for e in episodes if self.contributes(e)]
         for batch in self.micro_batches(contributing):
-            logprobs, mask, entropy = completion_logprobs(self.policy, *ids_of(batch), with_entropy=True)  # (B, C)
+            logprobs, mask, entropy = completion_logprobs(
+                self.policy, *prompt_and_completion_ids(batch), with_entropy=True
+            )  # (B, C)
             advantages = self.pad([e.advantages for e in batch])
             for episode, row in zip(batch, logprobs.detach()):
                 if episode.old_logprobs is None:  # nothing has been updated since the roll-out
@@ -253,7 +255,9 @@ class Updater:
                 pairs.append(pair)
         for batch in self.micro_batches(pairs):
             rows = [pair[0] for pair in batch] + [pair[1] for pair in batch]
-            logprobs, mask, entropy = completion_logprobs(self.policy, *ids_of(rows), with_entropy=True)
+            logprobs, mask, entropy = completion_logprobs(
+                self.policy, *prompt_and_completion_ids(rows), with_entropy=True
+            )
             reference = self.pad([e.reference_logprobs for e in rows])
             margin = config.beta * (logprobs - reference).sum(1)  # (2 pairs,)
             margin = margin[: len(batch)] - margin[len(batch) :]
@@ -281,7 +285,7 @@ class Updater:
         learning = [e for e in episodes if e.in_loss]
         num_tokens = sum(len(e.completion_ids) for e in learning)
         for batch in self.micro_batches(learning):
-            values, mask = self.critic.values(*ids_of(batch))  # (B, C + 1), (B, C)
+            values, mask = self.critic.values(*prompt_and_completion_ids(batch))  # (B, C + 1), (B, C)
             old = self.pad([e.values[:-1] for e in batch])
             returns = self.pad([e.returns for e in batch])
             loss = algorithms.clipped_value_loss(values[:, :-1], old, returns, self.config.cliprange_value)
@@ -295,7 +299,7 @@ class Updater:
 
         def fill() -> None:
             for batch in self.micro_batches(episodes):
-                logprobs, _, _ = completion_logprobs(self.policy, *ids_of(batch))
+                logprobs, _, _ = completion_logprobs(self.policy, *prompt_and_completion_ids(batch))
                 for episode, row in zip(batch, logprobs):
                     setattr(episode, name, row[: len(episode.completion_ids)].clone())
 
@@ -313,6 +317,6 @@ class Updater:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.policy.device)
 
 
-def ids_of(episodes: list[Episode]) -> tuple[list[list[int]], list[list[int]]]:
+def prompt_and_completion_ids(episodes: list[Episode]) -> tuple[list[list[int]], list[list[int]]]:
     """The token ids of their prompts and of their completions."""
     return [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]

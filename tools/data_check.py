@@ -91,7 +91,7 @@ def check(rows: list[dict]) -> Report:
         ]
         for row, tried in zip(judged, pool.map(_try_wrongs, judged)):
             report.add(row, tried)
-        programs = [row for row in judged if row_kind(row) == "code" and probes.gold_of(row)]
+        programs = [row for row in judged if row_kind(row) == "code" and probes.gold_answer(row)]
         for row, (passing, last) in zip(programs, pool.map(_try_mutants, programs)):
             report.no_difference += passing
             report.add(row, [last])
@@ -112,11 +112,11 @@ def _grade(row: dict, probe: Probe) -> Result:
 
 
 def _try_golds(row: dict) -> list[Result]:
-    return [_grade(row, Probe("gold", probe.text, True)) for probe in probes.rights(row, grader_style(row))[-1:]]
+    return [_grade(row, Probe("gold", probe.text, True)) for probe in probes.right_probes(row, grader_style(row))[-1:]]
 
 
 def _try_wrongs(row: dict) -> list[Result]:
-    tried = [*probes.wrongs(row, grader_style(row)), *probes.hostile(row, grader_style(row))]
+    tried = [*probes.wrong_probes(row, grader_style(row)), *probes.hostile_probes(row, grader_style(row))]
     return [_grade(row, probe) for probe in tried if not probe.is_truncated]  # a program that is cut off may be right
 
 

@@ -31,7 +31,7 @@ def rescore(rewards_file: str, target: str) -> None:
     started = time.perf_counter()
     lines, folder = _read(Path(target))
     settings = read_settings(folder)
-    rewards = as_in_run(rewards_file, settings)
+    rewards = load_run_rewards(rewards_file, settings)
     by_id = {} if all("row" in line for line in lines) else questions(settings, folder)
     known = [line for line in lines if "row" in line or line["prompt_id"] in by_id]
     if len(known) < len(lines):
@@ -48,7 +48,7 @@ def rescore(rewards_file: str, target: str) -> None:
     print(f"rescored {len(known):,} completions of {target} in {time.perf_counter() - started:.1f} s")
 
 
-def as_in_run(rewards_file: str, settings: dict, source: str | None = None) -> Rewards:
+def load_run_rewards(rewards_file: str, settings: dict, source: str | None = None) -> Rewards:
     """The rewards of a file with the run's reward_funcs and reward_weights, as far as the file has them.
 
     Args:

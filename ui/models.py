@@ -18,7 +18,7 @@ from rl.config import Config, ConfigError
 from rl.fit.shapes import find_shape
 from rl.model.engine import Engine
 from rl.model.hf_generate import HFGenerate
-from rl.model.policy import KEEPS_FREED_BELOW_HIDDEN, load_policy
+from rl.model.policy import REUSE_FREED_BELOW_HIDDEN, load_policy
 from rl.model.sampling import Sampling
 from ui.runs import Runs, UiError
 from ui.turns import Turn
@@ -91,7 +91,7 @@ class Models:
         turn.engine = Engine(*rollout) if policy.decoder else None  # without an engine the answer comes as a whole
         turn.steps = turn.engine.steps() if turn.engine else HFGenerate(*rollout).run()
         turn.policy = policy
-        turn.opening = policy.opened_thinking(turn.messages)
+        turn.completion_prefix = policy.completion_prefix(turn.messages)
 
     @torch.no_grad()
     def step(self, turn: Turn) -> None:
@@ -106,7 +106,7 @@ class Models:
         self.policy = load_policy(config)
         self.base = base
         # A second thread slows a small model down, twenty times if a run trains on the same cores.
-        is_small = self.policy.model.config.get_text_config().hidden_size < KEEPS_FREED_BELOW_HIDDEN
+        is_small = self.policy.model.config.get_text_config().hidden_size < REUSE_FREED_BELOW_HIDDEN
         torch.set_num_threads(1 if is_small else self.threads)
 
     def unload(self) -> None:

@@ -23,7 +23,7 @@ from data import DataError
 from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox, score_all
 from grading.base import shorten
 from grading.rewards import probes
-from tools.rescore import as_in_run, differ, questions, read_settings, report, saved_completion
+from tools.rescore import differ, load_run_rewards, questions, read_settings, report, saved_completion
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_OUTPUT = 50_000  # bytes that are kept of what the code prints, the last ones
@@ -141,7 +141,7 @@ def rewards_of(job: dict, rows: list[dict]) -> Rewards:
     settings = settings_of(job)
     if any(row_kind(row) == "code" for row in rows):  # others do not need it, and its start takes time
         sandbox.start(settings.get("code_timeout", 1.0), settings.get("unsafe_run_model_code", False))
-    return as_in_run(job["file"], settings, job["source"])
+    return load_run_rewards(job["file"], settings, job["source"])
 
 
 def check_task(job: dict) -> list[str]:

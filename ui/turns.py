@@ -63,7 +63,7 @@ class Turn:
     adapter: str | None = None  # its name in the model
     engine: object = None
     steps: Iterator | None = None  # yields the samples that end with each decode step
-    opening: str = ""  # the beginning of the thinking that the chat template has written
+    completion_prefix: str = ""  # the beginning of the thinking that the chat template has written
     ended: dict = field(default_factory=dict)  # by sample: (token ids, log-probabilities, truncated)
 
     def update(self, state: str, note: str = "") -> None:
@@ -76,7 +76,7 @@ class Turn:
         samples = []
         for place in range(self.ask.samples):
             ids, _, truncated = (drawn | self.ended).get(place, ([], [], None))
-            text = self.opening + self.policy.decode(ids)
+            text = self.completion_prefix + self.policy.decode(ids)
             if truncated is None:
                 text = text.rstrip("\ufffd")  # the first bytes of a character that is not complete
             samples.append(Sample(text, list(ids), truncated is not None, bool(truncated)))

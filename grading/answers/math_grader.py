@@ -16,7 +16,7 @@ import functools
 import re
 from fractions import Fraction
 
-from grading.answers.compare import NotWorkedOut, is_same, is_same_text
+from grading.answers.equality import NotWorkedOut, is_same, is_same_text
 from grading.answers.exact import TooBig, Unreadable, Unsupported
 from grading.answers.structures import Items, read
 from grading.answers.tokens import tidy

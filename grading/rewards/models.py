@@ -23,7 +23,7 @@ BATCH_SIZE = 16  # completions in one forward pass
 class ModelReward(RewardFunction):
     """A reward model in a reward file; it never judges what is right."""
 
-    sees_row = False
+    reads_row = False
     is_model = True
 
     @property

@@ -9,7 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from grading.answers.math_grader import grade_math
-from grading.base import GIVEN, RewardError, RewardFunction, Rewards, Row, Score, did_you_mean, row_kind, shorten
+from grading.base import (
+    TRL_ARGUMENTS,
+    RewardError,
+    RewardFunction,
+    Rewards,
+    Row,
+    Score,
+    did_you_mean,
+    row_kind,
+    shorten,
+)
 from grading.rewards import probes
 from grading.rewards.scoring import describe_fault, score_all
 
@@ -48,16 +58,16 @@ def _applying(rewards: Rewards, row: dict) -> list[RewardFunction]:
     applying = []
     for f in rewards.functions:
         try:
-            applies = f.applies(Row(row))
+            applies_to = f.applies_to(Row(row))
         except Exception as error:
             raise describe_fault(rewards.path, f, [probes.completion(row, "")], error) from error
         lacking = [column for column, is_needed in f.columns.items() if is_needed and column not in row]
-        if applies and lacking:
+        if applies_to and lacking:
             raise RewardError(
                 f"reward function '{f.name}' ({rewards.path.name}:{f.line}) asks for the column '{lacking[0]}', which row "
-                f"{row.get('id', '?')} lacks; there are {', '.join(row)}.{did_you_mean(lacking[0], [*row, *GIVEN])}"
+                f"{row.get('id', '?')} lacks; there are {', '.join(row)}.{did_you_mean(lacking[0], [*row, *TRL_ARGUMENTS])}"
             )
-        if applies and f.weight:
+        if applies_to and f.weight:
             applying.append(f)
     is_meant = any(f.is_model and f.when for f in applying)  # for such rows, without a verdict
     if rewards.heaviest and not is_meant and not any(map(rewards.can_judge, applying)):
@@ -87,7 +97,7 @@ def _notes_on_golds(rows: list[dict]) -> list[str]:
 
 def _problem_with(gold: str) -> str:
     """Why the math grader does not take a gold for right; empty if it does."""
-    answer = probes.gold_of({"answer": gold})
+    answer = probes.gold_answer({"answer": gold})
     if answer is None:
         return "it is empty"
     score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
@@ -111,10 +121,12 @@ def _warnings(rewards: Rewards, on: str, functions: list[RewardFunction], rows: 
                 "completions count as wrong there: look at the reward, not at the accuracy"
             )
         return warnings
-    row = min(rows, key=lambda row: len(probes.gold_of(row) or " " * 1000))  # the shortest: most likely a plain one
-    if not probes.gold_of(row) or row_kind(row) not in TRIED_KINDS:
+    row = min(rows, key=lambda row: len(probes.gold_answer(row) or " " * 1000))  # the shortest: most likely a plain one
+    if not probes.gold_answer(row) or row_kind(row) not in TRIED_KINDS:
         return warnings
-    _, trials = try_rows(rewards, [row], (probes.wrongs,))  # a hostile answer may hang a function that evaluates it
+    _, trials = try_rows(
+        rewards, [row], (probes.wrong_probes,)
+    )  # a hostile answer may hang a function that evaluates it
     right = next(t.score for t in trials if t.probe.name == probes.RIGHT)
     wrong = next(t.score for t in trials if t.probe.name == probes.WRONG)
     gain = right.total - wrong.total
@@ -150,13 +162,17 @@ def try_probes(rewards: Rewards, tried: list[tuple[dict, probes.Probe]]) -> list
 
 
 def try_rows(
-    rewards: Rewards, rows: list[dict], wrongs: tuple[Callable, ...] = (probes.wrongs, probes.hostile)
+    rewards: Rewards,
+    rows: list[dict],
+    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes),
 ) -> tuple[str, list[Trial]]:
     """Score the probes of rows of one kind, their answers written in the style that the rewards pay best; that style."""
     by_style = {}
-    for style in probes.styles_of(rows[0]):
-        by_style[style] = try_probes(rewards, [(row, probe) for row in rows for probe in probes.rights(row, style)])
+    for style in probes.answer_styles(rows[0]):
+        by_style[style] = try_probes(
+            rewards, [(row, probe) for row in rows for probe in probes.right_probes(row, style)]
+        )
     totals = {style: [t.score.total for t in trials] for style, trials in by_style.items()}
     best = max(totals, key=lambda style: sum(total for total in totals[style] if not math.isnan(total)))
-    wrong = [(row, probe) for row in rows for make in wrongs for probe in make(row, best)]
+    wrong = [(row, probe) for row in rows for make in wrong_probes for probe in make(row, best)]
     return best, by_style[best] + try_probes(rewards, wrong)

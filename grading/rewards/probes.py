@@ -55,12 +55,12 @@ def write(style: str, answer: str, thought: str = "") -> str:
     return text.replace("THOUGHT", thought).replace("ANSWER", answer)
 
 
-def styles_of(row: dict) -> list[str]:
+def answer_styles(row: dict) -> list[str]:
     """The styles in which an answer to a row may be written."""
     return [name for name in STYLES if name != ("\\boxed{}" if row_kind(row) == "code" else "```python")]
 
 
-def gold_of(row: dict) -> str | None:
+def gold_answer(row: dict) -> str | None:
     """The answer of a right completion; of a whole solution, its final answer. None if the row does not say."""
     kind = row_kind(row)
     gold = row.get("solution" if kind in ("code", "countdown") else "answer")
@@ -75,17 +75,17 @@ def gold_of(row: dict) -> str | None:
 # --- the probes of a row
 
 
-def rights(row: dict, style: str) -> list[Probe]:
+def right_probes(row: dict, style: str) -> list[Probe]:
     """The gold with and without thinking; none without a gold."""
-    gold = gold_of(row)
+    gold = gold_answer(row)
     if gold is None:
         return []
     return [Probe(RIGHT, write(style, gold, THOUGHT), True), Probe("ideal", write(style, gold), True)]
 
 
-def wrongs(row: dict, style: str) -> Iterator[Probe]:
+def wrong_probes(row: dict, style: str) -> Iterator[Probe]:
     """Completions that must get less than the gold; fewer of them without a gold."""
-    gold = gold_of(row)
+    gold = gold_answer(row)
     if gold:
         wrong, *others = wrong_answers(row)
         ideal = write(style, gold, THOUGHT)
@@ -104,7 +104,7 @@ def wrongs(row: dict, style: str) -> Iterator[Probe]:
     yield Probe("no answer", "Let me see. It could be many things, and I am sure that it is one of them.")
 
 
-def hostile(row: dict, style: str) -> Iterator[Probe]:
+def hostile_probes(row: dict, style: str) -> Iterator[Probe]:
     """Wrong completions that attack a grader: programs that end at once, huge numbers, deep brackets, control characters."""
     if row_kind(row) == "code":
         yield Probe("hostile: ends at once", write(style, "import sys\nsys.exit(0)"))
@@ -121,7 +121,7 @@ def hostile(row: dict, style: str) -> Iterator[Probe]:
 def wrong_answers(row: dict) -> list[str]:
     """Answers of the gold's form that are not right, the most plausible first. The row has a gold."""
     kind = row_kind(row)
-    gold = gold_of(row)
+    gold = gold_answer(row)
     if kind == "code":
         return [_returning(row, NO_TESTED_VALUE), _returning(row, "None")]
     if kind == "countdown":

@@ -4,7 +4,7 @@
     scoring.add(completion)         # as soon as it has ended; returns at once
     scores = scoring.results()      # one Score for each completion, in their order
 
-Only one reward function runs at a time; where one waits for the sandbox, the next completion's turn comes (`waiting` in
+Only one reward function runs at a time; where one waits for the sandbox, the next completion's turn comes (`lock_released` in
 grading/base.py), so that many programs are judged at once. Completions are begun in order, so a function that waits for
 nothing sees them one after the other. Async functions are awaited together. Batch functions run once, in `results`, in the
 thread that called it, with all the completions that they apply to.
@@ -25,10 +25,10 @@ from grading.base import (
     Rewards,
     Score,
     Ungraded,
-    alone,
     is_finite_number,
+    lock_released,
+    reward_lock,
     short_repr,
-    waiting,
 )
 from grading.rewards import trl
 
@@ -93,7 +93,7 @@ class Scoring:
 
     def _work(self) -> None:
         """Score completions until none is left that no thread has begun."""
-        with alone():  # released only while a function waits: then another thread takes the next completion
+        with reward_lock():  # released only while a function waits: then another thread takes the next completion
             with self._changed:
                 self._spare -= 1
             while True:
@@ -124,12 +124,12 @@ class Scoring:
         awaited = threading.Thread(target=self._run_async, daemon=True)
         if any(f.is_async for f in self.rewards.functions):
             awaited.start()
-        with alone():
+        with reward_lock():
             for f in self.rewards.functions:
                 if f.is_batch and not f.is_async and not self._stopped:
                     self._try(self._apply_batch(f))
         try:
-            with waiting():
+            with lock_released():
                 if awaited.ident:
                     awaited.join()
                 with self._changed:
@@ -154,7 +154,7 @@ class Scoring:
         """Call a function for one completion."""
         started = time.perf_counter()
         try:
-            result = f.function(entry.completion) if f.applies(entry.completion.row) else None
+            result = f.function(entry.completion) if f.applies_to(entry.completion.row) else None
             self._keep(f, entry, await result if f.is_async and result is not None else result)
         except Ungraded as error:
             self._leave_ungraded(f, [entry], str(error))
@@ -168,7 +168,7 @@ class Scoring:
         entries = []
         try:
             for entry in self._in_order():
-                if f.applies(entry.completion.row):
+                if f.applies_to(entry.completion.row):
                     entries.append(entry)
             if not entries:
                 return
@@ -203,7 +203,7 @@ class Scoring:
 
         class Selector(selectors.DefaultSelector):
             def select(self, timeout=None):
-                with waiting():
+                with lock_released():
                     return super().select(timeout)
 
         async def run():
@@ -219,7 +219,7 @@ class Scoring:
             await asyncio.gather(*jobs)
 
         try:
-            with alone(), asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Selector())) as runner:
+            with reward_lock(), asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Selector())) as runner:
                 runner.run(run())
         except BaseException as error:
             self._broken = error

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 
-from grading.base import RewardError, Ungraded, short_repr, waiting
+from grading.base import RewardError, Ungraded, lock_released, short_repr
 from grading.sandbox.cases import Call, Case, Check, Script, called_names, parse_tests
 from grading.sandbox.monty import Monty
 from grading.sandbox.tiers import Failed, Process, Unsupported, find_bubblewrap, first_line, unprotected
@@ -53,7 +53,7 @@ def grade_code(
         return 0.0, "no_code: no code in the answer"
     if len(code) > MAX_PROGRAM_CHARS:
         return 0.0, f"output_limit: the program has {len(code)} characters, over {MAX_PROGRAM_CHARS}"
-    with waiting():
+    with lock_released():
         return _grade(complete(code, entry_point, setup, starter), cases, timeout or _settings["code_timeout"])
 
 

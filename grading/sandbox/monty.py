@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 
 from grading.sandbox.cases import Check, Script
-from grading.sandbox.plain import MAX_MESSAGE_BYTES
+from grading.sandbox.messages import MAX_MESSAGE_BYTES
 from grading.sandbox.tiers import MAX_STDOUT_BYTES, NICE, TOO_SLOW, Failed, Unsupported, check_with, first_line
 from grading.sandbox.zygote import PLAIN_EXCEPTIONS
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grading.sandbox.cases import Check, Script
-from grading.sandbox.plain import NotPlain, decode, encode
+from grading.sandbox.messages import NotPlain, decode, encode
 from grading.sandbox.workers import WorkerError, Zygote, wait_for_output
 from grading.sandbox.zygote import PLAIN_EXCEPTIONS
 
@@ -310,7 +310,7 @@ def in_bubblewrap() -> Zygote:
             command += ["--ro-bind", prefix, prefix]
     for device in ("null", "zero", "urandom", "random"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    for name in ("zygote.py", "plain.py", "lockdown.py"):
+    for name in ("zygote.py", "messages.py", "lockdown.py"):
         command += ["--ro-bind", str(here / name), f"/ponder/{name}"]
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     command += ["--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--"]

@@ -18,8 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from grading.base import waiting
-from grading.sandbox.plain import MAX_MESSAGE_BYTES, receive, send
+from grading.base import lock_released
+from grading.sandbox.messages import MAX_MESSAGE_BYTES, receive, send
 
 START_SECONDS = 30.0  # a server may take so long to import what it needs, on a busy machine
 ENDING_SECONDS = 1.0  # a killed child must be gone within
@@ -211,7 +211,7 @@ def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str
     WorkerError where the function raised, the child died, or none can be made.
     """
     deadline = time.monotonic() + timeout
-    with waiting():
+    with lock_released():
         message = {"function": function, "args": args}
         child = _idle_child(preload)
         try:  # the first call waits for the imports: it has what is left of its time, or half a second

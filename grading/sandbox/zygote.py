@@ -9,7 +9,7 @@ Four kinds of children, each with a socket to the parent over which messages tra
     script     runs a program on standard input and output:      {"run": code}
     function   calls trusted functions on untrusted text:        {"function": "module:name", "args": [...]}
 
-A child sends back plain data and decides nothing. Inside the sandbox this file, plain.py and lockdown.py are all
+A child sends back plain data and decides nothing. Inside the sandbox this file, messages.py and lockdown.py are all
 there is of the project: standard library only.
 """
 
@@ -29,12 +29,12 @@ import types
 
 if __name__ == "__main__":  # started as a script: what it needs of the project lies beside it
     import lockdown
-    from plain import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
+    from messages import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
 
     sys.path.pop(0)
 else:
     from grading.sandbox import lockdown
-    from grading.sandbox.plain import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
+    from grading.sandbox.messages import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
 
 PLAIN_EXCEPTIONS = {  # the built-in ones that are made from one message
     name

@@ -149,7 +149,7 @@ def update_flops(config: Config, shape: Shape, prompt: int, prediction) -> float
     """Operations of a step's update: 2 a parameter and token forward, 2 backward (LoRA is small), 2 for a recomputation."""
     rows = config.prompts_per_step * config.num_generations
     completion_tokens = rows * config.max_completion_length / 2
-    shares_prompts = shape.own_decoder and not prediction.by_unsloth
+    shares_prompts = shape.uses_decoder and not prediction.uses_unsloth
     prompt_tokens = prompt * (config.prompts_per_step if shares_prompts else rows)
     forward = 2 * shape.linear_parameters * (completion_tokens + prompt_tokens)
     training = forward * (3 if config.gradient_checkpointing else 2)

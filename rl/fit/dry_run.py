@@ -35,7 +35,7 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
     needed = machine.needed(prediction.peak)
     trained = shape.lora_parameters(config.lora_r)
     precision = machine.dtype + (" and 4-bit NF4" if config.load_in_4bit or shape.four_bit else "")
-    precision += ", by Unsloth" if prediction.by_unsloth else ""
+    precision += ", by Unsloth" if prediction.uses_unsloth else ""
     few = f" (wanted: {prediction.rows_requested})" if prediction.rows < prediction.rows_requested else ""
     total = "small models keep what they free: roll-out and update add"
     if not prediction.allocator_keeps:
@@ -68,7 +68,7 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
         minutes = f"about {max(run / 60, 1):,.0f} minutes modelled for {machine.card.name} ({each} a step)"
         lines.append(f"  time       {minutes}; measure it with --probe")
     lines.append("")
-    if not shape.own_decoder:
+    if not shape.uses_decoder:
         lines.append("This architecture runs through its own forward, for which these are rough figures.")
     if needed <= machine.memory:
         lines.append(f"It fits: {needed / GB:.1f} of {machine.memory / GB:.1f} GB.")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from rl.config import Config
 from rl.fit.cards import MB
 from rl.fit.shapes import Shape
-from rl.model.engine import GROWTH, PREFILL_TOKENS, SHARE_THAT_FITS
-from rl.model.logprobs import LOGITS_AT_A_TIME
-from rl.model.policy import KEEPS_FREED_BELOW_HIDDEN
+from rl.model.engine import CACHE_GROWTH, MAX_MEMORY_SHARE, PREFILL_TOKENS
+from rl.model.logprobs import LOGITS_PER_CHUNK
+from rl.model.policy import REUSE_FREED_BELOW_HIDDEN
 
 ASSUMED_PROMPT = 256  # tokens, if nothing is known of the questions
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a parameter: 4 bits, 8 bits for each block of 64, 32 bits for 256 blocks
@@ -46,7 +46,7 @@ class Prediction:
     rows_requested: int  # the same with enough memory
     folded: bool  # the LoRA is folded into scratch weights for the roll-out
     tokens: int  # of the update at a time
-    by_unsloth: bool  # Unsloth computes the update
+    uses_unsloth: bool  # Unsloth computes the update
 
     @property
     def peak(self) -> float:
@@ -85,12 +85,12 @@ def predict(
         load = weights + (shape.file_bytes or 2 * shape.parameters)  # the file stays mapped until all of it is read
         fixed = FIXED_CPU + TOKENIZER * (shape.tokenizer_bytes or TOKENIZER_FILE * shape.vocabulary)
     if free is not None:
-        free = SHARE_THAT_FITS * (free - weights - lora - trained * moments - critic - fixed)
+        free = MAX_MEMORY_SHARE * (free - weights - lora - trained * moments - critic - fixed)
     rollout, rows, rows_requested, folded = max(
         rollout_bytes(config, shape, cuda, width, prompt_length, prompts, group, free)
         for prompts, group in ((config.prompts_per_step, config.num_generations), (config.eval_questions, 1))
     )
-    unsloth = by_unsloth(config, shape, device, dtype)
+    unsloth = uses_unsloth(config, shape, device, dtype)
     return Prediction(
         weights=weights,
         lora=lora,
@@ -100,18 +100,18 @@ def predict(
         update=update_bytes(config, shape, cuda, unsloth, width, prompt_length),
         fixed=fixed,
         load=load,
-        allocator_keeps=not cuda and shape.hidden < KEEPS_FREED_BELOW_HIDDEN,
+        allocator_keeps=not cuda and shape.hidden < REUSE_FREED_BELOW_HIDDEN,
         rows=rows,
         rows_requested=rows_requested,
         folded=folded,
         tokens=micro_batch_tokens(config, shape, unsloth, prompt_length),
-        by_unsloth=unsloth,
+        uses_unsloth=unsloth,
     )
 
 
-def by_unsloth(config: Config, shape: Shape, device: str, dtype: str) -> bool:
+def uses_unsloth(config: Config, shape: Shape, device: str, dtype: str) -> bool:
     """Whether Unsloth computes the update, as rl/model/backends.py decides. With gpu_memory it counts as installed."""
-    if device != "cuda" or dtype == "float32" or not shape.own_decoder or config.backend == "transformers":
+    if device != "cuda" or dtype == "float32" or not shape.uses_decoder or config.backend == "transformers":
         return False
     elsewhere = config.gpu_memory is not None
     return config.backend == "unsloth" or elsewhere or importlib.util.find_spec("unsloth") is not None
@@ -128,7 +128,7 @@ def rollout_bytes(
     token = 2 * shape.layers * shape.kv_size * width  # its keys and values
     requested = max(min(config.rollout_batch_size, prompts * group), group)
     slots = requested
-    scratch = shape.linear_parameters * width if shape.own_decoder else 0
+    scratch = shape.linear_parameters * width if shape.uses_decoder else 0
     if free is not None:
         while slots > group and slots * length * token >= free:
             slots = max(slots // 2, group)
@@ -147,7 +147,7 @@ def rollout_bytes(
     # Attention over one token a row: on a CPU the scores of a layer, their mask, product and softmax.
     scores = 0 if cuda else 3 * slots * shape.heads * length * width
     decode = slots * forward + scores + logits
-    cached = length if cuda else min(prompt + GROWTH, length)  # on a CPU the cache grows, layer by layer
+    cached = length if cuda else min(prompt + CACHE_GROWTH, length)  # on a CPU the cache grows, layer by layer
     start = slots * cached * token + max(prefill, logits + first)
     end = slots * length * token * (1 if cuda or cached == length else 1 + 1 / shape.layers) + decode
     return scratch + seen + max(start, end), slots, requested, scratch > 0
@@ -157,7 +157,7 @@ def micro_batch_tokens(config: Config, shape: Shape, unsloth: bool, prompt: int)
     """Tokens of the fullest micro-batch: the budget, but at least one completion (in dpo a pair), and at most the step's."""
     rows = config.prompts_per_step * config.num_generations
     completions = 2 if config.algorithm == "dpo" else 1
-    if shape.own_decoder and not unsloth:  # completions of a group share their prompt
+    if shape.uses_decoder and not unsloth:  # completions of a group share their prompt
         smallest = prompt + completions * config.max_completion_length
         step = config.prompts_per_step * prompt + rows * config.max_completion_length
     else:
@@ -202,5 +202,5 @@ def update_bytes(config: Config, shape: Shape, cuda: bool, unsloth: bool, width:
     if config.load_in_4bit or shape.four_bit:
         layer += hidden * shape.intermediate * width  # the largest matrix, dequantized
     # The last hidden states with their gradient, and the head on a chunk of them (rl/model/logprobs.py).
-    head = 5 * 4 * min(LOGITS_AT_A_TIME, tokens * shape.vocabulary) + 3 * inputs
+    head = 5 * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary) + 3 * inputs
     return layers + mask + max(layer, head)

@@ -31,7 +31,7 @@ class Shape:
     query_size: int
     kv_size: int  # of the keys, and of the values
     qk_norm: bool  # queries and keys are normalized, as in Qwen3
-    own_decoder: bool  # Llama, Qwen2, Qwen3: rl/model/decoder.py supports it
+    uses_decoder: bool  # Llama, Qwen2, Qwen3: rl/model/decoder.py supports it
     four_bit: bool  # saved in 4 bits
     file_bytes: int | None = None  # of the safetensors files of a folder
     tokenizer_bytes: int | None = None  # of its tokenizer.json
@@ -83,7 +83,7 @@ def measure(config, folder: Path) -> Shape:
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    from rl.model.decoder import unsupported
+    from rl.model.decoder import unsupported_reason
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -108,7 +108,7 @@ def measure(config, folder: Path) -> Shape:
         query_size=config.num_attention_heads * head_dim,
         kv_size=kv_heads * head_dim,
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
-        own_decoder=unsupported(model) is None,
+        uses_decoder=unsupported_reason(model) is None,
         four_bit=bool(quantization.get("load_in_4bit")),
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,

@@ -104,7 +104,7 @@ def is_for_unsloth(model_config) -> bool:
     return model_config.model_type in families and not getattr(model_config, "use_sliding_window", False)
 
 
-def load_by_unsloth(config: Config, dtype: torch.dtype):
+def load_with_unsloth(config: Config, dtype: torch.dtype):
     """The base model as Unsloth loads and patches it: in 4-bit NF4 with double quantisation where asked for.
 
     Raises ConfigError where weights are missing: they would be random numbers.
@@ -151,7 +151,7 @@ def refuse_missing_weights(model: str, names: set[str]) -> None:
         raise ConfigError(f"model: the weights of {model} lack {', '.join(sorted(names)[:3])}: the files are not whole")
 
 
-def lora_by_unsloth(model, config: Config, settings):
+def add_unsloth_lora(model, config: Config, settings):
     """A new LoRA as get_peft_model of peft makes it from these settings (a LoraConfig), over Unsloth's kernels."""
     from unsloth import FastLanguageModel
 
@@ -170,9 +170,9 @@ def checkpointing(config: Config) -> str | bool:
     return "unsloth" if config.gradient_checkpointing else False  # "unsloth": what is kept goes to the host's memory
 
 
-def set_mode(model, training: bool, by_unsloth: bool) -> None:
+def set_mode(model, training: bool, uses_unsloth: bool) -> None:
     """Training mode, in which layers keep or recompute what the backward needs, or the mode in which a model answers."""
-    if by_unsloth:
+    if uses_unsloth:
         from unsloth import FastLanguageModel
 
         (FastLanguageModel.for_training if training else FastLanguageModel.for_inference)(model)
@@ -191,8 +191,8 @@ def unsloth_states(model, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     recomputes_in_vain = model.training and not torch.is_grad_enabled()
     with contextlib.ExitStack() as around:
         if recomputes_in_vain:  # its checkpointing would move states to the host for a backward that never comes
-            set_mode(model, False, by_unsloth=True)
-            around.callback(set_mode, model, True, by_unsloth=True)
+            set_mode(model, False, uses_unsloth=True)
+            around.callback(set_mode, model, True, uses_unsloth=True)
         around.enter_context(torch.autocast(ids.device.type, dtype))  # as Unsloth's own trainer runs it
         around.enter_context(states_in_place_of_logits())
         return model(input_ids=ids, use_cache=False).logits

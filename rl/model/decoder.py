@@ -42,7 +42,7 @@ class Layer:
     down: Callable
 
 
-def unsupported(model) -> str | None:
+def unsupported_reason(model) -> str | None:
     """Why this (PEFT) model cannot be run by a Decoder, or None where it can."""
     model = base_of(model)
     if type(model).__name__ not in FAMILIES:

@@ -21,9 +21,9 @@ from rl.model.sampling import Ended, Sampling, sample
 
 REFILL_SHARE = 1 / 8  # groups that wait enter together, once this share of the slots is free
 PREFILL_TOKENS = 16384  # prompt tokens prefilled at a time
-STEPS_A_LOOK = 8  # on CUDA: decode steps between two looks at what has ended, since each look waits for the GPU
-GROWTH = 64  # places by which the cache grows at the least
-SHARE_THAT_FITS = 0.8  # of the free memory, at most
+STEPS_PER_CHECK = 8  # on CUDA: decode steps between two looks at what has ended, since each look waits for the GPU
+CACHE_GROWTH = 64  # places by which the cache grows at the least
+MAX_MEMORY_SHARE = 0.8  # of the free memory, at most
 SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # of the CUDA graphs; sizes double from there
 
 
@@ -47,15 +47,15 @@ class Engine:
         max_completion_length: int,
         sampling: Sampling,
         generator: torch.Generator,
-        rows_at_a_time: int,
+        max_rows: int,
     ):
         self.device, self.eos_ids = policy.device, policy.eos_ids
         self.prompts, self.group, self.max_completion_length = prompts, num_generations, max_completion_length
         self.sampling, self.generator = sampling, generator
         self.rows: list[Row] = []  # rows[i] lives in slot i
-        self.slots = max(min(rows_at_a_time, len(prompts) * num_generations), num_generations)
+        self.slots = max(min(max_rows, len(prompts) * num_generations), num_generations)
         self.length = round_up(max(map(len, prompts)) + max_completion_length, self.device)  # of the longest row
-        self.by_graphs = uses_graphs(self.device)
+        self.use_graphs = uses_graphs(self.device)
         self.decoder = policy.decoder
         while self.slots > self.group and not fits(self.cache_bytes(), self.device):
             self.slots = max(self.slots // 2, self.group)  # the others wait for their turn
@@ -68,7 +68,7 @@ class Engine:
         # gives larger ones back to the system at once, and getting them again costs more than what they are used for.
         shape = 2, self.slots, decoder.kv_heads, 0, decoder.head_dim
         self.cache = [torch.zeros(shape, device=self.device, dtype=decoder.dtype) for _ in decoder.layers]
-        if self.by_graphs:
+        if self.use_graphs:
             self.reserve(self.length)  # CUDA graphs need it to stay where it is; else it grows
         self.token = torch.zeros(self.slots, dtype=torch.long, device=self.device)  # the last one of each row
         self.position = torch.zeros_like(self.token)  # of that token in its row
@@ -101,16 +101,16 @@ class Engine:
             if waiting and (not self.rows or free >= max(self.group, REFILL_SHARE * self.slots)):
                 entering = [waiting.popleft() for _ in range(min(len(waiting), free // self.group))]
                 first = len(self.rows)
-                tokens, logprobs = self.draw(first, self.enter(entering))
+                tokens, logprobs = self.draw(first, self.admit(entering))
             else:
                 first = 0
                 tokens, logprobs = self.step()
-            yield self.leave(first, tokens, logprobs)
+            yield self.collect_finished(first, tokens, logprobs)
 
-    def rehearse(self) -> None:
+    def allocate_peak(self) -> None:
         """Fill the slots with these prompts' groups, and make one step at the full length: as much memory as a run takes."""
         groups = list(enumerate(self.prompts))[: self.slots // self.group]
-        self.draw(0, self.enter(groups))
+        self.draw(0, self.admit(groups))
         for row in self.rows:
             row.ids = [0] * (self.max_completion_length - 1)
         self.reserve(self.used_length())
@@ -118,7 +118,7 @@ class Engine:
 
     # --- rows come and go
 
-    def enter(self, groups: list[tuple[int, list[int]]]) -> torch.Tensor:
+    def admit(self, groups: list[tuple[int, list[int]]]) -> torch.Tensor:
         """Prefill these prompts, once each, and put their groups into the slots behind those that are taken.
 
         Returns the logits from which the new rows' first tokens are drawn, (rows, V).
@@ -137,7 +137,7 @@ class Engine:
         """Run these prompts and copy their keys and values, group by group, into the slots. Returns their logits (P, V)."""
         rows, group = Rows([len(prompt) for prompt in prompts], self.device, aligned=True), self.group
         masks = masks_by_window(self.decoder, *causal(rows.width, self.device))
-        self.reserve(min(rows.width + GROWTH, self.length))
+        self.reserve(min(rows.width + CACHE_GROWTH, self.length))
 
         def attend(layer: Layer, query, key, value):
             query, keys, values = (rows.pad_heads(x, self.decoder.kv_heads) for x in (query, key, value))
@@ -154,7 +154,7 @@ class Engine:
             self.seen[into] = of_prompts.repeat_interleave(group, 0)
         return self.decoder.head(states[rows.lengths.cumsum(0) - 1])[0]
 
-    def leave(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Ended:
+    def collect_finished(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Ended:
         """Give the rows from slot `first` on what was drawn for them, (steps, rows), and take out those that have ended.
 
         A row that ended gets nothing more; a row behind it takes its slot.
@@ -174,10 +174,10 @@ class Engine:
                     ended[row.place] = row.ids, row.logprobs, not stopped
                     holes.append(slot)
                     break
-        self.close(holes)
+        self.compact(holes)
         return ended
 
-    def close(self, holes: list[int]) -> None:
+    def compact(self, holes: list[int]) -> None:
         """Move the last rows into the slots that have become free, so that the first slots are the taken ones."""
         kept = len(self.rows) - len(holes)
         free = [hole for hole in holes if hole < kept]
@@ -202,7 +202,7 @@ class Engine:
         """Make the cache long enough for rows of this length."""
         present, rows = self.cache[0].shape[3], len(self.rows)
         if length > present:
-            longer = min(max(length, present + GROWTH), self.length)
+            longer = min(max(length, present + CACHE_GROWTH), self.length)
             for i, cache in enumerate(self.cache):
                 self.cache[i] = cache.new_zeros(*cache.shape[:3], longer, cache.shape[4])
                 self.cache[i][:, :rows, :, :present] = cache[:, :rows]
@@ -226,12 +226,12 @@ class Engine:
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One decode step of all rows, or on CUDA a few: tokens and log-probabilities, each (steps, rows)."""
         rows, length = len(self.rows), self.used_length()
-        if not self.by_graphs:
+        if not self.use_graphs:
             self.reserve(length)
             token, logprob = self.decode(rows, length)
             return token[None], logprob[None]
         left = max(self.max_completion_length - len(row.ids) for row in self.rows)
-        steps = min(STEPS_A_LOOK, left)
+        steps = min(STEPS_PER_CHECK, left)
         replay = self.graph(
             bucket(rows, SMALLEST_BATCH, self.slots), bucket(length + steps, SMALLEST_LENGTH, self.length)
         )
@@ -302,7 +302,7 @@ def uses_graphs(device: torch.device) -> bool:
 
 def fits(needed: int, device: torch.device) -> bool:
     """Whether so many bytes leave at least a fifth of the free memory unused."""
-    return needed < SHARE_THAT_FITS * free_memory(device)
+    return needed < MAX_MEMORY_SHARE * free_memory(device)
 
 
 def free_memory(device: torch.device) -> float:

@@ -25,7 +25,7 @@ class HFGenerate:
     max_completion_length: int
     sampling: Sampling
     generator: torch.Generator
-    rows_at_a_time: int
+    max_rows: int
 
     def run(self) -> Iterator[Ended]:
         """Yield the completions of each batch by their place: those of prompt i begin at i * num_generations."""
@@ -41,13 +41,13 @@ class HFGenerate:
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         for _, group in itertools.groupby(order, key=lengths.__getitem__):
             group = list(group)
-            for first in range(0, len(group), self.rows_at_a_time):
-                yield group[first : first + self.rows_at_a_time]
+            for first in range(0, len(group), self.max_rows):
+                yield group[first : first + self.max_rows]
 
     def complete(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float], bool]]:
         """Complete each prompt once: token ids, log-probabilities, and whether the completion was cut."""
         policy = self.policy
-        if policy.by_unsloth:
+        if policy.uses_unsloth:
             with policy.training():
                 pass  # Unsloth's decoding keeps copies of the LoRA until the next training; they may be out of date
         width = max(map(len, prompts))

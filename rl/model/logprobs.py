@@ -11,7 +11,7 @@ from rl.model.attention import Rows, SharedPrompts
 from rl.model.backends import checkpoint, unsloth_states
 from rl.model.policy import Policy
 
-LOGITS_AT_A_TIME = 2**24  # elements of a chunk's logits: 64 MB in fp32; a few tensors of this size live at a time
+LOGITS_PER_CHUNK = 2**24  # elements of a chunk's logits: 64 MB in fp32; a few tensors of this size live at a time
 
 
 def completion_logprobs(
@@ -28,7 +28,7 @@ def completion_logprobs(
     if policy.plain_head:
         before, head = states_before(policy, prompts, completions), policy.head
     else:
-        before = _by_own_forward(policy, prompts, completions, False, policy.model)  # logits (N, V) already
+        before = _by_model_forward(policy, prompts, completions, False, policy.model)  # logits (N, V) already
         head = torch.nn.Identity()  # it does more than multiply: a soft cap, a scale
 
     def of_chunk(states, ids):  # (n, H), (n,) -> (n,), (n,)
@@ -41,7 +41,7 @@ def completion_logprobs(
                 entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
         return chosen, entropy
 
-    size = max(1, LOGITS_AT_A_TIME // policy.vocabulary)
+    size = max(1, LOGITS_PER_CHUNK // policy.vocabulary)
     chunks = list(zip(before.split(size), ids.split(size)))
     if torch.is_grad_enabled() and len(chunks) > 1:
         parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
@@ -71,20 +71,20 @@ def states_before(
     after_last: of each row also the state after its last token; else that token is not computed at all.
     """
     if not policy.shares_prompts:
-        return _by_own_forward(policy, prompts, completions, after_last)
+        return _by_model_forward(policy, prompts, completions, after_last)
     known = completions if after_last else [completion[:-1] for completion in completions]
     packed = SharedPrompts(policy.decoder, prompts, known)
     hidden = policy.decoder.forward(packed.ids, packed.positions, packed.attend)
     return hidden.index_select(0, packed.before())
 
 
-def _by_own_forward(policy: Policy, prompts, completions, after_last: bool, module=None) -> torch.Tensor:
+def _by_model_forward(policy: Policy, prompts, completions, after_last: bool, module=None) -> torch.Tensor:
     """What the module (None: the model without its head) gives for right-padded rows, before the completions' tokens."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
     rows = Rows([len(text) for text in texts], policy.device)
     packed = torch.tensor([token for text in texts for token in text], device=policy.device)  # (N,)
     ids = torch.where(rows.mask, rows.pad(packed), policy.pad_id)  # (B, T)
-    if policy.by_unsloth:
+    if policy.uses_unsloth:
         values = unsloth_states(policy.model, ids, policy.dtype)  # (B, T, H)
     else:
         module = module or policy.model.get_base_model().get_decoder()

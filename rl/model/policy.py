@@ -22,19 +22,19 @@ from grading.base import first_line
 from rl.config import Config, ConfigError
 from rl.model.backends import (
     LINEAR_LAYERS,
+    add_unsloth_lora,
     choose_device,
     choose_dtype,
     import_backend,
     is_for_unsloth,
-    load_by_unsloth,
-    lora_by_unsloth,
+    load_with_unsloth,
     refuse_missing_weights,
     set_mode,
 )
-from rl.model.decoder import Decoder, unsupported
+from rl.model.decoder import Decoder, unsupported_reason
 
 # Hidden size: on a CPU, what smaller models have freed is kept for later tensors (keep_freed_memory).
-KEEPS_FREED_BELOW_HIDDEN = 512
+REUSE_FREED_BELOW_HIDDEN = 512
 # Settings of a saved LoRA that is more than A and B on linear layers.
 OTHER_LORAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
 
@@ -45,7 +45,9 @@ class Question:
 
     row: dict
     prompt_ids: list[int]
-    opening: str = ""  # text of the completion that the chat template has already written: "<think>", or nothing
+    completion_prefix: str = (
+        ""  # text of the completion that the chat template has already written: "<think>", or nothing
+    )
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Policy:
     chat_template_kwargs: dict
     starts_from_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
     decoder: Decoder | None  # the forward pass written out; None: the model's own is used
-    by_unsloth: bool = False  # loaded by Unsloth, through whose forward it is trained
+    uses_unsloth: bool = False  # loaded by Unsloth, through whose forward it is trained
     fallback_reason: str | None = None  # why there is no decoder
     plain_head: bool = True  # logits are the head's product with the last hidden state, and nothing more
     max_completion_length: int = 256  # tokens
@@ -82,14 +84,14 @@ class Policy:
     def context_length(self) -> int | None:
         """The longest text the model takes, in tokens; Unsloth cuts what is longer than its max_seq_length."""
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
-        if self.by_unsloth:
+        if self.uses_unsloth:
             limits.append(getattr(self.model, "max_seq_length", None))
         return min(filter(None, limits), default=None)
 
     @property
     def shares_prompts(self) -> bool:
         """In the update a prompt is computed once for its group: not by a forward that is not our own."""
-        return self.decoder is not None and not self.by_unsloth
+        return self.decoder is not None and not self.uses_unsloth
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -97,11 +99,11 @@ class Policy:
     @contextlib.contextmanager
     def training(self):
         """Within this context a forward pass can be followed by its backward; outside of it the model answers."""
-        set_mode(self.model, True, self.by_unsloth)
+        set_mode(self.model, True, self.uses_unsloth)
         try:
             yield
         finally:
-            set_mode(self.model, False, self.by_unsloth)
+            set_mode(self.model, False, self.uses_unsloth)
 
     def reference(self):
         """Within this context the model is the reference: without its LoRA, or with the LoRA it started from."""
@@ -141,14 +143,14 @@ class Policy:
         for row in rows:
             try:
                 prompt_ids = self.encode_prompt(row["prompt"])
-                opening = self.opened_thinking(row["prompt"])
+                completion_prefix = self.completion_prefix(row["prompt"])
             except (jinja2.TemplateError, ValueError, TypeError) as error:
                 raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {first_line(error)}") from error
             if not prompt_ids:
                 raise ConfigError(
                     f"row {row['id']}: the prompt has no tokens: is there a tokenizer in {self.tokenizer.name_or_path}?"
                 )
-            questions.append(Question(row, prompt_ids, opening))
+            questions.append(Question(row, prompt_ids, completion_prefix))
         longest = max(questions, key=lambda question: len(question.prompt_ids))
         length = len(longest.prompt_ids)
         needed = length + self.max_completion_length
@@ -159,7 +161,7 @@ class Policy:
             )
         return questions
 
-    def opened_thinking(self, prompt: str | list[dict]) -> str:
+    def completion_prefix(self, prompt: str | list[dict]) -> str:
         """What a template has already written of the thinking: "<think>" (and a newline), or ""."""
         text = self.render_prompt(prompt)
         return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
@@ -181,14 +183,14 @@ def load_policy(config: Config) -> Policy:
     transformers.utils.logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(config.model)
-        by_unsloth = config.backend == "unsloth" and is_for_unsloth(model_config)
+        uses_unsloth = config.backend == "unsloth" and is_for_unsloth(model_config)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = load_by_unsloth(config, dtype) if by_unsloth else load_by_transformers(config, device, dtype)
+        model = load_with_unsloth(config, dtype) if uses_unsloth else load_with_transformers(config, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         near = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
         reason = f"did you mean {near[0]}?" if near else first_line(error)
         raise ConfigError(f"model: {config.model} cannot be loaded: {reason}") from error
-    config.backend = "unsloth" if by_unsloth else "transformers"
+    config.backend = "unsloth" if uses_unsloth else "transformers"
     if device.type == "cpu":
         keep_freed_memory(model.config.get_text_config().hidden_size)
     eos_ids = find_eos_ids(tokenizer, model)
@@ -199,13 +201,13 @@ def load_policy(config: Config) -> Policy:
     torch.manual_seed(config.seed)  # of the LoRA's random half
     if config.adapter:
         model = load_adapter(model, config)
-    elif by_unsloth:
-        model = lora_by_unsloth(model, config, lora_settings(config, LINEAR_LAYERS))
+    elif uses_unsloth:
+        model = add_unsloth_lora(model, config, lora_settings(config, LINEAR_LAYERS))
     else:
         model = peft.get_peft_model(model, lora_settings(config))
     make_deterministic(model)
-    set_mode(model, False, by_unsloth)
-    fallback_reason = unsupported(model)
+    set_mode(model, False, uses_unsloth)
+    fallback_reason = unsupported_reason(model)
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -219,7 +221,7 @@ def load_policy(config: Config) -> Policy:
         max_completion_length=config.max_completion_length,
         starts_from_adapter=config.adapter is not None,
         decoder=None if fallback_reason else Decoder(model),
-        by_unsloth=by_unsloth,
+        uses_unsloth=uses_unsloth,
         fallback_reason=fallback_reason,
         plain_head=not fallback_reason or has_plain_head(model),
         entropy_gradient=config.entropy_coef > 0,
@@ -237,7 +239,7 @@ def check_folders(config: Config) -> None:
         )
 
 
-def load_by_transformers(config: Config, device: torch.device, dtype: torch.dtype):
+def load_with_transformers(config: Config, device: torch.device, dtype: torch.dtype):
     """The base model, frozen. Raises ConfigError where weights are missing: they would be random numbers."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -282,7 +284,7 @@ def load_adapter(model, config: Config) -> peft.PeftModel:
             saved = peft.PeftConfig.from_pretrained(folder)
             if others := [name for name in OTHER_LORAS if getattr(saved, name, None) not in (None, False, "none")]:
                 raise ValueError(f"it is not a plain LoRA ({', '.join(others)}): set backend to transformers")
-            model = lora_by_unsloth(model, config, saved)
+            model = add_unsloth_lora(model, config, saved)
         else:
             model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
         model.load_adapter(folder, "reference", is_trainable=False)
@@ -312,7 +314,7 @@ def keep_freed_memory(hidden_size: int) -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, (32 if hidden_size < KEEPS_FREED_BELOW_HIDDEN else 1) * 2**20)
+        libc.mallopt(m_mmap_threshold, (32 if hidden_size < REUSE_FREED_BELOW_HIDDEN else 1) * 2**20)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 

@@ -117,7 +117,7 @@ Held-out accuracy, greedy, {len(evaluations[0].greedy)} questions: {evaluations[
 def describe_model(config: Config, policy, critic) -> list[str]:
     """Lines on the policy and the critic."""
     trainable, parameters = policy.model.get_nb_trainable_parameters()
-    through = " through Unsloth" if policy.by_unsloth else ""
+    through = " through Unsloth" if policy.uses_unsloth else ""
     lines = [f"model    {config.model}{through}, {parameters:,} parameters, {trainable:,} of them trained (LoRA)"]
     if critic:
         kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"

@@ -6,7 +6,7 @@ from rl import algorithms
 from rl.model.logprobs import completion_logprobs
 from rl.rollout import Episode
 from rl.run.metrics import mean
-from rl.update import Updater, ids_of
+from rl.update import Updater, prompt_and_completion_ids
 
 
 @torch.no_grad()
@@ -27,9 +27,11 @@ def inspect_tokens(updater: Updater, episodes: list[Episode]) -> dict:
 
     def inspect() -> None:
         for batch in updater.micro_batches(group):
-            logprobs, mask, entropy = completion_logprobs(policy, *ids_of(batch), with_entropy=True)  # (B, C)
+            logprobs, mask, entropy = completion_logprobs(
+                policy, *prompt_and_completion_ids(batch), with_entropy=True
+            )  # (B, C)
             with policy.reference():
-                reference, _, _ = completion_logprobs(policy, *ids_of(batch))
+                reference, _, _ = completion_logprobs(policy, *prompt_and_completion_ids(batch))
             kl = algorithms.kl_divergence(logprobs, reference, mask, "k3")
             for i, episode in enumerate(batch):
                 by_episode[id(episode)] = describe(episode, logprobs[i], entropy[i], kl[i])

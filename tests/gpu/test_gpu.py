@@ -193,7 +193,7 @@ def test_graphs_sample_from_the_policy(load_model, on_graphs, show):
     from rl.model.logprobs import completion_logprobs
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
-    from rl.update import ids_of
+    from rl.update import prompt_and_completion_ids
 
     _, policy, questions = load_model("tiny", 32, dtype="float32")
     on_graphs(True)
@@ -201,7 +201,7 @@ def test_graphs_sample_from_the_policy(load_model, on_graphs, show):
     generator = torch.Generator(policy.device).manual_seed(1)
     episodes = rollout(policy, prompts, 4 if DRY else 64, 32, Sampling(), generator, 512)
     with torch.no_grad():
-        logprobs, mask, entropy = completion_logprobs(policy, *ids_of(episodes), with_entropy=True)
+        logprobs, mask, entropy = completion_logprobs(policy, *prompt_and_completion_ids(episodes), with_entropy=True)
     surprise = (-logprobs - entropy)[mask]
     z = (surprise.sum() / surprise.square().sum().sqrt()).item()
     show(tokens=len(surprise), z=z, distinct=len({tuple(episode.completion_ids) for episode in episodes}))

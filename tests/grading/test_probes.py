@@ -4,7 +4,7 @@ import ast
 
 from grading import grade_code
 from grading.rewards import probes
-from grading.rewards.probes import changed_texts, hostile, mutants, wrong_answers, wrong_numbers
+from grading.rewards.probes import changed_texts, hostile_probes, mutants, wrong_answers, wrong_numbers
 
 CODE = {
     "id": "c", "prompt": "Write add.", "task": "code", "solution": "def add(a, b):\n    return a + b",
@@ -37,7 +37,7 @@ def test_changed_texts_differ_from_the_gold():
 def test_wrong_programs_do_not_what_was_asked():
     constant, nothing = wrong_answers(CODE)
     assert run(constant, 1, 2) == run(constant, 2, 2) not in (3, 4) and run(nothing, 1, 2) is None
-    equal = next(probe.text for probe in hostile(CODE, "plain") if "equals all" in probe.name)
+    equal = next(probe.text for probe in hostile_probes(CODE, "plain") if "equals all" in probe.name)
     assert run(equal, 1, 2) == 17
     *changed, off_by_one = mutants(CODE)
     assert [run(program, 5, 3) for program in changed] == [2] and run(off_by_one, 5, 3) == 9
@@ -65,20 +65,20 @@ def test_probes_of_code_rows_are_wrong_for_every_form_of_tests():
     ]  # fmt: skip
     for form in forms:
         row = {"id": 1, "task": "t", "prompt": "q"} | form
-        answers = [probes.gold_of(row), *probes.wrong_answers(row)]
+        answers = [probes.gold_answer(row), *probes.wrong_answers(row)]
         assert [grade_code(a, row["tests"], row.get("entry_point"))[0] for a in answers] == [1.0, 0.0, 0.0]
     own = {"id": 1, "task": "t", "prompt": "q", "tests": ["look at it"], "entry_point": "g"}
-    assert "def g(" in probes.wrong_answers(own)[0] and probes.rights(own, "plain") == []
+    assert "def g(" in probes.wrong_answers(own)[0] and probes.right_probes(own, "plain") == []
 
 
 def test_wrong_answers_differ_from_the_gold():
     for gold, wrong in {"7": "8", "1,080": "1081", "-1/2": "-3/2", "0.5": "1.5", "Paris": "Parib"}.items():
         assert probes.wrong_answers({"answer": gold})[0] == wrong and gold not in probes.wrong_answers({"answer": gold})
-    assert probes.gold_of({"answer": "3+4=7\n#### 7"}) == "7" == probes.gold_of({"answer": "so \\boxed{7}"})
-    assert probes.gold_of({"answer": ""}) is None and probes.gold_of({"prompt": "q"}) is None
+    assert probes.gold_answer({"answer": "3+4=7\n#### 7"}) == "7" == probes.gold_answer({"answer": "so \\boxed{7}"})
+    assert probes.gold_answer({"answer": ""}) is None and probes.gold_answer({"prompt": "q"}) is None
     countdown = {"grader": "countdown", "target": 6, "nums": [2, 3], "solution": "2 * 3"}
-    assert (probes.gold_of(countdown), probes.wrong_answers(countdown)[0]) == ("2 * 3", "6")
+    assert (probes.gold_answer(countdown), probes.wrong_answers(countdown)[0]) == ("2 * 3", "6")
     puzzle = {"grader": "reasoning_gym", "answer": ""}
-    assert probes.gold_of(puzzle) == "" and not {"empty", "tags only"} & {
-        p.name for p in probes.wrongs(puzzle, "plain")
+    assert probes.gold_answer(puzzle) == "" and not {"empty", "tags only"} & {
+        p.name for p in probes.wrong_probes(puzzle, "plain")
     }

@@ -20,7 +20,7 @@ from grading import Completion, RewardError, Ungraded, check_tests, extract_code
 from grading.sandbox import tiers
 from grading.sandbox.cases import Call, Check, Script, parse_tests
 from grading.sandbox.code_grader import compare_output, is_same
-from grading.sandbox.plain import NotPlain, decode, encode
+from grading.sandbox.messages import NotPlain, decode, encode
 from grading.sandbox.workers import WorkerError, run_in_worker
 
 TIERS = ("monty", "bubblewrap")

@@ -9,7 +9,7 @@ import pytest
 from conftest import completion, score_one, write
 
 from grading import Completion, RewardError, Scoring, load_rewards, outcome_shares, preflight, score_all
-from grading.base import alone, waiting
+from grading.base import lock_released, reward_lock
 from grading.rewards.scoring import THREADS
 
 # --- functions written for TRL
@@ -232,8 +232,8 @@ def test_async_functions_are_awaited_together(tmp_path):
 def test_one_function_runs_at_a_time_and_many_wait_at_once(tmp_path):
     source = """
         import time
-        from grading.base import waiting
-        inside, waiting_now, most = [], [], []
+        from grading.base import lock_released
+        inside, lock_released_now, most = [], [], []
         order = []
         @reward
         def slow(completion):
@@ -242,11 +242,11 @@ def test_one_function_runs_at_a_time_and_many_wait_at_once(tmp_path):
             assert len(inside) == 1
             time.sleep(0.0005)
             inside.pop()
-            with waiting():
-                waiting_now.append(1)
-                most.append(len(waiting_now))
+            with lock_released():
+                lock_released_now.append(1)
+                most.append(len(lock_released_now))
                 time.sleep(0.2)
-                waiting_now.pop()
+                lock_released_now.pop()
             inside.append(1)
             assert len(inside) == 1
             inside.pop()
@@ -265,17 +265,17 @@ def test_waiting_gives_way_only_while_a_reward_function_runs():
     passed = []
 
     def pass_through():
-        with alone():
+        with reward_lock():
             passed.append(1)
 
-    with waiting(), waiting():  # no function runs here
+    with lock_released(), lock_released():  # no function runs here
         pass
-    with alone(), alone():
+    with reward_lock(), reward_lock():
         thread = threading.Thread(target=pass_through)
         thread.start()
         thread.join(0.05)
         assert not passed
-        with waiting(), waiting():
+        with lock_released(), lock_released():
             thread.join(5)
         assert passed
 

@@ -12,7 +12,7 @@ from rl.config import Config, ConfigError
 from rl.critic import Critic
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy, save_adapter
-from rl.update import Updater, ids_of
+from rl.update import Updater, prompt_and_completion_ids
 
 # --- one set of weights
 
@@ -72,13 +72,13 @@ def test_the_critic_learns_on_layers_that_the_policys_lora_leaves_out(policy, ep
     torch.nn.init.normal_(critic.head.weight)
     with critic.active():
         fill_lora(policy, 0.1)
-        values, mask = critic.values(*ids_of(episodes))
+        values, mask = critic.values(*prompt_and_completion_ids(episodes))
         values.sum().backward()
         assert all(
             p.grad is not None and p.grad.any() for name, p in policy.model.named_parameters() if ".critic." in name
         )
         decoder, policy.decoder = policy.decoder, None
-        expected, _ = critic.values(*ids_of(episodes))
+        expected, _ = critic.values(*prompt_and_completion_ids(episodes))
         policy.decoder = decoder
     torch.testing.assert_close(values[:, :-1][mask], expected[:, :-1][mask], atol=1e-3, rtol=1e-3)
 
@@ -86,7 +86,7 @@ def test_the_critic_learns_on_layers_that_the_policys_lora_leaves_out(policy, ep
 def test_the_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
     """With another critic the policy's and the reference's log-probabilities are the same to the bit, and KL at step 0 is 0."""
     fill_lora(policy, 0.0)  # as at step 0
-    ids = ids_of(episodes)
+    ids = prompt_and_completion_ids(episodes)
     with torch.no_grad():
         plain = completion_logprobs(policy, *ids)[0]
     critic = Critic(policy, ppo)
@@ -111,7 +111,7 @@ def test_values_are_read_before_each_token(policy, episodes, ppo):
     torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
     with critic.active(), torch.no_grad():
         fill_lora(policy, 0.1)
-        values, mask = critic.values(*ids_of(episodes))
+        values, mask = critic.values(*prompt_and_completion_ids(episodes))
         assert values[:, 0].abs().max() > 0.01
         for row, e in zip(values, episodes):
             ids = torch.tensor([e.prompt_ids + e.completion_ids])

@@ -29,7 +29,7 @@ def test_it_passes_and_leaves_the_policy_as_it_was(policy, config, dtype, within
         policy = load_policy(config)
     before, written_out = lora(policy), policy.decoder
     found = checked(policy)
-    assert found.shift >= SHIFT and max(found.sampler, found.own_forward) <= within * found.shift
+    assert found.shift >= SHIFT and max(found.sampler, found.model_forward) <= within * found.shift
     assert policy.decoder is written_out
     assert all(torch.equal(p, before[name]) for name, p in lora(policy).items())
     assert all(p.requires_grad for name, p in policy.model.named_parameters() if "lora_" in name)
@@ -65,7 +65,7 @@ def test_a_roll_out_that_leaves_out_the_lora_is_noticed(policy, monkeypatch):
 def test_a_forward_pass_that_is_not_the_models_is_given_up(policy, monkeypatch):
     """Sampler and trainer agree with each other, and are wrong together."""
     monkeypatch.setattr(decoder, "rotate", lambda x, cos, sin: x)
-    assert checked(policy).own_forward < 1e-4 and policy.decoder is None
+    assert checked(policy).model_forward < 1e-4 and policy.decoder is None
     assert "the written-out one differs from it by" in policy.fallback_reason
 
 

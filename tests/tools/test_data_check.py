@@ -11,7 +11,7 @@ from data import gym, load
 from data.tasks import questions
 from grading import Ungraded, grade_row, sandbox
 from grading.gym import final_answer, grade_gym
-from grading.rewards.probes import gold_of, mutants, write, wrong_answers
+from grading.rewards.probes import gold_answer, mutants, write, wrong_answers
 from tools.data_check import check
 
 CODE = {
@@ -49,7 +49,7 @@ def test_the_final_answer_of_a_whole_solution_is_the_gold(tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     (row,) = load(str(tmp_path / "q.jsonl"))
     whole = {"id": "w", "prompt": "3 + 4?", "answer": "So \\boxed{7}"}
-    assert gold_of(row) == gold_of(whole) == "7" and "8" in wrong_answers(whole)
+    assert gold_answer(row) == gold_answer(whole) == "7" and "8" in wrong_answers(whole)
     assert check([row, whole]).outcomes["gold"] == {"due": 2}
 
 

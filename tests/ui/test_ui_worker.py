@@ -122,7 +122,7 @@ def test_the_base_is_the_base_where_nothing_can_be_folded(made, worker, monkeypa
     """Then every step reads the LoRA that is on."""
     monkeypatch.setattr("rl.model.decoder.Decoder.can_fold", lambda self: False)
     assert said(last(worker, None, ONE)) == [made[1]["base"], made[1]["one"]]
-    monkeypatch.setattr("rl.model.policy.unsupported", lambda model: "it is a test")
+    monkeypatch.setattr("rl.model.policy.unsupported_reason", lambda model: "it is a test")
     other = Worker(made[0])
     assert said(last(other, ONE, None)) == [made[1]["one"], made[1]["base"]]
     assert other.models.policy.decoder is None
@@ -242,7 +242,7 @@ def test_a_runs_system_prompt_is_put_to_its_base_too(made, worker):
 
 
 def test_what_the_template_opened_is_in_the_text(made, worker, monkeypatch):
-    monkeypatch.setattr("rl.model.policy.Policy.opened_thinking", lambda self, prompt: "<think>\n")
+    monkeypatch.setattr("rl.model.policy.Policy.completion_prefix", lambda self, prompt: "<think>\n")
     assert said(last(worker, None))[0] == ["<think>\n" + made[1]["base"][0]]
 
 

@@ -8,7 +8,7 @@ import pytest
 from rl.config import Config
 from rl.fit.cards import CARDS, EFFICIENCY, Card, known_card, run_seconds, update_flops, usual_card
 from rl.fit.dry_run import dry_run
-from rl.fit.memory import by_unsloth, predict
+from rl.fit.memory import predict, uses_unsloth
 from rl.fit.shapes import find_shape
 
 # --- the update by Unsloth
@@ -17,15 +17,15 @@ from rl.fit.shapes import find_shape
 @pytest.mark.parametrize("installed", [True, False])
 def test_who_makes_the_update(installed, monkeypatch):
     """As rl/model/backends.py chooses; for a card that is elsewhere Unsloth counts as installed."""
-    qwen, other = find_shape("Qwen/Qwen3-0.6B"), dataclasses.replace(find_shape("Qwen/Qwen3-0.6B"), own_decoder=False)
+    qwen, other = find_shape("Qwen/Qwen3-0.6B"), dataclasses.replace(find_shape("Qwen/Qwen3-0.6B"), uses_decoder=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    assert by_unsloth(Config(), qwen, "cuda", "bfloat16") == installed
-    assert by_unsloth(Config(gpu_memory=8.0), qwen, "cuda", "float16")
-    assert by_unsloth(Config(backend="unsloth"), qwen, "cuda", "bfloat16")
-    assert not by_unsloth(Config(gpu_memory=8.0, backend="transformers"), qwen, "cuda", "bfloat16")
-    assert not by_unsloth(Config(gpu_memory=8.0), other, "cuda", "bfloat16")
-    assert not by_unsloth(Config(gpu_memory=8.0), qwen, "cuda", "float32")
-    assert not by_unsloth(Config(gpu_memory=8.0), qwen, "cpu", "bfloat16")
+    assert uses_unsloth(Config(), qwen, "cuda", "bfloat16") == installed
+    assert uses_unsloth(Config(gpu_memory=8.0), qwen, "cuda", "float16")
+    assert uses_unsloth(Config(backend="unsloth"), qwen, "cuda", "bfloat16")
+    assert not uses_unsloth(Config(gpu_memory=8.0, backend="transformers"), qwen, "cuda", "bfloat16")
+    assert not uses_unsloth(Config(gpu_memory=8.0), other, "cuda", "bfloat16")
+    assert not uses_unsloth(Config(gpu_memory=8.0), qwen, "cuda", "float32")
+    assert not uses_unsloth(Config(gpu_memory=8.0), qwen, "cpu", "bfloat16")
 
 
 def test_the_update_by_unsloth():
@@ -46,7 +46,7 @@ def test_the_update_by_unsloth():
     assert update(gradient_checkpointing=False) == 28 * layer + head
     assert update(backend="transformers") > update()
     elsewhere = predict(Config(gpu_memory=8.0, dry_run=True), shape, "cuda", "bfloat16", 100)
-    assert elsewhere.by_unsloth
+    assert elsewhere.uses_unsloth
     assert elsewhere.update == update(max_tokens_per_micro_batch=8192, gradient_checkpointing=False)
 
 

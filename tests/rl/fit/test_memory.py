@@ -94,7 +94,7 @@ def test_parameters_and_lora_are_those_of_transformers_and_peft(family, further)
         model = transformers.AutoModelForCausalLM.from_config(config)
     shape = measure(config, NOWHERE)
     assert shape.parameters == model.num_parameters()
-    assert shape.own_decoder == (family in ("Llama", "Qwen2", "Qwen3"))
+    assert shape.uses_decoder == (family in ("Llama", "Qwen2", "Qwen3"))
     assert shape.qk_norm == (family in ("Qwen3", "Gemma3"))
     model = peft.get_peft_model(model, peft.LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert shape.lora_parameters(5) == model.get_nb_trainable_parameters()[0]

@@ -90,7 +90,9 @@ def test_how_unsloths_forward_is_called(monkeypatch, training, gradient):
     """No mask, no labels, states in place of logits; its checkpointing is off where no backward will come."""
     name, seen = "UNSLOTH_RETURN_HIDDEN_STATES", []
     monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(backends, "set_mode", lambda model, training, by_unsloth: setattr(model, "training", training))
+    monkeypatch.setattr(
+        backends, "set_mode", lambda model, training, uses_unsloth: setattr(model, "training", training)
+    )
 
     class Model:
         def __call__(self, **given):
@@ -110,5 +112,5 @@ def test_unsloth_cuts_what_is_longer_than_its_max_seq_length(policy):
     own = policy.context_length
     policy.model.max_seq_length = 50
     assert policy.context_length == own  # of no meaning for transformers
-    policy.by_unsloth = True
+    policy.uses_unsloth = True
     assert policy.context_length == 50

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rl.model import engine, logprobs
-from rl.model.decoder import Decoder, Linears, folded_weight, unsupported
+from rl.model.decoder import Decoder, Linears, folded_weight, unsupported_reason
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs, completion_states
 from rl.model.policy import has_plain_head, make_deterministic
@@ -73,7 +73,7 @@ def make_policy(name, lora_scale=0.1, **changes):
             parameter.data = lora_scale * torch.randn_like(parameter)
     make_deterministic(model)
     model.eval()
-    assert unsupported(model) is None
+    assert unsupported_reason(model) is None
     return bare_policy(model, eos_ids=(2, 3), decoder=Decoder(model))
 
 
@@ -99,18 +99,18 @@ def test_logits_through_prefill_decode_refill_and_tail(name, scratch, monkeypatc
         return sample(logits, *args)
 
     class Recording(Engine):
-        def leave(self, first, tokens, logprobs):
+        def collect_finished(self, first, tokens, logprobs):
             widths.append((len(waiting_places(self)), len(self.rows)))
             for row, logits in zip(self.rows[first:], drawn[-1]):
                 seen[row.place, len(row.ids)] = logits
-            return super().leave(first, tokens, logprobs)
+            return super().collect_finished(first, tokens, logprobs)
 
     def waiting_places(engine):
         return set(range(len(prompts) * 3)) - {place for place, _ in seen} - {row.place for row in engine.rows}
 
     monkeypatch.setattr(engine, "sample", keep_logits)
     monkeypatch.setattr(engine, "fits", lambda *_: scratch)
-    monkeypatch.setattr(engine, "GROWTH", 4)
+    monkeypatch.setattr(engine, "CACHE_GROWTH", 4)
     monkeypatch.setattr("rl.rollout.Engine", Recording)
     prompts = random_rows(5, 11, 1, 8, 3, 7)
     episodes = rollout(policy, prompts, 3, 20, Sampling(), torch.Generator().manual_seed(2), rollout_batch_size=7)
@@ -217,7 +217,7 @@ def test_chunks_of_the_head_and_recomputed_layers_change_nothing(monkeypatch):
         return values.detach(), torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
 
     values, gradients = run()
-    monkeypatch.setattr(logprobs, "LOGITS_AT_A_TIME", 5 * SIZES["vocab_size"])  # five tokens at a time
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 5 * SIZES["vocab_size"])  # five tokens at a time
     in_chunks = run()
     policy.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     calls, run_layer = [], Decoder.run_layer
@@ -305,15 +305,15 @@ def test_a_lora_of_another_kind_is_run_by_its_own_module():
 
 def test_what_is_not_supported_says_why():
     other = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40))
-    assert "GPTNeoXForCausalLM is not of" in unsupported(other)
+    assert "GPTNeoXForCausalLM is not of" in unsupported_reason(other)
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     llama = LlamaForCausalLM(LlamaConfig(**SIZES | HEADS | {"rope_parameters": rope}))
-    assert "rotary embedding is of the type dynamic" in unsupported(llama)
+    assert "rotary embedding is of the type dynamic" in unsupported_reason(llama)
 
     class Patched(LlamaForCausalLM):
         """A class of another name may do anything."""
 
-    assert "Patched" in unsupported(Patched(LlamaConfig(**SIZES | HEADS)))
+    assert "Patched" in unsupported_reason(Patched(LlamaConfig(**SIZES | HEADS)))
 
 
 def test_a_head_that_scales_its_logits_is_noticed():

@@ -102,7 +102,7 @@ def test_a_graph_is_captured_once_and_its_warm_up_leaves_no_trace(monkeypatch):
     prompts = random_rows(5, 3)
     with torch.no_grad():
         made = Engine(policy, prompts, 2, 9, Sampling(repetition_penalty=1.1), torch.Generator().manual_seed(0), 4)
-        made.draw(0, made.enter(list(enumerate(prompts))))
+        made.draw(0, made.admit(list(enumerate(prompts))))
         made.reserve(made.length)
         state = [made.token.clone(), made.position.clone(), made.seen.clone()]
         decoded, decode = [], made.decode

@@ -236,7 +236,7 @@ def test_a_template_that_opens_the_thinking(policy):
 
     policy.tokenizer.chat_template += "{{- '<think>\\n' if enable_thinking else '' -}}"
     policy.chat_template_kwargs = {"enable_thinking": True}
-    assert policy.opened_thinking("Hi") == "<think>\n"
+    assert policy.completion_prefix("Hi") == "<think>\n"
     ids = policy.tokenizer.encode("1+1=2</think>\\boxed{2}<|end|>", add_special_tokens=False)
     row = {"id": 1, "task": "t", "prompt": "Hi"}
     episode = Episode([4], ids, [], False)
@@ -246,7 +246,7 @@ def test_a_template_that_opens_the_thinking(policy):
     assert completion.text == "<think>\n1+1=2</think>\\boxed{2}"
     assert (completion.thinking, completion.answer) == ("1+1=2", "\\boxed{2}")
     policy.chat_template_kwargs = {"enable_thinking": False}
-    assert policy.opened_thinking("Hi") == ""
+    assert policy.completion_prefix("Hi") == ""
 
 
 def test_no_second_bos(policy):

@@ -43,7 +43,7 @@ BATCH = [[4, 30, 31, 32], [5, 40], [4, 30, 31, 32]], [[33, 34, 35, 36], [41], [3
 
 def loaded(config, backend, noise=0.02):
     policy = load_policy(dataclasses.replace(config, backend=backend))
-    assert policy.by_unsloth == (backend == "unsloth")
+    assert policy.uses_unsloth == (backend == "unsloth")
     if noise:
         fill_lora(policy, noise)
     return policy
@@ -142,7 +142,7 @@ def test_what_samples_is_what_is_trained(both, path):
     texts = []
     for policy in both:
         policy = copy.copy(policy)
-        if path == "generate" and policy.by_unsloth:
+        if path == "generate" and policy.uses_unsloth:
             policy.decoder = None
         prompts = [policy.encode_prompt(question) for question in QUESTIONS]
         asked = policy, prompts, 2, 12
@@ -170,11 +170,11 @@ def test_the_check_before_a_run(both, monkeypatch):
 
 
 def test_saved_here_and_loaded_by_transformers_and_back(both, config, tmp_path):
-    by_unsloth, by_transformers = both
-    fill_lora(by_unsloth, 0.04, seed=9)
+    uses_unsloth, by_transformers = both
+    fill_lora(uses_unsloth, 0.04, seed=9)
     with torch.no_grad():
-        expected = completion_logprobs(by_unsloth, *BATCH)[0]
-        save_adapter(by_unsloth, tmp_path / "a")
+        expected = completion_logprobs(uses_unsloth, *BATCH)[0]
+        save_adapter(uses_unsloth, tmp_path / "a")
         with reloaded_adapter(by_transformers, tmp_path / "a"):
             torch.testing.assert_close(completion_logprobs(by_transformers, *BATCH)[0], expected, atol=2e-5, rtol=0)
         config.adapter = str(tmp_path / "a")
@@ -214,13 +214,13 @@ def test_other_families_go_through_transformers(config, tmp_path):
     GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained("data/tiny").save_pretrained(tmp_path)
     policy = load_policy(dataclasses.replace(config, backend="unsloth", model=str(tmp_path)))
-    assert not policy.by_unsloth and "GPTNeoX" in policy.fallback_reason
+    assert not policy.uses_unsloth and "GPTNeoX" in policy.fallback_reason
 
 
 def test_a_roll_out_answers_whatever_the_mode_was(both):
     """Unsloth flips the cache with its modes."""
     policy = both[0]
-    set_mode(policy.model, True, by_unsloth=True)
+    set_mode(policy.model, True, uses_unsloth=True)
     rollout(policy, [policy.encode_prompt(QUESTIONS[0])], 2, 4, Sampling(), torch.Generator(), 2)
     assert not policy.model.training and policy.model.config.use_cache
 

@@ -181,7 +181,7 @@ def out_of_memory(*_, **__):
 def test_what_never_fits_is_said_at_the_start(tmp_path, monkeypatch):
     import rl.model.engine
 
-    monkeypatch.setattr(rl.model.engine.Engine, "rehearse", out_of_memory)
+    monkeypatch.setattr(rl.model.engine.Engine, "allocate_peak", out_of_memory)
     with pytest.raises(ConfigError, match="out of memory at the smallest possible batch .rollout_batch_size 4."):
         train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
 

@@ -195,7 +195,7 @@ def test_marks_that_were_not_made_are_made_up(copy):
     evaluation.write_text(evaluation.read_text().replace('"verdict": "wrong"', '"verdict": "right"'))
     shutil.copytree(copy / "checkpoints/step_000004", copy / "checkpoints/step_000003")
     (copy / "checkpoints/last").write_text("step_000004\n")
-    assert finish(copy, "grpo", resume=True, faults={"rl.model.engine:Engine:rehearse": (2, KILL)}) == -KILL
+    assert finish(copy, "grpo", resume=True, faults={"rl.model.engine:Engine:allocate_peak": (2, KILL)}) == -KILL
     assert finish(copy, "grpo", resume=True, faults={"rl.update:Updater:update": (1, KILL)}) == -KILL
     assert last(copy) == "step_000005" and (copy / "checkpoints/best").read_text() == "step_000003\n"
 
