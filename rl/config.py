@@ -1,4 +1,4 @@
-"""The settings of a run, with their checks. Names and meanings are those of TRL if TRL has the setting.
+"""Settings of a run and their checks. A setting that TRL has, too, has TRL's name and meaning.
 
 rl/run/read_config.py reads them from a YAML file and the command line. Imports neither torch nor transformers.
 """
@@ -8,147 +8,147 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # of the command line, not saved with a run
+COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # command line only; not saved with a run
 
-# Bounds of numbers, none of which may be negative. Empty settings are not checked.
+# Bounds. No number may be negative. Empty settings are not checked.
 AT_LEAST_1 = (
     "max_steps prompts_per_step num_generations max_completion_length rollout_batch_size num_iterations num_mini_batches lora_r "
     "lora_alpha max_tokens_per_micro_batch train_questions eval_questions logging_steps"
 ).split()
 AT_MOST_1 = ("gamma", "lam", "top_p", "warmup_ratio")
 BELOW_1 = ("epsilon", "min_p")
-ABOVE_0 = {  # each with a hint
-    "temperature": "at 0 all completions of a group are the same, with nothing to learn from; evaluation is greedy anyway",
-    "top_p": "1 is off",
-    "repetition_penalty": "1 is off",
+ABOVE_0 = {  # setting: hint for the error message
+    "temperature": "at 0 all completions of a group are equal and give no signal; evaluation is greedy anyway",
+    "top_p": "1 turns it off",
+    "repetition_penalty": "1 turns it off",
     "code_timeout": "seconds; 1 is usual",
-    "max_grad_norm": "a large number is off",
+    "max_grad_norm": "a large number turns clipping off",
     "epsilon": "0.2 is usual",
-    "epsilon_high": "empty is as epsilon",
+    "epsilon_high": "leave it empty to use epsilon",
     "sapo_temperature_pos": "1 is usual",
     "sapo_temperature_neg": "1.05 is usual",
-    "cliprange_value": "empty is off",
-    "critic_learning_rate": "empty is as learning_rate",
-    "target_kl": "empty is off",
-    "beta_target_kl": "empty is off",
+    "cliprange_value": "leave it empty to turn it off",
+    "critic_learning_rate": "leave it empty to use learning_rate",
+    "target_kl": "leave it empty to turn it off",
+    "beta_target_kl": "leave it empty to turn it off",
 }
 
 
 class RunError(Exception):
-    """A run cannot continue for a reason outside of its settings. The message is one line that says why."""
+    """A run cannot continue, for a reason other than its settings. The message is one line with the reason."""
 
 
 class ConfigError(Exception):
-    """A setting is wrong. The message is one line that names it and what to change."""
+    """A setting is wrong. The message is one line with the setting and what to change."""
 
 
 @dataclass
 class Config:
-    # --- the model
-    model: str = "data/tiny"  # a folder, or the id of a model on the Hugging Face Hub
-    adapter: str | None = None  # a saved LoRA folder to evaluate or to go on from; empty starts a new one
-    load_in_4bit: bool = False  # hold the base model's linear layers as 4-bit NF4 (QLoRA)
-    lora_r: int = 16  # rank of the LoRA on every linear layer
-    lora_alpha: int = 32  # the LoRA is scaled by lora_alpha / lora_r
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: fp32 on CPU, else bf16, fp16 on old cards
-    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
-    backend: Literal["auto", "unsloth", "transformers"] = "auto"  # auto: Unsloth on a GPU where it is installed
+    # --- model
+    model: str = "data/tiny"  # a folder, or a model id on the Hugging Face Hub
+    adapter: str | None = None  # LoRA folder to evaluate or to start from; empty: a new LoRA
+    load_in_4bit: bool = False  # load the base model in 4-bit NF4 (QLoRA)
+    lora_r: int = 16  # rank of the LoRA, which is added to every linear layer
+    lora_alpha: int = 32  # LoRA scaling: the update is multiplied by lora_alpha / lora_r
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: fp32 on a CPU; bf16 on a GPU, else fp16
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"  # auto: Unsloth on a GPU if it is installed
 
-    # --- the questions
-    train_data: list[str] = field(default_factory=lambda: ["sums", "words", "functions"])  # built-in families or files
-    eval_data: list[str] = field(default_factory=list)  # held-out questions; empty: a held-out part of train_data
-    train_questions: int = 3000  # how many to make of each built-in family; at most so many from each file
-    eval_questions: int = 402  # how many held-out questions in all
-    columns: dict[str, str] = field(default_factory=dict)  # ours to yours: {prompt: question, answer: gold}
-    system_prompt: str | None = None  # put before every question as the system message
-    chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # {enable_thinking: false}; YAML only
+    # --- questions
+    train_data: list[str] = field(default_factory=lambda: ["sums", "words", "functions"])  # families, files or Hub ids
+    eval_data: list[str] = field(default_factory=list)  # held-out questions; empty: split off from train_data
+    train_questions: int = 3000  # maximum number of questions from each source of train_data
+    eval_questions: int = 402  # number of held-out questions in total
+    columns: dict[str, str] = field(default_factory=dict)  # column names, ours to yours: {answer: gold}
+    system_prompt: str | None = None  # system message before every question
+    chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # YAML only: {enable_thinking: false}
 
     # --- rewards
-    rewards_file: str = "rewards.py"  # the file with the reward functions
-    reward_funcs: list[str] = field(default_factory=list)  # names to use; empty: all in the file
-    reward_weights: dict[str, float] = field(default_factory=dict)  # weights by name, in place of the file's
-    reward_errors: Literal["stop", "skip"] = "stop"  # a reward function that fails: stop, or leave the completion out
-    code_timeout: float = 1.0  # seconds of running time for a model-written program in all its tests; wall: three times
-    unsafe_run_model_code: bool = False  # without bubblewrap, run what Monty cannot with the rights of this user
-    control: Literal["none", "random-reward"] = "none"  # random-reward: an ablation that trains on coin-flip rewards
+    rewards_file: str = "rewards.py"  # Python file with the reward functions
+    reward_funcs: list[str] = field(default_factory=list)  # reward functions to use, by name; empty: all in the file
+    reward_weights: dict[str, float] = field(default_factory=dict)  # weights by function name; they replace the file's
+    reward_errors: Literal["stop", "skip"] = "stop"  # if a reward function raises: stop the run, or skip the completion
+    code_timeout: float = 1.0  # CPU seconds for all tests of a program; its wall-clock limit is three times that
+    unsafe_run_model_code: bool = False  # without bubblewrap, run programs that need more than Monty unprotected
+    control: Literal["none", "random-reward"] = "none"  # random-reward: ablation that trains on coin-flip rewards
 
-    # --- the roll-out
-    max_steps: int = 40  # steps: each is one roll-out and the updates made from it
-    prompts_per_step: int = 32  # questions asked in a step
-    num_generations: int = 8  # completions for each question: the group
-    max_completion_length: int = 256  # tokens; a longer completion is cut and counts as truncated
-    temperature: float = 1.0  # of the sampling and of every log-probability
-    top_p: float = 1.0  # 1 is off; anything else trains a policy other than the one that sampled
-    top_k: int = 0  # 0 is off
-    min_p: float = 0.0  # 0 is off
-    repetition_penalty: float = 1.0  # 1 is off
-    rollout_batch_size: int = 512  # rows generated at a time, in training and evaluation; fewer where memory is short
+    # --- roll-out
+    max_steps: int = 40  # training steps; each is one roll-out and its updates
+    prompts_per_step: int = 32  # prompts in each step
+    num_generations: int = 8  # completions of each prompt (the group)
+    max_completion_length: int = 256  # token limit; longer completions are truncated
+    temperature: float = 1.0  # sampling temperature, also used for log-probabilities
+    top_p: float = 1.0  # nucleus sampling; 1: off. Values below 1 make the update off-policy
+    top_k: int = 0  # sample from the k most likely tokens; 0: off
+    min_p: float = 0.0  # drop tokens below min_p times the highest probability; 0: off
+    repetition_penalty: float = 1.0  # penalty on tokens that occurred before; 1: off
+    rollout_batch_size: int = 512  # completions generated at a time; lowered automatically if memory is short
 
-    dynamic_sampling: int = 0  # DAPO: times a step that questions replace groups which are all right or all wrong
-    curriculum_steps: int = 0  # over so many first steps questions join by their column `level`, easiest first; 0: off
+    dynamic_sampling: int = 0  # DAPO: rounds per step that replace all-right and all-wrong groups; 0: off
+    curriculum_steps: int = 0  # steps over which harder questions join (column level); 0: off
 
-    # --- the advantage (docs/terms.md explains every algorithm)
-    algorithm: Literal["grpo", "rloo", "reinforce", "reinforce_plus_plus", "ppo", "a2c", "dpo"] = "grpo"  # the method
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # what grpo divides by: a standard deviation
-    baseline: Literal["group", "running", "none"] = "group"  # of reinforce: a mean that is taken off the return
-    gamma: float = 1.0  # of ppo and reinforce: what a reward one token later is worth
-    lam: float = 1.0  # of ppo: lambda of GAE; 1 is the whole return less the value, 0 the TD error
-    whiten_rewards: bool = False  # of ppo: divide the rewards by their standard deviation first
-    bootstrap_truncated: bool = False  # of ppo: a truncated completion would have earned its last value; else nothing
-    missing_eos_penalty: float = 0.0  # taken off the reward of truncated completions
-    soft_punish_cache: int = 0  # DAPO: up to 1 is taken off over so many tokens before max_completion_length; 0: off
+    # --- advantages (docs/algorithms.md explains every algorithm)
+    algorithm: Literal["grpo", "rloo", "reinforce", "reinforce_plus_plus", "ppo", "a2c", "dpo"] = "grpo"  # RL algorithm
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # grpo: standard deviation that divides the advantages
+    baseline: Literal["group", "running", "none"] = "group"  # reinforce: subtracted from the return
+    gamma: float = 1.0  # ppo, reinforce: discount factor
+    lam: float = 1.0  # ppo: lambda of GAE; 1: return minus value, 0: TD error
+    whiten_rewards: bool = False  # ppo: divide the rewards by their standard deviation
+    bootstrap_truncated: bool = False  # ppo: value after a truncated completion: the critic's estimate, not 0
+    missing_eos_penalty: float = 0.0  # subtracted from the reward of truncated completions
+    soft_punish_cache: int = 0  # DAPO: tokens before max_completion_length over which a penalty rises to 1; 0: off
 
-    # --- the critic of ppo and a2c
-    critic: Literal["adapter", "head"] = "adapter"  # a LoRA of its own | a linear head on the policy's hidden states
-    critic_learning_rate: float | None = None  # empty: as learning_rate
-    critic_warmup_steps: int = 0  # first steps in which only the critic learns (the schedule of learning_rate runs on)
-    cliprange_value: float | None = 0.2  # how far an update may move a value before its loss is clipped; empty: any
+    # --- critic (ppo, a2c)
+    critic: Literal["adapter", "head"] = "adapter"  # a LoRA with a value head, or only a value head on the policy
+    critic_learning_rate: float | None = None  # learning rate of the critic; empty: learning_rate
+    critic_warmup_steps: int = 0  # first steps that train only the critic (the learning-rate schedule includes them)
+    cliprange_value: float | None = 0.2  # clip range of the value loss; empty: off
 
-    # --- the update
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo", "sapo"] = "dapo"  # of a token, and how the mean is taken
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # of the probability ratio; sequence: GSPO
-    sapo_temperature_pos: float = 1.0  # of SAPO's soft clip where the advantage is positive
-    sapo_temperature_neg: float = 1.05  # the same where it is negative
-    num_iterations: int = 1  # epochs over one roll-out
-    num_mini_batches: int = 1  # optimizer steps in an epoch
-    epsilon: float = 0.2  # PPO's clip range of the probability ratio, downwards
-    epsilon_high: float | None = None  # the same upwards; empty: as epsilon (DAPO: 0.28)
-    delta: float | None = None  # upper bound on the ratio where the advantage is negative; empty: none
-    target_kl: float | None = None  # the epochs over a roll-out end when the policy has moved so far, nats a token
-    entropy_coef: float = 0.0  # weight of an entropy bonus in the loss
-    beta: float = 0.0  # weight of the KL from the reference (the model without its LoRA); in dpo the scale of margins
-    beta_target_kl: float | None = None  # of ppo: the KL, nats a completion, that beta follows; empty: beta is fixed
-    importance_sampling_cap: float = 2.0  # in bf16 and fp16: bound on pi / sampler, whose kernels differ; 0: off
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL in the loss; in the reward (ppo) it is k1
-    use_bias_correction_kl: bool = True  # multiply the estimate by the probability ratio: an unbiased gradient
-    mask_truncated_completions: bool = False  # leave truncated completions out of the loss
-    learning_rate: float = 1e-5  # LoRA wants about ten times that of full fine-tuning
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # what the learning rate does over the run
-    warmup_ratio: float = 0.0  # share of the steps in which the learning rate rises from 0
+    # --- update
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo", "sapo"] = "dapo"  # token loss and its normalisation
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # level of the importance ratio; sequence: GSPO
+    sapo_temperature_pos: float = 1.0  # SAPO: temperature for positive advantages
+    sapo_temperature_neg: float = 1.05  # SAPO: temperature for negative advantages
+    num_iterations: int = 1  # epochs over each roll-out
+    num_mini_batches: int = 1  # optimizer steps per epoch
+    epsilon: float = 0.2  # lower clip range of the importance ratio
+    epsilon_high: float | None = None  # upper clip range; empty: epsilon (DAPO: 0.28)
+    delta: float | None = None  # upper bound of the ratio for negative advantages (two-sided clipping); empty: off
+    target_kl: float | None = None  # end a step's epochs once KL(old || new) exceeds this, nats per token; empty: off
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    beta: float = 0.0  # weight of the KL to the reference (the model without the LoRA); dpo: scale of the margin
+    beta_target_kl: float | None = None  # ppo: adapt beta towards this KL, in nats per completion; empty: off
+    importance_sampling_cap: float = 2.0  # bf16, fp16: upper bound of pi / pi_sampler in the loss; 0: off
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # for the KL in the loss; in the reward (ppo) it is k1
+    use_bias_correction_kl: bool = True  # multiply the KL estimate by the importance ratio (unbiased gradient)
+    mask_truncated_completions: bool = False  # exclude truncated completions from the loss
+    learning_rate: float = 1e-5  # peak learning rate; LoRA needs about 10 times that of full fine-tuning
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # learning-rate schedule
+    warmup_ratio: float = 0.0  # fraction of the steps in which the learning rate rises from 0
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"  # 8-bit: less memory, CUDA only
-    weight_decay: float = 0.0  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    max_tokens_per_micro_batch: int = 8192  # prompt, completion and padding tokens in one forward and backward pass
+    weight_decay: float = 0.0  # AdamW weight decay
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
+    max_tokens_per_micro_batch: int = 8192  # tokens in one forward and backward pass, padding included
 
-    # --- the run
-    output_dir: str | None = None  # the run folder; empty: runs/NAME-TIME
-    seed: int = 0  # of the questions, the LoRA and the sampling
-    eval_steps: int = 10  # evaluate every so many steps; 0: only before and after
-    early_stopping: int = 0  # stop after so many evaluations in a row without a new best; 0: never
-    save_steps: int = 20  # save a checkpoint every so many steps; 0: only the best, and at the end
-    save_total_limit: int = 3  # so many newest checkpoints are kept, and the best; 0: all
-    logging_steps: int = 1  # a console line every so many steps
-    log_completions_steps: int = 10  # print the two completions with the highest reward every so many steps; 0: never
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)  # trackers of the metrics
-    eval_only: bool = False  # evaluate the model (and adapter) on the held-out questions, then stop
+    # --- run
+    output_dir: str | None = None  # run folder; empty: runs/NAME-TIME
+    seed: int = 0  # random seed of the questions, the LoRA and the sampling
+    eval_steps: int = 10  # steps between evaluations; 0: only before and after training
+    early_stopping: int = 0  # stop after this many evaluations in a row without a new best; 0: off
+    save_steps: int = 20  # steps between checkpoints; 0: only the best and the last
+    save_total_limit: int = 3  # number of newest checkpoints to keep, besides the best; 0: all
+    logging_steps: int = 1  # steps between console lines
+    log_completions_steps: int = 10  # steps between printing the two completions with the highest reward; 0: off
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)  # experiment trackers
+    eval_only: bool = False  # evaluate the model (and adapter) on the held-out questions, then exit
 
-    # --- what to do, on the command line alone
-    resume: str | None = None  # go on with a run, runs/NAME, or from one of its checkpoints
-    accept_changes: bool = False  # with --resume: go on although settings, rewards or questions are not those of before
-    dry_run: bool = False  # predict the memory by arithmetic, without loading the model, then stop
-    gpu_memory: float | None = None  # with --dry-run: of the card, GB; empty: what this machine has
-    probe: bool = False  # load everything, try the longest batches, run two steps, say time and memory, then stop
+    # --- commands, only on the command line
+    resume: str | None = None  # resume a run, runs/NAME, or one of its checkpoints
+    accept_changes: bool = False  # with --resume: continue although settings, rewards or questions have changed
+    dry_run: bool = False  # predict the memory without loading the model, then exit
+    gpu_memory: float | None = None  # with --dry-run: memory of the card in GB; empty: this machine's
+    probe: bool = False  # load everything, run the largest batches and two steps, report time and memory, then exit
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot work."""
@@ -170,12 +170,12 @@ class Config:
         self._check_algorithm()
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ConfigError(
-                f"delta is {self.delta}, but bounds the ratio from above: it must exceed 1 + epsilon_high = "
+                f"delta is {self.delta}, but is the upper bound of the ratio: it must exceed 1 + epsilon_high = "
                 f"{1 + (self.epsilon_high or self.epsilon):g}"
             )
         if self.kl_in_loss and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
             raise ConfigError(
-                "kl_estimator k1 in the loss has a gradient of zero on average: set use_bias_correction_kl to true, or "
+                "kl_estimator k1 in the loss has an expected gradient of zero: set use_bias_correction_kl to true, or "
                 "kl_estimator to k2 or k3"
             )
         if self.num_mini_batches > self.prompts_per_step:
@@ -189,12 +189,12 @@ class Config:
                 "group is generated together"
             )
         if self.gpu_memory is not None and not (self.dry_run and 0 < self.gpu_memory < math.inf):
-            raise ConfigError(f"gpu_memory is {self.gpu_memory:g}, but is the GB of a card for --dry-run, above 0")
+            raise ConfigError(f"gpu_memory is {self.gpu_memory:g}, but must be the GB of a card, with --dry-run")
         if not self.train_data:
             raise ConfigError("train_data is empty: name built-in families (sums, words, functions) or files")
 
     def _check_algorithm(self) -> None:
-        """Check what algorithms and losses require of other settings."""
+        """Raise ConfigError for combinations that the algorithm or the loss does not support."""
         if self.num_generations == 1 and (self.uses_group or self.dynamic_sampling):
             raise ConfigError(
                 f"num_generations is 1, but {'dynamic_sampling' if self.dynamic_sampling else self.algorithm} compares the "
@@ -207,7 +207,7 @@ class Config:
             )
         if self.dynamic_sampling and self.control != "none":
             raise ConfigError(
-                "dynamic_sampling chooses groups by what is right, which the control must not know: set it to 0"
+                "dynamic_sampling selects groups by correctness, which the control run must not use: set dynamic_sampling to 0"
             )
         if self.has_critic and self.critic_warmup_steps >= self.max_steps:
             raise ConfigError(
@@ -216,31 +216,31 @@ class Config:
             )
         for name in ("target_kl", "entropy_coef"):
             if self.algorithm == "dpo" and getattr(self, name):
-                raise ConfigError(f"{name} has no part in dpo: leave it out")
+                raise ConfigError(f"{name} has no effect with algorithm dpo: leave it out")
         if self.target_kl and self.on_policy:
             raise ConfigError(
                 "target_kl ends the epochs early, but there is one update for each roll-out: leave it out, or raise "
                 "num_iterations or num_mini_batches"
             )
         if self.algorithm == "dpo" and not self.beta:
-            raise ConfigError("beta is 0, but dpo needs it: how far a preference may move the policy (0.1 is usual)")
+            raise ConfigError("beta is 0, but dpo needs it: it scales the preference margin (0.1 is usual)")
         if self.beta_target_kl and not (self.has_critic and self.beta):
             raise ConfigError(
-                "beta_target_kl adapts the beta of ppo: set algorithm to ppo and beta above 0 to begin with"
+                "beta_target_kl adapts beta in ppo: set algorithm to ppo, and beta to a start value above 0"
             )
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
             raise ConfigError(
-                f"epsilon_high is {self.epsilon_high}, but with loss_type cispo it is the ceiling of the ratio itself: set it "
+                f"epsilon_high is {self.epsilon_high}, but with loss_type cispo it is the upper bound of the ratio: set it "
                 "to 1 or more (5 is usual)"
             )
         if self.importance_sampling_level == "sequence" and self.loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ConfigError(
-                f"importance_sampling_level sequence does not go with loss_type {self.loss_type}: use grpo"
+                f"importance_sampling_level sequence does not work with loss_type {self.loss_type}: set loss_type to grpo"
             )
         if self.soft_punish_cache >= self.max_completion_length:
             raise ConfigError(
                 f"soft_punish_cache ({self.soft_punish_cache}) must be less than max_completion_length "
-                f"({self.max_completion_length}): it is its last part"
+                f"({self.max_completion_length}): the penalty covers the last tokens of the limit"
             )
 
     @property
@@ -249,17 +249,17 @@ class Config:
 
     @property
     def uses_group(self) -> bool:
-        """Advantages compare a completion with its group."""
+        """Whether advantages compare a completion with its group."""
         return not self.has_critic and not (self.algorithm == "reinforce" and self.baseline != "group")
 
     @property
     def kl_in_loss(self) -> bool:
-        """The KL divergence is a term of the loss. With a critic it is part of the reward, in dpo of the margin."""
+        """Whether the KL is a term of the loss. With a critic it is part of the reward; in dpo, of the margin."""
         return self.beta > 0 and not self.has_critic and self.algorithm != "dpo"
 
     @property
     def on_policy(self) -> bool:
-        """There is one update for each roll-out, so that the old policy is the policy and needs no forward pass."""
+        """Whether each roll-out has one update: the old policy is then the current one and needs no forward pass."""
         return self.num_iterations == 1 and self.num_mini_batches == 1
 
     def evaluates_at(self, step: int) -> bool:
@@ -267,15 +267,17 @@ class Config:
         return step == 0 or (self.eval_steps > 0 and step % self.eval_steps == 0 and step < self.max_steps)
 
     def notes(self) -> list[str]:
-        """Notes on settings that are valid together, but perhaps unintended."""
+        """Return notes on combinations of settings that are valid but perhaps unintended."""
         usual = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
         changed = [f"{name} {getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value]
         notes = []
         if changed:
-            notes.append(f"{', '.join(changed)}: the policy that samples is not quite the one that is trained")
+            notes.append(
+                f"{', '.join(changed)}: completions are not sampled from the trained distribution (off-policy)"
+            )
         if self.importance_sampling_level == "sequence" and (self.loss_type != "grpo" or self.epsilon > 0.01):
             notes.append(
-                "GSPO is meant for loss_type grpo, epsilon 3e-4 and epsilon_high 4e-4: a sequence's ratio stays near 1"
+                "GSPO is meant for loss_type grpo, epsilon 3e-4 and epsilon_high 4e-4: sequence ratios stay near 1"
             )
         if self.has_critic and self.adapter:
             notes.append("the critic starts untrained: critic_warmup_steps trains it before the policy")
