@@ -1,15 +1,15 @@
 """Teach a language model to reason: GRPO or PPO on questions whose answers a program can check.
 
     python train.py                                       the bundled tiny model, configs/tiny.yaml
-    python train.py --config FILE --learning-rate 2e-5    another recipe, with settings replaced
+    python train.py --config FILE --learning-rate 2e-5    another recipe, with one setting changed
     python train.py --config auto                         the largest recipe that fits this machine
-    python train.py --dry-run --gpu-memory 12             predict the memory, and what to lower; loads nothing
-    python train.py --probe                               run two steps, and measure seconds and memory
-    python train.py --resume runs/NAME                    continue a run that was stopped
+    python train.py --dry-run --gpu-memory 12             predict the memory without loading a model
+    python train.py --probe                               run two steps and measure time and memory
+    python train.py --resume runs/NAME                    resume a run
     python train.py --eval-only --adapter runs/NAME/checkpoints/step_000045
-    python train.py --help                                every setting
+    python train.py --help                                list all settings
 
-Everything a run writes is in its run folder (rl/run/folder.py).
+A run writes all of its files into its run folder (rl/run/folder.py).
 """
 
 import sys
@@ -37,19 +37,21 @@ def main(arguments: list[str]) -> None:
 
 
 def train(config: Config, name: str, signals: StopSignals) -> None:
-    """One training run. name: of the recipe, for the run folder."""
+    """Train, evaluate and save. The run folder is named after `name`, the name of the recipe."""
     started = time.perf_counter()
 
-    # Rewards and questions first: mistakes in them are found before a model is loaded.
+    # Rewards and questions come first: errors in them are reported before a model is loaded.
     settings = saved_settings(config)
-    sandbox.start(config.code_timeout, config.unsafe_run_model_code)  # forks its processes while this one is small
+    sandbox.start(
+        config.code_timeout, config.unsafe_run_model_code
+    )  # it forks, which is cheap while this process is small
     rewards = load_rewards(
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
     )
     train_rows, eval_rows, notes = load_questions(config)
     notes += check_tests(train_rows + eval_rows) + preflight(rewards, train_rows + eval_rows)
 
-    # Unsloth patches transformers, so it has to be imported first. The imports below take some seconds.
+    # Unsloth patches transformers, so it must be imported first. The imports below take a few seconds.
     from rl.model.backends import import_backend
 
     notes += import_backend(config)
@@ -66,7 +68,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
     from rl.update import Updater
 
     with Run(config, name, settings, rewards, train_rows, eval_rows, notes, started, signals) as run:
-        # One frozen base model, a LoRA for the policy, and for PPO a LoRA or a head for the critic.
+        # One frozen base model, a LoRA for the policy, and with PPO a LoRA or a value head for the critic.
         policy = load_policy(config)
         critic = Critic(policy, config) if config.has_critic else None
         train_questions = policy.encode(train_rows)
@@ -76,10 +78,12 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
         updater = Updater(policy, critic, config)
         generator = torch.Generator(policy.device).manual_seed(config.seed)
 
-        agreement = check_sampler(policy, train_questions)  # the roll-out samples from the policy that is trained
+        agreement = check_sampler(policy, train_questions)  # the sampler and the trainer must agree
         state = {"questions": questions, "rewards": rewards, "advantages": advantages, "updater": updater}
-        run.start(policy, critic, state, generator, train_questions, held_out, agreement)  # restores a resumed run
-        check_memory(updater, train_questions, held_out)  # runs the largest batches, and halves them out of memory
+        run.start(
+            policy, critic, state, generator, train_questions, held_out, agreement
+        )  # restores the state of a resumed run
+        check_memory(updater, train_questions, held_out)  # runs the largest batches; halves them on OOM
 
         if run.step == 0:
             with run.timer("eval"):
@@ -95,9 +99,9 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
             with run.timer("update"):
                 if critic:
                     updater.fill_values(batch)  # V(s), and log-probabilities for the KL in the reward
-                stats = advantages.compute(batch)  # how much better than expected each token was
-                tokens = inspect_tokens(updater, episodes)  # for the page
-                stats |= updater.update(batch)  # make the better tokens likelier
+                stats = advantages.compute(batch)  # the advantage of each token
+                tokens = inspect_tokens(updater, episodes)  # token details for the page
+                stats |= updater.update(batch)  # policy gradient steps
 
             if config.evaluates_at(run.step):
                 with run.timer("eval"):
@@ -107,14 +111,14 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
             if run.checkpoint_due:
                 run.save()
 
-        run.end_steps()  # ends here if a stop was requested
+        run.end_steps()  # raises Stopped if a stop was requested
         with run.timer("eval"):
             evaluation = evaluate(policy, held_out, rewards, config, run.step)
         run.finish(evaluation, held_out)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a model may write what a Windows console cannot show
+    sys.stdout.reconfigure(errors="replace")  # a Windows console cannot show all characters
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, RewardError, RunError) as error:
