@@ -42,9 +42,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
 
     # Rewards and questions come first: errors in them are reported before a model is loaded.
     settings = saved_settings(config)
-    sandbox.start(
-        config.code_timeout, config.unsafe_run_model_code
-    )  # it forks, which is cheap while this process is small
+    sandbox.start(config.code_timeout, config.unsafe_run_model_code)  # forks while this process is small
     rewards = load_rewards(
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
     )
@@ -80,9 +78,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
 
         agreement = check_sampler(policy, train_questions)  # the sampler and the trainer must agree
         state = {"questions": questions, "rewards": rewards, "advantages": advantages, "updater": updater}
-        run.start(
-            policy, critic, state, generator, train_questions, held_out, agreement
-        )  # restores the state of a resumed run
+        run.start(policy, critic, state, generator, train_questions, held_out, agreement)  # restores a resumed run
         check_memory(updater, train_questions, held_out)  # runs the largest batches; halves them on OOM
 
         if run.step == 0:
