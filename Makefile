@@ -1,26 +1,27 @@
-# make train       set up .venv and teach the bundled tiny model to reason     (ARGS="--seed 1" are passed to train.py)
-# make ui          serve the page over runs/, for a browser                    (ARGS="--port 7861")
-# make quick       tests of the mathematics, the settings and the graders, in half a minute
-# make test        the fast tests, a few minutes                               (make test-all: the slow ones too, about an hour)
-# make lint        ruff check and ruff format --check
-# make compare     every algorithm of the family, three seeds each             (ARGS="--only ppo grpo"; all: an hour)
-# make bench       a training step beside TRL's                                (ARGS="--reward task")
-# make test-gpu    what only a machine with an NVIDIA GPU can show, in a few minutes
-# make test-unsloth   the calls into Unsloth, against its fallback on a CPU, in .venv-unsloth-cpu
-# make screenshots the README's pictures of the page, of the newest run; needs chromium
-# make clean       remove the environments and caches
+# make train          set up .venv and train the bundled tiny model             (ARGS="--seed 1" is passed to train.py)
+# make ui             serve the page for the runs in runs/                      (ARGS="--port 7861")
+# make quick          tests of the mathematics, the settings and the graders, in half a minute
+# make test           fast tests, a few minutes
+# make test-all       all tests, about an hour
+# make lint           ruff check and ruff format --check
+# make compare        all algorithms, three seeds each, about an hour           (ARGS="--only ppo grpo")
+# make bench          a training step compared with TRL                         (ARGS="--reward task")
+# make test-gpu       tests that need an NVIDIA GPU, a few minutes
+# make test-unsloth   tests of the calls into Unsloth, with its CPU fallback, in .venv-unsloth-cpu
+# make screenshots    pictures of the page for the docs, from the newest run; needs chromium
+# make clean          remove environments and caches
 #
-# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip. On a machine with an NVIDIA
-# card .venv gets Unsloth as well (requirements.txt); REQUIREMENTS=requirements-cpu.txt leaves it out.
+# PYTHON=python3.12 selects the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip. On a machine with an NVIDIA
+# GPU, .venv includes Unsloth (requirements.txt); REQUIREMENTS=requirements-cpu.txt leaves it out.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 REQUIREMENTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),requirements.txt,requirements-cpu.txt)
-GYM = reasoning-gym==0.1.25  # not in a requirements file: one of its packages needs a C compiler on some machines
+GYM = reasoning-gym==0.1.25  # not in requirements: a dependency needs a C compiler on some machines
 PY = .venv/bin/python
 PIP = -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-QUICK = tests/rl/test_algorithms.py tests/rl/test_family.py tests/rl/test_config.py tests/rl/test_terms.py \
+QUICK = tests/rl/test_algorithms.py tests/rl/test_family.py tests/rl/test_config.py tests/rl/test_terms.py tests/test_docs.py \
 	tests/grading/test_answers.py tests/grading/test_rewards.py tests/grading/test_scoring.py tests/test_rooms.py
 
 .PHONY: train ui quick test test-all lint compare bench test-gpu test-unsloth screenshots clean
@@ -64,16 +65,16 @@ test-unsloth: .venv-unsloth-cpu/installed
 	@echo "Setting up .venv from $(REQUIREMENTS): PyTorch, transformers, peft and more, one to two minutes with a fast connection ..."
 	@$(PYTHON) -m venv .venv
 	@$(PY) $(PIP) -r $(REQUIREMENTS)
-	@$(PY) $(PIP) $(GYM) 2>/dev/null || echo "Without reasoning_gym, since one of its packages needs a C compiler here; everything else works."
+	@$(PY) $(PIP) $(GYM) 2>/dev/null || echo "reasoning_gym was not installed: one of its dependencies needs a C compiler. Everything else works."
 	@touch $@
 
-# Unsloth brings the TRL that it needs.
+# Unsloth installs the version of TRL that it needs.
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	@$(if $(filter requirements.txt,$(REQUIREMENTS)),grep -v "^trl" requirements-dev.txt,cat requirements-dev.txt) >.venv/dev.txt
 	@$(PY) $(PIP) -r .venv/dev.txt
 	@touch $@
 
-# Without its dependencies: on a CPU it would bring packages for GPUs, and what it needs is there.
+# Without its dependencies: on a CPU they would install packages for GPUs, and the rest is already there.
 .venv-unsloth-cpu/installed: requirements-cpu.txt requirements-dev.txt requirements.txt
 	@$(PYTHON) -m venv .venv-unsloth-cpu
 	@.venv-unsloth-cpu/bin/python $(PIP) -r requirements-cpu.txt -r requirements-dev.txt
