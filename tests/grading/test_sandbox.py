@@ -73,7 +73,7 @@ def verdicts(host, request):
     def of(tier):
         skip_without(tier)
         if tier not in done:
-            with sandbox.only(tier), ThreadPoolExecutor(2) as pool:
+            with sandbox.use_only_tier(tier), ThreadPoolExecutor(2) as pool:
                 done[tier] = dict(zip(cases, pool.map(lambda case: judge(case, host), cases)))
         return done[tier]
 
@@ -110,7 +110,7 @@ def test_an_honest_program_passes(tier, case, verdicts):
 def test_hostile_programs_leave_no_trace_and_a_sound_judge(tier, verdicts, host):
     verdicts(tier)
     assert host.traces() == []
-    with sandbox.only(tier):
+    with sandbox.use_only_tier(tier):
         for _ in range(3):
             assert grade_code(RIGHT, TESTS)[0] == 1.0
             assert grade_code(RIGHT.replace("4", "5"), TESTS)[0] == 0.0
@@ -173,7 +173,7 @@ def test_right_and_wrong_programs():
 
 def test_what_monty_cannot_run_is_ungraded_there_and_runs_in_bubblewrap():
     programs = "def f(x):\n    yield x\n", "import heapq\ndef f(x):\n    return 21"
-    with sandbox.only("monty"):
+    with sandbox.use_only_tier("monty"):
         for program in programs:
             with pytest.raises(Ungraded, match="unsupported.*cannot run"):
                 grade_code(program, TESTS)
@@ -189,12 +189,12 @@ def test_what_monty_cannot_run_is_ungraded_there_and_runs_in_bubblewrap():
     ],
 )
 def test_a_program_cannot_declare_itself_ungraded(error):
-    with sandbox.only("monty"):
+    with sandbox.use_only_tier("monty"):
         assert grade_code(f"def f(x):\n    raise {error}", TESTS)[0] == 0.0
 
 
 def test_a_tier_that_is_missing_is_named():
-    with pytest.raises(ValueError, match="tier docker is not available"), sandbox.only("docker"):
+    with pytest.raises(ValueError, match="tier docker is not available"), sandbox.use_only_tier("docker"):
         pass
 
 
@@ -226,7 +226,7 @@ def test_without_bubblewrap_nothing_runs_unprotected_unless_a_person_asks():
 
 def test_a_sandbox_that_does_not_hold_is_not_taken(monkeypatch):
     skip_without("bubblewrap")
-    monkeypatch.setattr(tiers, "in_bubblewrap", tiers.unprotected)
+    monkeypatch.setattr(tiers, "start_in_bubblewrap", tiers.start_unprotected)
     tier, why = tiers.find_bubblewrap()
     assert tier is None and "a program could" in why and "read the password file" in why
 
@@ -242,9 +242,9 @@ def test_the_time_of_a_program_can_be_set():
 
 
 def test_the_tier_that_had_the_last_word_is_counted():
-    before = sandbox.decided["monty"]
+    before = sandbox.graded_by_tier["monty"]
     grade_code(RIGHT, TESTS)
-    assert sandbox.decided["monty"] == before + 1
+    assert sandbox.graded_by_tier["monty"] == before + 1
 
 
 # --- plain data and comparing
@@ -289,7 +289,7 @@ def test_any_plain_value_passes_through_a_program(tier):
     def check(value):
         assert grade_code("def f(x):\n    return x", [f"assert f({value!r}) == {value!r}"])[0] == 1.0
 
-    with sandbox.only(tier):
+    with sandbox.use_only_tier(tier):
         check()
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from grading import Ungraded, grade_code
-from grading.sandbox.code_grader import _may_differ, available, extract_code, only
+from grading.sandbox.code_grader import _may_differ, available, extract_code, use_only_tier
 from grading.sandbox.workers import run_in_worker
 
 
@@ -24,7 +24,7 @@ from grading.sandbox.workers import run_in_worker
 def test_what_only_monty_takes_for_right_does_not_pass(program, test):
     """Its sets keep their order, its generators are lists."""
     for tier in available():
-        with only(tier):
+        with use_only_tier(tier):
             try:
                 assert grade_code(program, [test])[0] == 0.0
             except Ungraded:
@@ -75,7 +75,7 @@ def test_a_bubblewrap_that_may_not_run_is_said_and_done_without(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.stderr == "" and "in Monty alone: bubblewrap does not run here" in done.stdout
+    assert done.stderr == "" and "bubblewrap does not run here" in done.stdout
     assert "No permissions" in done.stdout and "(1.0, 'passed: all tests')" in done.stdout
 
 
@@ -88,5 +88,5 @@ def test_a_worker_that_died_while_idle_is_replaced():
 def test_a_slow_pass_in_monty_is_worth_no_more():
     """What passes only on the second try, with all its time, is held to the same."""
     program = "def f(x):\n    n = 0\n    for i in range(600000):\n        n += i\n    return (y * 2 for y in x)"
-    with only("monty"), pytest.raises(Ungraded, match="an iterator or a set"):
+    with use_only_tier("monty"), pytest.raises(Ungraded, match="an iterator or a set"):
         grade_code(program, ["assert f([1, 2]) == [2, 4]"], timeout=5.0)
