@@ -39,7 +39,7 @@ def grade_code(
     starter: str = "",
     timeout: float | None = None,
 ) -> tuple[float, str]:
-    """Return (1.0 if the code in `answer` passes every test, else 0.0; the reason).
+    """Return the score, 1.0 if the code in `answer` passes every test and 0.0 otherwise, and the reason.
 
     Args:
         tests: The tests, in one of the forms of grading/sandbox/cases.py.
@@ -117,7 +117,7 @@ def _grade(code: str, cases: tuple[Case, ...], timeout: float) -> tuple[float, s
             # A program whose result may depend on chance gets one try.
             for tier in tiers if not _NONDETERMINISTIC.search(code) else tiers[-1:]:
                 outcome, detail = _judge(tier, code, cases, min(FAST_SECONDS, timeout), slow=False)
-                if outcome == "killed":  # perhaps for lack of memory; a program that kills itself does so again
+                if outcome == "killed":  # perhaps for lack of memory: try once more
                     outcome, detail = _judge(tier, code, cases, min(FAST_SECONDS, timeout), slow=False)
                     outcome = "crash" if outcome == "killed" else outcome
                 if outcome == "passed":
@@ -208,7 +208,7 @@ def _judge(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool)
     return "passed", "all tests"
 
 
-# --- comparing
+# --- comparison
 
 
 def is_same(result, expected) -> bool:

@@ -141,7 +141,7 @@ class _MontySession:
         if not _is_plain(text, result):
             if type(result) in (list, dict, str):  # Monty returns iterators, a Counter or a range as these types
                 raise Unsupported(f"Monty does not keep the type of this result: {text[:80]}")
-            raise Failed("bad_type", f"the program returned no plain data: {text}")
+            raise Failed("bad_type", f"the program did not return plain data: {text}")
         return result
 
     def feed(self, code: str, **options):

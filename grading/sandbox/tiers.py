@@ -165,7 +165,7 @@ class Process:
 
     @contextmanager
     def open(self, code: str, seconds: float, slow: bool):
-        """Yield a session in which the program has run. seconds: processor time (if slow: 3 times the wall time)."""
+        """Yield a session in which the program has run. seconds: processor time (wall time: 3 times as much if slow)."""
         with self.child("program", seconds, slow) as (child, deadline):
             session = _ProcessSession(child, deadline, seconds)
             session.request({"run": code})
@@ -245,7 +245,7 @@ class _ProcessSession:
         try:
             return decode(answer["ok"])
         except (NotPlain, KeyError, RecursionError):
-            raise Failed("bad_type", "the program returned no plain data") from None
+            raise Failed("bad_type", "the program did not return plain data") from None
 
     def request(self, message: dict) -> dict:
         try:
@@ -257,7 +257,7 @@ class _ProcessSession:
         except ValueError as error:
             raise Failed("output_limit", str(error)) from None
         if not isinstance(answer, dict):
-            raise Failed("bad_type", "the program returned no plain data")
+            raise Failed("bad_type", "the program did not return plain data")
         if "error" in answer:
             raise _failure(answer)
         return answer

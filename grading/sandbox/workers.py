@@ -134,7 +134,7 @@ class Child:
     def __init__(self, connection: socket.socket, report: socket.socket):
         self.connection = connection
         self.report = report
-        self.exit_report = None  # None until the child has ended
+        self.exit_report = None  # set once the child has ended
 
     def request(self, message: dict | None, deadline: float, limit: int = MAX_MESSAGE_BYTES + 1024, reply: bool = True):
         """Send a message and return the child's next message. message=None only receives, reply=False only sends.
