@@ -12,12 +12,5 @@ from grading.sandbox.code_grader import (
 )
 
 __all__ = [
-    "available",
-    "check_tests",
-    "describe",
-    "extract_code",
-    "grade_code",
-    "graded_by_tier",
-    "start",
-    "use_only_tier",
-]
+    "available", "check_tests", "describe", "extract_code", "grade_code", "graded_by_tier", "start", "use_only_tier",
+]  # fmt: skip

@@ -276,7 +276,7 @@ _lock = threading.RLock()
 def start(code_timeout: float = 1.0, unsafe: bool = False) -> None:
     """Find the tiers of this machine, by attempting forbidden actions in them, and start their processes.
 
-    Call it while this process is still small. If it is not called, the tiers are found when the first program is graded.
+    Call it while this process is small. If it is not called, the tiers are found when the first program is graded.
 
     Args:
         code_timeout: Running time in seconds for all tests of a program (three times as much wall time).

@@ -165,7 +165,7 @@ class Process:
 
     @contextmanager
     def open(self, code: str, seconds: float, slow: bool):
-        """Yield a session in which the program has run. seconds: processor time (wall time: 3 times as much if slow)."""
+        """Yield a session in which the program has run. seconds: processor time (wall time: 3 times that if slow)."""
         with self.child("program", seconds, slow) as (child, deadline):
             session = _ProcessSession(child, deadline, seconds)
             session.request({"run": code})
