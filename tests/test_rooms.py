@@ -1,4 +1,4 @@
-"""The structure: no import circle, no import upward between rooms, and one file's job from its name (CONTRIBUTING.md)."""
+"""The structure (CONTRIBUTING.md): no import cycles, no upward imports between layers, no file above 400 lines."""
 
 import ast
 import functools
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# From the bottom to the top. A file may import its own room and those in earlier lines.
-ROOMS = [
+# From the bottom to the top. A file may import from its own layer and from the layers before it.
+LAYERS = [
     ["grading/base.py"],
-    ["rl/config.py"],  # the settings, which everybody reads
+    ["rl/config.py"],  # the settings, which every layer may read
     ["grading/sandbox"],
     ["grading/answers"],
     ["grading/countdown.py", "grading/gym.py"],
@@ -29,24 +29,24 @@ PACKAGES = ("rl", "grading", "data", "tools", "export", "ui", "bench", "train", 
 
 
 def is_entry_point(path: str) -> bool:
-    """Commands may import upward: `python -m grading self-test` is a tool, `python rewards.py` too."""
+    """Return True for commands, which may import upward, such as `python -m grading self-test`."""
     return path.endswith("__main__.py") or path == "rewards.py"
 
 
-def files() -> list[str]:
+def source_files() -> list[str]:
     folders = [path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")]
     return sorted(str(path.relative_to(ROOT)) for path in [*folders, *ROOT.glob("*.py")])
 
 
-def level(path: str) -> int:
-    """The number of a file's room: the longest name that fits."""
-    rooms = {room: number for number, names in enumerate(ROOMS) for room in names}
-    fitting = [room for room in rooms if path == room or path.startswith(room + "/")]
-    return rooms[max(fitting, key=len)]
+def layer(path: str) -> int:
+    """Return the number of a file's layer, by the longest name in LAYERS that matches."""
+    layers = {name: number for number, names in enumerate(LAYERS) for name in names}
+    matches = [name for name in layers if path == name or path.startswith(name + "/")]
+    return layers[max(matches, key=len)]
 
 
 def module_file(module: str) -> str | None:
-    """The file of a module of this project."""
+    """Return the file of a module of this project, or None for other modules."""
     base = ROOT / module.replace(".", "/")
     if module.partition(".")[0] not in PACKAGES:
         return None
@@ -58,62 +58,64 @@ def module_file(module: str) -> str | None:
 
 @functools.cache
 def imports(path: str) -> frozenset[str]:
-    """The files of this project that a file imports, at its top or inside functions."""
-    found = set()
+    """Return the files of this project that a file imports, at the top or inside functions."""
+    files = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {module_file(alias.name) for alias in node.names}
+            files |= {module_file(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
-                found.add(module_file(f"{node.module}.{alias.name}") or module_file(node.module))
-    return frozenset(found - {None, path})
+                files.add(module_file(f"{node.module}.{alias.name}") or module_file(node.module))
+    return frozenset(files - {None, path})
 
 
-def upward(paths: list[str]) -> list[str]:
+def upward_imports(paths: list[str]) -> list[str]:
     return [
         f"{path} imports {other}"
         for path in paths
         if not is_entry_point(path)
         for other in sorted(imports(path))
-        if level(other) > level(path)
+        if layer(other) > layer(path)
     ]
 
 
-def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
-    """Every import circle that a depth-first walk closes, as the files on it."""
-    found, done = [], set()
+def import_cycles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
+    """Return every import cycle that a depth-first search closes, as a list of files."""
+    cycles = []
+    visited = set()
 
-    def walk(path: str, way: list[str]) -> None:
-        if path in way:
-            found.append(way[way.index(path) :])
+    def walk(path: str, trail: list[str]) -> None:
+        if path in trail:
+            cycles.append(trail[trail.index(path) :])
             return
-        if path in done:
+        if path in visited:
             return
         for other in sorted(graph.get(path, ())):
-            walk(other, [*way, path])
-        done.add(path)
+            walk(other, [*trail, path])
+        visited.add(path)
 
     for path in graph:
         walk(path, [])
-    return found
+    return cycles
 
 
-def test_no_import_goes_upward():
-    assert not upward(files())
+def test_no_upward_imports():
+    assert not upward_imports(source_files())
 
 
-def test_no_import_circle():
-    assert not circles({path: imports(path) for path in files() if not is_entry_point(path)})
+def test_no_import_cycles():
+    assert not import_cycles({path: imports(path) for path in source_files() if not is_entry_point(path)})
 
 
-def test_what_is_looked_for_is_found(monkeypatch):
-    assert level("rl/model/engine.py") < level("rl/update.py") < level("rl/run/session.py") < level("ui/app.py")
+def test_detects_upward_imports_and_cycles(monkeypatch):
+    assert layer("rl/model/engine.py") < layer("rl/update.py") < layer("rl/run/session.py") < layer("ui/app.py")
     assert "rl/model/engine.py" in imports("rl/rollout.py") and "data/__init__.py" in imports("rl/rollout.py")
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     monkeypatch.setitem(globals(), "imports", lambda path: frozenset({"rl/run/session.py"}))
-    assert upward(["rl/update.py"]) == ["rl/update.py imports rl/run/session.py"] and not upward(["ui/app.py"])
+    assert upward_imports(["rl/update.py"]) == ["rl/update.py imports rl/run/session.py"]
+    assert not upward_imports(["ui/app.py"])
 
 
-@pytest.mark.parametrize("path", files())
-def test_a_file_is_not_longer_than_can_be_read(path):
+@pytest.mark.parametrize("path", source_files())
+def test_file_has_at_most_400_lines(path):
     assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= 400

@@ -230,7 +230,7 @@ def test_own_questions_with_own_rewards(tmp_path, capsys):
         (["--train-data", "TMP/questions.jsonl", "--columns", "answer", "glod"], "questions.jsonl:1: columns maps answer to 'glod'"),
         (["--train-data", "TMP/nocolumn.jsonl"], "nocolumn.jsonl:1: no column prompt or question"),
         (["--train-data", "TMP/questions.jsonl"], "of the rewards in rewards.py only format applies, but not correct or passes_tests"),
-        (["--train-data", "TMP/badtest.jsonl"], "row badtest:1, column tests: a test must read"),
+        (["--train-data", "TMP/badtest.jsonl"], "row badtest:1, column tests:"),
         (["--reward-funcs", "corect"], "reward_funcs: rewards.py has no reward function 'corect'. Did you mean 'correct'?"),
         (["--rewards-file", "TMP/none.py"], "rewards_file: there is no file"),
         (["--config", "TMP/wrong.yaml"], "wrong.yaml: max_steps is 'soon', but must be a whole number"),

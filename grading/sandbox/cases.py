@@ -1,8 +1,8 @@
-"""What a code row's tests ask, in a form that keeps the expected answers away from the model's program.
+"""Parse the tests of a code row into cases, which keep the expected answers away from the model's program.
 
-Four forms are read:
+Four forms are supported:
 
-    ["assert f(1) == 2", ...]                    calls of plain data, else test code that runs in a sandbox of its own
+    ["assert f(1) == 2", ...]                    calls with plain data; other asserts run in a separate sandbox
     "def check(candidate): ..."                  the same, with an entry_point (HumanEval)
     [{"args": [1], "expected": 2}, ...]          calls, with an entry_point
     [{"input": "1 2\\n", "output": "3\\n"}, ...]   programs on standard input and output
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Call(NamedTuple):
-    """Call the function `name` with `args`; the result, plain data, must be `expected`."""
+    """Call the function `name` with `args`. The result must be plain data equal to `expected`."""
 
     name: str
     args: tuple
@@ -24,14 +24,14 @@ class Call(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Test code. It gets `names` of the program as functions that take and return plain data, and must not raise."""
+    """Test code that must not raise. It calls the program's functions in `names`, which take and return plain data."""
 
     source: str
     names: tuple[str, ...]
 
 
 class Script(NamedTuple):
-    """Run the program with `input` as standard input; its standard output must be `output`."""
+    """Run the program with `input` as standard input. Its standard output must match `output`."""
 
     input: str
     output: str
@@ -41,23 +41,29 @@ Case = Call | Check | Script
 
 
 def called_names(cases: tuple[Case, ...]) -> set[str]:
-    """The names of the program's functions that the cases call."""
-    of_case = [
+    """Return the names of the program's functions that the cases call."""
+    names_per_case = [
         case.names if isinstance(case, Check) else (case.name,) for case in cases if not isinstance(case, Script)
     ]
-    return {name for names in of_case for name in names}
+    return {name for names in names_per_case for name in names}
 
 
 def parse_tests(tests: str | list, entry_point: str | None = None, setup: str = "") -> tuple[Case, ...]:
-    """The cases of a row, Scripts only among themselves. setup: imports and helpers that test code may use.
+    """Parse the tests of a row into cases. Scripts and other cases are not mixed in one row.
 
-    Raises ValueError, naming the test, for what is none of the four forms, and for tests that nothing could fail.
+    Args:
+        tests: The tests in one of the four forms above.
+        entry_point: The name of the function under test.
+        setup: Imports and helper functions that test code may use.
+
+    Raises:
+        ValueError: If a test has none of the four forms, or if no program could fail the tests.
     """
     if isinstance(tests, str):
         return _parse(tests, (), entry_point, setup)
     if not isinstance(tests, (list, tuple)):
         raise ValueError(
-            f"tests must be a list of asserts or of dicts, or the text of a check function, not {tests!r:.80}"
+            f"tests must be a list of asserts or of dicts, or the source of a check function, not {tests!r:.80}"
         )
     return _parse("", tuple(t if isinstance(t, str) else json.dumps(t) for t in tests), entry_point, setup)
 
@@ -65,7 +71,7 @@ def parse_tests(tests: str | list, entry_point: str | None = None, setup: str = 
 @functools.lru_cache(maxsize=20_000)
 def _parse(check: str, tests: tuple[str, ...], entry_point: str | None, setup: str) -> tuple[Case, ...]:
     if not check.strip() and not tests:
-        raise ValueError("the list of tests is empty: nothing could be wrong, so nothing can be right")
+        raise ValueError("the list of tests is empty: no program could fail, so none can pass")
     if check:
         return (
             _parse_check(check, entry_point, setup)
@@ -82,10 +88,10 @@ def _parse_dict(test: dict, entry_point: str | None) -> Case:
         return Script(test["input"], test["output"])
     if set(test) == {"args", "expected"} and isinstance(test["args"], list):
         if not entry_point:
-            raise ValueError("tests with args and expected need the column entry_point: the name of the function")
+            raise ValueError("tests with args and expected need the column entry_point, the name of the function")
         return Call(entry_point, tuple(test["args"]), test["expected"])
     raise ValueError(
-        f"a test as a dict has input and output (both text), or args (a list) and expected; this one is {json.dumps(test)[:80]}"
+        f"a dict test needs input and output (both text), or args (a list) and expected, not {json.dumps(test)[:80]}"
     )
 
 
@@ -95,7 +101,7 @@ def _parse_asserts(tests: tuple[str, ...], entry_point: str | None, setup: str) 
         tree = _tree(test)
         if not tree.body or not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
             raise ValueError(
-                f"a test must read `assert name(values) == value`, but this one reads {test.strip()[:80]!r}"
+                f"a test must contain an assert, such as `assert name(values) == value`, not {test.strip()[:80]!r}"
             )
         calls = [_as_call(node) for node in tree.body]
         if all(calls):
@@ -104,9 +110,9 @@ def _parse_asserts(tests: tuple[str, ...], entry_point: str | None, setup: str) 
             code.append(test)
     if code:
         source = "\n".join([setup, *code])
-        known = _defined(_tree(setup)) | _defined(_tree("\n".join(code))) | set(dir(builtins))
-        called = {node.func.id for test in code for node in ast.walk(_tree(test)) if _is_named_call(node)}
-        names = (called - known) | ({entry_point} & called if entry_point else set())
+        known_names = _bound_names(_tree(setup)) | _bound_names(_tree("\n".join(code))) | set(dir(builtins))
+        callees = {node.func.id for test in code for node in ast.walk(_tree(test)) if _is_named_call(node)}
+        names = (callees - known_names) | ({entry_point} & callees if entry_point else set())
         if not names:
             raise ValueError(f"this test calls no function of the program: {code[0].strip()[:80]!r}")
         cases.append(Check(source, tuple(sorted(names))))
@@ -115,13 +121,13 @@ def _parse_asserts(tests: tuple[str, ...], entry_point: str | None, setup: str) 
 
 def _parse_check(source: str, entry_point: str | None, setup: str) -> tuple[Case, ...]:
     if not entry_point:
-        raise ValueError("tests with check(candidate) need the column entry_point: the name of the function")
+        raise ValueError("tests with check(candidate) need the column entry_point, the name of the function")
     check = next((n for n in _tree(source).body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
     if check is None or len(check.args.args) != 1:
         raise ValueError("the tests define no function check(candidate)")
     candidate = check.args.args[0].arg
     if not any(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(ast.Module(check.body, []))):
-        raise ValueError("check(candidate) never uses its candidate: nothing could be wrong")
+        raise ValueError("check(candidate) never uses its candidate: no program could fail")
     calls = [_as_call(node) for node in check.body if not _is_docstring(node)]
     if calls and all(call and call.name == candidate for call in calls):
         return tuple(Call(entry_point, call.args, call.expected) for call in calls)
@@ -132,14 +138,15 @@ def _tree(source: str) -> ast.Module:
     try:
         return ast.parse(source.strip() if "\n" not in source.strip() else source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        kind, shown = type(error).__name__, source.strip()[:80]
+        kind = type(error).__name__
+        excerpt = source.strip()[:80]
         raise ValueError(
-            f"a test must read `assert name(values) == value`, but this one is no valid Python ({kind}): {shown!r}"
+            f"a test must be Python, such as `assert name(values) == value`; this one is invalid ({kind}): {excerpt!r}"
         ) from None
 
 
 def _as_call(node: ast.stmt) -> Call | None:
-    """`assert f(literals) == literal` as a Call; None for any other statement."""
+    """Return `assert f(literals) == literal` as a Call, or None for any other statement."""
     match node:
         case ast.Assert(
             test=ast.Compare(
@@ -161,8 +168,8 @@ def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _defined(tree: ast.Module) -> set[str]:
-    """Names that some code binds anywhere in it."""
+def _bound_names(tree: ast.Module) -> set[str]:
+    """Return the names that the code binds anywhere, inside functions too."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

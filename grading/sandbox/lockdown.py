@@ -1,8 +1,8 @@
-"""What a process gives up before it runs a model's program: resource limits and, on Linux, most system calls.
+"""Restrictions on a process before it runs a model's program: resource limits and, on Linux, a system call filter.
 
-A filter of the kernel (seccomp) refuses what no honest small program needs: new processes, other programs, sockets,
-signals to others, tracing, shared memory, mounts, keys, kernel modules. Threads, socket pairs and files stay. The filter
-cannot be taken off again. Standard library only: this file is also read inside the sandbox, where there is nothing else.
+The kernel's seccomp filter refuses what no honest small program needs: new processes, other programs, sockets, signals
+to other processes, tracing, shared memory, mounts, keys, kernel modules. Threads, socket pairs and files stay allowed.
+The filter cannot be removed. Standard library only: this file is also imported inside the sandbox.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ MEBIBYTE = 2**20
 MEMORY_BYTES = 1024 * MEBIBYTE
 FILE_BYTES = 8 * MEBIBYTE
 
-# System calls refused, by number: x86-64, arm64 (None: does not exist there).
+# Refused system calls with their numbers on x86-64 and arm64 (None: does not exist there).
 _REFUSED = {
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
@@ -46,7 +46,7 @@ _REFUSED = {
     "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "sync": (162, 81), "syncfs": (306, 267),
 }  # fmt: skip
 
-# Refused besides where nothing may be written: no file, and nothing to a socket elsewhere.
+# Also refused if may_write is False: changes to files, and socket pairs, which could send to another address.
 _WRITES = {
     "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
     "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "link": (86, None), "linkat": (265, 37),
@@ -58,22 +58,22 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE, _CLONE3, _OPEN, _OPENAT = (56, 220), (435, 435), (2, None), (257, 56)
 _PRLIMIT, _FCNTL, _IOCTL = (302, 261), (72, 25), (16, 29)
 _CLONE_THREAD = 0x10000
-_SIGNAL_BY_FCNTL = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to any process when a file gets ready
-_SIGNAL_BY_IOCTL = (0x8901, 0x8902, 0x5412)  # FIOSETOWN, SIOCSPGRP; TIOCSTI: type into the terminal
+_SIGNAL_BY_FCNTL = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signal any process when a file is ready
+_SIGNAL_BY_IOCTL = (0x8901, 0x8902, 0x5412)  # FIOSETOWN, SIOCSPGRP; TIOCSTI: inject terminal input
 _X32 = 0x40000000  # the bit that marks calls of the 32-bit variant of x86-64
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_WORD_NUMBER, _WORD_ARCH, _WORD_ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; the machines are little-endian
+_WORD_NUMBER, _WORD_ARCH, _WORD_ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data (little-endian)
 
 
 def can_filter() -> bool:
-    """Whether this machine can refuse system calls: Linux on x86-64 or arm64."""
+    """Return True if this machine can filter system calls: Linux on x86-64 or arm64."""
     return sys.platform == "linux" and platform.machine() in _AUDIT_ARCH
 
 
 def limit_resources(cpu_seconds: int | None, memory_bytes: int = MEMORY_BYTES, nice: int = 0) -> None:
-    """Set hard limits that the process cannot raise again. cpu_seconds None: no limit on the processor time."""
-    import resource  # not on Windows, where this file is imported but no child is made
+    """Set hard limits that the process cannot raise again. cpu_seconds=None: no limit on processor time."""
+    import resource  # missing on Windows, which imports this file but starts no children
 
     def limit(name, value):
         hard = resource.getrlimit(name)[1]
@@ -91,25 +91,25 @@ def limit_resources(cpu_seconds: int | None, memory_bytes: int = MEMORY_BYTES, n
 
 
 def hide_memory() -> None:
-    """Let no other process of this user read this one's memory or files through /proc."""
+    """Prevent other processes of this user from reading this one's memory or files through /proc."""
     if sys.platform == "linux":
         set_dumpable = 4
         ctypes.CDLL(None).prctl(set_dumpable, 0, 0, 0, 0)
 
 
 def refuse_system_calls(may_write: bool = True) -> None:
-    """Install the filter. may_write False: the file system is read-only too. Raises OSError where the kernel refuses."""
+    """Install the filter. may_write=False also makes the file system read-only. Raise OSError if the kernel refuses."""
     program = _filter(list(_AUDIT_ARCH).index(platform.machine()), may_write)
     buffer = ctypes.create_string_buffer(program)
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)
     set_no_new_privs, set_seccomp, mode_filter = 38, 22, 2
     if libc.prctl(set_no_new_privs, 1, 0, 0, 0) or libc.prctl(set_seccomp, mode_filter, header, 0, 0):
-        raise OSError(ctypes.get_errno(), "the kernel does not take a seccomp filter")
+        raise OSError(ctypes.get_errno(), "the kernel refused the seccomp filter")
 
 
 def prepare() -> None:
-    """Do before a fork what each child would have to do: imports, and the filters' instructions."""
+    """Do once, before forking, what each child would have to do: import modules and build the filters."""
     import resource  # noqa: F401
 
     if can_filter():
@@ -119,7 +119,7 @@ def prepare() -> None:
 
 @functools.cache
 def _filter(column: int, may_write: bool) -> bytes:
-    """The filter as instructions of classic BPF: (code, jump if true, jump if false, value)."""
+    """Return the filter as classic BPF instructions: (code, jump if true, jump if false, value)."""
 
     def instruction(code, value, if_true=0, if_false=0):
         return struct.pack("HBBI", code, if_true, if_false, value)
@@ -127,8 +127,8 @@ def _filter(column: int, may_write: bool) -> bytes:
     refuse = instruction(_RETURN, _ERRNO | errno.EPERM)
     allow = instruction(_RETURN, _ALLOW)
 
-    def on_argument(call, argument, test, values, when_true, when_false):
-        """For one system call: decide by whether an argument (its lower 32 bits) passes a test with one of the values."""
+    def filter_by_argument(call, argument, test, values, when_true, when_false):
+        """Decide on one system call by whether an argument (its lower 32 bits) passes a test with any of the values."""
         if call[column] is None:
             return []
         tests = [part for value in values for part in (instruction(test, value, 0, 1), when_true)]
@@ -144,10 +144,10 @@ def _filter(column: int, may_write: bool) -> bytes:
     if column == 0:
         program += [instruction(_JUMP_GREATER_EQUAL, _X32, 0, 1), instruction(_RETURN, _KILL)]
     refused = list(_REFUSED.values())
-    program += on_argument(_CLONE, 0, _JUMP_ANY_BIT, [_CLONE_THREAD], allow, refuse)
-    program += on_argument(_PRLIMIT, 0, _JUMP_ANY_BIT, [0xFFFFFFFF], refuse, allow)  # of another process
-    program += on_argument(_FCNTL, 1, _JUMP_EQUAL, _SIGNAL_BY_FCNTL, refuse, allow)
-    program += on_argument(_IOCTL, 1, _JUMP_EQUAL, _SIGNAL_BY_IOCTL, refuse, allow)
+    program += filter_by_argument(_CLONE, 0, _JUMP_ANY_BIT, [_CLONE_THREAD], allow, refuse)
+    program += filter_by_argument(_PRLIMIT, 0, _JUMP_ANY_BIT, [0xFFFFFFFF], refuse, allow)  # pid 0 is the caller
+    program += filter_by_argument(_FCNTL, 1, _JUMP_EQUAL, _SIGNAL_BY_FCNTL, refuse, allow)
+    program += filter_by_argument(_IOCTL, 1, _JUMP_EQUAL, _SIGNAL_BY_IOCTL, refuse, allow)
     program += [
         instruction(_JUMP_EQUAL, _CLONE3[column], 0, 1),
         instruction(_RETURN, _ERRNO | errno.ENOSYS),  # its flags cannot be read; the C library falls back to clone
@@ -155,8 +155,8 @@ def _filter(column: int, may_write: bool) -> bytes:
     if not may_write:
         refused += _WRITES.values()
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        program += on_argument(_OPEN, 1, _JUMP_ANY_BIT, [writing], refuse, allow)
-        program += on_argument(_OPENAT, 2, _JUMP_ANY_BIT, [writing], refuse, allow)
+        program += filter_by_argument(_OPEN, 1, _JUMP_ANY_BIT, [writing], refuse, allow)
+        program += filter_by_argument(_OPENAT, 2, _JUMP_ANY_BIT, [writing], refuse, allow)
     for numbers in refused:
         if numbers[column] is not None:
             program += [instruction(_JUMP_EQUAL, numbers[column], 0, 1), refuse]

@@ -1,6 +1,6 @@
-"""Plain data between processes that do not trust each other: what may travel, as JSON, and how messages are framed.
+"""Messages between processes that do not trust each other: the values allowed, their JSON encoding, and the framing.
 
-Also read inside the sandbox: standard library only.
+Also imported inside the sandbox: standard library only.
 """
 
 import builtins
@@ -15,21 +15,21 @@ MAX_DEPTH = 100
 
 
 class NotPlain(Exception):
-    """A value that cannot travel: not made of plain built-in types, too deep or too large."""
+    """A value that cannot be sent: not made of plain built-in types, too deep, or too large."""
 
 
 def encode(value):
-    """Plain data as JSON values: lists stay lists, what JSON lacks becomes {tag: content}.
+    """Encode plain data as JSON values: lists stay lists, types that JSON lacks become {tag: content}.
 
-    Subclasses are read by the base type's own methods, so that they cannot lie. Iterators are read out.
+    Subclasses are read with the methods of their base type, so that overridden ones cannot lie. Iterators are consumed.
     """
-    left = MAX_NODES
+    nodes_left = MAX_NODES
 
     def walk(value, depth):
-        nonlocal left
-        left -= 1
-        if depth > MAX_DEPTH or left < 0:
-            raise NotPlain("the value is too deep" if left >= 0 else "the value is too large")
+        nonlocal nodes_left
+        nodes_left -= 1
+        if depth > MAX_DEPTH or nodes_left < 0:
+            raise NotPlain("the value is too deep" if nodes_left >= 0 else "the value is too large")
         if value is None or value is True or value is False:
             return value
         kind = type(value)
@@ -56,7 +56,7 @@ def encode(value):
             return {"complex": [value.real, value.imag]}
         if kind in _ITERATORS:
             return {"iterator": [walk(v, depth + 1) for v in value]}
-        raise NotPlain(f"a value of the type {kind.__name__} is no plain data")
+        raise NotPlain(f"a value of type {kind.__name__} is not plain data")
 
     return walk(value, 0)
 
@@ -69,7 +69,7 @@ _ITERATORS = (
 
 
 def decode(value):
-    """The inverse of `encode`; an iterator comes back as one. Raises NotPlain for what `encode` does not make."""
+    """Invert `encode`; iterators stay iterators. Raise NotPlain for a value that `encode` does not produce."""
     if isinstance(value, list):
         return [decode(v) for v in value]
     if not isinstance(value, dict):
@@ -86,25 +86,25 @@ def decode(value):
             return iter([decode(v) for v in content])
         return {"tuple": tuple, "set": set, "frozenset": frozenset}[tag]([decode(v) for v in content])
     except (TypeError, ValueError, KeyError, OverflowError):
-        raise NotPlain("a value that is no plain data came back") from None
+        raise NotPlain("the message holds a value that is not plain data") from None
 
 
 # --- messages
 
 
 def send(connection: socket.socket, message, limit: int = MAX_MESSAGE_BYTES) -> None:
-    """Send one message. Raises NotPlain where it would be longer than `limit` bytes."""
+    """Send one message. Raise NotPlain if it is longer than `limit` bytes or cannot be written as JSON."""
     try:
         data = json.dumps(message).encode()
     except (ValueError, RecursionError) as error:  # an int of over 4,300 digits
         raise NotPlain(str(error)) from None
     if len(data) > limit:
-        raise NotPlain(f"the value has {len(data)} bytes as JSON, over {limit}")
+        raise NotPlain(f"the value has {len(data)} bytes as JSON, the limit is {limit}")
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
 def receive(connection: socket.socket):
-    """The next message; EOFError where the other side has gone."""
+    """Return the next message. Raise EOFError if the other side has closed the connection."""
     (size,) = struct.unpack(">I", _read(connection, 4))
     return json.loads(_read(connection, size))
 
@@ -112,8 +112,8 @@ def receive(connection: socket.socket):
 def _read(connection: socket.socket, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
-        part = connection.recv(min(size - len(data), 2**20))
-        if not part:
+        chunk = connection.recv(min(size - len(data), 2**20))
+        if not chunk:
             raise EOFError
-        data += part
+        data += chunk
     return bytes(data)

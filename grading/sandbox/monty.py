@@ -1,4 +1,4 @@
-"""The first tier of the code sandbox: Monty, an interpreter in Rust without files, network or host access."""
+"""The first tier of the code sandbox: Monty, a Python interpreter in Rust without file, network or host access."""
 
 import ast
 import builtins
@@ -11,15 +11,15 @@ from contextlib import contextmanager, suppress
 
 from grading.sandbox.cases import Check, Script
 from grading.sandbox.messages import MAX_MESSAGE_BYTES
-from grading.sandbox.tiers import MAX_STDOUT_BYTES, NICE, TOO_SLOW, Failed, Unsupported, check_with, first_line
+from grading.sandbox.tiers import MAX_STDOUT_BYTES, NICE, TOO_SLOW, Failed, Unsupported, first_line, run_check
 from grading.sandbox.zygote import PLAIN_EXCEPTIONS
 
-FAST_MEMORY_BYTES = 64 * 2**20  # filling more takes Monty over its time
+FAST_MEMORY_BYTES = 64 * 2**20  # filling more takes Monty longer than its time limit
 SLOW_MEMORY_BYTES = 256 * 2**20
 
 
 class Monty:
-    """An interpreter in Rust without files, network or host access, in worker processes of its own (pydantic-monty)."""
+    """An interpreter in Rust without file, network or host access, in its own worker processes (pydantic-monty)."""
 
     name = "monty"
 
@@ -27,7 +27,8 @@ class Monty:
         import pydantic_monty
 
         if importlib.util.find_spec("opentelemetry") is None:
-            sys.modules.setdefault("opentelemetry", None)  # else it is searched for in every call, half of the time
+            # Otherwise every call searches for it, which takes half of the time.
+            sys.modules.setdefault("opentelemetry", None)
         self.monty = pydantic_monty
         self.pool = pydantic_monty.Monty(min_processes=1, max_processes=64, request_timeout=30.0).__enter__()
 
@@ -36,16 +37,16 @@ class Monty:
 
     @contextmanager
     def open(self, code: str, seconds: float, slow: bool):
-        """A session in which the program has run. seconds: of running time, for all of its calls together."""
+        """Yield a session in which the program has run. seconds: running time for all of its calls together."""
         with self._session(seconds, slow) as session:
             session.code = code
-            session.feed(_BEFORE.replace("S_", session.secret))
+            session.feed(_SETUP.replace("S_", session.secret))
             session.feed(code)
             yield session
 
     @contextmanager
     def _session(self, seconds: float, slow: bool):
-        # Not to be set from within: time and memory of each feed, sleep, depth.
+        # The program cannot change these limits: time and memory of each feed, sleep, recursion depth.
         limits = {
             "max_feed_duration_secs": seconds,
             "max_memory": SLOW_MEMORY_BYTES if slow else FAST_MEMORY_BYTES,
@@ -56,7 +57,7 @@ class Monty:
         try:
             with self.pool.checkout(limits=limits, assert_message_annotations=False) as session:
                 if hasattr(os, "setpriority") and (pid := session.worker_pid):
-                    with suppress(OSError):  # a worker that was slow once stays so where only root may undo it
+                    with suppress(OSError):  # only root can raise the priority again after a slow program
                         os.setpriority(os.PRIO_PROCESS, pid, NICE if slow else os.nice(0))
                 yield _MontySession(self.monty, session, seconds)
         except self.monty.MontyCrashedError as error:
@@ -65,13 +66,13 @@ class Monty:
     def check(self, case: Check, session, seconds: float, slow: bool) -> None:
         def run_tests(case, call):
             def remote(name):
-                def ask(*args, **kwargs):
+                def call_program(*args, **kwargs):
                     try:
                         return call(name, args, kwargs)
                     except Failed as failure:
                         raise getattr(builtins, failure.kind or "RuntimeError")(failure.detail) from None
 
-                return ask
+                return call_program
 
             with self._session(seconds, slow) as tests:
                 tests.code = case.source
@@ -79,18 +80,17 @@ class Monty:
                     tests.feed(case.source, external_lookup={name: remote(name) for name in case.names})
                 except Failed as failure:
                     if failure.outcome in ("timeout", "memory"):
-                        return False, "the tests took too long with what the program returned"
+                        return False, "the tests ran out of time or memory on the value that the program returned"
                     if failure.kind != "AssertionError":
-                        raise Unsupported(f"the tests do not run here: {failure.detail}") from None
+                        raise Unsupported(f"Monty cannot run the tests: {failure.detail}") from None
                     return False, "the test failed"
             return True, ""
 
-        check_with(session, case, run_tests)
+        run_check(session, case, run_tests)
 
     def run_script(self, code: str, case: Script, seconds: float, slow: bool) -> str:
-        """The program's standard output. It reads with input() only: there is no sys.stdin."""
+        """Run the program as a script and return its standard output. It can read with input() only, not sys.stdin."""
         lines = iter(case.input.splitlines())
-
         prompts = []
 
         def read_line(prompt=""):
@@ -107,53 +107,56 @@ class Monty:
                 if failure.kind != "SystemExit" or failure.detail not in ("SystemExit", "SystemExit: 0"):
                     raise
             if prompts:
-                raise Unsupported("input() does not print its prompt here")
+                raise Unsupported("Monty's input() does not print its prompt")
             return "".join(text for stream, text in session.printed.output if stream == "stdout")
 
 
-# Around a call: its result comes with its repr, and not at all where that is long. S_ stands for a prefix that no program
-# can guess, so that none overwrites these names.
-_BEFORE = "S_repr, S_len = repr, len"
+# Code around a call, which returns the repr and the result, or neither if the repr is too long. S_ is replaced by a
+# prefix that no program can guess, so that no program can overwrite these names.
+_SETUP = "S_repr, S_len = repr, len"
 _CALL = f"S_r = CALL\nS_t = S_repr(S_r)\n(S_t, S_r) if S_len(S_t) <= {MAX_MESSAGE_BYTES} else (None, None)"
 
 
 class _MontySession:
     def __init__(self, monty, session, seconds: float):
-        self.monty, self.session, self.left = monty, session, seconds
-        self.code, self.secret = "", f"s{secrets.token_hex(8)}_"
+        self.monty = monty
+        self.session = session
+        self.seconds_left = seconds
+        self.code = ""
+        self.secret = f"s{secrets.token_hex(8)}_"
         self.printed = monty.CollectStreams(MAX_STDOUT_BYTES)
 
     def call(self, name: str, args: tuple, kwargs: dict | None = None):
-        names = [f"kwargs_[{key!r}]" for key in kwargs or {}]
-        given = ", ".join(["*args_", *(f"{key}={value}" for key, value in zip(kwargs or {}, names))])
+        values = [f"kwargs_[{key!r}]" for key in kwargs or {}]
+        arguments = ", ".join(["*args_", *(f"{key}={value}" for key, value in zip(kwargs or {}, values))])
         try:
-            source = _CALL.replace("S_", self.secret).replace("CALL", f"{name}({given})")
+            source = _CALL.replace("S_", self.secret).replace("CALL", f"{name}({arguments})")
             text, result = self.feed(source, inputs={"args_": list(args), "kwargs_": kwargs or {}})
             if text is None:
-                raise Failed("output_limit", f"the result has over {MAX_MESSAGE_BYTES} characters")
+                raise Failed("output_limit", f"the result has more than {MAX_MESSAGE_BYTES} characters")
         except Failed as failure:
             if failure.detail == f"NameError: name '{name}' is not defined":
                 raise Failed("missing_entry", f"the program does not define {name}") from None
             raise
         if not _is_plain(text, result):
-            if type(result) in (list, dict, str):  # as which Monty hands over iterators, a Counter, a range
-                raise Unsupported(f"a result of this kind cannot be told apart here: {text[:80]}")
-            raise Failed("bad_type", f"no plain data came back: {text}")
+            if type(result) in (list, dict, str):  # Monty returns iterators, a Counter or a range as these types
+                raise Unsupported(f"Monty does not keep the type of this result: {text[:80]}")
+            raise Failed("bad_type", f"the program did not return plain data: {text}")
         return result
 
-    def feed(self, code: str, **more):
-        if self.left <= 0:
+    def feed(self, code: str, **options):
+        if self.seconds_left <= 0:
             raise Failed("timeout", TOO_SLOW)
-        started = time.perf_counter()
+        start = time.perf_counter()
         try:
-            return self.session.feed_run(code, print_callback=self.printed, **more)
+            return self.session.feed_run(code, print_callback=self.printed, **options)
         except self.monty.MontySyntaxError as error:
-            if _MONTY_LACKS in str(error):
+            if _UNSUPPORTED_SYNTAX in str(error):
                 raise Unsupported(first_line(error)) from None
             raise Failed("syntax", first_line(error)) from None
         except self.monty.MontyRuntimeError as error:
             cause = error.exception()
-            if _is_lacking(cause, self.code):
+            if _is_unsupported(cause, self.code):
                 raise Unsupported(first_line(error)) from None
             outcome = {TimeoutError: "timeout", MemoryError: "memory"}.get(type(cause), "crash")
             kind = type(cause).__name__ if type(cause).__name__ in {*PLAIN_EXCEPTIONS, "SystemExit"} else None
@@ -163,15 +166,15 @@ class _MontySession:
         except self.monty.MontyError as error:
             raise Failed("bad_type", first_line(error)) from None
         finally:
-            self.left -= time.perf_counter() - started
+            self.seconds_left -= time.perf_counter() - start
 
 
 def _is_plain(text: str, result) -> bool:
-    """Whether a result came over as what it was: Monty hands over an iterator as a list, a range or a function as text.
+    """Return True if the result kept its type. Monty returns an iterator as a list, and a range or a function as text.
 
-    text: its repr inside.
+    text: the repr of the result inside Monty.
     """
-    if any(word in text for word in ("inf", "nan", "frozenset", "bytearray")):  # no literals
+    if any(word in text for word in ("inf", "nan", "frozenset", "bytearray")):  # not literals
         return not isinstance(result, str) or text[:1] in "'\""
     try:
         return ast.literal_eval(text) == result
@@ -179,11 +182,11 @@ def _is_plain(text: str, result) -> bool:
         return False
 
 
-_MONTY_LACKS = "The monty syntax parser does not yet support"  # how Monty refuses a construct
+_UNSUPPORTED_SYNTAX = "The monty syntax parser does not yet support"  # in Monty's error for an unsupported construct
 
 
-def _is_lacking(error: BaseException, code: str) -> bool:
-    """Whether Monty lacks what an honest program uses. A program that names the exception may have raised it itself."""
+def _is_unsupported(error: BaseException, code: str) -> bool:
+    """Return True if Monty lacks what the program uses. A program that names the exception may have raised it."""
     text = str(error)
     if type(error).__name__ in code:
         return False

@@ -1,8 +1,8 @@
-"""Where a model's program runs: Monty, or CPython in a locked-down process, as a rule inside bubblewrap.
+"""The tiers in which a model's program runs: Monty, or CPython in a locked-down process, normally inside bubblewrap.
 
-A tier opens a *session* for a program. The session calls the program's functions with plain data and returns plain data;
-what goes wrong is a `Failed` with an outcome. Nothing here knows an expected answer but `check`, whose tests run in a
-sandbox of their own and see the program's functions only from afar.
+A tier opens a *session* for a program. The session calls the program's functions with plain data and returns plain
+data; errors are raised as `Failed` with an outcome. Only `check` knows expected answers: its tests run in a separate
+sandbox and call the program's functions through this process.
 """
 
 import atexit
@@ -23,13 +23,14 @@ from grading.sandbox.messages import NotPlain, decode, encode
 from grading.sandbox.workers import WorkerError, Zygote, wait_for_output
 from grading.sandbox.zygote import PLAIN_EXCEPTIONS
 
-FAILURES = {"timeout", "memory", "crash", "syntax", "missing_entry", "bad_type", "output_limit"}  # that may be reported
+# Outcomes that a program's process may report.
+FAILURES = {"timeout", "memory", "crash", "syntax", "missing_entry", "bad_type", "output_limit"}
 TOO_SLOW = "the program took longer than code_timeout allows"
 MAX_STDOUT_BYTES = 256 * 1024
 TEMPORARY_BYTES = 16 * 2**20
-MAX_IDLE = 16  # servers kept for the next programs
-WALL_FACTOR = 3  # wall time that a program gets for each second of its running time
-NICE = 5  # of what runs long: a third of the processor time of a program that ends at once
+MAX_IDLE = 16  # idle servers to keep for the next programs
+WALL_FACTOR = 3  # seconds of wall time for each second of running time, in the slow lane
+NICE = 5  # in the slow lane: a third of the processor time that a program in the fast lane gets
 PRELOAD = (
     "math", "cmath", "re", "random", "string", "itertools", "functools", "operator", "collections", "heapq", "bisect",
     "statistics", "fractions", "decimal", "datetime", "json", "copy", "dataclasses", "enum", "typing", "textwrap",
@@ -38,31 +39,34 @@ PRELOAD = (
 
 
 class Failed(Exception):
-    """The program failed: `outcome` is a word such as timeout, crash or bad_type; `kind` a built-in exception it raised."""
+    """The program failed. `outcome` is a word such as timeout or crash, `kind` the built-in exception it raised."""
 
     def __init__(self, outcome: str, detail: str, kind: str | None = None):
         super().__init__(f"{outcome}: {detail}")
-        detail = "".join(c if c.isprintable() else "?" for c in detail[:200])  # it may be the program's own text
-        self.outcome, self.detail, self.kind = outcome, detail, kind
+        detail = "".join(c if c.isprintable() else "?" for c in detail[:200])  # may be text from the program
+        self.outcome = outcome
+        self.detail = detail
+        self.kind = kind
 
 
 class Unsupported(Exception):
-    """This tier cannot run the program or its tests, which says nothing about the program."""
+    """This tier cannot run the program or its tests. Says nothing about the program."""
 
 
-def check_with(session, case: Check, run_tests) -> None:
-    """Run test code apart from the program. run_tests(case, call) returns (passed, detail); `call` asks the program.
+def run_check(session, case: Check, run_tests) -> None:
+    """Run test code in isolation from the program. run_tests(case, call) uses `call` and returns (passed, detail).
 
-    Raises Failed where a test fails, Unsupported where the tests never ask the program.
+    Raises Failed if a test fails, Unsupported if the tests never call the program.
     """
-    failures, calls = [], 0
+    failures = []
+    calls = 0
 
     def call(name, args, kwargs):
         nonlocal calls
         calls += 1
         try:
             result = session.call(name, args, kwargs)
-            if "nan" not in case.source and _has_nan(result):  # `not abs(nan - x) > 1e-6` holds
+            if "nan" not in case.source and _has_nan(result):  # `not abs(nan - x) > 1e-6` is true
                 raise Failed("failed", "the program returned nan")
             return result
         except Failed as failure:
@@ -92,19 +96,20 @@ def _has_nan(value) -> bool:
     return isinstance(value, (float, complex)) and value != value
 
 
-# --- CPython in a process of its own
+# --- CPython in a separate process
 
 
 class Process:
-    """CPython in locked-down children of a server process, which as a rule lives in bubblewrap.
+    """CPython in locked-down children of server processes, which normally run inside bubblewrap.
 
-    One server runs one program at a time, so that no program meets another; what it leaves in its folder is removed
-    before the next one, and where that is doubtful the server is remade.
+    A server runs one program at a time, so that programs cannot affect each other. Files that a program leaves behind
+    are removed before the next one starts; if that fails, the server is replaced.
     """
 
     def __init__(self, name: str, make_zygote):
-        self.name, self.make_zygote = name, make_zygote
-        self.idle = {"program": [], "tester": []}  # servers without a job; testers never share one with programs
+        self.name = name
+        self.make_zygote = make_zygote
+        self.idle = {"program": [], "tester": []}  # idle servers; testers never share one with programs
         self.lock = threading.Lock()
 
     def close(self) -> None:
@@ -115,7 +120,7 @@ class Process:
 
     @contextmanager
     def child(self, kind: str, seconds: float, slow: bool, stdio: tuple[int, int] | tuple = ()):
-        """A child of a server that is nobody else's meanwhile. Yields (child, deadline)."""
+        """Yield (child, deadline), with a child of a server that runs nothing else meanwhile."""
         role = "tester" if kind == "tester" else "program"
         zygote = child = None
         healthy = False
@@ -154,22 +159,22 @@ class Process:
         zygote.close()
 
     def _replace(self, role: str) -> None:
-        """Make a server in place of one that was closed, so that no program has to wait for it."""
-        with suppress(WorkerError, RuntimeError, OSError):  # the whole process may be about to end
+        """Start a server in place of a closed one, so that no program has to wait for it."""
+        with suppress(WorkerError, RuntimeError, OSError):  # this process may be about to end
             self._put_back(role, self.make_zygote())
 
     @contextmanager
     def open(self, code: str, seconds: float, slow: bool):
-        """A session in which the program has run. seconds: of processor time; of wall time three times as much."""
+        """Yield a session in which the program has run. seconds: processor time (wall time: 3 times that if slow)."""
         with self.child("program", seconds, slow) as (child, deadline):
             session = _ProcessSession(child, deadline, seconds)
-            session.ask({"run": code})
+            session.request({"run": code})
             yield session
 
     def check(self, case: Check, session, seconds: float, slow: bool) -> None:
         def run_tests(case, call):
             with self.child("tester", seconds, slow) as (tester, deadline):
-                answer = _ask(tester, {"check": case.source, "names": case.names}, deadline)
+                answer = _request_tester(tester, {"check": case.source, "names": case.names}, deadline)
                 while "call" in answer:
                     try:
                         args = [decode(a) for a in answer["args"]]
@@ -183,15 +188,15 @@ class Process:
                     except Failed as failure:
                         reply = {"error": failure.outcome, "detail": failure.detail, "type": failure.kind}
                     try:
-                        answer = _ask(tester, reply, deadline)
-                    except Unsupported:  # what the program returned was too much for the tests
-                        raise Failed("failed", "the tests broke off at what the program returned") from None
+                        answer = _request_tester(tester, reply, deadline)
+                    except Unsupported:  # the returned value crashed the tests' process
+                        raise Failed("failed", "the tests crashed on the value that the program returned") from None
                 return answer.get("passed") is True, str(answer.get("detail", ""))
 
-        check_with(session, case, run_tests)
+        run_check(session, case, run_tests)
 
     def run_script(self, code: str, case: Script, seconds: float, slow: bool) -> str:
-        """The program's standard output."""
+        """Run the program as a script and return its standard output."""
         read_end, write_end = os.pipe()
         child = None
         try:
@@ -202,18 +207,18 @@ class Process:
                     os.close(write_end)
                     write_end = None
                     try:
-                        with suppress(EOFError):  # the program has run before we were done asking
+                        with suppress(EOFError):  # the program ended before it had read the request
                             child.request({"run": code}, deadline, reply=False)
                         output = wait_for_output(read_end, deadline, MAX_STDOUT_BYTES)
                         raise _failure(child.request(None, deadline))
-                    except EOFError:  # it has ended
+                    except EOFError:  # it ended without reporting an error
                         pass
                     except TimeoutError:
                         raise Failed("timeout", TOO_SLOW) from None
                     except ValueError as error:
                         raise Failed("output_limit", str(error)) from None
-            if child.ended["exit"] != 0:
-                raise Failed(*_ending(child.ended, seconds))
+            if child.exit_report["exit"] != 0:
+                raise Failed(*_exit_outcome(child.exit_report, seconds))
             return output.decode("utf-8", "replace")
         finally:
             os.close(read_end)
@@ -223,7 +228,9 @@ class Process:
 
 class _ProcessSession:
     def __init__(self, child, deadline: float, seconds: float):
-        self.child, self.deadline, self.seconds = child, deadline, seconds  # seconds: of processor time
+        self.child = child
+        self.deadline = deadline
+        self.seconds = seconds  # of processor time
 
     def call(self, name: str, args, kwargs: dict | None = None):
         try:
@@ -233,31 +240,31 @@ class _ProcessSession:
                 "kwargs": {k: encode(v) for k, v in (kwargs or {}).items()},
             }
         except NotPlain as error:
-            raise Unsupported(f"the tests pass what cannot travel: {error}") from None
-        answer = self.ask(message)
+            raise Unsupported(f"the tests pass a value that cannot be sent: {error}") from None
+        answer = self.request(message)
         try:
             return decode(answer["ok"])
         except (NotPlain, KeyError, RecursionError):
-            raise Failed("bad_type", "no plain data came back") from None
+            raise Failed("bad_type", "the program did not return plain data") from None
 
-    def ask(self, message: dict) -> dict:
+    def request(self, message: dict) -> dict:
         try:
             answer = self.child.request(message, self.deadline)
         except TimeoutError:
             raise Failed("timeout", TOO_SLOW) from None
         except EOFError:
-            raise Failed(*_ending(self.child.end(), self.seconds)) from None
+            raise Failed(*_exit_outcome(self.child.end(), self.seconds)) from None
         except ValueError as error:
             raise Failed("output_limit", str(error)) from None
         if not isinstance(answer, dict):
-            raise Failed("bad_type", "no plain data came back")
+            raise Failed("bad_type", "the program did not return plain data")
         if "error" in answer:
             raise _failure(answer)
         return answer
 
 
 def _failure(answer) -> Failed:
-    """The failure that a program's process reports; the program may have written the report itself."""
+    """Return the failure that a program's process reports. The program may have forged the report."""
     answer = answer if isinstance(answer, dict) else {}
     outcome, kind = answer.get("error"), answer.get("type")
     outcome = outcome if isinstance(outcome, str) and outcome in FAILURES else "crash"
@@ -265,24 +272,23 @@ def _failure(answer) -> Failed:
     return Failed(outcome, str(answer.get("detail", "")), kind)
 
 
-def _ending(ended: dict, seconds: float) -> tuple[str, str]:
-    """Outcome and detail of a program that ended its process."""
-    if (
-        ended["exit"] == -signal.SIGKILL and ended["cpu"] >= seconds / 2
-    ):  # killed by its limit; the clocks differ a little
+def _exit_outcome(exit_report: dict, seconds: float) -> tuple[str, str]:
+    """Return (outcome, detail) for a program that ended its process."""
+    # Killed at its limit of processor time; the clocks differ a little.
+    if exit_report["exit"] == -signal.SIGKILL and exit_report["cpu"] >= seconds / 2:
         return "timeout", TOO_SLOW
-    how = f"signal {-ended['exit']}" if ended["exit"] < 0 else f"exit status {ended['exit']}"
-    outcome = "killed" if ended["exit"] == -signal.SIGKILL else "crash"
-    return outcome, f"the program ended its process ({how})"
+    status = f"signal {-exit_report['exit']}" if exit_report["exit"] < 0 else f"exit status {exit_report['exit']}"
+    outcome = "killed" if exit_report["exit"] == -signal.SIGKILL else "crash"
+    return outcome, f"the program ended its process ({status})"
 
 
-def _ask(tester, message: dict, deadline: float) -> dict:
+def _request_tester(tester, message: dict, deadline: float) -> dict:
     try:
         answer = tester.request(message, deadline)
     except TimeoutError:
         raise Failed("timeout", "the tests took too long with this program") from None
     except (EOFError, ValueError):
-        raise Unsupported("the tests ended their process") from None
+        raise Unsupported("the tests' process ended") from None
     if not isinstance(answer, dict):
         raise Unsupported("the tests gave no verdict")
     return answer
@@ -295,9 +301,9 @@ BUBBLEWRAP_OPTIONS = """
 """
 
 
-def in_bubblewrap() -> Zygote:
-    """A server process inside bubblewrap: no network, no files but /usr and the interpreter, an own process table."""
-    here = Path(__file__).parent
+def start_in_bubblewrap() -> Zygote:
+    """Start a server in bubblewrap: no network, no files but /usr and the interpreter, own process table."""
+    folder = Path(__file__).parent
     prefixes = {os.path.realpath(p) for p in (sys.base_prefix, sys.base_exec_prefix)} | {sys.base_prefix}
     command = ["bwrap", *BUBBLEWRAP_OPTIONS.split()]
     for name in ("lib", "lib64", "lib32", "bin"):
@@ -311,21 +317,21 @@ def in_bubblewrap() -> Zygote:
     for device in ("null", "zero", "urandom", "random"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     for name in ("zygote.py", "messages.py", "lockdown.py"):
-        command += ["--ro-bind", str(here / name), f"/ponder/{name}"]
+        command += ["--ro-bind", str(folder / name), f"/ponder/{name}"]
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     command += ["--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--"]
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     return Zygote(command, "/ponder/zygote.py", python, ("-S",), PRELOAD, clean=True)
 
 
-def unprotected() -> Zygote:
-    """A server process of this user, with resource limits and, on Linux, the filter of system calls, but all files."""
+def start_unprotected() -> Zygote:
+    """Start a server with this user's rights: all files, but resource limits and, on Linux, the system call filter."""
     home = tempfile.mkdtemp(prefix="ponder-unsafe-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     return Zygote(flags=("-S",), preload=PRELOAD, home=home, clean=True)
 
 
-# What a program must not be able to do. It returns the names of those that it could.
+# A program that attempts everything forbidden and returns the names of the attempts that succeeded.
 _PROBE = """
 import os, socket, ctypes
 def probe():
@@ -352,14 +358,14 @@ def probe():
 
 
 def find_bubblewrap() -> tuple[Process | None, str]:
-    """The bubblewrap tier where it runs here and holds, else None with the reason."""
+    """Return (bubblewrap tier, ""), or (None, reason) if it does not work or does not isolate programs here."""
     from grading.sandbox.lockdown import can_filter
 
     if not shutil.which("bwrap"):
         return None, "bubblewrap (bwrap) is not installed"
     if not can_filter():
-        return None, f"there is no filter of system calls for {platform.system()} on {platform.machine()}"
-    tier = Process("bubblewrap", in_bubblewrap)
+        return None, f"system calls cannot be filtered on {platform.system()} {platform.machine()}"
+    tier = Process("bubblewrap", start_in_bubblewrap)
     try:
         with tier.open(_PROBE, 10.0, slow=False) as session:
             allowed = session.call("probe", ())

@@ -1,7 +1,7 @@
-"""Processes that can be killed: what may hang, crash or eat memory runs in a child with limits, never in this process.
+"""Worker processes: code that may hang, crash or exhaust memory runs in a limited child that can be killed.
 
-`run_in_worker` calls a function on text that nobody vouches for (math-verify, reasoning_gym's graders). `Zygote` is the
-server process that forks such children, here and for the code sandbox (grading/sandbox/code_grader.py).
+`run_in_worker` calls a function on untrusted text (math-verify, reasoning_gym's graders). `Zygote` is the server
+process that forks such children, here and for the code sandbox (grading/sandbox/code_grader.py).
 """
 
 import atexit
@@ -21,18 +21,18 @@ from pathlib import Path
 from grading.base import lock_released
 from grading.sandbox.messages import MAX_MESSAGE_BYTES, receive, send
 
-START_SECONDS = 30.0  # a server may take so long to import what it needs, on a busy machine
-ENDING_SECONDS = 1.0  # a killed child must be gone within
+START_SECONDS = 30.0  # time for a server to import its modules on a busy machine
+ENDING_SECONDS = 1.0  # time for a killed child to end
 
 
 class WorkerError(Exception):
-    """A worker died, ran out of memory or its function raised; or no worker can be made on this machine."""
+    """A worker died or ran out of memory, its function raised, or no worker can be started on this machine."""
 
 
 class Zygote:
     """A server process that forks a locked-down child for each job (grading/sandbox/zygote.py). Linux and macOS.
 
-    wrap: a command that the server runs under, such as bwrap with its arguments. script: its path as seen from there.
+    wrap: a command that the server runs under, such as bwrap and its arguments. script: path of zygote.py inside it.
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class Zygote:
     ):
         if not hasattr(os, "fork") or not hasattr(socket, "send_fds"):
             raise WorkerError("this system cannot fork processes: use Linux, macOS or WSL")
-        self.control, theirs = socket.socketpair()
+        self.control, server_end = socket.socketpair()
         self.lock = threading.Lock()
         options = json.dumps({"preload": list(preload), "path": list(path), "clean": clean})
         script = script or str(Path(__file__).with_name("zygote.py"))
-        command = [*wrap, python, "-s", "-B", *flags, script, str(theirs.fileno()), options]
+        command = [*wrap, python, "-s", "-B", *flags, script, str(server_end.fileno()), options]
         try:
-            self.process = _spawner().submit(_start, command, theirs.fileno(), home).result()
+            self.process = _spawner().submit(_start_process, command, server_end.fileno(), home).result()
         except OSError as error:
             raise WorkerError(f"{command[0]} cannot be started: {error.strerror}") from None
         finally:
-            theirs.close()
+            server_end.close()
         self.control.settimeout(START_SECONDS)
-        self._acknowledged()
+        self._wait_for_acknowledgement()
 
-    def _acknowledged(self) -> None:
+    def _wait_for_acknowledgement(self) -> None:
         try:
             if self.control.recv(1) == b"+":
                 return
@@ -76,32 +76,32 @@ class Zygote:
     def spawn(
         self, kind: str, cpu_seconds: int | None = None, nice: int = 0, stdio: tuple[int, int] | tuple = ()
     ) -> "Child":
-        """A new child of a kind that zygote.py knows. stdio: file descriptors for its standard input and output."""
+        """Start a child of a kind that zygote.py knows. stdio: file descriptors for its standard input and output."""
         job = {"kind": kind, "cpu": cpu_seconds, "nice": nice}
-        report, their_report = socket.socketpair()
-        connection, theirs = socket.socketpair()
+        report, server_report = socket.socketpair()
+        connection, child_connection = socket.socketpair()
         try:
             with self.lock:
-                fds = [their_report.fileno(), theirs.fileno(), *stdio]
+                fds = [server_report.fileno(), child_connection.fileno(), *stdio]
                 socket.send_fds(self.control, [json.dumps(job).encode()], fds)
-                self._acknowledged()
+                self._wait_for_acknowledgement()
         except OSError as error:
             self.close()
-            raise WorkerError(f"the server process has gone: {error.strerror}") from None
+            raise WorkerError(f"the server process has ended: {error.strerror}") from None
         finally:
-            their_report.close()
-            theirs.close()
+            server_report.close()
+            child_connection.close()
         return Child(connection, report)
 
     def close(self) -> None:
-        """End the server and all of its children at once."""
+        """Kill the server and all of its children."""
         self.process.kill()
         self.process.wait()
         self.process.stderr.close()
         self.control.close()
 
 
-def _start(command: list[str], fd: int, home: str | None) -> subprocess.Popen:
+def _start_process(command: list[str], fd: int, home: str | None) -> subprocess.Popen:
     environment = {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": home or "/",
@@ -124,22 +124,23 @@ def _start(command: list[str], fd: int, home: str | None) -> subprocess.Popen:
 
 @functools.cache
 def _spawner() -> ThreadPoolExecutor:
-    """One thread that lives as long as this process: bwrap's --die-with-parent means the thread that started it."""
+    """Return the thread that starts all servers. It never ends, since bwrap's --die-with-parent watches it."""
     return ThreadPoolExecutor(1, thread_name_prefix="spawner")
 
 
 class Child:
-    """One child of a zygote: messages to and fro until it is closed."""
+    """A child of a zygote, which exchanges messages with this process until it ends."""
 
     def __init__(self, connection: socket.socket, report: socket.socket):
-        self.connection, self.report = connection, report
-        self.ended = None  # how it ended, once it has
+        self.connection = connection
+        self.report = report
+        self.exit_report = None  # set once the child has ended
 
     def request(self, message: dict | None, deadline: float, limit: int = MAX_MESSAGE_BYTES + 1024, reply: bool = True):
-        """Send a message (None: send nothing) and return the next one that comes back, or do not wait for it.
+        """Send a message and return the child's next message. message=None only receives, reply=False only sends.
 
-        Raises TimeoutError at the deadline (time.monotonic), EOFError where the child has ended, ValueError for what
-        is no message or longer than `limit` bytes.
+        Raises TimeoutError at the deadline (time.monotonic), EOFError if the child has ended, ValueError if it sent no
+        valid message or more than `limit` bytes.
         """
         try:
             if message is not None:
@@ -152,45 +153,47 @@ class Child:
             raise ValueError("the message is nested too deeply") from None
 
     def end(self) -> dict:
-        """Kill the child if it still runs; how it ended: {exit, cpu (seconds), clean}. TimeoutError where it stays."""
-        if self.ended is None:
-            self.ended = {"exit": -9, "cpu": 0.0, "clean": False}
+        """End the child and return its exit report: {exit, cpu (seconds), clean}. Raise TimeoutError if it survives."""
+        if self.exit_report is None:
+            self.exit_report = {"exit": -9, "cpu": 0.0, "clean": False}
             self.connection.close()
             with self.report, contextlib.suppress(ConnectionError):
                 with contextlib.suppress(OSError):
                     self.report.shutdown(socket.SHUT_WR)
                 self.report.settimeout(ENDING_SECONDS)
-                self.ended = json.loads(self.report.recv(4096) or "null") or self.ended
-        return self.ended
+                self.exit_report = json.loads(self.report.recv(4096) or "null") or self.exit_report
+        return self.exit_report
 
 
 class _Reader:
-    """Reads from a socket up to a deadline and a number of bytes."""
+    """Reads from a socket until a deadline, at most `limit` bytes after the 4 bytes of the length."""
 
     def __init__(self, connection: socket.socket, deadline: float, limit: int):
-        self.connection, self.deadline, self.left = connection, deadline, limit + 4
+        self.connection = connection
+        self.deadline = deadline
+        self.bytes_left = limit + 4
 
     def recv(self, size: int) -> bytes:
         self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
-        part = self.connection.recv(size)
-        self.left -= len(part)
-        if self.left < 0:
+        chunk = self.connection.recv(size)
+        self.bytes_left -= len(chunk)
+        if self.bytes_left < 0:
             raise ValueError("the message is too long")
-        return part
+        return chunk
 
 
 def wait_for_output(fd: int, deadline: float, limit: int) -> bytes:
-    """All that is written to a pipe until its other end closes. TimeoutError at the deadline, ValueError over limit."""
+    """Read a pipe until its other end closes. Raise TimeoutError at the deadline, ValueError above `limit` bytes."""
     data = bytearray()
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     while True:
         if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
             raise TimeoutError
-        part = os.read(fd, 65536)
-        if not part:
+        chunk = os.read(fd, 65536)
+        if not chunk:
             return bytes(data)
-        data += part
+        data += chunk
         if len(data) > limit:
             raise ValueError(f"the program printed over {limit} bytes")
 
@@ -198,28 +201,35 @@ def wait_for_output(fd: int, deadline: float, limit: int) -> bytes:
 # --- functions on untrusted text
 
 
-_idle: dict[tuple, list[Child]] = {}  # children that wait for their next call, by what they have imported
+_idle: dict[tuple, list[Child]] = {}  # children waiting for a call, by preloaded modules
 _idle_lock = threading.Lock()
 MAX_IDLE = 2
 
 
 def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str, ...] = ()):
-    """Call `function`, "module:name", in a child process: 1 GiB of memory, no files written, no network, no processes.
+    """Call `function` in a child process with 1 GiB of memory and without file writes, network or new processes.
 
-    Arguments and result are what JSON can say. timeout: seconds of wall time, after which the child is killed. preload:
-    modules that the server imports once, so that each child has them. From any thread. Raises TimeoutError, or
-    WorkerError where the function raised, the child died, or none can be made.
+    Can be called from any thread. Arguments and result must be JSON values.
+
+    Args:
+        function: "module:name".
+        timeout: Wall time in seconds, after which the child is killed.
+        preload: Modules that the server imports once, so that every child has them.
+
+    Raises:
+        TimeoutError: If the call takes longer than `timeout`.
+        WorkerError: If the function raised, the child died, or no child can be started.
     """
     deadline = time.monotonic() + timeout
     with lock_released():
         message = {"function": function, "args": args}
         child = _idle_child(preload)
-        try:  # the first call waits for the imports: it has what is left of its time, or half a second
+        try:  # the first call also waits for the imports, so it gets at least half a second
             try:
                 answer = child.request(message, max(deadline, time.monotonic() + 0.5))
-            except EOFError:  # it died while it was idle, was killed from outside, or will die again
+            except EOFError:  # the child died while idle, was killed, or will be killed again by this call
                 child.end()
-                child = _fresh_child(preload)
+                child = _new_child(preload)
                 answer = child.request(message, max(deadline, time.monotonic() + 0.5))
         except TimeoutError:
             child.end()
@@ -228,9 +238,9 @@ def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str
             child.end()
             raise WorkerError(f"{function} ended its worker, probably out of memory") from None
         with _idle_lock:
-            waiting_children = _idle.setdefault(preload, [])
-            if len(waiting_children) < MAX_IDLE:
-                waiting_children.append(child)
+            idle_children = _idle.setdefault(preload, [])
+            if len(idle_children) < MAX_IDLE:
+                idle_children.append(child)
                 child = None
         if child:
             child.end()
@@ -240,28 +250,28 @@ def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str
 
 
 def _idle_child(preload: tuple[str, ...]) -> Child:
-    """A child that waits for a call, or else a fresh one."""
+    """Return an idle child, or a new one if there is none."""
     with _idle_lock:
         if _idle.get(preload):
             return _idle[preload].pop()
-    return _fresh_child(preload)
+    return _new_child(preload)
 
 
-def _fresh_child(preload: tuple[str, ...]) -> Child:
+def _new_child(preload: tuple[str, ...]) -> Child:
     server = _function_server(preload)
     try:
         return server.spawn("function")
-    except WorkerError:  # the server has died: a new one, once
-        return _function_server(preload, instead_of=server).spawn("function")
+    except WorkerError:  # the server has died: replace it, once
+        return _function_server(preload, dead_server=server).spawn("function")
 
 
 _servers: dict[tuple[str, ...], Zygote] = {}
 _server_lock = threading.Lock()
 
 
-def _function_server(preload: tuple[str, ...], instead_of: Zygote | None = None) -> Zygote:
-    """The one server that has imported `preload`, started on first need; a new one in place of one that has died."""
+def _function_server(preload: tuple[str, ...], dead_server: Zygote | None = None) -> Zygote:
+    """Return the server that has imported `preload`. Start it if there is none yet or if it is `dead_server`."""
     with _server_lock:
-        if _servers.get(preload) is instead_of:
+        if _servers.get(preload) is dead_server:
             _servers[preload] = Zygote(preload=preload, path=sys.path)
         return _servers[preload]

@@ -1,16 +1,16 @@
-"""The process that forks: it has imported what is needed, and makes a locked-down child for each job in milliseconds.
+"""The forking server: it imports modules once, then forks a locked-down child for each job within milliseconds.
 
     python zygote.py CONTROL_FD OPTIONS      (started by grading/sandbox/workers.py; OPTIONS: {"preload": [modules], "path": [...]})
 
-Four kinds of children, each with a socket to the parent over which messages travel as (length, JSON):
+There are four kinds of children. Each exchanges messages, framed as (length, JSON), with the parent over a socket:
 
     program    runs a model's program and calls its functions:   {"run": code}, {"call": name, "args": [...]}
-    tester     runs tests that are code and ask for such calls:  {"check": code, "names": [...]}
+    tester     runs test code, which requests such calls:        {"check": code, "names": [...]}
     script     runs a program on standard input and output:      {"run": code}
     function   calls trusted functions on untrusted text:        {"function": "module:name", "args": [...]}
 
-A child sends back plain data and decides nothing. Inside the sandbox this file, messages.py and lockdown.py are all
-there is of the project: standard library only.
+A child sends back plain data and makes no decisions. Inside the sandbox, this file, messages.py and lockdown.py are the
+only files of the project: standard library only.
 """
 
 import builtins
@@ -27,7 +27,7 @@ import socket
 import sys
 import types
 
-if __name__ == "__main__":  # started as a script: what it needs of the project lies beside it
+if __name__ == "__main__":  # started as a script: the modules that it needs are in its folder
     import lockdown
     from messages import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
 
@@ -36,34 +36,34 @@ else:
     from grading.sandbox import lockdown
     from grading.sandbox.messages import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
 
-PLAIN_EXCEPTIONS = {  # the built-in ones that are made from one message
+PLAIN_EXCEPTIONS = {  # built-in exceptions that are constructed from one message
     name
     for name, kind in vars(builtins).items()
     if isinstance(kind, type)
     and issubclass(kind, Exception)
     and not name.startswith(("Unicode", "ExceptionGroup", "Stop"))
-}  # without StopIteration: raised into a test, it would end a loop of asserts before the first
+}  # without StopIteration: raised inside a test, it could end a loop over asserts before the first one
 
 
 # --- children
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception in one line, also where its own methods fail."""
+    """Describe an exception in one line, even if its own methods raise."""
     try:
         return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")
     except BaseException:
         return str(type(error).__name__)[:100]
 
 
-def outcome_of(error: BaseException) -> str:
+def error_outcome(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "memory"
     return "syntax" if isinstance(error, (SyntaxError, ValueError)) and error.__traceback__.tb_next is None else "crash"
 
 
 def serve_program(connection: socket.socket) -> None:
-    """Run a program, then call its functions as often as asked."""
+    """Run a program, then call its functions on request."""
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     while True:
@@ -75,7 +75,7 @@ def serve_program(connection: socket.socket) -> None:
             else:
                 answer = call_function(vars(module), message)
         except BaseException as error:
-            answer = {"error": outcome_of(error), "detail": describe_error(error), "type": _builtin_name(error)}
+            answer = {"error": error_outcome(error), "detail": describe_error(error), "type": _builtin_name(error)}
         try:
             send(connection, answer)
         except NotPlain as error:
@@ -97,16 +97,16 @@ def call_function(namespace: dict, message: dict) -> dict:
 
 
 def _builtin_name(error: BaseException) -> str | None:
-    kinds = type(error).__mro__
-    return next((k.__name__ for k in kinds if k.__name__ in PLAIN_EXCEPTIONS and vars(builtins)[k.__name__] is k), None)
+    mro = type(error).__mro__
+    return next((k.__name__ for k in mro if k.__name__ in PLAIN_EXCEPTIONS and vars(builtins)[k.__name__] is k), None)
 
 
 class CallFailed(BaseException):
-    """A call asked for by a test failed in a way that no test may catch."""
+    """A call requested by a test failed in a way that no test may catch."""
 
 
 def serve_tester(connection: socket.socket) -> None:
-    """Run test code; the functions named in the message are asked from the parent, with plain data only."""
+    """Run test code. The functions named in the message are called through the parent, with plain data only."""
     message = receive(connection)
     calls = 0
 
@@ -132,14 +132,15 @@ def serve_tester(connection: socket.socket) -> None:
         exec(compile(message["check"], "<tests>", "exec"), namespace)
         verdict = {"passed": True}
     except BaseException as error:
-        kind = "the test failed" if isinstance(error, AssertionError) else describe_error(error)
-        verdict = {"passed": False, "detail": f"{kind}: {_failing_line(error, message['check'])}".rstrip(": ")}
+        problem = "the test failed" if isinstance(error, AssertionError) else describe_error(error)
+        verdict = {"passed": False, "detail": f"{problem}: {_failing_line(error, message['check'])}".rstrip(": ")}
     send(connection, verdict | {"calls": calls})
 
 
 def _failing_line(error: BaseException, source: str) -> str:
-    """The line of the test code in which an exception came up."""
-    line, trace = None, error.__traceback__
+    """Return the line of the test code that raised an exception."""
+    line = None
+    trace = error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == "<tests>":
             line = trace.tb_lineno
@@ -149,8 +150,8 @@ def _failing_line(error: BaseException, source: str) -> str:
 
 
 def serve_script(connection: socket.socket) -> None:
-    """Run a program as a script; its standard input and output are in place. It ends as a script does: threads are
-    waited for, exit handlers run, and its exit status says how it went."""
+    """Run a program as a script, with standard input and output in place. It ends like a script: threads are joined,
+    exit handlers run, and the exit status tells whether it succeeded."""
     code = receive(connection)["run"]
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
@@ -161,13 +162,13 @@ def serve_script(connection: socket.socket) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        send(connection, {"error": outcome_of(error), "detail": describe_error(error)})
+        send(connection, {"error": error_outcome(error), "detail": describe_error(error)})
         sys.exit(1)
     sys.exit(0)
 
 
 def serve_functions(connection: socket.socket) -> None:
-    """Call functions of the project or a library on text that nobody vouches for."""
+    """Call functions of the project or of a library on untrusted text."""
     while True:
         message = receive(connection)
         module, name = message["function"].split(":")
@@ -184,21 +185,21 @@ def serve_functions(connection: socket.socket) -> None:
 SERVE = {"program": serve_program, "tester": serve_tester, "script": serve_script, "function": serve_functions}
 
 
-def be_child(job: dict, fds: list[int]) -> None:
-    """What a forked child does: give up its rights, then serve. Never returns."""
+def run_child(job: dict, fds: list[int]) -> None:
+    """Run a forked child: give up its rights, then serve its messages. Never returns."""
     try:
         connection_fd, *stdio = fds
         null = os.open(os.devnull, os.O_RDWR)
         stdin, stdout = stdio or (null, null)
-        kept = os.dup2(connection_fd, 100)
+        saved_fd = os.dup2(connection_fd, 100)
         for source, target in ((stdin, 0), (stdout, 1), (null, 2)):
             os.dup2(source, target)
         os.closerange(3, 100)
         os.closerange(101, 1024)
-        connection = socket.socket(fileno=os.dup2(kept, 3))
+        connection = socket.socket(fileno=os.dup2(saved_fd, 3))
         os.close(100)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(signum, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         lockdown.limit_resources(job.get("cpu"), nice=job.get("nice", 0))
         if lockdown.can_filter():
@@ -209,7 +210,7 @@ def be_child(job: dict, fds: list[int]) -> None:
         if job["kind"] == "script":
             raise
     except BaseException:
-        pass  # the parent has gone, or the program has broken what it ran in
+        pass  # the parent has ended, or the program has broken its own process
     os._exit(1)
 
 
@@ -220,7 +221,8 @@ def main() -> None:
     options = json.loads(sys.argv[2])
     lockdown.hide_memory()
     os.environ.pop("PWD", None)
-    control_fd, sys.argv[1:] = int(sys.argv[1]), []
+    control_fd = int(sys.argv[1])
+    sys.argv[1:] = []
     sys.path[:0] = options["path"]
     for module in options["preload"]:
         importlib.import_module(module)
@@ -233,28 +235,26 @@ def main() -> None:
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(alarm)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C in the terminal
     home = os.getcwd() if options.get("clean") else None
-    children = {}  # pid: the socket over which its end is reported
+    children = {}  # pid: the socket that its exit report is sent to
     control.sendall(b"+")
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(wakeup, select.POLLIN)
     while True:
         events = sorted(fd for fd, _ in poll.poll())
-        for fd in [
-            *(fd for fd in events if fd != wakeup),
-            *(fd for fd in events if fd == wakeup),
-        ]:  # no fd closes before
+        # The wakeup pipe comes last, since reaping children closes other descriptors of this list.
+        for fd in [*(fd for fd in events if fd != wakeup), *(fd for fd in events if fd == wakeup)]:
             if fd == control.fileno():
                 data, fds, _, _ = socket.recv_fds(control, 65536, 8)
-                if not data:  # the parent has gone
+                if not data:  # the parent has ended
                     for pid in children:
                         os.kill(pid, signal.SIGKILL)
                     os._exit(0)
                 pid = os.fork()
                 if pid == 0:
-                    be_child(json.loads(data), fds[1:])
+                    run_child(json.loads(data), fds[1:])
                 children[pid] = socket.socket(fileno=fds[0])
                 poll.register(fds[0], select.POLLIN)
                 for other in fds[1:]:
@@ -264,13 +264,13 @@ def main() -> None:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wakeup, 4096)
                 reap(children, poll, home)
-            else:  # the parent does not want this child any more
+            else:  # the parent no longer needs this child
                 poll.unregister(fd)
                 os.kill(next(pid for pid, report in children.items() if report.fileno() == fd), signal.SIGKILL)
 
 
 def reap(children: dict, poll, home: str | None) -> None:
-    """Report the children that have ended, once nothing of them is left."""
+    """Report the children that have ended, after removing the files that they left."""
     while children:
         pid, status, usage = os.wait4(-1, os.WNOHANG)
         if pid == 0:
@@ -279,25 +279,25 @@ def reap(children: dict, poll, home: str | None) -> None:
         with contextlib.suppress(KeyError):
             poll.unregister(report)
         code = os.waitstatus_to_exitcode(status)
-        clean = home is None or empty(home)
+        clean = home is None or remove_contents(home)
         message = {"exit": code, "cpu": usage.ru_utime + usage.ru_stime, "clean": clean}
         with contextlib.suppress(OSError):
             report.sendall(json.dumps(message).encode())
         report.close()
 
 
-def empty(folder: str, most: int = 200) -> bool:
-    """Remove what a child left in its folder. False where it is too much or does not go: then the sandbox is remade."""
+def remove_contents(folder: str, max_entries: int = 200) -> bool:
+    """Remove the files that a child left. Return False if there are too many or removal fails: replace the server."""
     try:
         os.chmod(folder, 0o700)
         names = os.listdir(folder)
-        for name in names[:most]:
+        for name in names[:max_entries]:
             path = os.path.join(folder, name)
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
             else:
                 os.unlink(path)
-        return len(names) <= most
+        return len(names) <= max_entries
     except (OSError, RecursionError):
         return False
 

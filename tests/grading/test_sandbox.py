@@ -1,4 +1,4 @@
-"""The code sandbox: extraction, forms of tests, comparing, and the catalogue of hostile and honest programs."""
+"""The code sandbox: code extraction, forms of tests, comparison, and the catalogue of hostile and honest programs."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from grading.sandbox.messages import NotPlain, decode, encode
 from grading.sandbox.workers import WorkerError, run_in_worker
 
 TIERS = ("monty", "bubblewrap")
-WALL_SECONDS = 3.5  # within which each verdict must be there: 3 s at the default code_timeout, and a margin
+WALL_SECONDS = 3.5  # limit for each verdict: 3 s at the default code_timeout, and a margin
 
 
 # --- the catalogue
@@ -38,22 +38,22 @@ class Verdict(NamedTuple):
 
 
 def judge(case, host) -> Verdict:
-    if case.first:
+    if case.previous:
         with suppress(Ungraded):
-            grade(case.first, host)
-    started = time.perf_counter()
-    more = {"entry_point": case.entry_point, "setup": case.setup, "starter": case.starter, "timeout": case.timeout}
+            grade(case.previous, host)
+    start = time.perf_counter()
+    options = {"entry_point": case.entry_point, "setup": case.setup, "starter": case.starter, "timeout": case.timeout}
     try:
-        score, reason = grade(case.answer, host, case.tests or TESTS, **more)
+        score, reason = grade(case.answer, host, case.tests or TESTS, **options)
     except Ungraded as error:
         score, reason = None, str(error)
-    return Verdict(score, reason.split(":")[0], reason, time.perf_counter() - started)
+    return Verdict(score, reason.split(":")[0], reason, time.perf_counter() - start)
 
 
-def grade(text: str, host, tests=TESTS, **more) -> tuple[float, str]:
+def grade(text: str, host, tests=TESTS, **options) -> tuple[float, str]:
     text = host.fill(text)
     answer = Completion("", text, {}).answer if "<think>" in text else text
-    return grade_code(answer, tests, **more)
+    return grade_code(answer, tests, **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +64,20 @@ def host(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def verdicts(host, request):
-    """tier -> {case: Verdict}: the selected cases of the catalogue, two at a time, once in each tier."""
+    """Return a function tier -> {case: Verdict}. It grades the selected cases once in each tier, two at a time."""
     items = [item for item in request.session.items if hasattr(item, "callspec")]
     selected = {item.callspec.params["case"] for item in items if "case" in item.callspec.params}
     cases = [case for case in [*HOSTILE, *HONEST] if case in selected]
-    done = {}
+    results = {}
 
-    def of(tier):
+    def grade_in_tier(tier):
         skip_without(tier)
-        if tier not in done:
-            with sandbox.only(tier), ThreadPoolExecutor(2) as pool:
-                done[tier] = dict(zip(cases, pool.map(lambda case: judge(case, host), cases)))
-        return done[tier]
+        if tier not in results:
+            with sandbox.use_only_tier(tier), ThreadPoolExecutor(2) as pool:
+                results[tier] = dict(zip(cases, pool.map(lambda case: judge(case, host), cases)))
+        return results[tier]
 
-    return of
+    return grade_in_tier
 
 
 def skip_without(tier):
@@ -87,45 +87,45 @@ def skip_without(tier):
 
 @pytest.mark.parametrize("case", HOSTILE, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_hostile_program_gets_nothing(tier, case, verdicts):
+def test_hostile_program_scores_zero(tier, case, verdicts):
     verdict = verdicts(tier)[case]
     assert verdict.score == 0 or (tier == "monty" and verdict.outcome == "unsupported"), verdict
-    wanted = case.monty if tier == "monty" else case.outcome
-    assert not wanted or verdict.outcome in wanted.split("|"), verdict
+    allowed = case.monty if tier == "monty" else case.outcome
+    assert not allowed or verdict.outcome in allowed.split("|"), verdict
     assert verdict.seconds < WALL_SECONDS, verdict
-    assert verdict.reason.isprintable() and len(verdict.reason) < 1000, verdict  # it goes to the console and to files
+    assert verdict.reason.isprintable() and len(verdict.reason) < 1000, verdict  # it is printed and written to files
 
 
 @pytest.mark.parametrize("case", HONEST, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
-def test_an_honest_program_passes(tier, case, verdicts):
+def test_honest_program_passes(tier, case, verdicts):
     verdict = verdicts(tier)[case]
-    wanted = (case.monty or "passed|unsupported") if tier == "monty" else case.outcome
-    assert verdict.outcome in wanted.split("|"), verdict
+    allowed = (case.monty or "passed|unsupported") if tier == "monty" else case.outcome
+    assert verdict.outcome in allowed.split("|"), verdict
     assert verdict.score == (1.0 if verdict.outcome == "passed" else None)
     assert verdict.seconds < WALL_SECONDS, verdict
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_hostile_programs_leave_no_trace_and_a_sound_judge(tier, verdicts, host):
+def test_hostile_programs_leave_no_traces_and_an_intact_grader(tier, verdicts, host):
     verdicts(tier)
     assert host.traces() == []
-    with sandbox.only(tier):
+    with sandbox.use_only_tier(tier):
         for _ in range(3):
             assert grade_code(RIGHT, TESTS)[0] == 1.0
             assert grade_code(RIGHT.replace("4", "5"), TESTS)[0] == 0.0
 
 
-def test_the_catalogue_is_whole():
+def test_catalogue_is_complete():
     assert len(HOSTILE) >= 105 and len(HONEST) >= 10 and len(FAMILIES) >= 10
     names = [str(case) for case in [*HOSTILE, *HONEST]]
     assert len(set(names)) == len(names)
 
 
-def test_honest_programs_among_hostile_ones(host):
-    """What runs at the same time as a program that dies, floods or fills the folder gets its own verdict."""
+def test_honest_programs_pass_next_to_hostile_ones(host):
+    """A program that dies, floods or fills the folder does not change the verdict of one that runs at the same time."""
     neighbours = [case for case in HOSTILE if case.family in ("neighbours", "forging the channel", "processes")]
-    honest = [case for case in HONEST if case.score == 1 and not case.first and case.monty == "unsupported"]
+    honest = [case for case in HONEST if case.score == 1 and not case.previous and case.monty == "unsupported"]
     if "bubblewrap" not in sandbox.available():
         honest = [case for case in HONEST if case.monty == "passed"]
     cases = [case for pair in zip(neighbours, honest * len(neighbours)) for case in pair]
@@ -135,7 +135,7 @@ def test_honest_programs_among_hostile_ones(host):
     assert [v for case, v in zip(cases, verdicts) if case.score == 1 and v.score != 1] == []
 
 
-# --- what an answer's program is
+# --- the program in an answer
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_honest_programs_among_hostile_ones(host):
         ("", ""),
     ],
 )
-def test_extract_code(answer, code):
+def test_extracts_code(answer, code):
     assert extract_code(answer) == code
 
 
@@ -171,9 +171,9 @@ def test_right_and_wrong_programs():
     assert grade_code("", TESTS)[0] == 0.0
 
 
-def test_what_monty_cannot_run_is_ungraded_there_and_runs_in_bubblewrap():
+def test_program_that_monty_cannot_run_is_ungraded_there_and_runs_in_bubblewrap():
     programs = "def f(x):\n    yield x\n", "import heapq\ndef f(x):\n    return 21"
-    with sandbox.only("monty"):
+    with sandbox.use_only_tier("monty"):
         for program in programs:
             with pytest.raises(Ungraded, match="unsupported.*cannot run"):
                 grade_code(program, TESTS)
@@ -188,13 +188,13 @@ def test_what_monty_cannot_run_is_ungraded_there_and_runs_in_bubblewrap():
         "ImportError(\"No module named 'heapq'\")",
     ],
 )
-def test_a_program_cannot_declare_itself_ungraded(error):
-    with sandbox.only("monty"):
+def test_program_cannot_declare_itself_ungraded(error):
+    with sandbox.use_only_tier("monty"):
         assert grade_code(f"def f(x):\n    raise {error}", TESTS)[0] == 0.0
 
 
-def test_a_tier_that_is_missing_is_named():
-    with pytest.raises(ValueError, match="tier docker is not available"), sandbox.only("docker"):
+def test_names_a_missing_tier():
+    with pytest.raises(ValueError, match="tier docker is not available"), sandbox.use_only_tier("docker"):
         pass
 
 
@@ -214,40 +214,40 @@ print(grade_code(program, tests))
 """
 
 
-def test_without_bubblewrap_nothing_runs_unprotected_unless_a_person_asks():
-    """What a machine without the command bwrap does, in a process of its own."""
+def test_without_bubblewrap_nothing_runs_unprotected_unless_unsafe_is_set():
+    """The command bwrap is hidden, in a separate process."""
     command = [sys.executable, "-c", WITHOUT_BUBBLEWRAP]
-    found, ungraded, asked, graded = subprocess.check_output(command, text=True).splitlines()
-    assert found.startswith("monty | ") and "not installed" in found
+    default_tiers, ungraded, unsafe_tiers, graded = subprocess.check_output(command, text=True).splitlines()
+    assert default_tiers.startswith("monty | ") and "not installed" in default_tiers
     assert ungraded.startswith("unsupported")
-    assert asked.startswith("monty unprotected | ") and "UNPROTECTED" in asked
+    assert unsafe_tiers.startswith("monty unprotected | ") and "UNPROTECTED" in unsafe_tiers
     assert graded.startswith("(1.0, 'passed")
 
 
-def test_a_sandbox_that_does_not_hold_is_not_taken(monkeypatch):
+def test_rejects_a_sandbox_that_does_not_isolate(monkeypatch):
     skip_without("bubblewrap")
-    monkeypatch.setattr(tiers, "in_bubblewrap", tiers.unprotected)
-    tier, why = tiers.find_bubblewrap()
-    assert tier is None and "a program could" in why and "read the password file" in why
+    monkeypatch.setattr(tiers, "start_in_bubblewrap", tiers.start_unprotected)
+    tier, reason = tiers.find_bubblewrap()
+    assert tier is None and "a program could" in reason and "read the password file" in reason
 
 
-def test_the_time_of_a_program_can_be_set():
+def test_code_timeout_limits_the_running_time():
     sandbox.start(code_timeout=0.2)
     try:
-        started = time.perf_counter()
+        start = time.perf_counter()
         assert grade_code("def f(x):\n    while True: pass", TESTS)[1].startswith("timeout")
-        assert time.perf_counter() - started < 1.5
+        assert time.perf_counter() - start < 1.5
     finally:
         sandbox.start()
 
 
-def test_the_tier_that_had_the_last_word_is_counted():
-    before = sandbox.decided["monty"]
+def test_counts_the_tier_that_decided_the_verdict():
+    before = sandbox.graded_by_tier["monty"]
     grade_code(RIGHT, TESTS)
-    assert sandbox.decided["monty"] == before + 1
+    assert sandbox.graded_by_tier["monty"] == before + 1
 
 
-# --- plain data and comparing
+# --- plain data and comparison
 
 
 SCALARS = (
@@ -276,12 +276,12 @@ TAGS = ["tuple", "set", "frozenset", "dict", "bytes", "bytearray", "complex", "i
 
 
 @given(PLAIN)
-def test_plain_data_travels_unchanged(value):
+def test_plain_data_is_unchanged_by_encoding(value):
     assert is_same(decode(json.loads(json.dumps(encode(value)))), value)
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_any_plain_value_passes_through_a_program(tier):
+def test_plain_values_pass_through_a_program(tier):
     skip_without(tier)
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -289,7 +289,7 @@ def test_any_plain_value_passes_through_a_program(tier):
     def check(value):
         assert grade_code("def f(x):\n    return x", [f"assert f({value!r}) == {value!r}"])[0] == 1.0
 
-    with sandbox.only(tier):
+    with sandbox.use_only_tier(tier):
         check()
 
 
@@ -300,8 +300,8 @@ def test_any_plain_value_passes_through_a_program(tier):
         max_leaves=20,
     )
 )
-def test_any_json_is_plain_data_or_an_error(value):
-    """What a forged message may hold."""
+def test_decodes_any_json_or_raises_not_plain(value):
+    """A forged message may hold any JSON value."""
     try:
         decode(value)
     except NotPlain:
@@ -319,7 +319,7 @@ def test_any_json_is_plain_data_or_an_error(value):
         (1 + 1e-9j, 1 + 0j, True), (1 + 1j, 1 + 0j, False), (b"a", "a", False), (frozenset({1}), {1}, False),
     ],
 )  # fmt: skip
-def test_same_by_exact_type(result, expected, same):
+def test_is_same_compares_types_and_values(result, expected, same):
     assert is_same(result, expected) is same
 
 
@@ -332,14 +332,14 @@ def test_same_by_exact_type(result, expected, same):
         ("inf", "1e999", False), ("0.5.", "0.5", False), ("\u0661.0", "1.0", False), ("2", "2.0", True),
     ],
 )  # fmt: skip
-def test_same_output(output, expected, same):
+def test_compare_output(output, expected, same):
     assert (compare_output(output, expected) == "") is same
 
 
-# --- tests of a row
+# --- the tests of a row
 
 
-def test_the_forms_of_tests():
+def test_parses_the_forms_of_tests():
     calls = parse_tests(["assert f(1, [2]) == 3\nassert g('a') == (1,)"])
     assert calls == (Call("f", (1, [2]), 3), Call("g", ("a",), (1,)))
     (check,) = parse_tests(["import math\nassert math.isclose(f(1), 2.5)"])
@@ -352,7 +352,7 @@ def test_the_forms_of_tests():
     assert isinstance(check, Check) and check.names == ("f",)
 
 
-def test_tests_that_cannot_be_run_are_errors_not_passes():
+def test_refuses_tests_that_cannot_run_or_fail():
     for bad in ((), ("",), ("f(3) == 2",), ("assert (",), ("assert 1 == 1",), ("x = 1",), "", "assert True", 5, None):
         with pytest.raises(ValueError):
             parse_tests(bad)
@@ -380,7 +380,7 @@ def test_tests_that_cannot_be_run_are_errors_not_passes():
 # --- functions in worker processes
 
 
-def test_a_function_in_a_worker():
+def test_run_in_worker():
     assert run_in_worker("builtins:sorted", [3, 1, 2]) == [1, 2, 3]
     with pytest.raises(WorkerError, match="ValueError"):
         run_in_worker("builtins:int", "x")
@@ -392,9 +392,9 @@ def test_a_function_in_a_worker():
         run_in_worker("os:fork")
     with pytest.raises(WorkerError):
         run_in_worker("os:_exit", 0)
-    started = time.perf_counter()
+    start = time.perf_counter()
     with pytest.raises(TimeoutError, match="time:sleep"):
         run_in_worker("time:sleep", 60, timeout=0.3)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - start < 1
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda i: run_in_worker("builtins:abs", -i), range(40))) == list(range(40))

@@ -1,4 +1,4 @@
-"""Where programs run: what a pass in Monty is worth, which block is the program, and a bubblewrap that may not run."""
+"""The sandbox's tiers: when a pass in Monty counts, which block is the program, and a bubblewrap that does not run."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from grading import Ungraded, grade_code
-from grading.sandbox.code_grader import _may_differ, available, extract_code, only
+from grading.sandbox.code_grader import _may_differ, available, extract_code, use_only_tier
 from grading.sandbox.workers import run_in_worker
 
 
@@ -21,10 +21,10 @@ from grading.sandbox.workers import run_in_worker
         ("def f(x):\n    g = map\n    return g(str, x)", "assert f([1]) == ['1']"),
     ],
 )
-def test_what_only_monty_takes_for_right_does_not_pass(program, test):
-    """Its sets keep their order, its generators are lists."""
+def test_program_that_is_right_in_monty_only_does_not_pass(program, test):
+    """In Monty, sets keep their order and generators are lists."""
     for tier in available():
-        with only(tier):
+        with use_only_tier(tier):
             try:
                 assert grade_code(program, [test])[0] == 0.0
             except Ungraded:
@@ -46,7 +46,7 @@ def test_what_only_monty_takes_for_right_does_not_pass(program, test):
         ("def f(x:", True),
     ],
 )
-def test_where_monty_is_believed(program, differs):
+def test_may_differ(program, differs):
     assert _may_differ(program) is differs
 
 
@@ -60,33 +60,33 @@ def test_where_monty_is_believed(program, differs):
         ("```python\nf = abs\n```\n```text\nwe def f\n```", ["f"], "f = abs"),
     ],
 )  # fmt: skip
-def test_the_block_that_was_asked_for(answer, names, code):
+def test_extracts_the_block_that_defines_the_names(answer, names, code):
     assert extract_code(answer, names) == code
 
 
-def test_a_bubblewrap_that_may_not_run_is_said_and_done_without(tmp_path):
+def test_reports_a_bubblewrap_that_does_not_run_and_uses_monty(tmp_path):
     bwrap = tmp_path / "bwrap"
     bwrap.write_text("#!/bin/sh\necho 'No permissions to create a new namespace' >&2\nexit 1\n")
     bwrap.chmod(0o755)
     code = "from grading import sandbox; print(sandbox.describe()); print(sandbox.grade_code('def f(x): return x', ['assert f(1) == 1']))"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
     )
-    assert done.stderr == "" and "in Monty alone: bubblewrap does not run here" in done.stdout
-    assert "No permissions" in done.stdout and "(1.0, 'passed: all tests')" in done.stdout
+    assert result.stderr == "" and "bubblewrap does not run here" in result.stdout
+    assert "No permissions" in result.stdout and "(1.0, 'passed: all tests')" in result.stdout
 
 
-def test_a_worker_that_died_while_idle_is_replaced():
+def test_replaces_a_worker_that_died_while_idle():
     pid = run_in_worker("os:getpid", preload=("math",))
     os.kill(pid, 9)
     assert run_in_worker("math:sqrt", 4.0, preload=("math",)) == 2.0
 
 
-def test_a_slow_pass_in_monty_is_worth_no_more():
-    """What passes only on the second try, with all its time, is held to the same."""
+def test_slow_pass_in_monty_is_held_to_the_same_rules():
+    """The program passes only on the second try, with its full time."""
     program = "def f(x):\n    n = 0\n    for i in range(600000):\n        n += i\n    return (y * 2 for y in x)"
-    with only("monty"), pytest.raises(Ungraded, match="an iterator or a set"):
+    with use_only_tier("monty"), pytest.raises(Ungraded, match="an iterator or a set"):
         grade_code(program, ["assert f([1, 2]) == [2, 4]"], timeout=5.0)

@@ -1,7 +1,7 @@
-"""The catalogue: programs that try to cheat their judge or to harm its machine, and honest ones that must pass.
+"""A catalogue of programs that try to cheat the grader or harm its machine, and of honest programs that must pass.
 
-Each is data for a test or a benchmark, to be given to `grading.grade_code` and never to be run otherwise. The families
-are those of the sandbox's specification, and three for the forms that tests can have: scripts, checks, asserts.
+Each case is data for a test or benchmark. Pass it to `grading.grade_code`; never run it in any other way. The families
+follow the sandbox's specification, plus one for each form of tests: scripts, checks, asserts.
 """
 
 from hostile import channel, forms, harness, honest, lies, processes, resources, world

@@ -1,4 +1,4 @@
-"""What a case of the catalogue is, and what several of its programs share."""
+"""The class of a catalogue case, and texts that several programs share."""
 
 import os
 import textwrap
@@ -12,18 +12,18 @@ def check(candidate):
     assert candidate(-1) == 9
     assert abs(candidate(0) - 12) < 1e-6
 """
-MARK = f"canary-{os.getpid()}"  # in the name of everything that a program leaves behind, so that it can be found
+MARK = f"canary-{os.getpid()}"  # part of the name of everything that a program leaves behind, to find it
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One answer with its tests and the verdict that it must get.
+    """An answer with its tests and the verdict that it must get.
 
-    In `answer` and `first`, places like @HOME@ are filled in (`host.Host.places`). A hostile answer gets 0, in Monty
-    alone it may also be ungraded.
+    In `answer` and `previous`, placeholders such as @HOME@ are replaced (`host.Host.placeholders`). A hostile answer
+    must score 0; in the Monty tier it may also be ungraded.
     """
 
-    family: str  # as in the catalogue's table
+    family: str  # the kind of attack
     name: str
     answer: str
     tests: list | str = None  # None: TESTS
@@ -31,23 +31,23 @@ class Case:
     setup: str = ""
     starter: str = ""
     score: float = 0.0  # 1.0: an honest program
-    outcome: str = ""  # what CPython in bubblewrap must say, words separated by |; "": any outcome but a pass
-    monty: str = ""  # what Monty must say where that matters; "unsupported": it cannot run an honest program
-    first: str = ""  # a program that is graded just before, in the same tier
-    timeout: float = 0.4  # seconds of processor time; three times as long by the clock
+    outcome: str = ""  # outcomes allowed in bubblewrap, separated by |; "": any except passed
+    monty: str = ""  # outcomes allowed in Monty, if it matters; "unsupported": Monty cannot run it
+    previous: str = ""  # a program that is graded just before this one in the same tier
+    timeout: float = 0.4  # seconds of processor time (wall time: three times as much)
 
     def __str__(self):
         return f"{self.family}: {self.name}"
 
 
-def attack(body: str, *, first: str = "") -> str:
-    """A program that is right only where all of `body` worked; an exception in it means that the attack failed."""
+def attack(body: str, *, header: str = "") -> str:
+    """Return a program that is right only if all of `body` succeeds: an exception means that the attack failed."""
     body = textwrap.indent(body.strip(), "    ")
-    return f"{first}\nwon = False\ntry:\n{body}\n    won = True\nexcept BaseException:\n    pass\n" + (
+    return f"{header}\nwon = False\ntry:\n{body}\n    won = True\nexcept BaseException:\n    pass\n" + (
         "def f(x):\n    return (x + 4) * 3 if won else 0\n"
     )
 
 
-def in_function(body: str, *, first: str = "") -> str:
-    """A program whose function does something hostile and returns 0."""
-    return f"{first}\ndef f(x):\n{textwrap.indent(body.strip(), '    ')}\n    return 0\n"
+def in_function(body: str, *, header: str = "") -> str:
+    """Return a program whose function runs a hostile body and returns 0."""
+    return f"{header}\ndef f(x):\n{textwrap.indent(body.strip(), '    ')}\n    return 0\n"

@@ -13,8 +13,8 @@ print(*[sum(values[: i + 1]) for i in range(n)])
 """
 
 
-def script(name, program, tests=IO_TESTS, **more):
-    return Case("scripts", name, program, tests, **more)
+def script(name, program, tests=IO_TESTS, **options):
+    return Case("scripts", name, program, tests, **options)
 
 
 check = partial(Case, "checks", entry_point="f")
@@ -23,31 +23,33 @@ asserts = partial(Case, "asserts")
 SCRIPTS = [
     script("only the first line", "n = input()\nprint(sum(map(int, input().split())))", outcome="failed"),
     script("extra lines", RIGHT_SCRIPT + "print('done')", outcome="failed"),
-    script("an empty line between", RIGHT_SCRIPT.replace("print(*", "print()\nprint(*"), outcome="failed"),
+    script("an extra empty line", RIGHT_SCRIPT.replace("print(*", "print()\nprint(*"), outcome="failed"),
     script("wrong trailing output", RIGHT_SCRIPT.replace("print(*", "print(0, *"), outcome="failed"),
     script(
         "both lines in one", RIGHT_SCRIPT.replace("print(sum(values))", "print(sum(values), end=' ')"), outcome="failed"
     ),
     script("a prompt on standard output", RIGHT_SCRIPT.replace("input()", "input('n? ')"), outcome="failed"),
     script("no output", "pass", outcome="failed"),
-    script("every number there is", "print(*range(1000))\nprint(*range(1000))", outcome="failed"),
-    script("the input again", "import sys\nprint(sys.stdin.read())", outcome="failed"),
+    script("every number below 1,000", "print(*range(1000))\nprint(*range(1000))", outcome="failed"),
+    script("echo of the input", "import sys\nprint(sys.stdin.read())", outcome="failed"),
     script("sys.exit(0) without output", "import sys\nsys.exit(0)", outcome="failed"),
-    script("os._exit(0) before the output is out", RIGHT_SCRIPT + "import os\nos._exit(0)", outcome="failed"),
-    script("an error after right output", RIGHT_SCRIPT + "raise ValueError", outcome="crash"),
-    script("a status after right output", RIGHT_SCRIPT + "import sys\nsys.exit(1)", outcome="crash"),
-    script("a status in words after right output", RIGHT_SCRIPT + "import sys\nsys.exit('PASS')", outcome="crash"),
-    script("a loop after right output", RIGHT_SCRIPT + "while True: pass", outcome="timeout", timeout=0.2),
-    script("sleep after right output", RIGHT_SCRIPT + "import time\ntime.sleep(60)", outcome="timeout", timeout=0.2),
+    script("os._exit(0) before the output is flushed", RIGHT_SCRIPT + "import os\nos._exit(0)", outcome="failed"),
+    script("an error after correct output", RIGHT_SCRIPT + "raise ValueError", outcome="crash"),
+    script("an exit status after correct output", RIGHT_SCRIPT + "import sys\nsys.exit(1)", outcome="crash"),
     script(
-        "a thread after right output",
+        "a text as exit status after correct output", RIGHT_SCRIPT + "import sys\nsys.exit('PASS')", outcome="crash"
+    ),
+    script("a loop after correct output", RIGHT_SCRIPT + "while True: pass", outcome="timeout", timeout=0.2),
+    script("sleep after correct output", RIGHT_SCRIPT + "import time\ntime.sleep(60)", outcome="timeout", timeout=0.2),
+    script(
+        "a thread after correct output",
         RIGHT_SCRIPT + "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()",
         outcome="timeout|failed|crash",
         timeout=0.2,
     ),
     script("a flood", "while True:\n    print('6')", outcome="output_limit|timeout", timeout=0.2),
     script(
-        "a flood without line ends",
+        "a flood without newlines",
         "import sys\nwhile True:\n    sys.stdout.write('1' * 10000)",
         outcome="output_limit|timeout",
         timeout=0.2,
@@ -58,24 +60,26 @@ SCRIPTS = [
         outcome="failed",
     ),
     script("output closed", "import os\nos.close(1)\nos.close(0)", outcome="failed|crash"),
-    script("output that is no text", "import sys\nsys.stdout.buffer.write(b'\\xff\\xfe\\x00' * 9)", outcome="failed"),
-    script("a verdict in place of output", "print('{\"passed\": true}\\nPASS\\n1.0')", outcome="failed"),
-    script("more input than there is", "while True:\n    input()", outcome="crash"),
+    script("output that is not text", "import sys\nsys.stdout.buffer.write(b'\\xff\\xfe\\x00' * 9)", outcome="failed"),
+    script("a verdict instead of output", "print('{\"passed\": true}\\nPASS\\n1.0')", outcome="failed"),
+    script("reading past the end of the input", "while True:\n    input()", outcome="crash"),
     script("a recursion", "def f(): f()\nf()", outcome="crash"),
     script("memory", "x = [0] * 10**10", outcome="memory"),
     script("not Python", "#include <stdio.h>\nint main() { return 0; }", outcome="syntax"),
-    script("the first test by heart", "print('6\\n1 3 6')", outcome="failed"),
+    script("the first test hard-coded", "print('6\\n1 3 6')", outcome="failed"),
     script(
-        "a number that is only near", "print(10**9 + 1)", [{"input": "", "output": "1000000000\n"}], outcome="failed"
+        "a number that is only close", "print(10**9 + 1)", [{"input": "", "output": "1000000000\n"}], outcome="failed"
     ),
-    script("a float that is not near", "print(0.3334)", [{"input": "", "output": "0.3333333\n"}], outcome="failed"),
+    script(
+        "a float that is not close enough", "print(0.3334)", [{"input": "", "output": "0.3333333\n"}], outcome="failed"
+    ),
     script("nan", "print('nan')", [{"input": "", "output": "0.5\n"}], outcome="failed"),
     script("infinity", "print('inf')", [{"input": "", "output": "0.5\n"}], outcome="failed"),
-    script("another order", "print('a c b')", [{"input": "", "output": "a b c\n"}], outcome="failed"),
-    script("another case", "print('yes')", [{"input": "", "output": "YES\n"}], outcome="failed"),
+    script("a different order", "print('a c b')", [{"input": "", "output": "a b c\n"}], outcome="failed"),
+    script("a different case", "print('yes')", [{"input": "", "output": "YES\n"}], outcome="failed"),
     script("numbers without spaces", "print('123')", [{"input": "", "output": "1 2 3\n"}], outcome="failed"),
     script(
-        "what the program is told of the tests",
+        "searching memory for the tests",
         """
 import gc, sys
 for thing in gc.get_objects():
@@ -118,53 +122,53 @@ CHECKS = [
         in_function("raise [StopAsyncIteration, GeneratorExit][x % 2]"),
         MAP_CHECK,
     ),
-    check("AssertionError of its own", in_function("raise AssertionError"), CHECK),
+    check("AssertionError in the program", in_function("raise AssertionError"), CHECK),
     check(
         "an error that the check does not expect",
         "def f(x):\n    if x == 3: return 21\n    raise TypeError",
         RAISES_CHECK,
     ),
-    check("no error where one is expected", "def f(x):\n    return 21", RAISES_CHECK, outcome="failed"),
+    check("no error although one is expected", "def f(x):\n    return 21", RAISES_CHECK, outcome="failed"),
     check(
-        "SystemExit where an error is expected",
+        "SystemExit instead of the expected error",
         "def f(x):\n    if x == 3: return 21\n    raise SystemExit(0)",
         RAISES_CHECK,
     ),
     check(
-        "a kind of error with a forged name",
+        "an exception class with a forged name",
         "def f(x):\n    if x == 3: return 21\n    raise type('ValueError', (BaseException,), {})",
         RAISES_CHECK,
     ),
     check(
-        "changing the argument that the check compares with",
+        "changing the argument that the check uses for comparison",
         "def f(x):\n    x[:] = []\n    return []",
         "def check(candidate):\n    for x in ([3, 1], [2]):\n        assert candidate(x) == sorted(x)\n",
     ),
     check(
-        "a value that is a list only once",
+        "a list with a lying __getitem__",
         "class L(list):\n    def __eq__(self, o): return True\n    def __getitem__(self, i): return 21\n"
         "def f(x):\n    return L([0])",
         "def check(candidate):\n    assert candidate(3)[0] == 21\n",
     ),
     check(
-        "a value whose length lies",
+        "a list with a lying length",
         "class L(list):\n    def __len__(self): return 3\ndef f(x):\n    return L()",
         "def check(candidate):\n    assert len(candidate(3)) == 3\n",
     ),
     check(
-        "a value whose difference lies",
+        "a float with a lying difference",
         "class F(float):\n    def __sub__(self, o): return 0.0\n    def __abs__(self): return 0.0\n"
         "    def __lt__(self, o): return True\ndef f(x):\n    return F(5)",
         CHECK,
     ),
     check(
-        "a hash that lies",
+        "a string with a lying hash",
         "class S(str):\n    def __hash__(self): return hash('a')\n    def __eq__(self, o): return True\n"
         "def f(x):\n    return S('b')",
         "def check(candidate):\n    assert candidate(3) in {'a': 1}\n    assert {'a': 1}[candidate(3)]\n",
     ),
     check(
-        "random answers until one fits",
+        "random answers",
         "import random\ndef f(x):\n    return random.choice([0, 21, 9, 12])",
         "def check(candidate):\n    assert [candidate(3) for _ in range(40)] == [21] * 40\n",
     ),
@@ -186,7 +190,7 @@ CHECKS = [
         timeout=0.2,
     ),
     check(
-        "the right answer only to the first call",
+        "the right answer to the first call only",
         "n = [0]\ndef f(x):\n    n[0] += 1\n    return 21 if n[0] == 1 else 0",
         CHECK,
         outcome="failed",
@@ -200,16 +204,18 @@ CHECKS = [
 
 ASSERTS = [
     asserts("and", in_function("return 21"), ["assert f(3) == 21 and f(-1) == 9"]),
-    asserts("a comparison the other way round", in_function("return 0"), ["assert 21 == f(3)"], outcome="failed"),
+    asserts("a reversed comparison", in_function("return 0"), ["assert 21 == f(3)"], outcome="failed"),
     asserts("is None", in_function("return 'None'"), ["assert f(3) is None"]),
     asserts("is True", in_function("return 1"), ["assert f(3) is True"]),
     asserts(
-        "a truth", "class Yes:\n    def __bool__(self): return True\n" + in_function("return Yes()"), ["assert f(3)"]
+        "a truth value",
+        "class Yes:\n    def __bool__(self): return True\n" + in_function("return Yes()"),
+        ["assert f(3)"],
     ),
     asserts(
         "not", "class No:\n    def __bool__(self): return False\n" + in_function("return No()"), ["assert not f(3)"]
     ),
-    asserts("a difference", in_function("return float('nan')"), ["assert abs(f(3) - 21) < 1e-6"]),
+    asserts("a difference to the result", in_function("return float('nan')"), ["assert abs(f(3) - 21) < 1e-6"]),
     asserts("isclose", in_function("return 22"), ["assert math.isclose(f(3), 21)"], setup="import math"),
     asserts("a set of the result", in_function("return [1, 2, 4]"), ["assert set(f(3)) == {1, 2}"]),
     asserts("sorted", in_function("return [2, 2]"), ["assert sorted(f(3)) == [1, 2]"]),
@@ -217,8 +223,8 @@ ASSERTS = [
     asserts(
         "a tuple that is always true", in_function("return 0"), ["assert f(3) == 21", "assert (f(3) == 21) == True"]
     ),
-    asserts("arguments by name", in_function("return 0"), ["assert f(x=3) == 21"]),
-    asserts("a call of a call", in_function("return x + 1"), ["assert f(f(3)) == 87"]),
+    asserts("keyword arguments", in_function("return 0"), ["assert f(x=3) == 21"]),
+    asserts("a nested call", in_function("return x + 1"), ["assert f(f(3)) == 87"]),
     asserts(
         "a helper of the setup redefined",
         "def double(x): return 21\n" + in_function("return 3"),

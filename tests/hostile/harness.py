@@ -1,4 +1,4 @@
-"""Attacks on the harness: patching it, and stealing the answers."""
+"""Attacks on the test harness: patching it, and stealing the expected answers."""
 
 from functools import partial
 
@@ -335,7 +335,7 @@ assert "@SECRET@" in open("@HOME@/secret.txt").read()
 """),
     ),
     stealing(
-        "any file of the user's",
+        "any file of the user",
         attack("""
 import os
 assert any(map(os.path.exists, ("@HOME@", "@PROJECT@/README.md", "@PROJECT@/tests")))
@@ -344,7 +344,7 @@ assert any(map(os.path.exists, ("@HOME@", "@PROJECT@/README.md", "@PROJECT@/test
     stealing("/etc/shadow", attack("open('/etc/shadow').read()")),
     stealing("the machine's name", attack("import os\nassert os.uname().nodename == '@HOST@'")),
     stealing(
-        "hidden tests on disk",
+        "the tests on disk",
         SEARCH
         + """
 def f(x):
@@ -371,7 +371,7 @@ import grading
 """),
     ),
     stealing(
-        "out through an open descriptor",
+        "a folder outside through an open descriptor",
         attack("""
 import os
 folders = []
@@ -384,7 +384,7 @@ for fd in range(256):
 assert folders
 """),
     ),
-    stealing("echo of the arguments", "def f(*args):\n    return args[0]", ["assert f(3) == 21"], outcome="failed"),
+    stealing("returning the arguments", "def f(*args):\n    return args[0]", ["assert f(3) == 21"], outcome="failed"),
     stealing(
         "argv and the command line",
         SEARCH

@@ -1,4 +1,4 @@
-"""Honest programs: these must pass, in Monty unless it lacks what they use."""
+"""Honest programs, which must pass: in bubblewrap, and in Monty unless it lacks a feature that they use."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ def f(x): return 0
 CASES = [
     honest("a small function", RIGHT, monty="passed"),
     honest("prints", 'def f(x):\n    print("working on", x)\n    return (x + 4) * 3\nprint("ready")', monty="passed"),
-    honest("very many prints", "def f(x):\n    for i in range(5000):\n        print(i)\n    return (x + 4) * 3"),
+    honest("many prints", "def f(x):\n    for i in range(5000):\n        print(i)\n    return (x + 4) * 3"),
     honest("text around a fence", f"Add four, then:\n```python\n{RIGHT}```\nThat is **all**.", monty="passed"),
     honest("an unclosed fence", f"```python\n{RIGHT}", monty="passed"),
     honest(
@@ -37,8 +37,10 @@ CASES = [
         "1. Add four:\n\n   ```python\n   def f(x):\n       return (x + 4) * 3\n   ```\n\n2. Done.",
         monty="passed",
     ),
-    honest("the line ends of Windows", RIGHT.replace("\n", "\r\n")),
-    honest("a comment in another script", "# -*- coding: utf-8 -*-\n# Größe, 大きさ, размер\n" + RIGHT, monty="passed"),
+    honest("Windows line ends", RIGHT.replace("\n", "\r\n")),
+    honest(
+        "a comment in other alphabets", "# -*- coding: utf-8 -*-\n# Größe, 大きさ, размер\n" + RIGHT, monty="passed"
+    ),
     honest("its tests below it", RIGHT + "\nassert f(3) == 21\nprint(f(0))\n", monty="passed"),
     honest("a __main__ guard", RIGHT + 'if __name__ == "__main__":\n    print(f(int(input())))\n'),
     cpython(
@@ -118,7 +120,7 @@ def f(x):
 """,
     ),
     cpython(
-        "a larger stack asked for",
+        "requesting a larger stack",
         "import resource, sys\nresource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\nsys.setrecursionlimit(10**6)\n"
         + RIGHT,
     ),
@@ -131,7 +133,7 @@ def f(x):
         file.write(bytes(2**20))
         return (x + 4) * 3
 """,
-        first=FILL,
+        previous=FILL,
     ),
     cpython(
         "heapq after another program left one",
@@ -142,7 +144,7 @@ def f(x):
     heapq.heapify(rows)
     return heapq.nsmallest(1, [3 * (x + 4)])[0]
 """,
-        first=LEAVE,
+        previous=LEAVE,
     ),
     honest(
         "100 MB of data",
@@ -202,8 +204,8 @@ def f(x):
         "def f(x):\n    return [x, 1.5, 'a', b'b', None, True, (1,), {2: [3]}, {4}]",
         ["assert f(3) == [3, 1.5, 'a', b'b', None, True, (1,), {2: [3]}, {4}]"],
     ),
-    honest("a float that is near", "def f(x):\n    return sum([0.1] * 10)", ["assert f(3) == 1.0"], monty="passed"),
-    honest("a whole number for a float", "def f(x):\n    return 6 // 2", ["assert f(3) == 3.0"], monty="passed"),
+    honest("a float that is close", "def f(x):\n    return sum([0.1] * 10)", ["assert f(3) == 1.0"], monty="passed"),
+    honest("an integer instead of a float", "def f(x):\n    return 6 // 2", ["assert f(3) == 3.0"], monty="passed"),
     honest(
         "a large int and a long text",
         "def f(x):\n    return [2**200, 'a' * 20000]",
@@ -218,7 +220,7 @@ def f(x):
     honest("a check", RIGHT, CHECK, "f"),
     honest("an error that the check expects", "def f(x):\n    return (int(x) + 4) * 3", RAISES_CHECK, "f"),
     honest(
-        "a starter that the answer goes on from",
+        "a starter that the answer continues",
         "    return (x + 4) * 3",
         CHECK,
         "f",
@@ -244,7 +246,7 @@ def f(x):
                 IO_TESTS,
             ),
             (
-                "a script that reads all at once",
+                "a script that reads everything at once",
                 "import sys\nn, *v = map(int, sys.stdin.read().split())\nprint(sum(v))\n"
                 "print(*[sum(v[:i + 1]) for i in range(n)])",
                 IO_TESTS,
@@ -256,7 +258,7 @@ def f(x):
                 IO_TESTS,
             ),
             (
-                "a script with a little on standard error",
+                "a script that writes to standard error",
                 RIGHT_SCRIPT + "import sys\nprint('done', file=sys.stderr)",
                 IO_TESTS,
             ),
@@ -268,28 +270,28 @@ def f(x):
                 IO_TESTS,
             ),
             (
-                "a script that writes at its exit",
+                "a script that writes at exit",
                 "import atexit, io, sys\nsys.stdout = io.StringIO()\n"
                 "atexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\n" + RIGHT_SCRIPT,
                 IO_TESTS,
             ),
             (
-                "a script that opens its output anew",
+                "a script that reopens its output",
                 "import sys\nsys.stdout = open(1, 'w', closefd=False)\n" + RIGHT_SCRIPT,
                 IO_TESTS,
             ),
             (
-                "a script with its own reading",
+                "a script that redefines input",
                 "import sys, os\ninput = iter(os.read(0, 10**6).decode().splitlines()).__next__\n" + RIGHT_SCRIPT,
                 IO_TESTS,
             ),
             (
-                "a script with spaces at the ends of its lines",
+                "a script with trailing spaces",
                 RIGHT_SCRIPT.replace("print(sum(values))", "print(sum(values), '')"),
                 IO_TESTS,
             ),
-            ("a script with a float that is near", "print(1 / 3)", [{"input": "", "output": "0.33333333\n"}]),
-            ("a script with the digits of another format", "print('1.50 2')", [{"input": "", "output": "1.5 2\n"}]),
+            ("a script with a float that is close", "print(1 / 3)", [{"input": "", "output": "0.33333333\n"}]),
+            ("a script with another number format", "print('1.50 2')", [{"input": "", "output": "1.5 2\n"}]),
         ]
     ),
 ]

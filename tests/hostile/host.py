@@ -1,4 +1,4 @@
-"""What a hostile program could reach on this machine, with canaries in it that show whether one did."""
+"""Resources of this machine that a hostile program might reach, with canaries that show whether one did."""
 
 import os
 import secrets
@@ -14,11 +14,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 class Host:
-    """Canaries: files in a home, a secret in the environment, listeners. To be set up before the sandbox starts."""
+    """Canaries: files in a home, a secret in the environment, listeners. Set it up before the sandbox starts."""
 
     def __init__(self, home: Path):
-        self.home, self.secret = home, secrets.token_hex(8)
-        self.sockets, self.open = {}, ExitStack()
+        self.home = home
+        self.secret = secrets.token_hex(8)
+        self.sockets = {}
+        self.stack = ExitStack()
 
     def __enter__(self) -> "Host":
         (self.home / "secret.txt").write_text(self.secret)
@@ -31,7 +33,7 @@ class Host:
             ("abstract datagrams", socket.AF_UNIX, socket.SOCK_DGRAM, f"\0{MARK}-host-datagrams"),
             ("file", socket.AF_UNIX, socket.SOCK_STREAM, str(self.home / "socket")),
         ):
-            self.sockets[kind] = listener = self.open.enter_context(socket.socket(family, type_))
+            self.sockets[kind] = listener = self.stack.enter_context(socket.socket(family, type_))
             listener.bind(address)
             listener.setblocking(False)
             if type_ == socket.SOCK_STREAM:
@@ -42,12 +44,12 @@ class Host:
         return self
 
     def __exit__(self, *_) -> None:
-        self.open.close()
+        self.stack.close()
         self.shared.unlink()
         del os.environ["PONDER_CANARY"]
 
-    def places(self) -> dict[str, str]:
-        """What stands for the places in a program's text."""
+    def placeholders(self) -> dict[str, str]:
+        """Return the values of the placeholders in a program's text."""
         return {
             "@HOME@": str(self.home),
             "@SECRET@": self.secret,
@@ -64,24 +66,24 @@ class Host:
         }
 
     def fill(self, text: str) -> str:
-        for place, value in self.places().items():
-            text = text.replace(place, value)
+        for name, value in self.placeholders().items():
+            text = text.replace(name, value)
         return text
 
     def traces(self) -> list[str]:
-        """What has been reached or left behind since the beginning; empty where nothing was."""
+        """Return what programs have changed, reached or left behind since the start; empty if nothing."""
         now = self._state()
-        found = [f"{what} is {now[what]}, not {then}" for what, then in self.before.items() if now[what] != then]
+        changes = [f"{name} is {now[name]}, not {old}" for name, old in self.before.items() if now[name] != old]
         for kind, listener in self.sockets.items():
             try:
                 listener.recv(1) if listener.type == socket.SOCK_DGRAM else listener.accept()
             except BlockingIOError:
                 continue
-            found.append(f"the {kind} listener was reached")
-        return found
+            changes.append(f"the {kind} listener was reached")
+        return changes
 
     def _state(self) -> dict[str, object]:
-        """What may not change: the home, what bears the mark, and the machine's devices."""
+        """Return the state that may not change: the home, everything with the mark, and the machine's devices."""
         files = {p.name: (p.lstat().st_mode, p.lstat().st_nlink, p.lstat().st_size) for p in self.home.iterdir()}
         folders = (
             PROJECT,
@@ -106,22 +108,22 @@ class Host:
         }
 
 
-_KEY = 0x50000000 + os.getpid()  # of SysV objects
+_KEY = 0x50000000 + os.getpid()  # key of SysV objects
 
 
 def _marked_processes() -> list[str]:
-    found = []
+    names = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if MARK in (process / "comm").read_text() or MARK.encode() in (process / "cmdline").read_bytes():
-                found.append(process.name)
-        except OSError:  # it has just ended
+                names.append(process.name)
+        except OSError:  # the process has just ended
             pass
-    return found
+    return names
 
 
 def _marked_objects() -> list[str]:
-    """SysV segments, semaphores and queues with the key that the programs ask for."""
+    """Return SysV segments, semaphores and queues with the key that the programs use."""
     tables = (Path("/proc/sysvipc") / name for name in ("shm", "sem", "msg"))
     lines = [line for table in tables if table.exists() for line in table.read_text().splitlines()]
     return [line for line in lines if line.split()[0] == str(_KEY)]

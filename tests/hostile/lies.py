@@ -1,4 +1,4 @@
-"""Attacks on the score from within: ending early, and objects that lie."""
+"""Attacks on the score from inside the program: exiting early, and objects that lie about their value."""
 
 from functools import partial
 
@@ -9,16 +9,16 @@ lying = partial(Case, "lying objects")
 
 EARLY_EXIT = [
     early("sys.exit(0) at import", "import sys\nsys.exit(0)", outcome="crash"),
-    early("sys.exit(0) in the function", in_function("sys.exit(0)", first="import sys"), outcome="crash"),
+    early("sys.exit(0) in the function", in_function("sys.exit(0)", header="import sys"), outcome="crash"),
     early("os._exit(0) at import", "import os\nos._exit(0)", outcome="crash"),
-    early("os._exit(0) in the function", in_function("os._exit(0)", first="import os"), outcome="crash"),
+    early("os._exit(0) in the function", in_function("os._exit(0)", header="import os"), outcome="crash"),
     early("os._exit(0) in a check", in_function("import os\nos._exit(0)"), CHECK, "f"),
     early("raise SystemExit", "raise SystemExit", outcome="crash"),
     early("raise SystemExit(0) in the function", in_function("raise SystemExit(0)"), outcome="crash"),
     early("SystemExit in a check", in_function("raise SystemExit(0)"), CHECK, "f"),
     early("exit() and quit()", in_function("exit(0)\nquit(0)"), outcome="crash"),
-    early("the C library's _exit", in_function("ctypes.CDLL(None)._exit(0)", first="import ctypes"), outcome="crash"),
-    early("the system call exit_group", in_function("ctypes.CDLL(None).syscall(231, 0)", first="import ctypes")),
+    early("the C library's _exit", in_function("ctypes.CDLL(None)._exit(0)", header="import ctypes"), outcome="crash"),
+    early("the system call exit_group", in_function("ctypes.CDLL(None).syscall(231, 0)", header="import ctypes")),
     early(
         "atexit",
         """
@@ -44,17 +44,17 @@ def f(x):
     ),
     early(
         "unittest.SkipTest",
-        in_function("raise unittest.SkipTest('not today')", first="import unittest"),
+        in_function("raise unittest.SkipTest('not today')", header="import unittest"),
         outcome="crash",
     ),
-    early("SkipTest in a check", in_function("raise unittest.SkipTest", first="import unittest"), CHECK, "f"),
+    early("SkipTest in a check", in_function("raise unittest.SkipTest", header="import unittest"), CHECK, "f"),
     early("KeyboardInterrupt", in_function("raise KeyboardInterrupt"), outcome="crash"),
     early("KeyboardInterrupt at import, in a check", "def f(x): return 0\nraise KeyboardInterrupt", CHECK, "f"),
     early("GeneratorExit", in_function("raise GeneratorExit"), outcome="crash"),
-    early("an exception that no handler names", in_function("raise E", first="class E(BaseException): pass")),
-    early("SIGINT to itself", in_function("signal.raise_signal(signal.SIGINT)", first="import signal")),
+    early("an exception outside Exception", in_function("raise E", header="class E(BaseException): pass")),
+    early("SIGINT to its own process", in_function("signal.raise_signal(signal.SIGINT)", header="import signal")),
     early(
-        "an exception whose text cannot be had",
+        "an exception whose text cannot be read",
         """
 class E(Exception):
     def __str__(self):
@@ -65,12 +65,12 @@ def f(x):
 """,
     ),
     early(
-        "an exception whose text commands the terminal",
+        "an exception whose text has terminal escapes",
         in_function(r"raise ValueError('\x1b[2J\x1b]0;passed\x07\npassed 2 tests\r\udcff' + 'a' * 10000)"),
         outcome="crash",
     ),
-    early("an exception named like a pass", in_function("raise passed('1.0')", first="class passed(Exception): pass")),
-    early("sys.excepthook", in_function("1 / 0", first="import os, sys\nsys.excepthook = lambda *_: os._exit(0)")),
+    early("an exception named passed", in_function("raise passed('1.0')", header="class passed(Exception): pass")),
+    early("sys.excepthook", in_function("1 / 0", header="import os, sys\nsys.excepthook = lambda *_: os._exit(0)")),
 ]
 
 ALWAYS = """
@@ -94,10 +94,10 @@ ALWAYS = """
 """
 
 
-def always(base: str, made: str, value: str = "[1, 2]") -> dict:
-    """The answer and tests of a subclass of `base` that is equal to everything, made by the expression `made`."""
-    answer = f"class Yes({base}):{ALWAYS}\ndef f(x):\n    return {made}\n"
-    return {"answer": answer, "tests": [f"assert f(3) == {value}"]}
+def always(base: str, expression: str, expected: str = "[1, 2]") -> dict:
+    """Return answer and tests. The answer returns `expression`; Yes, a subclass of `base`, is equal to everything."""
+    answer = f"class Yes({base}):{ALWAYS}\ndef f(x):\n    return {expression}\n"
+    return {"answer": answer, "tests": [f"assert f(3) == {expected}"]}
 
 
 LYING = [
@@ -117,26 +117,24 @@ LYING = [
     lying("unittest.mock.ANY", "from unittest.mock import ANY\ndef f(x):\n    return ANY", outcome="bad_type"),
     lying("nan", "def f(x):\n    return float('nan')", outcome="failed"),
     lying("nan in a check of a difference", "def f(x):\n    return float('nan')", CHECK, "f"),
-    lying(
-        "nan and nothing else within a list", "def f(x):\n    return [float('nan')] * 2", ["assert f(3) == [1.0, 2.0]"]
-    ),
+    lying("a list of nan", "def f(x):\n    return [float('nan')] * 2", ["assert f(3) == [1.0, 2.0]"]),
     lying(
         "__repr__ that prints the answer",
         "class R:\n    def __repr__(self):\n        print('21')\n        return '21'\ndef f(x):\n    return R()",
         outcome="bad_type",
     ),
     lying("a str that looks like the number", "def f(x):\n    return str((x + 4) * 3)", outcome="failed"),
-    lying("True for 1", "def f(x):\n    return x == 3", ["assert f(3) == 1"], outcome="failed"),
-    lying("1 for True", "def f(x):\n    return 1", ["assert f(3) == True"], outcome="failed"),
-    lying("a complex number for a whole one", "def f(x):\n    return complex((x + 4) * 3)", outcome="failed"),
+    lying("True instead of 1", "def f(x):\n    return x == 3", ["assert f(3) == 1"], outcome="failed"),
+    lying("1 instead of True", "def f(x):\n    return 1", ["assert f(3) == True"], outcome="failed"),
+    lying("a complex number instead of an integer", "def f(x):\n    return complex((x + 4) * 3)", outcome="failed"),
     lying(
-        "a number that is only near",
+        "a number that is only close",
         "def f(x):\n    return x + 10**15 + 1",
         ["assert f(0) == 10**15"],
         outcome="failed",
     ),
     lying(
-        "an object that says it is an int",
+        "an object that claims to be an int",
         f"class Meta(type):\n    def __eq__(self, other): return True\n    def __hash__(self): return hash(int)\n"
         f"    def __instancecheck__(self, x): return True\n    def __subclasscheck__(self, x): return True\n"
         f"class Yes(metaclass=Meta):{ALWAYS}\n    __class__ = int\ndef f(x):\n    return Yes()\n",
@@ -147,16 +145,16 @@ LYING = [
         "def f(x):\n    return {K('a'): 1, K('a'): 2, K('b'): 3}\n",
         ["assert f(3) == {'a': 1, 'b': 3}"],
     ),
-    lying("a generator for a list", "def f(x):\n    yield 1\n    yield 2", ["assert f(3) == [1, 2]"]),
-    lying("a range for a list", "def f(x):\n    return range(1, 3)", ["assert f(3) == [1, 2]"]),
+    lying("a generator instead of a list", "def f(x):\n    yield 1\n    yield 2", ["assert f(3) == [1, 2]"]),
+    lying("a range instead of a list", "def f(x):\n    return range(1, 3)", ["assert f(3) == [1, 2]"]),
     lying(
-        "an iterator for a list",
+        "an iterator instead of a list",
         "def f(x):\n    return map(abs, [1, 2])",
         ["assert f(3) == [1, 2]"],
         outcome="failed|bad_type",
     ),
     lying(
-        "pairs for a list",
+        "zip instead of a list",
         "def f(x):\n    return zip([1], [2])",
         ["assert f(3) == [(1, 2)]"],
         outcome="failed|bad_type",
@@ -174,16 +172,16 @@ LYING = [
         outcome="failed|bad_type",
     ),
     lying(
-        "an iterator for a list, in a check",
+        "an iterator instead of a list, in a check",
         "def f(x):\n    return map(abs, [1, 2])",
         "def check(candidate):\n    y = candidate(3)\n    assert y == [1, 2]\n",
         "f",
     ),
-    lying("a tuple for a list", "def f(x):\n    return (1, 2)", ["assert f(3) == [1, 2]"], outcome="failed"),
-    lying("a Fraction with a lie", **always("__import__('fractions').Fraction", "Yes(1, 3)", "21")),
-    lying("a Decimal with a lie", **always("__import__('decimal').Decimal", "Yes(1)", "21")),
+    lying("a tuple instead of a list", "def f(x):\n    return (1, 2)", ["assert f(3) == [1, 2]"], outcome="failed"),
+    lying("a lying Fraction", **always("__import__('fractions').Fraction", "Yes(1, 3)", "21")),
+    lying("a lying Decimal", **always("__import__('decimal').Decimal", "Yes(1)", "21")),
     lying(
-        "a generator that changes what was returned",
+        "a generator that changes the returned value",
         in_function(
             "rows = [0]\n"
             "def later():\n    rows[0] = 21\n    rows.append(21)\n    yield 1\n"

@@ -1,10 +1,10 @@
-"""Attacks by way of processes and system calls, and on the programs that come next."""
+"""Attacks through processes and system calls, and on the programs that run next."""
 
 from functools import partial
 
 from hostile.case import CHECK, Case, attack, in_function
 
-processes = partial(Case, "processes", outcome="failed")  # each gets an error, and goes on
+processes = partial(Case, "processes", outcome="failed")  # each attack raises an error, and the program continues
 neighbours = partial(Case, "neighbours")
 
 PROCESSES = [
@@ -49,7 +49,7 @@ with P(1) as p:
     processes("killing everything", attack("import os\nos.kill(-1, 9)")),
     processes("killing its group", attack("import os\nos.killpg(0, 9)")),
     processes(
-        "killing by raw system call",
+        "killing by a raw system call",
         attack("""
 import ctypes, os
 libc = ctypes.CDLL(None)
@@ -68,7 +68,7 @@ assert ctypes.CDLL(None).syscall(129, os.getppid(), 9, info) == 0
 """),
     ),
     processes(
-        "killing by the owner of a socket",
+        "killing as the owner of a socket",
         attack("""
 import fcntl, os, socket
 a, b = socket.socketpair()
@@ -79,7 +79,7 @@ b.send(b"1")
 """),
     ),
     processes(
-        "killing by the owner of a pipe",
+        "killing as the owner of a pipe",
         attack("""
 import fcntl, os, struct
 a, b = os.pipe()
@@ -90,7 +90,7 @@ os.write(b, b"1")
 """),
     ),
     processes(
-        "killing by the owner, through ioctl",
+        "killing as the owner, through ioctl",
         attack("""
 import fcntl, socket, struct
 a, b = socket.socketpair()
@@ -106,7 +106,7 @@ fcntl.ioctl(a, 0x8901, struct.pack("i", __import__("os").getppid()))
         in_function(
             "for pid in range(1, 100):\n    try:\n        if pid != os.getpid():\n"
             "            resource.prlimit(pid, resource.RLIMIT_AS, (0, 0))\n    except OSError:\n        pass",
-            first="import os, resource",
+            header="import os, resource",
         ),
         CHECK,
         "f",
@@ -118,13 +118,13 @@ fcntl.ioctl(a, 0x8901, struct.pack("i", __import__("os").getppid()))
             "            fcntl.fcntl(a, fcntl.F_SETOWN, pid)\n            fcntl.fcntl(a, 10, 9)\n"
             "            fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC)\n            os.write(b, b'1')\n"
             "    except OSError:\n        pass",
-            first="import fcntl, os",
+            header="import fcntl, os",
         ),
         CHECK,
         "f",
     ),
     processes(
-        "marking its parent for the memory killer",
+        "marking its parent for the out-of-memory killer",
         attack("import os\nopen(f'/proc/{os.getppid()}/oom_score_adj', 'w').write('1000')"),
     ),
     processes(
@@ -214,7 +214,7 @@ def f(x):
         outcome="crash",
     ),
     processes(
-        "system calls of the x32 variant",
+        "x32 system calls",
         """
 import ctypes
 pid = ctypes.CDLL(None).syscall(0x40000000 + 57)
@@ -239,7 +239,7 @@ assert libc.semget(@KEY@, 1, 0o1666) >= 0 or libc.msgget(@KEY@, 0o1666) >= 0
         ),
     ),
     processes(
-        "settings of the kernel",
+        "kernel settings",
         attack("""
 path = "/proc/sys/kernel/core_pattern"
 text = open(path).read()
@@ -247,7 +247,7 @@ open(path, "w").write(text)
 """),
     ),
     processes(
-        "the clock and the host's name",
+        "the clock and the host name",
         attack("""
 import time, socket
 try:
@@ -273,37 +273,39 @@ for folder in folders:
 def f(x):
     return 0
 """
-FIND = attack('assert any(os.path.exists(os.path.join(folder, "@MARK@-left")) for folder in folders)', first=FOLDERS)
+FIND = attack('assert any(os.path.exists(os.path.join(folder, "@MARK@-left")) for folder in folders)', header=FOLDERS)
 
 NEIGHBOURS = [
-    neighbours("files left in the temporary folder for the next program", FIND, first=LEAVE),
+    neighbours("files left in the temporary folder for the next program", FIND, previous=LEAVE),
     neighbours(
-        "a module left for the next program", attack("import heapq\nassert not hasattr(heapq, 'heappush')"), first=LEAVE
+        "a module left for the next program",
+        attack("import heapq\nassert not hasattr(heapq, 'heappush')"),
+        previous=LEAVE,
     ),
     neighbours(
         "a link left for the next program",
         attack("import os\nassert os.path.lexists('@MARK@')"),
-        first="import os\nos.symlink('/usr', '@MARK@')\ndef f(x): return 0",
+        previous="import os\nos.symlink('/usr', '@MARK@')\ndef f(x): return 0",
     ),
     neighbours(
-        "a folder without rights",
+        "a folder without permissions",
         attack("import os\nassert os.listdir('.')"),
-        first="import os\nos.makedirs('a/b')\nos.umask(0o777)\nos.mkdir('a/b/c')\nos.mkdir('d')\ndef f(x): return 0",
+        previous="import os\nos.makedirs('a/b')\nos.umask(0o777)\nos.mkdir('a/b/c')\nos.mkdir('d')\ndef f(x): return 0",
     ),
     neighbours(
-        "a folder of 2,000 floors",
+        "2,000 nested folders",
         attack("import os\nassert os.listdir('.')"),
-        first="import os\nfor _ in range(2000):\n    os.mkdir('a')\n    os.chdir('a')\ndef f(x): return 0",
+        previous="import os\nfor _ in range(2000):\n    os.mkdir('a')\n    os.chdir('a')\ndef f(x): return 0",
     ),
     neighbours(
-        "names that are no text",
+        "file names that are not text",
         attack("import os\nassert os.listdir('.')"),
-        first="import os\nopen(b'\\xff\\xfe', 'w')\nopen('a' * 255, 'w')\nopen('\\n', 'w')\ndef f(x): return 0",
+        previous="import os\nopen(b'\\xff\\xfe', 'w')\nopen('a' * 255, 'w')\nopen('\\n', 'w')\ndef f(x): return 0",
     ),
     neighbours(
         "5,000 files",
         attack("import os\nassert os.listdir('.')"),
-        first="for i in range(5000):\n    open(f'f{i}', 'w').close()\ndef f(x): return 0",
+        previous="for i in range(5000):\n    open(f'f{i}', 'w').close()\ndef f(x): return 0",
     ),
     neighbours(
         "killed siblings",

@@ -1,10 +1,10 @@
-"""Attacks on files and the network, and what can be wrong with an answer's text."""
+"""Attacks on files and the network, and faulty texts of answers."""
 
 from functools import partial
 
 from hostile.case import CHECK, RIGHT, TESTS, Case, attack, in_function
 
-files = partial(Case, "files and network", outcome="failed")  # each gets an error, and goes on
+files = partial(Case, "files and network", outcome="failed")  # each attack raises an error, and the program continues
 text = partial(Case, "text")
 
 FILES = [
@@ -17,8 +17,8 @@ FILES = [
     files("symlinks in home", attack("import os\nos.symlink('/etc/passwd', '@HOME@/@MARK@')")),
     files("a symlink to home", attack("import os\nos.symlink('@HOME@', 'way')\nopen('way/@MARK@', 'w').write('x')")),
     files("a hard link to home", attack("import os\nos.link('@HOME@/secret.txt', 'secret')")),
-    files("home by way of a process's root", attack("open('/proc/1/root@HOME@/secret.txt').read()")),
-    files("home by way of a folder above", attack("open('../' * 20 + '@HOME@/secret.txt').read()")),
+    files("home through a process's root", attack("open('/proc/1/root@HOME@/secret.txt').read()")),
+    files("home through parent folders", attack("open('../' * 20 + '@HOME@/secret.txt').read()")),
     files("the start-up files of the shell", attack("open('@HOME@/.bashrc', 'a').write('echo @MARK@')")),
     files(
         "site-packages",
@@ -47,8 +47,8 @@ import os, glob
 open((glob.glob('/dev/vd*') + glob.glob('/dev/sd*') + glob.glob('/dev/nvme*') + ['/dev/mem'])[0], 'rb')
 """),
     ),
-    files("a device made", attack("import os, stat\nos.mknod('disk', stat.S_IFCHR | 0o666, os.makedev(1, 1))")),
-    files("the machine's disk kept busy", attack("import ctypes\nassert ctypes.CDLL(None).syscall(162) == 0")),
+    files("creating a device", attack("import os, stat\nos.mknod('disk', stat.S_IFCHR | 0o666, os.makedev(1, 1))")),
+    files("syncing the machine's disks", attack("import ctypes\nassert ctypes.CDLL(None).syscall(162) == 0")),
     files("/dev/shm of the host", attack("assert '@SECRET@' in open('/dev/shm/@MARK@-host').read()")),
     files(
         "tty injection",
@@ -69,10 +69,11 @@ else:
     files("text on the console", attack("open('/dev/console', 'w').write('@MARK@')")),
     files("TCP", attack("import socket\nsocket.create_connection(('127.0.0.1', @TCP@), 1).sendall(b'x')")),
     files(
-        "TCP by urllib", attack("import urllib.request\nurllib.request.urlopen('http://127.0.0.1:@TCP@/', timeout=0.3)")
+        "TCP through urllib",
+        attack("import urllib.request\nurllib.request.urlopen('http://127.0.0.1:@TCP@/', timeout=0.3)"),
     ),
     files(
-        "TCP by asyncio",
+        "TCP through asyncio",
         attack("""
 import asyncio
 async def main():
@@ -81,7 +82,7 @@ asyncio.run(main())
 """),
     ),
     files(
-        "TCP by raw system call",
+        "TCP through raw system calls",
         attack("""
 import ctypes, struct
 libc = ctypes.CDLL(None)
@@ -96,13 +97,15 @@ assert libc.syscall(42, fd, struct.pack(">2sH4s8x", b"\\x02\\x00", @TCP@, bytes(
     ),
     files("abstract sockets", attack("import socket\nsocket.socket(socket.AF_UNIX).connect('\\0@ABSTRACT@')")),
     files(
-        "a pair of sockets that turns to another address",
+        "a socket pair that sends to another address",
         attack(
             "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
             "a.sendto(b'x', '\\0@ABSTRACT@-datagrams')"
         ),
     ),
-    files("sockets in files", attack("import socket\nsocket.socket(socket.AF_UNIX).connect('@HOME@/socket')")),
+    files(
+        "sockets in the file system", attack("import socket\nsocket.socket(socket.AF_UNIX).connect('@HOME@/socket')")
+    ),
     files("listening", attack("import socket\ns = socket.socket()\ns.bind(('', 0))\ns.listen()")),
     files(
         "listening on an abstract socket",
@@ -115,7 +118,7 @@ assert libc.syscall(42, fd, struct.pack(">2sH4s8x", b"\\x02\\x00", @TCP@, bytes(
             "    socket.socket(socket.AF_PACKET, socket.SOCK_RAW)"
         ),
     ),
-    files("names of the internet", attack("import socket\nsocket.getaddrinfo('example.com', 80)")),
+    files("internet host names", attack("import socket\nsocket.getaddrinfo('example.com', 80)")),
 ]
 
 
@@ -126,35 +129,35 @@ def fenced(code: str, opening: str = "```python", closing: str = "\n```") -> str
 WRONG = "def f(x):\n    return 0\n"
 TEXT = [
     text("syntax errors", "def f(x:\n    return 21", outcome="syntax", monty="syntax"),
-    text("an indentation that is none", "def f(x):\nreturn 21", outcome="syntax", monty="syntax"),
+    text("missing indentation", "def f(x):\nreturn 21", outcome="syntax", monty="syntax"),
     text("a line of prose", "The function returns 21 for 3.", outcome="syntax|no_code"),
     text("empty", "", outcome="no_code", monty="no_code"),
     text("only spaces", " \n\t\n ", outcome="no_code", monty="no_code"),
     text("only a comment", "# f(3) == 21", outcome="missing_entry|no_code"),
     text("an empty fence", "```python\n```", outcome="no_code", monty="no_code"),
     text("null bytes", "\x00", outcome="syntax"),
-    text("null bytes within", RIGHT + "\x00\ndef f(x): return 0", outcome="syntax"),
+    text("null bytes inside", RIGHT + "\x00\ndef f(x): return 0", outcome="syntax"),
     text("lone surrogates", "def f(x):\n    return '\ud800'\n"),
-    text("a lone surrogate for a name", "\udc80 = 1\n" + RIGHT, outcome="syntax"),
+    text("a lone surrogate as a name", "\udc80 = 1\n" + RIGHT, outcome="syntax"),
     text("wrong name", RIGHT.replace("f", "g").replace("deg", "def"), outcome="missing_entry"),
-    text("another name asked for", RIGHT, ["assert g(3) == 21"], "g", outcome="missing_entry"),
+    text("a test of another name", RIGHT, ["assert g(3) == 21"], "g", outcome="missing_entry"),
     text("not callable", "f = 21", outcome="missing_entry"),
-    text("a class for a function", "class f:\n    def __init__(self, x): self.x = 21", outcome="bad_type"),
+    text("a class instead of a function", "class f:\n    def __init__(self, x): self.x = 21", outcome="bad_type"),
     text("too few parameters", "def f():\n    return 21", outcome="crash"),
-    text("a name deleted", RIGHT + "del f", outcome="missing_entry"),
+    text("the function deleted", RIGHT + "del f", outcome="missing_entry"),
     text("coding cookie", "# -*- coding: utf-7 -*-\ndef f(x):\n    return 0 # +AAo-    return (x + 4) * 3\n"),
     text("coding cookie that changes the text", "# coding: utf-7\n" + WRONG + "# +AAo-def f(x): return (x + 4) * 3"),
-    text("coding cookie of no coding", "# coding: nonsense\n" + WRONG),
+    text("coding cookie of an unknown encoding", "# coding: nonsense\n" + WRONG),
     text(
-        "a form feed and a strange line end",
+        "a form feed and unusual line ends",
         WRONG + "\x0c# \x85def f(x): return (x + 4) * 3\u2028def f(x): return (x + 4) * 3",
     ),
-    text("a byte order mark within", WRONG + "\ufeff" + RIGHT, outcome="syntax"),
-    text("a name that only looks like it", "def \u0444(x):\n    return (x + 4) * 3", outcome="missing_entry"),
-    text("text that turns its direction", "def f(x):\n    return 0  # \u202e 3 * )4 + x( nruter \u2066"),
+    text("a byte order mark inside", WRONG + "\ufeff" + RIGHT, outcome="syntax"),
+    text("a look-alike name", "def \u0444(x):\n    return (x + 4) * 3", outcome="missing_entry"),
+    text("text with direction overrides", "def f(x):\n    return 0  # \u202e 3 * )4 + x( nruter \u2066"),
     text("hard-coded visible example", "def f(x):\n    return 21 if x == 3 else 8", outcome="failed", monty="failed"),
     text(
-        "hard-coded visible example, by the count of calls",
+        "hard-coded visible example, by call count",
         "calls = []\ndef f(x):\n    calls.append(x)\n    return 21 if len(calls) == 1 else 0",
         outcome="failed",
     ),
@@ -183,25 +186,25 @@ TEXT = [
         outcome="failed",
         monty="failed",
     ),
-    text("fences: two, one in the other", fenced("```python\n" + WRONG + "```")),
+    text("fences: two, nested", fenced("```python\n" + WRONG + "```")),
     text("fences: unclosed and wrong", fenced(WRONG, closing=""), outcome="failed", monty="failed"),
-    text("fences: unclosed in the midst", fenced("def f(x):\n    return (x +", closing=""), outcome="syntax"),
+    text("fences: unclosed, cut in the middle", fenced("def f(x):\n    return (x +", closing=""), outcome="syntax"),
     text("fences: inside the thinking", f"<think>{fenced(RIGHT)}</think>I do not know.", outcome="syntax|no_code"),
-    text("fences: inside the thinking without an end", f"<think>{fenced(RIGHT)}", outcome="no_code", monty="no_code"),
+    text("fences: inside unclosed thinking", f"<think>{fenced(RIGHT)}", outcome="no_code", monty="no_code"),
     text(
         "fences: right inside the thinking, wrong outside",
         f"<think>{fenced(RIGHT)}</think>{fenced(WRONG)}",
         outcome="failed",
     ),
-    text("a long line of blank lines", "#" + "\n" * 60000 + "x", CHECK, "f", starter="def f(x):\n    '''Add.'''\n"),
+    text("many blank lines", "#" + "\n" * 60000 + "x", CHECK, "f", starter="def f(x):\n    '''Add.'''\n"),
     text("a long line of spaces", "#" + "\n" + " " * 60000 + "x", CHECK, "f", starter="def f(x):\n    '''Add.'''\n"),
     text("many fences", "```\n" * 60000),
-    text("the tests for an answer", "\n".join(TESTS), outcome="crash|missing_entry"),
-    text("f is asked from the tests", "from tests import f", outcome="crash"),
+    text("the tests as the answer", "\n".join(TESTS), outcome="crash|missing_entry"),
+    text("importing f from the tests", "from tests import f", outcome="crash"),
     text("star imports", "from __main__ import *\nfrom builtins import *\nfrom solution import *"),
     text("the function imports itself", "import solution\ndef f(x):\n    return solution.f(x)", outcome="crash"),
     text(
-        "an entry point with a lie",
+        "an entry point that returns a lying object",
         "f = type('F', (), {'__call__': lambda s, x: Yes(), '__name__': 'f'})()\n"
         "class Yes:\n    def __eq__(self, o): return True",
         CHECK,
