@@ -50,7 +50,7 @@ class Session:
     held_out_row: dict | None = None  # the last held-out row loaded into the question field
     is_swapped: bool | None = None  # in a blind chat: whether the sides are swapped; None: not blind
     votes: Counter = field(default_factory=Counter)
-    unanswered_question: str = ""  # the last question, if no side answered it
+    unanswered: str = ""  # the last question, if no side answered it
     folder: tempfile.TemporaryDirectory | None = None  # downloads; removed with the session
 
 
@@ -95,13 +95,13 @@ def load_held_out(page: Page, session: Session, left, right, number: float | Non
     return prompt_text(session.held_out_row["prompt"]), int(number)
 
 
-def load_random_held_out(page: Page, session: Session, left, right) -> tuple[str, int]:
+def random_held_out(page: Page, session: Session, left, right) -> tuple[str, int]:
     """Return the text of a random held-out question and its number."""
     return load_held_out(page, session, left, right, random.randint(1, len(held_out_rows(page, left, right))))
 
 
 def build_messages(rounds: list[Round], side: int, question: str | list[dict]) -> list[dict]:
-    """Return the conversation of a side, ending with the question. Of earlier answers, only the first sample is used."""
+    """Return the conversation of a side, ending with the question. Only the first sample of each answer is used."""
     messages = []
     for round_ in rounds:
         samples = round_.answers[side].samples if round_.answers else ()
