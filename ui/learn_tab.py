@@ -15,7 +15,7 @@ EPISODE = [["3+4", 0, 0.4], ["=7", 0, 0.7], ["7-5", 0, 0.3], ["=2", 0, 0.6], ["a
 ESTIMATES = ["token", "TD error", "advantage", "return - value", "return", "return (lambda 1)"]
 LAMBDAS = "lambda 0", "chosen lambda", "lambda 1"  # curves of the advantage plot
 ERRORS = "bias", "spread"  # curves of the error plot
-OBJECTIVES = "clipped", "unclipped (ratio x A)", "your token"  # curves of the objective plot
+OBJECTIVES = "clipped", "unclipped", "your token"  # curves of the objective plot
 NUM_EPISODES = 2000  # with noisy rewards
 MAX_TOKENS = 50
 
