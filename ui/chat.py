@@ -172,8 +172,8 @@ def score_round(page: Page, round_: Round) -> None:
         {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids}
         for s in finished
     ]
-    process = run and run.path, file, file.read_text(encoding="utf-8"), REWARD_TIMEOUT
-    round_.weights, scores, _ = score_completions(*process, round_.row, completions, round_.request.stop)
+    arguments = run and run.path, file, file.read_text(encoding="utf-8"), REWARD_TIMEOUT
+    round_.weights, scores, _ = score_completions(*arguments, round_.row, completions, round_.request.stop)
     scores = iter(scores)
     round_.answers = tuple(
         replace(answer, samples=tuple(replace(s, score=next(scores)) if s.finished else s for s in answer.samples))
