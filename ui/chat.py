@@ -1,7 +1,7 @@
-"""A chat with two models: the questions, what the reward functions say of the answers, and the downloads.
+"""A chat with two models: questions, verdicts of the reward functions, and downloads.
 
-Raw texts stay on the server, in a `Session`. Both sides are scored by one reward file: that of the run on the right, else
-on the left, else of the newest run, else the project's own. Imports neither gradio nor torch.
+The raw texts stay on the server, in a `Session`. One reward file scores both sides: the copy in the run on the right,
+else in the run on the left, else in the newest run, else the project's rewards.py. Does not import gradio or torch.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from grading import Score, outcome_of, prompt_text
 from rl.config import Config
 from ui.reward_process import reward_rows, score_completions
 from ui.runs import Page, Run, UiError, config_of, import_models, questions_of
-from ui.turns import Answer, Ask, Sample
+from ui.turns import Answer, ChatRequest, Sample
 
 BASE = "the base model"
 SIDES = "left", "right"
-SHOWN = 20_000  # characters of a text; the download has all of it
-SECONDS = 30.0  # the time limit of the reward functions
-TINY = Path("configs/tiny.yaml")  # the settings if there is no run
+MAX_TEXT_LENGTH = 20_000  # characters of a text shown on the page; downloads contain the full text
+REWARD_TIMEOUT = 30.0  # seconds
+DEFAULT_CONFIG = Path("configs/tiny.yaml")  # used if there is no run
 
 
 @dataclass(eq=False)
@@ -32,14 +32,14 @@ class Round:
     """A question and the answers of both sides."""
 
     question: str
-    names: list[str]  # of the sides
-    hidden: bool  # blind: the names and verdicts are shown after the vote
-    ask: Ask
-    row: dict | None = None  # None: no expected answer
+    names: list[str]  # model name of each side
+    is_hidden: bool  # in a blind chat: names and verdicts are hidden until the vote
+    request: ChatRequest
+    row: dict | None = None  # data row to score with; None: no expected answer
     answers: tuple[Answer, ...] = ()
-    done: bool = False  # answered and judged
-    weights: dict[str, float] = field(default_factory=dict)
-    unjudged: str = ""  # why there is no verdict
+    is_done: bool = False  # answered and scored
+    weights: dict[str, float] = field(default_factory=dict)  # by reward function
+    no_verdict_reason: str = ""
 
 
 @dataclass
@@ -47,142 +47,143 @@ class Session:
     """The chat of one visitor."""
 
     rounds: list[Round] = field(default_factory=list)
-    held_out: dict | None = None  # the row that was put into the question field last
-    swapped: bool | None = None  # of a blind chat: whether the sides are swapped; None: it is not blind
+    held_out_row: dict | None = None  # the last held-out row loaded into the question field
+    is_swapped: bool | None = None  # in a blind chat: whether the sides are swapped; None: not blind
     votes: Counter = field(default_factory=Counter)
-    unanswered: str = ""  # the last question if nothing was written
-    folder: tempfile.TemporaryDirectory | None = None  # of the downloads; removed with the session
+    unanswered: str = ""  # the last question, if no side answered it
+    folder: tempfile.TemporaryDirectory | None = None  # downloads; removed with the session
 
 
-# --- the questions
+# --- questions
 
 
-def choices(page: Page) -> list[tuple[str, str]]:
-    """What a side can be, as (label, value): the base, then the checkpoints of each run, the newest first."""
-    found = [(BASE, BASE)]
+def side_choices(page: Page) -> list[tuple[str, str]]:
+    """Return (label, value) for the base model and each checkpoint of each run, newest first."""
+    choices = [(BASE, BASE)]
     for name in page.runs.names():
-        with contextlib.suppress(UiError):  # it is shown when the run is chosen
+        with contextlib.suppress(UiError):  # shown when the run is selected
             for checkpoint in reversed(page.runs.get(name).checkpoints()):
-                found.append((f"{name}, step {int(checkpoint[5:])}", f"{name}/{checkpoint}"))
-    return found
+                choices.append((f"{name}, step {int(checkpoint[5:])}", f"{name}/{checkpoint}"))
+    return choices
 
 
-def side_of(chosen: str | None) -> tuple[str, str] | None:
-    """The worker's side for a value of `choices`."""
-    if chosen in (None, "", BASE):
+def parse_side(value: str | None) -> tuple[str, str] | None:
+    """Convert a value of `side_choices` to (run, checkpoint), or None for the base model."""
+    if value in (None, "", BASE):
         return None
-    run, _, checkpoint = str(chosen).partition("/")
+    run, _, checkpoint = str(value).partition("/")
     return run, checkpoint
 
 
-def home_of(page: Page, left: str | None, right: str | None) -> Run | None:
-    """The run whose base, questions and rewards are used; None if there is no run."""
-    names = [side[0] for side in (side_of(right), side_of(left)) if side] + page.runs.names()[:1]
+def shared_run(page: Page, left: str | None, right: str | None) -> Run | None:
+    """Return the run whose base model, questions and rewards both sides use, or None if there is no run."""
+    names = [side[0] for side in (parse_side(right), parse_side(left)) if side] + page.runs.names()[:1]
     return page.runs.get(names[0]) if names else None
 
 
 def held_out_rows(page: Page, left: str | None, right: str | None) -> list[dict]:
-    home = home_of(page, left, right)
-    return (home.questions() if home else questions_of(TINY, 0))[1]
+    run = shared_run(page, left, right)
+    return (run.questions() if run else questions_of(DEFAULT_CONFIG, 0))[1]
 
 
-def take_held_out(page: Page, session: Session, left, right, number: float | None) -> tuple[str, int]:
-    """A held-out question for the question field, and its number."""
+def load_held_out(page: Page, session: Session, left, right, number: float | None) -> tuple[str, int]:
+    """Return the text of a held-out question and its number, for the question and number fields."""
     rows = held_out_rows(page, left, right)
     if not number or not 1 <= number <= len(rows):
-        raise UiError(f"There is no held-out question {number or 0:g}: they are numbered from 1 to {len(rows)}.")
-    session.held_out = rows[int(number) - 1]
-    return prompt_text(session.held_out["prompt"]), int(number)
+        raise UiError(f"There is no held-out question {number or 0:g}. They are numbered from 1 to {len(rows)}.")
+    session.held_out_row = rows[int(number) - 1]
+    return prompt_text(session.held_out_row["prompt"]), int(number)
 
 
-def draw_held_out(page: Page, session: Session, left, right) -> tuple[str, int]:
-    """A random one."""
-    return take_held_out(page, session, left, right, random.randint(1, len(held_out_rows(page, left, right))))
+def random_held_out(page: Page, session: Session, left, right) -> tuple[str, int]:
+    """Return the text of a random held-out question and its number."""
+    return load_held_out(page, session, left, right, random.randint(1, len(held_out_rows(page, left, right))))
 
 
-def conversation(rounds: list[Round], side: int, question: str | list[dict]) -> list[dict]:
-    """The chat of a side so far and the question. Of several samples it continues from the first."""
+def build_messages(rounds: list[Round], side: int, question: str | list[dict]) -> list[dict]:
+    """Return the conversation of a side, ending with the question. Only the first sample of each answer is used."""
     messages = []
-    for done in rounds:
-        samples = done.answers[side].samples if done.answers else ()
-        messages.append({"role": "user", "content": done.question})
+    for round_ in rounds:
+        samples = round_.answers[side].samples if round_.answers else ()
+        messages.append({"role": "user", "content": round_.question})
         messages.append({"role": "assistant", "content": samples[0].text if samples else ""})
     return messages + ([{"role": "user", "content": question}] if isinstance(question, str) else list(question))
 
 
 def stop(session: Session) -> None:
     for round_ in session.rounds:
-        round_.ask.stop.set()
+        round_.request.stop.set()
 
 
-def begin(page: Page, session: Session, left, right, blind, question, expected, greedy, *sampling) -> Round:
-    """Add the next round to a chat, to be answered by the worker; a held-out question starts a new chat."""
-    temperature, top_p, seed, longest, samples = sampling
+def start_round(page: Page, session: Session, left, right, blind, question, expected, greedy, *sampling) -> Round:
+    """Append a round with a request for the worker to the chat. A held-out question starts a new chat."""
+    temperature, top_p, seed, max_tokens, samples = sampling
     if not (question or "").strip():
-        raise UiError("There is no question. Write one, or take a held-out one.")
-    if (longest or 0) < 0:
-        raise UiError("Longest answer: give a number of tokens, or 0 for as many as in training.")
+        raise UiError("There is no question. Type one, or load a held-out question.")
+    if (max_tokens or 0) < 0:
+        raise UiError("Maximum answer length: enter a positive number of tokens, or 0 for the length used in training.")
     stop(session)
-    home = home_of(page, left, right)
-    config = settings_of(home)
+    run = shared_run(page, left, right)
+    config = load_config(run)
     row, prompt = None, question
-    if session.held_out and question.strip() == prompt_text(session.held_out["prompt"]).strip():
-        row, prompt = session.held_out, session.held_out["prompt"]
+    if session.held_out_row and question.strip() == prompt_text(session.held_out_row["prompt"]).strip():
+        row, prompt = session.held_out_row, session.held_out_row["prompt"]
         session.rounds = []
     elif (expected or "").strip():
         answer = expected.strip()
         row = {config.columns.get("answer", "answer"): answer}
         row |= {"id": "own", "task": "own", "prompt": question, "answer": answer}
-    was_blind = session.rounds and session.rounds[-1].hidden
-    is_new = not was_blind if blind else session.swapped is not None
-    if is_new:  # the sides of a chat stay what they are
+    was_blind = session.rounds and session.rounds[-1].is_hidden
+    starts_new_chat = not was_blind if blind else session.is_swapped is not None
+    if starts_new_chat:  # within a chat, the sides are never swapped again
         session.rounds = []
-        session.swapped = random.random() < 0.5 if blind else None
-    chosen = [left or BASE, right or BASE]
-    if session.swapped:
-        chosen.reverse()
-    session.rounds = [done for done in session.rounds if any(answer.samples for answer in done.answers)]
-    ask = Ask(
-        sides=tuple(map(side_of, chosen)),
-        messages=tuple(conversation(session.rounds, side, prompt) for side in (0, 1)),
-        run=home.name if home else None,
+        session.is_swapped = random.random() < 0.5 if blind else None
+    names = [left or BASE, right or BASE]
+    if session.is_swapped:
+        names.reverse()
+    session.rounds = [round_ for round_ in session.rounds if any(answer.samples for answer in round_.answers)]
+    request = ChatRequest(
+        sides=tuple(map(parse_side, names)),
+        messages=tuple(build_messages(session.rounds, side, prompt) for side in (0, 1)),
+        run=run.name if run else None,
         temperature=0.0 if greedy else float(temperature),
         top_p=float(top_p),
         seed=int(seed or 0) % 2**31,
-        max_tokens=int(longest or 0) or config.max_completion_length,
+        max_tokens=int(max_tokens or 0) or config.max_completion_length,
         samples=1 if greedy else min(16, max(1, int(samples or 1))),
     )
-    session.rounds.append(Round(question, chosen, bool(blind), ask, row))
+    session.rounds.append(Round(question, names, bool(blind), request, row))
     return session.rounds[-1]
 
 
-def settings_of(home: Run | None) -> Config:
-    return home.config if home else config_of(TINY, 0)
+def load_config(run: Run | None) -> Config:
+    return run.config if run else config_of(DEFAULT_CONFIG, 0)
 
 
-# --- the verdicts
+# --- verdicts
 
 
-def judge(page: Page, round_: Round) -> None:
-    """Score the samples of both sides that have ended. Raises RewardError, also if a function does not end."""
-    home = page.runs.get(round_.ask.run) if round_.ask.run else None
-    file = home.file("rewards.py") if home else page.rewards_file
-    ended = [sample for answer in round_.answers for sample in answer.samples if sample.ended]
+def score_round(page: Page, round_: Round) -> None:
+    """Score the finished samples of both sides. Raise RewardError if a reward function fails or times out."""
+    run = page.runs.get(round_.request.run) if round_.request.run else None
+    file = run.file("rewards.py") if run else page.rewards_file
+    finished = [sample for answer in round_.answers for sample in answer.samples if sample.finished]
     completions = [
-        {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids} for s in ended
+        {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids}
+        for s in finished
     ]
-    process = home and home.path, file, file.read_text(encoding="utf-8"), SECONDS
-    round_.weights, scores, _ = score_completions(*process, round_.row, completions, round_.ask.stop)
+    arguments = run and run.path, file, file.read_text(encoding="utf-8"), REWARD_TIMEOUT
+    round_.weights, scores, _ = score_completions(*arguments, round_.row, completions, round_.request.stop)
     scores = iter(scores)
     round_.answers = tuple(
-        replace(answer, samples=tuple(replace(s, score=next(scores)) if s.ended else s for s in answer.samples))
+        replace(answer, samples=tuple(replace(s, score=next(scores)) if s.finished else s for s in answer.samples))
         for answer in round_.answers
     )
 
 
 def verdict(sample: Sample, max_tokens: int) -> str:
-    """correct, wrong, cut off, no answer, or why there is no verdict."""
-    if not sample.ended:
+    """Return "correct", "wrong", "cut off ...", "no answer", or the reason why there is no verdict."""
+    if not sample.finished:
         return "stopped: no verdict"
     score = sample.score
     cut_off = f"cut off after {max_tokens} tokens" if sample.truncated else ""
@@ -191,92 +192,102 @@ def verdict(sample: Sample, max_tokens: int) -> str:
     if score.verdict == "ungraded":
         return f"ungraded: {next(iter(score.reasons.values()), '')}"
     if not score.judge:
-        return "no verdict: none of the rewards that apply here can judge"
+        return "no verdict: no reward function that applies to this question can judge it"
     if score.is_right:
         return "correct"
     return cut_off or ("no answer" if outcome_of(score.reasons.get(score.judge, "")) == "no_answer" else "wrong")
 
 
-def scores_of(answer: Answer) -> list[Score]:
+def sample_scores(answer: Answer) -> list[Score]:
     return [sample.score for sample in answer.samples if sample.score]
 
 
-def rate(answer: Answer) -> tuple[int, int]:
-    """How many samples of a side are right, and how many were graded."""
-    graded = [score for score in scores_of(answer) if score.judge and score.verdict != "ungraded"]
+def count_correct(answer: Answer) -> tuple[int, int]:
+    """Return the number of correct samples of a side, and the number of graded ones."""
+    graded = [score for score in sample_scores(answer) if score.judge and score.verdict != "ungraded"]
     return sum(score.is_right for score in graded), len(graded)
 
 
-def in_percent(right: int, n: int) -> str:
+def format_accuracy(correct: int, n: int) -> str:
+    """Format an accuracy with its 95 % Wilson interval."""
     import_models()
     from rl.evaluate import wilson_interval
 
-    low, high = wilson_interval(right, n)
-    return f"{right}/{n} correct ({right / n:.0%}, 95 %: {low:.0%} to {high:.0%})"
+    low, high = wilson_interval(correct, n)
+    return f"{correct}/{n} correct ({correct / n:.0%}, 95% CI {low:.0%} to {high:.0%})"
 
 
 def verdict_text(round_: Round, answer: Answer) -> str:
-    """The line below a side."""
+    """Return the line below a side: verdict, reward, and expected answer."""
     if answer.state == "failed":
         return answer.note
-    right, graded = rate(answer)
+    correct, graded = count_correct(answer)
     if len(answer.samples) > 1 and graded:
-        text = in_percent(right, graded)
+        text = format_accuracy(correct, graded)
     else:
-        text = "; ".join(dict.fromkeys(verdict(sample, round_.ask.max_tokens) for sample in answer.samples))
-    totals = [score.total for score in scores_of(answer) if not math.isnan(score.total)]
+        text = "; ".join(dict.fromkeys(verdict(sample, round_.request.max_tokens) for sample in answer.samples))
+    totals = [score.total for score in sample_scores(answer) if not math.isnan(score.total)]
     if totals:
         text += f". Reward {sum(totals) / len(totals):.3g}" + (" on average" if len(totals) > 1 else "")
     if round_.row:
-        text += f". Expected: {expected_of(round_.row)}"
-    return cut(f"{text}. {round_.unjudged}" if round_.unjudged else text, 2000)
+        text += f". Expected: {expected_answer(round_.row)}"
+    return cut(f"{text}. {round_.no_verdict_reason}" if round_.no_verdict_reason else text, 2000)
 
 
-def expected_of(row: dict) -> str:
+def expected_answer(row: dict) -> str:
     expected = row.get("tests") if row.get("answer") is None else row["answer"]
     if expected is None:
-        expected = row.get("target", "what its grader says")
+        expected = row.get("target", "decided by the grader")
     return "; ".join(map(str, expected)) if isinstance(expected, list) else str(expected)
 
 
 def reward_table(round_: Round, answer: Answer) -> list[list]:
-    rows = []
+    """Return one row per sample and reward: sample number, name, value, weight, reason."""
+    table = []
     for number, sample in enumerate(answer.samples, 1):
-        known = reward_rows(sample.score, round_.weights) if sample.score else []
-        rows += [[number, *row[:3], cut(row[-1], 500)] for row in known if row[1] != "-" or row[-1]]
-    return rows
+        rows = reward_rows(sample.score, round_.weights) if sample.score else []
+        table += [[number, *row[:3], cut(row[-1], 500)] for row in rows if row[1] != "-" or row[-1]]
+    return table
 
 
 def summary(round_: Round, seconds: float) -> str:
-    """The status line of a round that is over."""
-    rates = [rate(answer) for answer in round_.answers]
-    is_known = not round_.hidden and all(n for _, n in rates)
-    correct = f"{' against '.join(f'{right}/{n}' for right, n in rates)} correct. " if is_known else ""
-    how = f"temperature {round_.ask.temperature:g}, seed {round_.ask.seed}" if round_.ask.temperature else "greedy"
+    """Return the status line of a finished round."""
+    counts = [count_correct(answer) for answer in round_.answers]
+    is_graded = not round_.is_hidden and all(n for _, n in counts)
+    accuracy = f"{' vs '.join(f'{correct}/{n}' for correct, n in counts)} correct. " if is_graded else ""
+    sampling = (
+        f"temperature {round_.request.temperature:g}, seed {round_.request.seed}"
+        if round_.request.temperature
+        else "greedy"
+    )
     states = {answer.state for answer in round_.answers}
-    ended = "Stopped" if "stopped" in states else "Failed" if states == {"failed"} else "Answered"
-    vote = " Vote to see which is which, and the verdicts." if round_.hidden else ""
-    return f"{correct}{ended} after {seconds:.1f} s ({how}).{vote}"
+    outcome = "Stopped" if "stopped" in states else "Failed" if states == {"failed"} else "Answered"
+    vote = " Vote to reveal the models and the verdicts." if round_.is_hidden else ""
+    return f"{accuracy}{outcome} after {seconds:.1f} s ({sampling}).{vote}"
 
 
-# --- the downloads
+# --- downloads
 
 
 def as_records(session: Session) -> list[dict]:
-    """One record a question, with its settings, answers and scores."""
+    """Return one record per question, with its settings, answers and scores."""
     records = []
-    for done in session.rounds:
-        if not done.answers:
+    for round_ in session.rounds:
+        if not round_.answers:
             continue
-        record = {"question": done.question, "id": done.row and done.row["id"]}
-        record |= {"expected": done.row and expected_of(done.row), "run": done.ask.run, "seed": done.ask.seed}
-        record["settings"] = {
-            name: getattr(done.ask, name) for name in ("temperature", "top_p", "max_tokens", "samples")
+        record = {"question": round_.question, "id": round_.row and round_.row["id"]}
+        record |= {
+            "expected": round_.row and expected_answer(round_.row),
+            "run": round_.request.run,
+            "seed": round_.request.seed,
         }
-        record["note"] = done.unjudged
-        for side, (name, answer) in enumerate(zip(SIDES, done.answers)):
-            model = "hidden until the vote" if done.hidden else done.names[side]
-            samples = [sample_record(done, sample) for sample in answer.samples]
+        record["settings"] = {
+            name: getattr(round_.request, name) for name in ("temperature", "top_p", "max_tokens", "samples")
+        }
+        record["note"] = round_.no_verdict_reason
+        for side, (name, answer) in enumerate(zip(SIDES, round_.answers)):
+            model = "hidden until the vote" if round_.is_hidden else round_.names[side]
+            samples = [sample_record(round_, sample) for sample in answer.samples]
             record[name] = {"model": model, "state": answer.state, "note": answer.note, "samples": samples}
         records.append(record)
     return records
@@ -284,8 +295,8 @@ def as_records(session: Session) -> list[dict]:
 
 def sample_record(round_: Round, sample: Sample) -> dict:
     record = {"text": sample.text, "tokens": len(sample.token_ids)}
-    if not round_.hidden:
-        record["verdict"] = verdict(sample, round_.ask.max_tokens)
+    if not round_.is_hidden:
+        record["verdict"] = verdict(sample, round_.request.max_tokens)
         if score := sample.score:
             record["reward"] = None if math.isnan(score.total) else score.total
             record |= {"rewards": score.parts, "metrics": score.metrics, "reasons": score.reasons}
@@ -293,10 +304,12 @@ def sample_record(round_: Round, sample: Sample) -> dict:
 
 
 def as_markdown(records: list[dict]) -> str:
-    parts = ["# A comparison"]
+    parts = ["# Comparison"]
     for record in records:
-        how = ", ".join(f"{name} {value:g}" for name, value in (record["settings"] | {"seed": record["seed"]}).items())
-        parts += ["## Question", fenced(record["question"]), f"Expected: {record['expected']}. Settings: {how}."]
+        settings = ", ".join(
+            f"{name} {value:g}" for name, value in (record["settings"] | {"seed": record["seed"]}).items()
+        )
+        parts += ["## Question", fenced(record["question"]), f"Expected: {record['expected']}. Settings: {settings}."]
         for name in SIDES:
             side = record[name]
             parts.append(f"### {name.title()}: {side['model']} {side['note']}".strip())
@@ -309,12 +322,13 @@ def as_markdown(records: list[dict]) -> str:
 
 
 def fenced(text: str) -> str:
+    """Wrap a text in a Markdown code fence longer than any run of backticks in it."""
     fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", text)), 0)
     return f"{fence}text\n{text}\n{fence}"
 
 
-def files(session: Session) -> tuple[str | None, str | None]:
-    """Write the chat as Markdown and as JSONL."""
+def write_downloads(session: Session) -> tuple[str | None, str | None]:
+    """Write the chat as Markdown and as JSONL, and return the paths; None if the chat is empty."""
     if not (records := as_records(session)):
         return None, None
     session.folder = session.folder or tempfile.TemporaryDirectory(prefix="ponder-")
@@ -325,5 +339,5 @@ def files(session: Session) -> tuple[str | None, str | None]:
     return str(markdown), str(jsonl)
 
 
-def cut(text: str, limit: int = SHOWN) -> str:
+def cut(text: str, limit: int = MAX_TEXT_LENGTH) -> str:
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters are not shown)"

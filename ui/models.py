@@ -1,8 +1,8 @@
-"""The base model that answers the questions of the page, and the LoRAs of the checkpoints beside it.
+"""The base model and the LoRA adapters of checkpoints that answer questions on the page.
 
-One base is loaded at a time. The base and the checkpoints share its weights: every decode step of a side is made with its own
-LoRA switched on, or with none for the base. Two settings of a run are not used: its backend (transformers loads the base, the
-engine is this project's) and the adapter that it may have started from (the base is the model without a LoRA).
+One base model is loaded at a time. All sides share its weights: each decode step runs with the side's own adapter
+active, or with none for the base. Two settings of a run are ignored: its backend (transformers loads the model, our
+engine generates) and the adapter that it may have started from (the base is the model without any LoRA).
 """
 
 import contextlib
@@ -23,46 +23,47 @@ from rl.model.sampling import Sampling
 from ui.runs import Runs, UiError
 from ui.turns import Turn
 
-ADAPTERS = 6  # checkpoints that stay loaded beside the base
-SMALL = 1e9  # parameters of a model that may answer from the CPU while a run holds the card
+MAX_ADAPTERS = 6  # checkpoints that stay loaded with the base model
+MAX_CPU_PARAMETERS = 1e9  # largest model that may run on the CPU while a run trains on the GPU
 
 
 class Models:
-    """Used by one thread."""
+    """The loaded base model and its adapters. Not thread-safe."""
 
     def __init__(self, runs: Runs):
         self.runs = runs
         self.policy = None
-        self.base: tuple | None = None  # identifies what is loaded
-        self.adapters: dict[tuple, str] = {}  # names in the model, the one that was used last at the end
-        self.active: str | None = "default"  # the adapter that is switched on
-        self.numbers = itertools.count(1)
-        self.threads = torch.get_num_threads()
+        self.base_key: tuple | None = None  # identifies the loaded base model
+        self.adapters: dict[tuple, str] = {}  # (weights file, mtime) -> adapter name, least recently used first
+        self.active: str | None = "default"  # the active adapter
+        self.counter = itertools.count(1)
+        self.default_threads = torch.get_num_threads()
 
-    # --- a side
+    # --- sides
 
     def settings(self, run: str | None) -> tuple[Config, tuple]:
-        """The settings with which the base of a run is loaded (None: the bundled model), and what identifies this base."""
+        """Return the settings for loading a run's base model (None: the bundled model), and a key of that model."""
         config = self.runs.get(run).config if run else Config()
-        device = self.device(config)
+        device = self.choose_device(config)
         dtype = "auto" if device == "cpu" and config.device != "cpu" else config.dtype
-        plain = {"adapter": None, "backend": "transformers", "optim": "adamw_torch", "gradient_checkpointing": False}
-        config = dataclasses.replace(config, device=device, dtype=dtype, **plain)
+        fixed = {"adapter": None, "backend": "transformers", "optim": "adamw_torch", "gradient_checkpointing": False}
+        config = dataclasses.replace(config, device=device, dtype=dtype, **fixed)
         return config, (config.model, config.load_in_4bit, config.dtype, config.device)
 
-    def device(self, config: Config) -> str:
-        """cpu or cuda. Raises UiError if a run holds the card and the model is too large for the CPU."""
+    def choose_device(self, config: Config) -> str:
+        """Return "cpu" or "cuda". Raise UiError if a run trains on the GPU and the model is too large for the CPU."""
         if config.device == "cpu" or not torch.cuda.is_available():
             return "cpu"
-        run = self.run_on_card()
-        if run and find_shape(config.model).parameters > SMALL:
+        run = self.run_on_gpu()
+        if run and find_shape(config.model).parameters > MAX_CPU_PARAMETERS:
             raise UiError(
-                f"{run} is training on the card, and {config.model} is too large to answer from the CPU. Wait for its end, or "
-                "stop it in the tab Watch: it saves."
+                f"{run} is training on the GPU, and {config.model} is too large to run on the CPU. Wait until the run "
+                "ends, or stop it in the tab Watch (it saves a checkpoint first)."
             )
         return "cpu" if run else "cuda"
 
-    def run_on_card(self) -> str | None:
+    def run_on_gpu(self) -> str | None:
+        """Return the name of a run that is training on the GPU, if any."""
         for name in self.runs.running():
             with contextlib.suppress(UiError, ConfigError, OSError):
                 if self.runs.get(name).config.device != "cpu":
@@ -70,65 +71,66 @@ class Models:
         return None
 
     @torch.no_grad()
-    def put_question(self, turn: Turn, in_use: set[str]) -> None:
-        """Load the LoRA of a side and prepare its answer. in_use: adapters that have to stay loaded."""
-        ask, config = turn.ask, turn.config
+    def start_answer(self, turn: Turn, in_use: set[str]) -> None:
+        """Load the adapter of a side and prepare generation. in_use: adapters that must stay loaded."""
+        request = turn.request
+        config = turn.config
         policy = dataclasses.replace(
             self.policy, system_prompt=config.system_prompt, chat_template_kwargs=config.chat_template_kwargs
         )
-        turn.adapter = self.adapter(*turn.side, in_use) if turn.side else None
+        turn.adapter = self.get_adapter(*turn.side, in_use) if turn.side else None
         prompt = policy.encode_prompt(turn.messages)
         room = (policy.context_length or 2**31) - len(prompt)
         if room <= 0:
             raise UiError(
-                f"The question with the chat so far has {len(prompt):,} tokens, and the model reads {policy.context_length:,} "
-                "at most, with its answer. Start a new chat, or shorten the question."
+                f"The chat with this question has {len(prompt):,} tokens, which leaves no room for an answer: the "
+                f"context length of the model is {policy.context_length:,}. Start a new chat or shorten the question."
             )
-        self.switch(turn.adapter)  # first: the engine may fold it into scratch weights of its own
-        sampling = Sampling(ask.temperature, top_p=ask.top_p)
-        generator = torch.Generator(policy.device).manual_seed(ask.seed)
-        rollout = policy, [prompt], ask.samples, min(ask.max_tokens, room), sampling, generator, ask.samples
-        turn.engine = Engine(*rollout) if policy.decoder else None  # without an engine the answer comes as a whole
+        self.activate(turn.adapter)  # before Engine(), which may fold the adapter into its scratch weights
+        sampling = Sampling(request.temperature, top_p=request.top_p)
+        generator = torch.Generator(policy.device).manual_seed(request.seed)
+        rollout = policy, [prompt], request.samples, min(request.max_tokens, room), sampling, generator, request.samples
+        turn.engine = Engine(*rollout) if policy.decoder else None  # HFGenerate does not stream
         turn.steps = turn.engine.steps() if turn.engine else HFGenerate(*rollout).run()
         turn.policy = policy
         turn.completion_prefix = policy.completion_prefix(turn.messages)
 
     @torch.no_grad()
     def step(self, turn: Turn) -> None:
-        """One decode step; on CUDA a few."""
-        self.switch(turn.adapter)
-        turn.ended |= next(turn.steps)
+        """Make one decode step; several on CUDA."""
+        self.activate(turn.adapter)
+        turn.finished |= next(turn.steps)
 
-    # --- the base
+    # --- base model
 
-    def load(self, config: Config, base: tuple) -> None:
+    def load(self, config: Config, base_key: tuple) -> None:
         self.unload()
         self.policy = load_policy(config)
-        self.base = base
-        # A second thread slows a small model down, twenty times if a run trains on the same cores.
+        self.base_key = base_key
+        # A second thread slows a small model down, by a factor of 20 if a run trains on the same cores.
         is_small = self.policy.model.config.get_text_config().hidden_size < REUSE_FREED_BELOW_HIDDEN
-        torch.set_num_threads(1 if is_small else self.threads)
+        torch.set_num_threads(1 if is_small else self.default_threads)
 
     def unload(self) -> None:
-        self.policy = self.base = None
+        self.policy = self.base_key = None
         self.adapters = {}
         self.active = "default"
-        self.free()
+        self.free_memory()
 
-    def free(self) -> None:
+    def free_memory(self) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def make_way(self) -> None:
-        """Unload if a run trains on the card: it gets the memory that an idle page holds."""
-        if self.policy and self.policy.device.type == "cuda" and self.run_on_card():
+    def release_gpu(self) -> None:
+        """Unload the model from the GPU if a run trains there, so that an idle page does not hold memory."""
+        if self.policy and self.policy.device.type == "cuda" and self.run_on_gpu():
             self.unload()
 
-    # --- the LoRAs
+    # --- adapters
 
-    def switch(self, adapter: str | None) -> None:
-        """Switch this LoRA on; None: all off."""
+    def activate(self, adapter: str | None) -> None:
+        """Activate an adapter; None disables all adapters."""
         if adapter == self.active:
             return
         model = self.policy.model
@@ -139,34 +141,34 @@ class Models:
             model.base_model.enable_adapter_layers()
             model.set_adapter(adapter, inference_mode=True)
 
-    def adapter(self, run: str, checkpoint: str, in_use: set[str]) -> str:
-        """The name in the model of the LoRA of a checkpoint, loaded if necessary. Raises UiError or ConfigError."""
-        found = self.runs.get(run)
-        if checkpoint not in (names := found.checkpoints()):
-            raise UiError(f"{run} has no checkpoint {checkpoint!r}. It has {', '.join(names) or 'none yet'}.")
-        weights = found.file(f"checkpoints/{checkpoint}/adapter_model.safetensors")
+    def get_adapter(self, name: str, checkpoint: str, in_use: set[str]) -> str:
+        """Return the name of a checkpoint's adapter in the model, loaded if necessary. Raise UiError or ConfigError."""
+        run = self.runs.get(name)
+        if checkpoint not in (names := run.checkpoints()):
+            raise UiError(f"{name} has no checkpoint {checkpoint!r}. It has {', '.join(names) or 'none yet'}.")
+        weights = run.file(f"checkpoints/{checkpoint}/adapter_model.safetensors")
         if not weights.is_file():
             raise ConfigError(f"adapter: {weights.parent} has no adapter_model.safetensors: choose another checkpoint")
         key = weights, weights.stat().st_mtime_ns
-        name = self.adapters.pop(key, None) or self.load_adapter(weights.parent, in_use)
-        self.adapters[key] = name
-        return name
+        adapter = self.adapters.pop(key, None) or self.load_adapter(weights.parent, in_use)
+        self.adapters[key] = adapter
+        return adapter
 
     def load_adapter(self, folder: Path, in_use: set[str]) -> str:
-        """Load a LoRA beside the others; if there are many, drop those that were not used for the longest time."""
+        """Load an adapter and drop the least recently used ones. Raise ConfigError if it does not fit the model."""
         model = self.policy.model
-        name = f"checkpoint{next(self.numbers)}"
-        self.switch("default")
-        for key, old in list(self.adapters.items()):
-            if len(self.adapters) >= ADAPTERS and old not in in_use:
+        name = f"checkpoint{next(self.counter)}"
+        self.activate("default")
+        for key, old_name in list(self.adapters.items()):
+            if len(self.adapters) >= MAX_ADAPTERS and old_name not in in_use:
                 model.delete_adapter(self.adapters.pop(key))
         try:
             result = model.load_adapter(folder, name, torch_device=str(self.policy.device))
             if result.missing_keys or result.unexpected_keys:
-                raise ValueError("some of its matrices have no counterpart")
+                raise ValueError("the parameter names do not match the model")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             if name in model.peft_config:
                 model.delete_adapter(name)
-            why = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ConfigError(f"adapter: {folder} cannot be put on {model.config.name_or_path}: {why}") from error
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(f"adapter: {folder} does not fit {model.config.name_or_path}: {reason}") from error
         return name

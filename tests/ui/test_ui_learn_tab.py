@@ -1,4 +1,4 @@
-"""The tab Learn: GAE and PPO's clip by hand-worked values, and their entries of the terms."""
+"""The tab Learn: GAE and PPO's clip against hand-computed values, and their entries in docs/terms.md."""
 
 import pytest
 
@@ -6,9 +6,9 @@ from ui import learn_tab
 from ui.runs import UiError
 
 
-def test_gae_moves_from_the_td_error_to_the_whole_return():
+def test_gae_interpolates_between_td_error_and_return():
     episode = [["a", 0, 0.5], ["b", 1, 0.25]]
-    words, table, advantages, errors = learn_tab.gae(episode, 1.0, 0.5, 0.0)
+    summary, table, advantages, errors = learn_tab.gae(episode, 1.0, 0.5, 0.0)
     # delta = 0 + 0.25 - 0.5, 1 - 0.25; A_1 = -0.25 + 0.5 x 0.75; lambda 1: 1 - 0.5
     assert table == [[1, -0.25, 0.125, 0.5, 0.625, 1.0], [2, 0.75, 0.75, 0.75, 1.0, 1.0]]
     chosen = advantages[advantages["series"] == "chosen lambda"]
@@ -19,24 +19,24 @@ def test_gae_moves_from_the_td_error_to_the_whole_return():
         and bias[0.5] == pytest.approx(0.375)
         and bias[1.0] == pytest.approx(0, abs=1e-6)
     )
-    assert "lambda 0.5: bias 0.375, spread 0.000" in words
+    assert "lambda 0.5: bias 0.375, spread 0.000" in summary
     discounted = learn_tab.gae(episode, 0.5, 1.0, 0.0)[1]
     assert [row[3] for row in discounted] == [0.0, 0.75]
 
 
-def test_more_lambda_is_less_bias_and_more_spread():
+def test_larger_lambda_has_less_bias_and_more_spread():
     _, _, _, errors = learn_tab.gae(learn_tab.EPISODE, 1.0, 0.95, 1.0)
-    of = {name: errors[errors["series"] == name]["y"].tolist() for name in ("bias", "spread")}
-    assert of["bias"][-1] == pytest.approx(0, abs=1e-5) and of["bias"][0] == pytest.approx(0.3, abs=1e-5)
-    assert of["spread"] == sorted(of["spread"])
-    assert of["spread"][0] == pytest.approx(1, abs=0.1) and of["spread"][-1] == pytest.approx(5**0.5, abs=0.2)
+    curves = {name: errors[errors["series"] == name]["y"].tolist() for name in ("bias", "spread")}
+    assert curves["bias"][-1] == pytest.approx(0, abs=1e-5) and curves["bias"][0] == pytest.approx(0.3, abs=1e-5)
+    assert curves["spread"] == sorted(curves["spread"])
+    assert curves["spread"][0] == pytest.approx(1, abs=0.1) and curves["spread"][-1] == pytest.approx(5**0.5, abs=0.2)
 
 
-def test_an_episode_with_a_hole_is_refused():
+def test_invalid_episode_raises():
     for row in (["a", "x", 1], ["a", 1, None], ["a", 1, ""], ["a", float("nan"), 0], ["a"]):
-        with pytest.raises(UiError, match="where two numbers belong"):
+        with pytest.raises(UiError, match="two numbers"):
             learn_tab.gae([["b", 0, 0], row], 1.0, 1.0, 0.1)
-    for episode, expected in (([], "where two numbers belong"), ([["a", 0, 0]] * 51, "at most 50")):
+    for episode, expected in (([], "two numbers"), ([["a", 0, 0]] * 51, "51 tokens.*50")):
         with pytest.raises(UiError, match=expected):
             learn_tab.gae(episode, 1.0, 1.0, 0.1)
 
@@ -44,22 +44,22 @@ def test_an_episode_with_a_hole_is_refused():
 @pytest.mark.parametrize(
     "ratio, advantage, expected, objective, slope",
     [
-        (1.5, 1, "CUT: A > 0 and the ratio is above 1.28", "1.280", "0"),
-        (1.2, 1, "not cut.", "1.200", "1"),
-        (0.5, -1, "CUT: A < 0 and the ratio is below 0.8", "-0.800", "0"),
-        (0.5, 1, "not cut although", "0.500", "1"),
-        (2.5, -2, "not cut although", "-5.000", "-2"),
-        (1.0, 0, "not cut.", "0.000", "0"),
+        (1.5, 1, "CLIPPED to 0: A > 0 and the ratio is above 1.28", "1.280", "0"),
+        (1.2, 1, "not clipped.", "1.200", "1"),
+        (0.5, -1, "CLIPPED to 0: A < 0 and the ratio is below 0.8", "-0.800", "0"),
+        (0.5, 1, "not clipped although", "0.500", "1"),
+        (2.5, -2, "not clipped although", "-5.000", "-2"),
+        (1.0, 0, "not clipped.", "0.000", "0"),
     ],
 )
-def test_the_clip_says_whether_the_gradient_is_cut(ratio, advantage, expected, objective, slope):
-    words, drawn = learn_tab.clip(ratio, advantage, 0.2, 0.28)
-    assert expected in words and f"Objective {objective}" in words.replace("-0.000", "0.000")
-    assert words.replace("-0.", "0.").endswith(f"by the ratio {slope}.")
-    point = drawn[drawn["series"] == "your token"]
+def test_clip_reports_whether_the_gradient_is_clipped(ratio, advantage, expected, objective, slope):
+    summary, plot = learn_tab.clip(ratio, advantage, 0.2, 0.28)
+    assert expected in summary and f"Objective {objective}" in summary.replace("-0.000", "0.000")
+    assert summary.replace("-0.", "0.").endswith(f"slope {slope}.")
+    point = plot[plot["series"] == "your token"]
     assert point["x"].tolist() == [ratio, ratio] and point["y"].tolist()[1] == pytest.approx(float(objective), abs=1e-3)
 
 
-def test_each_playground_has_its_entry_of_the_terms():
+def test_each_demo_has_an_entry_in_the_terms():
     assert "A_t = delta_t + gamma lam A_{t+1}" in learn_tab.term("GAE") and "###" not in learn_tab.term("GAE")
     assert "clip(ratio, 1 - epsilon, 1 + epsilon_high)" in learn_tab.term("PPO clip")

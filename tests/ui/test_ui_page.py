@@ -125,8 +125,8 @@ def texts_while(page, act) -> list[tuple[str, str]]:
 
 def ask_held_out(page, number: int) -> None:
     """Put a held-out question, and wait for both verdicts."""
-    page.get_by_label("Held-out question, by its number").fill(str(number))
-    page.get_by_role("button", name="Take this held-out question").click()
+    page.get_by_label("Held-out question number").fill(str(number))
+    page.get_by_role("button", name="Load this question").click()
     wait_until(lambda: page.get_by_label("Question", exact=True).first.input_value() != "")
     page.get_by_role("button", name="Ask both").click()
     wait_until(lambda: value_of(page, "left-verdict") and value_of(page, "right-verdict"), 90)
