@@ -177,7 +177,7 @@ class Run:
         return records
 
     def groups(self, step: int) -> list[list[dict]]:
-        """Return the completions of a step, one list per group. Raises UiError for the same reasons as `completions`."""
+        """Return the completions of a step, one list per group. Raises the same errors as `completions`."""
         groups = []
         for _, same_prompt in itertools.groupby(self.completions(step), key=lambda record: record["prompt_id"]):
             records = list(same_prompt)
@@ -189,9 +189,9 @@ class Run:
         return groups
 
     def tokens(self, step: int) -> dict | None:
-        """Return the token log of one group of a step: {step, prompt_id, completions: [{tokens, logprobs, ...}]}.
+        """Return {step, prompt_id, completions: [{tokens, logprobs, ...}]}, the token log of one group of a step.
 
-        Returns None if the step has no such log. Raises UiError if the file is damaged.
+        Returns None if the step has no token log. Raises UiError if the file is damaged.
         """
         name = f"tokens/{step:06d}.json"
         path = self.file(name)
