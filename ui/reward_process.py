@@ -129,7 +129,7 @@ def main(folder: Path) -> None:
     except (RewardError, DataError, ValueError) as error:
         result = {"error": str(error)}
     except Exception as error:
-        result = {"error": f"The row or the settings cannot be used: {type(error).__name__}: {error}."}
+        result = {"error": f"Invalid row or settings: {type(error).__name__}: {error}."}
     sys.stdout.flush()
     unfinished = folder / "unfinished"
     unfinished.write_text(json.dumps(result, default=str), encoding="utf-8")

@@ -54,12 +54,12 @@ class Runs:
 
     def names(self) -> list[str]:
         """Return the names of the runs, the most recently started or resumed first."""
-        started = {}
+        start_times = {}
         for config in self.folder.glob("*/config.yaml"):
             with contextlib.suppress(OSError):  # removed in the meantime
                 if self._has(config.parent.name):
-                    started[config.parent.name] = config.stat().st_mtime
-        return sorted(started, key=lambda name: (started[name], name), reverse=True)
+                    start_times[config.parent.name] = config.stat().st_mtime
+        return sorted(start_times, key=lambda name: (start_times[name], name), reverse=True)
 
     def get(self, name: str) -> "Run":
         """Return a run. Raises UiError if its name is not in `names`, so that no path leads outside the folder."""
