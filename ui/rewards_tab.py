@@ -25,7 +25,7 @@ READ_ONLY = "Other machines can reach this page. Serve it at 127.0.0.1 to edit a
 WRITE_LOCK = threading.Lock()  # held while the reward file or its draft is written
 TIME_LIMIT = 60.0  # seconds for reward code
 SCORES = ["function", "value", "weight", "weighted", "reason"]
-CHANGES = ["completion", "question", "old", "new", "verdict", "changes", "reasons", "end of completion"]
+CHANGES = ["#", "question", "old", "new", "verdict", "changes", "reasons", "end of completion"]
 
 
 # --- completions

@@ -68,9 +68,9 @@ def build(page: Page) -> None:
         shown_range = gr.State()  # a change reloads the completions
         groups = gr.State([])  # completions of the step, one list per prompt
         group = gr.State([])  # completions of the selected prompt
-        prompts = table("Prompts (click to select)", "no.", "correct", "mean reward", "reward std", "question")
+        prompts = table("Prompts (click to select)", "#", "correct", "mean reward", "reward std", "question")
         question = gr.Textbox(label="Question", max_lines=8)
-        headers = ("no.", "reward", "verdict", "advantage", "ended by", "tokens", "completion")
+        headers = ("#", "reward", "verdict", "advantage", "ended by", "tokens", "completion")
         completions = table("Completions, highest reward first (click to select)", *headers)
         text = gr.Textbox(label="Completion", max_lines=20)
         reasons = table("Rewards of the completion", "function", "value", "reason")

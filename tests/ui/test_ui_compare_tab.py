@@ -152,7 +152,7 @@ def test_reward_functions_that_fail_or_hang(page, monkeypatch):
     failing = {
         "1 / 0": "No verdict: reward function 'bad' (rewards.py:4)",
         "raise SystemExit(3)": "No verdict: ",
-        "while True: pass": "No verdict: rewards.py did not finish within 1 s: it was in bad, line 4.",
+        "while True: pass": "No verdict: rewards.py gave no answer within 1 s, it was in bad, line 4.",
     }
     for code, words in failing.items():
         monkeypatch.setattr(chat, "SECONDS", 1 if "while" in code else 30)

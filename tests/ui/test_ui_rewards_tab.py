@@ -368,7 +368,7 @@ def test_serves_the_endpoints_over_http(page, monkeypatch):
         endless = REWARDS + "@reward\ndef endless(c):\n    while True: pass\n"
         job = client.submit("mine", 3, 2, *fields, endless, api_name="/score")
         assert client.predict(1.5, 1, 0.2, 0.28, api_name="/clip")[0].startswith("The gradient is CUT")
-        assert not job.done(), "a function that hangs does not block the page"
+        assert not job.done(), "a function that hangs does not hold up the page"
         assert "in endless" in job.result()[0]
         episode = {"headers": ["token", "reward", "value"], "data": [["a", "0", 0.5], ["b", 1, 0.25]]}
         message, table, curves, _ = client.predict(episode, 1.0, 0.5, 0.0, api_name="/gae")

@@ -16,7 +16,7 @@ from ui.runs import MAX_POINTS, Runs, UiError, downsample, shows_errors, tail
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder `a` of 20 steps, two completions a prompt."""
+    """A run folder `a` with 20 steps and two completions per prompt."""
     run = tmp_path / "runs/a"
     (run / "eval").mkdir(parents=True)
     (run / "config.yaml").write_text("num_generations: 2\nmax_steps: 20\n")
