@@ -124,7 +124,7 @@ def record_chats(page, action) -> list[tuple[str, str]]:
 
 
 def ask_held_out(page, number: int) -> None:
-    """Ask a held-out question, and wait for both verdicts."""
+    """Put a held-out question, and wait for both verdicts."""
     page.get_by_label("Held-out question number").fill(str(number))
     page.get_by_role("button", name="Load this question").click()
     wait_until(lambda: page.get_by_label("Question", exact=True).first.input_value() != "")
