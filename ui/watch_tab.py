@@ -23,7 +23,7 @@ CURVES = {  # label: (factor, {series: metric}); the first two plots are large
     "With thinking, % of completions": (100, {"mean": "completions/thinking"}),
     "KL from the reference, nats per token": (1, {"mean": "kl"}),
     "Entropy, nats per token": (1, {"mean": "entropy"}),
-    "Clipped, %": (100, {"completions by length": "completions/clipped_ratio", "ratios": "clip_ratio/region_mean"}),
+    "Clipped, %": (100, {"truncated completions": "completions/clipped_ratio", "ratios": "clip_ratio/region_mean"}),
     "Peak memory, MB": (1, {"peak": "peak_memory_mb"}),
     "Tokens per second": (1, {"whole step": "tokens_per_second"}),
 }

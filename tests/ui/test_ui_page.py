@@ -178,9 +178,7 @@ def test_all_tabs_work_in_a_browser(trained, width):
         open_tab(page, "Watch")
         wait_until(lambda: "step 8 of 8" in read_value(page, "watch-status"))
         slider, seen = page.get_by_label("number input for Step").first, [""]
-        question = (
-            page.get_by_label("Question", exact=True).locator("visible=true").first
-        )  # of the first prompt of the step
+        question = page.get_by_label("Question", exact=True).locator("visible=true").first  # the first prompt
         for step in (None, "1", "2"):
             if step:
                 slider.fill(step)
