@@ -1,16 +1,16 @@
-"""The page: compare the model before and after training, see what changed, watch a run, try out rewards.
+"""The web page: compare the model before and after training, see what changed, watch a run, try out rewards.
 
-    make ui                                                   serves runs/ at 127.0.0.1
+    make ui                                                   serve runs/ at 127.0.0.1
     python ui/app.py --runs FOLDER --port 7861
-    python ui/app.py --host 0.0.0.0 --auth NAME:PASSWORD      for others on the network, who can read and ask questions
+    python ui/app.py --host 0.0.0.0 --auth NAME:PASSWORD      let others on the network view runs and ask questions
 
-Nothing is sent to other machines, and only the theme is stored in the browser. Rewards can be edited and runs started only
-if the page is served to this machine alone (the default). Requests from the pages of other sites are refused.
+The page sends nothing to other machines, and stores only the theme in the browser. Rewards can be edited and runs
+started only if the page is served to this machine alone (the default). Requests from other sites' pages are refused.
 """
 
 import os
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
 
 import contextlib
 import signal
@@ -44,20 +44,20 @@ footer {display: none !important}
 
 @dataclass
 class Settings:
-    runs: Path = Path("runs")  # the folder with the runs
-    rewards_file: Path = Path("rewards.py")  # the reward file that is edited and tried out
-    host: str = "127.0.0.1"  # the address to listen at; any other than 127.0.0.1 needs --auth
-    port: int = 7860  # 0: any free port
-    auth: str | None = None  # NAME:PASSWORD for the visitors
-    share: bool = False  # a public address through Gradio's servers; needs --auth
+    runs: Path = Path("runs")  # folder with the runs
+    rewards_file: Path = Path("rewards.py")  # reward file to edit and try out
+    host: str = "127.0.0.1"  # address to listen on; any other than 127.0.0.1 requires --auth
+    port: int = 7860  # port to listen on; 0: any free port
+    auth: str | None = None  # NAME:PASSWORD for visitors
+    share: bool = False  # public address through Gradio's servers; requires --auth
 
     @property
     def is_local(self) -> bool:
         return self.host in LOOPBACK and not self.share
 
 
-class OwnOrigin:
-    """Refuses requests from the pages of other sites, and to be framed by them."""
+class SameOriginMiddleware:
+    """ASGI middleware that refuses requests from other sites' pages and prevents them from framing this page."""
 
     def __init__(self, app):
         self.app = app
@@ -67,8 +67,8 @@ class OwnOrigin:
             headers = Headers(scope=scope)
             origin = headers.get("origin")
             if origin is not None and origin.partition("://")[2] != headers.get("host"):
-                refusal = PlainTextResponse("Refused: the request comes from the page of another site.", 403)
-                return await refusal(scope, receive, send)
+                response = PlainTextResponse("Refused: the request comes from another site's page.", 403)
+                return await response(scope, receive, send)
 
         async def send_unframed(message):
             if message["type"] == "http.response.start":
@@ -83,33 +83,37 @@ def build(settings: Settings) -> gr.Blocks:
     runs = Runs(settings.runs)
     page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file)
     with gr.Blocks(title="Ponder", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown("# Ponder\nThe same question to the model before and after training.")
+        gr.Markdown("# Ponder\nCompare the answers of a model before and after training.")
         for tab in (compare_tab, watch_tab, rewards_tab, learn_tab):
             tab.build(page)
     return blocks
 
 
 def launch(settings: Settings) -> tuple[gr.Blocks, str]:
-    """Serve the page from threads of this process, and return it with its address. Exits if others could reach it without a
-    password."""
+    """Serve the page from threads of this process. Returns the page and its address.
+
+    Exits if others could reach the page without a password. Raises OSError if the port is taken.
+    """
     if not settings.is_local and not settings.auth:
-        sys.exit("error: host: others can reach the page at this address: set a password, --auth NAME:PASSWORD")
+        sys.exit("error: host: other machines can reach this address: set a password with --auth NAME:PASSWORD")
     if ":" in settings.host:
-        sys.exit("error: host: expected a name or an IPv4 address, such as 127.0.0.1 or 0.0.0.0")
+        sys.exit("error: host: expected a host name or an IPv4 address, such as 127.0.0.1 or 0.0.0.0")
     name, _, password = (settings.auth or "").partition(":")
     if settings.auth and not (name and password):
         sys.exit("error: auth: expected NAME:PASSWORD")
-    hosts = LOOPBACK if settings.is_local else ["*"]  # another name would be that of a site that resolves to 127.0.0.1
+    hosts = LOOPBACK if settings.is_local else ["*"]  # any other name is a site that resolves to 127.0.0.1
     blocks = build(settings).queue(default_concurrency_limit=8, max_size=64)
     _, address, shared = blocks.launch(
         server_name=settings.host,
         server_port=settings.port or None,
         share=settings.share,
         auth=(name, password) if settings.auth else None,
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(OwnOrigin)]},
+        app_kwargs={
+            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(SameOriginMiddleware)]
+        },
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
-        max_file_size="1mb",  # the page takes no files
+        max_file_size="1mb",  # the page accepts no uploads
         run_history=False,
         enable_monitoring=False,
         footer_links=[],
@@ -122,12 +126,12 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
 if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__.split("\n")[0])
     settings.runs, settings.rewards_file = settings.runs.resolve(), settings.rewards_file.resolve()
-    os.chdir(ROOT)  # data/tiny and configs/ are relative paths
+    os.chdir(ROOT)  # data/tiny and configs/ are relative to the repository
     try:
         _, address = launch(settings)
     except OSError as error:  # the port is taken
         sys.exit(f"error: port: {first_line(error)}")
-    print(f"The page is at {address} and shows {settings.runs} (Ctrl-C ends it; its runs continue)", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that temporary files are removed, as after Ctrl-C
+    print(f"Page: {address}, runs: {settings.runs} (Ctrl-C stops the page; runs that it started continue)", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # removes temporary files, as Ctrl-C does
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

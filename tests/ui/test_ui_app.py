@@ -1,4 +1,4 @@
-"""Who may reach the page, and what can be read through it."""
+"""Access to the page: origins, hosts, passwords, files outside the runs folder, and read-only pages."""
 
 import contextlib
 import subprocess
@@ -21,7 +21,7 @@ def served(tmp_path, **settings):
         blocks.close()
 
 
-def test_an_empty_runs_folder_and_requests_of_other_sites(tmp_path):
+def test_serves_an_empty_runs_folder_and_refuses_requests_of_other_sites(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     with served(tmp_path) as address:
         page = httpx.get(address)
@@ -34,22 +34,23 @@ def test_an_empty_runs_folder_and_requests_of_other_sites(tmp_path):
             {"Origin": "null"},
             {"Origin": "http://["},
         ):
-            refused = httpx.get(address, headers=headers)
-            assert refused.status_code == 403 and refused.text.startswith("Refused"), headers
+            response = httpx.get(address, headers=headers)
+            assert response.status_code == 403 and response.text.startswith("Refused"), headers
         assert httpx.get(address, headers={"Host": "other.test"}).status_code == 400
-        asking = {"Origin": "http://other.test", "Access-Control-Request-Method": "POST"}
-        for path in ("/gradio_api/queue/join", "/gradio_api/upload", "/config"):  # what browsers ask before they send
-            assert "access-control-allow-origin" not in httpx.options(f"{own}{path}", headers=asking).headers
+        preflight = {"Origin": "http://other.test", "Access-Control-Request-Method": "POST"}
+        for path in ("/gradio_api/queue/join", "/gradio_api/upload", "/config"):
+            assert "access-control-allow-origin" not in httpx.options(f"{own}{path}", headers=preflight).headers
         assert httpx.get(f"{own}/monitoring").status_code in (403, 404)
         assert not httpx.get(f"{own}/config").json().get("analytics_enabled")
         paths = ("secret.txt", "../secret.txt", str(tmp_path / "secret.txt"), "/etc/passwd", str(app.ROOT / "train.py"))
         for path in paths:
             for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/"):
-                found = httpx.get(f"{own}/{route}{path}")
-                assert found.status_code in (403, 404, 405) and "secret" not in found.text.replace(path, ""), found.url
+                response = httpx.get(f"{own}/{route}{path}")
+                assert response.status_code in (403, 404, 405), response.url
+                assert "secret" not in response.text.replace(path, ""), response.url
 
 
-def test_others_are_let_in_by_name_and_password_alone(tmp_path, capsys):
+def test_other_machines_need_a_name_and_a_password(tmp_path, capsys):
     for settings in (
         app.Settings(host="0.0.0.0"),
         app.Settings(share=True),
@@ -62,28 +63,27 @@ def test_others_are_let_in_by_name_and_password_alone(tmp_path, capsys):
         own = address.rstrip("/")
         assert httpx.get(f"{own}/config").status_code == 401
         with httpx.Client() as client:
-            wrong = client.post(f"{own}/login", data={"username": "me", "password": "no"})
-            assert wrong.status_code == 400
+            response = client.post(f"{own}/login", data={"username": "me", "password": "no"})
+            assert response.status_code == 400
             assert client.post(f"{own}/login", data={"username": "me", "password": "secret"}).status_code == 200
             assert client.get(f"{own}/config").status_code == 200
 
 
-def test_elsewhere_nothing_is_edited_or_started(tmp_path):
-    """There the page has no endpoints for it at all."""
-    here, elsewhere = (
+def test_a_page_for_other_machines_has_no_endpoints_that_edit_or_start(tmp_path):
+    local, remote = (
         {str(f.api_name) for f in app.build(settings).fns.values()}
         for settings in (app.Settings(runs=tmp_path), app.Settings(runs=tmp_path, host="0.0.0.0", auth="a:b"))
     )
-    changing = {"start_run", "resume_run", "stop_run", "show_command"}
-    assert changing <= here and not changing & elsewhere
-    assert not [name for name in elsewhere if any(word in name for word in ("start", "stop_run", "save", "score"))]
+    write_endpoints = {"start_run", "resume_run", "stop_run", "show_command"}
+    assert write_endpoints <= local and not write_endpoints & remote
+    assert not [name for name in remote if any(word in name for word in ("start", "stop_run", "save", "score"))]
 
 
-def test_a_port_that_is_taken(tmp_path):
+def test_raises_if_the_port_is_taken(tmp_path):
     with served(tmp_path) as address, pytest.raises(OSError, match="port"):
         app.launch(app.Settings(runs=tmp_path, port=int(address.rstrip("/").rpartition(":")[2])))
 
 
-def test_help():
-    shown = subprocess.run([sys.executable, "ui/app.py", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "NAME:PASSWORD" in shown.stdout
+def test_help_lists_the_settings():
+    result = subprocess.run([sys.executable, "ui/app.py", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "NAME:PASSWORD" in result.stdout
