@@ -18,5 +18,5 @@ def test_example_trains_three_steps():
 
 def test_named_files_and_folders_exist():
     names = {name.partition(":")[0] for name in re.findall(r"`([\w./]+(?:/|\.(?:py|md))(?::\w+)?)`", TEXT)}
-    assert {"train.py", "rl/update.py", "docs/terms.md"} <= names
+    assert {"train.py", "rl/update.py", "docs/algorithms.md"} <= names
     assert not [name for name in names if not Path(name).exists()]

@@ -10,7 +10,7 @@ import pandas as pd
 from ui.runs import Page, UiError, shows_errors
 from ui.watch_tab import plot
 
-TERMS = Path(__file__).resolve().parent.parent / "docs" / "terms.md"
+TERMS = Path(__file__).resolve().parent.parent / "docs" / "algorithms.md"
 EPISODE = [["3+4", 0, 0.4], ["=7", 0, 0.7], ["7-5", 0, 0.3], ["=2", 0, 0.6], ["answer", 1, 0.8]]
 ESTIMATES = ["token", "TD error", "advantage", "return - value", "return", "return (lambda 1)"]
 LAMBDAS = "lambda 0", "chosen lambda", "lambda 1"  # curves of the advantage plot
@@ -21,10 +21,10 @@ MAX_TOKENS = 50
 
 
 def term(name: str) -> str:
-    """Return the entry of docs/terms.md with this heading, as Markdown."""
+    """Return the entry of docs/algorithms.md with this heading, as Markdown."""
     text = TERMS.read_text(encoding="utf-8")
     entry = re.search(rf"^### {re.escape(name)}\n(.*?)(?=^##|\Z)", text, re.DOTALL | re.MULTILINE)
-    return f"**{name}**, from docs/terms.md:\n\n{entry[1]}"
+    return f"**{name}**, from docs/algorithms.md:\n\n{entry[1]}"
 
 
 def gae(episode: list[list], gamma: float, lam: float, noise: float) -> tuple:
