@@ -113,9 +113,9 @@ def known_card(name: str, gigabytes: float) -> Card | None:
 
 # --- the time on a card: modelled, not measured (--probe measures it)
 #
-# A roofline model: each part takes the time for its bytes at the card's bandwidth or for its arithmetic at the card's peak,
-# whichever is longer, divided by EFFICIENCY. The mean completion is assumed to be half of max_completion_length. Loading,
-# scoring and saving are not counted. The update is assumed to use all groups, including those without variance.
+# A roofline model: each part takes the time for its bytes at the card's bandwidth or for its arithmetic at the card's
+# peak, whichever is longer, divided by EFFICIENCY. The mean completion is assumed to be half of max_completion_length.
+# Loading, scoring and saving are not counted, and the update is assumed to use all groups, even those without variance.
 
 
 def run_seconds(config: Config, shape: Shape, card: Card, prompt: int, prediction) -> tuple[float, float]:
@@ -130,7 +130,7 @@ def run_seconds(config: Config, shape: Shape, card: Card, prompt: int, predictio
 def rollout_seconds(
     config: Config, shape: Shape, card: Card, prompt: int, prediction, prompts: int, group: int
 ) -> float:
-    """Return the seconds of prefill and decode steps. Each decode step reads all weights and its rows' keys and values."""
+    """Return the seconds of prefill and decode steps. A decode step reads all weights and its rows' keys and values."""
     completions = prompts * group
     longest = config.max_completion_length
     mean = longest / 2
@@ -150,7 +150,7 @@ def rollout_seconds(
 
 
 def update_flops(config: Config, shape: Shape, prompt: int, prediction) -> float:
-    """Return the FLOPs of a step's update. Per parameter and token: 2 forward, 2 backward (LoRA is small), 2 to recompute."""
+    """Return the FLOPs of an update, per weight and token: 2 forward, 2 backward (LoRA is small), 2 to recompute."""
     rows = config.prompts_per_step * config.num_generations
     completion_tokens = rows * config.max_completion_length / 2
     shares_prompts = shape.uses_decoder and not prediction.uses_unsloth

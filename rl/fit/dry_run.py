@@ -1,4 +1,4 @@
-"""`--dry-run`: predicts memory by part and time, and reports whether the run fits and which settings to change if not."""
+"""`--dry-run`: predicts memory and time, and reports whether the run fits and, if not, which settings to change."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -101,7 +101,7 @@ def advice(config: Config, shape: Shape, machine: Machine, prompt: int) -> str:
 
 
 def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict | None:
-    """Return a minimal set of changed settings with which the run fits, least costly first, or None if there is none."""
+    """Return the settings that must change so that the run fits, least costly first, or None if it cannot fit."""
     options = memory_savers(config, shape, machine, prompt)
     changes = {name: values[-1] for name, values in options.items()}
     if memory_needed(dataclasses.replace(config, **changes), shape, machine, prompt) > machine.memory:
@@ -115,7 +115,7 @@ def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict 
 
 
 def memory_savers(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict[str, list]:
-    """Return values to try by setting, least costly first: settings that cost time, then precision, then completion length."""
+    """Return values to try by setting, least costly first: they cost time, then precision, then length."""
     options = {"gradient_checkpointing": [True]}
     if not shape.four_bit:
         options["load_in_4bit"] = [True]

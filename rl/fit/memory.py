@@ -1,14 +1,14 @@
-"""Prediction of the memory that a run needs, by part, from the model's dimensions and the settings, without loading anything.
+"""Prediction of a run's memory by part, computed from the model's dimensions and the settings; nothing is loaded.
 
     peak = fixed + max(load, weights + LoRA + optimizer + critic + max(roll-out, update))
 
-Only the larger of roll-out and update counts, because one ends before the other begins. Small models on a CPU are an
-exception: freed blocks are kept for speed (`keep_freed_memory` in rl/model/policy.py), too fragmented for the other part, so
-both count. The roll-out is the allocations of rl/model/engine.py and rl/model/sampling.py. The update is what autograd saves in
-rl/model/decoder.py and rl/model/logprobs.py for the fullest micro-batch, or on CUDA what Unsloth's layers save.
+Only the larger of roll-out and update counts, because one ends before the other begins. Both count for small models on
+a CPU, where freed blocks are kept (`keep_freed_memory` in rl/model/policy.py) and fragment. The roll-out is
+what rl/model/engine.py and rl/model/sampling.py allocate. The update is what autograd saves in rl/model/decoder.py and
+rl/model/logprobs.py for the fullest micro-batch, or on CUDA what Unsloth's layers save.
 
-On a CPU, the prediction is the resident memory beyond the memory after the imports, within 15 % of measurements. On CUDA, it
-is the memory allocated by PyTorch, without the CUDA context; this has not been compared with measurements.
+On a CPU, the prediction is the resident memory beyond the memory after the imports, within 15 % of measurements. On
+CUDA, it is the memory allocated by PyTorch, without the CUDA context; this has not been compared with measurements.
 """
 
 import importlib.util
@@ -157,7 +157,7 @@ def rollout_bytes(
 
 
 def micro_batch_tokens(config: Config, shape: Shape, with_unsloth: bool, prompt: int) -> int:
-    """Return the tokens of the fullest micro-batch: the budget, but at least one completion (dpo: two), at most the step."""
+    """Return the tokens of the fullest micro-batch: the budget, at least a completion (dpo: two), at most the step."""
     rows = config.prompts_per_step * config.num_generations
     completions = 2 if config.algorithm == "dpo" else 1
     if shape.uses_decoder and not with_unsloth:  # the completions of a group share their prompt
@@ -176,15 +176,15 @@ def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool,
     hidden = shape.hidden
     inputs = tokens * hidden * itemsize  # inputs of a layer
     if with_unsloth:
-        # Elements per token, with flash attention and no mask. Two of the checkpointed inputs are on the GPU, the others on the host.
+        # Per token, with flash attention and no mask. Only two of the checkpointed inputs are on the GPU at a time.
         elements = 5 * hidden + 4 * shape.query_size + 5 * shape.kv_size + 4 * shape.intermediate
         saved = tokens * itemsize * elements
         working = 0
         mask = 0
         checkpoints = 2 * inputs
     else:
-        # Saved per token for the backward of a layer: inputs and outputs of the norms; gate, its activation, up, their product; in
-        # the attention packed query, key and value, padded query and output, output and log-sum-exp; x A of each LoRA.
+        # Saved per token for the backward of a layer: inputs and outputs of the norms; gate, its activation, up and
+        # product; packed query, key and value; padded query and output; attention output and log-sum-exp; x A of LoRAs.
         normed = 2 * hidden + (shape.query_size + shape.kv_size if shape.qk_norm else 0)
         norm_itemsize = itemsize if is_gpu else 4  # without a fused kernel the norms save their inputs in fp32
         elements = 2 * hidden + 4 * shape.intermediate + 4 * shape.query_size + 2 * shape.kv_size + 7 * config.lora_r

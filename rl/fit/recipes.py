@@ -62,7 +62,7 @@ def memory_needed(config: Config, shape: Shape, machine: Machine) -> float | Non
 
 
 def min_memory(config: Config, shape: Shape, machine: Machine) -> float:
-    """Return the bytes of memory of the smallest card on which a recipe fits, in steps of 0.1 GB from this machine up."""
+    """Return the memory in bytes of the smallest card that fits a recipe, in steps of 0.1 GB from this machine up."""
     larger = machine
     while memory_needed(config, shape, larger) is None:
         larger = dataclasses.replace(larger, memory=larger.memory + GB / 10)

@@ -42,7 +42,7 @@ class Shape:
 
 
 def find_shape(model: str) -> Shape:
-    """Return the shape of a model. It is looked up as a folder, in the Hugging Face cache, in models.json and on the Hub.
+    """Return the shape of a model: a folder, or found in the Hugging Face cache, models.json or the Hub, in this order.
 
     At most a config.json is downloaded. Raises ConfigError if there is none, or if transformers cannot build the model.
     """
@@ -64,7 +64,7 @@ def find_shape(model: str) -> Shape:
     except Exception as error:  # the code of any architecture may raise anything
         raise ConfigError(
             f"model: the dimensions of {model} are unknown: use a folder with its config.json or one of "
-            f"{', '.join(KNOWN_MODELS)} (any owner and suffix), or measure the memory with --probe ({first_line(error)})"
+            f"{', '.join(KNOWN_MODELS)} (any owner and suffix), or measure with --probe ({first_line(error)})"
         ) from error
 
 
@@ -78,7 +78,7 @@ def known_config(model: str) -> dict | None:
 
 
 def shape_from_config(config, folder: Path) -> Shape:
-    """Return the shape of the model with this transformers config. folder: where its files are, if they are local."""
+    """Return the shape of the model with this transformers config. folder: its files, if they are local."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D

@@ -1,8 +1,8 @@
-"""Attention over packed tokens: conversion between packed and padded layouts, masks, and prompts shared by several rows.
+"""Attention over packed tokens: packed and padded layouts, masks, and prompts shared by several rows.
 
-The g query heads of a key-value head are laid out as g times as many queries of one head. Grouped-query attention then needs
-no copies of keys and values, and one masked kernel serves prefill, decoding and the update. A mask has rows x queries x keys
-elements; `max_tokens_per_micro_batch` bounds it, and it is costly for prompts of many thousand tokens.
+The g query heads of a key-value head are laid out as g times as many queries of one head. Grouped-query attention then
+needs no copies of keys and values, and one masked kernel serves prefill, decoding and the update. A mask has rows x
+queries x keys elements; `max_tokens_per_micro_batch` bounds it, and it is costly for prompts of many thousand tokens.
 Shapes: T packed tokens, B rows, W padded width of a row, L queries, S keys, d head size.
 """
 
@@ -15,7 +15,7 @@ FEW_QUERIES = 16  # a decode step has g queries for each key-value head
 
 
 def attention(query, key, value, mask: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return softmax attention, (B, kv heads, g L, d), of query (B, kv heads, g L, d), key and value (B, kv heads, S, d).
+    """Return softmax attention of query (B, kv heads, g L, d), key and value (B, kv heads, S, d), in the query's shape.
 
     mask: additive, from `masks_by_window`. scaling: factor of the dot products.
     """
@@ -35,9 +35,9 @@ def causal(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
 
 
 def masks_by_window(decoder: Decoder, visible: torch.Tensor, distance: torch.Tensor) -> dict[int | None, torch.Tensor]:
-    """Return an additive mask (B, 1, g L, S), -inf on invisible keys, for each sliding window used by the model's layers.
+    """Return an additive mask (B, 1, g L, S), -inf on invisible keys, for each sliding window of the model's layers.
 
-    visible: (B, L, S) bool, the keys that a query may attend to without a window. distance: (B, L, S), from key to query.
+    visible: (B, L, S) bool, the keys that a query attends to without a window. distance: (B, L, S), from key to query.
     """
     masks, group_size = {}, decoder.heads // decoder.kv_heads
     for window in {layer.window for layer in decoder.layers}:
@@ -77,7 +77,7 @@ class Rows:
         return x.flatten(0, 1).index_select(0, self.cells)
 
     def pad_heads(self, x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """Convert packed queries, keys or values (T, heads, d) to (B, kv heads, heads / kv heads x W, d) for `attention`."""
+        """Convert packed queries, keys or values (T, heads, d) to (B, kv heads, g W, d), with g = heads / kv heads."""
         rows = self.pad(x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)))  # (B, W, kv heads, g, d)
         return rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
@@ -90,8 +90,8 @@ class Rows:
 class SharedPrompts:
     """A packed micro-batch for the update, in which rows with equal prompts share one copy of the prompt.
 
-    `ids` holds the tokens of the distinct prompts, then the tokens of the completions. A completion token attends to its
-    prompt and to the completion up to itself. Run it with `decoder.forward(packed.ids, packed.positions, packed.attend)`.
+    `ids` holds the tokens of the distinct prompts, then the completions. A completion token attends to its prompt
+    and to the completion up to itself. Usage: `decoder.forward(packed.ids, packed.positions, packed.attend)`.
 
     prompts, completions: token ids of each row.
     """
@@ -122,7 +122,7 @@ class SharedPrompts:
         self.masks = {window: (prompt_masks[window], completion_masks[window]) for window in prompt_masks}
 
     def state_indices(self) -> torch.Tensor:
-        """Return the packed indices of each completion's last prompt token and its own tokens, (sum of lengths + B,)."""
+        """Return packed indices of the last prompt token and the tokens of each completion, (sum of lengths + B,)."""
         sizes = self.completions.lengths
         counts = sizes + 1
         row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)

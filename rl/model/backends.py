@@ -1,8 +1,8 @@
 """Device, dtype and backend: Unsloth on a GPU if it is installed, otherwise transformers and peft.
 
-Unsloth patches transformers on import and must therefore be imported first: `import_backend` runs before anything else, and
+Unsloth patches transformers on import, so it must be imported first: `import_backend` runs before anything else, and
 this module does not import transformers at the top. A model loaded by Unsloth is trained through its patched forward
-(`unsloth_states`), while roll-outs use rl/model/engine.py. Unsloth handles Llama, Qwen2 and Qwen3; transformers the rest.
+(`unsloth_states`); roll-outs use rl/model/engine.py. Unsloth handles Llama, Qwen2 and Qwen3, transformers the rest.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def load_with_unsloth(config: Config, dtype: torch.dtype):
     from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    # Unsloth truncates inputs above max_seq_length with a warning; Policy.encode refuses prompts beyond the context earlier.
+    # Unsloth truncates inputs above max_seq_length with a warning; before that, Policy.encode refuses long prompts.
     context = AutoConfig.from_pretrained(config.model).max_position_embeddings
     model, _ = FastLanguageModel.from_pretrained(
         model_name=config.model,
@@ -130,7 +130,7 @@ def load_with_unsloth(config: Config, dtype: torch.dtype):
 
 
 def saved_names(model: str) -> set[str]:
-    """Return the weight names in the safetensors files of a model folder or of the Hub cache; empty if there are none."""
+    """Return weight names in a model's safetensors files, in a folder or the Hub cache; empty if there are none."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -152,7 +152,7 @@ def refuse_missing_weights(model: str, names: set[str]) -> None:
 
 
 def add_unsloth_lora(model, config: Config, settings):
-    """Add a new LoRA that uses Unsloth's kernels, equal to the one that peft creates from these settings (a LoraConfig)."""
+    """Add a new LoRA with Unsloth's kernels, the same that peft would create from these settings (a LoraConfig)."""
     from unsloth import FastLanguageModel
 
     names = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -171,7 +171,7 @@ def checkpointing(config: Config) -> str | bool:
 
 
 def set_mode(model, training: bool, uses_unsloth: bool) -> None:
-    """Switch a model to training mode, in which activations are saved or recomputed for the backward, or to inference."""
+    """Switch a model to training mode, which saves or recomputes activations for the backward, or to inference mode."""
     if uses_unsloth:
         from unsloth import FastLanguageModel
 
@@ -183,8 +183,8 @@ def set_mode(model, training: bool, uses_unsloth: bool) -> None:
 def unsloth_states(model, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the last hidden states (B, T, H) of right-padded token ids (B, T), computed by Unsloth's patched forward.
 
-    No mask is passed: attention is causal, and the padding is on the right. No labels are passed: the forward would then
-    return no hidden states. On a CPU, Unsloth's forward is the one of transformers.
+    No mask is passed: attention is causal, and the padding is on the right. No labels are passed: the forward would
+    then return no hidden states. On a CPU, Unsloth's forward is the one of transformers.
     """
     if ids.device.type == "cpu":
         return model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

@@ -1,9 +1,9 @@
 """A forward pass for Llama, Qwen2 and Qwen3 that runs on packed tokens and takes the attention as an argument.
 
-Tokens are packed, (T, H), without padding. Because attention is a function, the same layers serve prefill and decoding over a
-slot cache (rl/model/engine.py) and the update, in which a prompt is computed once for its group (rl/model/attention.py).
-For roll-outs, `folded` returns a copy with the LoRA folded into scratch weights and with the matrices that read the same
-input fused. Shapes: T packed tokens, H hidden size, F feed-forward size, d head size, r LoRA rank.
+Tokens are packed, (T, H), without padding. Because attention is a function, the same layers serve prefill and decoding
+over a slot cache (rl/model/engine.py) and the update, which computes a prompt once for its group
+(rl/model/attention.py). For roll-outs, `folded` returns a copy with the LoRA folded into scratch weights and with the
+matrices that read the same input fused. Shapes: T packed tokens, F feed-forward size, d head size, r LoRA rank.
 """
 
 import copy
@@ -100,7 +100,7 @@ class Decoder:
         return all(is_plain(module) for module in (*self.linear_modules(), *self.head.modules))
 
     def folded(self) -> "Decoder":
-        """Return a copy whose linear maps use scratch weights in the compute dtype, with the active adapters folded in."""
+        """Return a copy whose linear maps use scratch weights in the compute dtype, with active adapters folded in."""
         scratch = copy.copy(self)
         scratch.layers = []
         for layer in self.layers:
@@ -203,7 +203,7 @@ def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain(module: torch.nn.Module) -> bool:
-    """Return whether a module is a linear layer (floating-point or 4-bit), alone or with plain LoRAs: no DoRA, no bias."""
+    """Return whether a module is a linear layer (float or 4-bit), alone or with LoRAs without DoRA and bias."""
     base = base_layer(module)
     if not isinstance(base, torch.nn.Linear):
         return False

@@ -2,8 +2,8 @@
 
 A prompt is prefilled once for its group, and its keys and values are copied to the slots of the group's completions.
 Active rows always occupy the first slots: when a row finishes, the last row moves into its slot, and waiting groups are
-appended. The cost of a step therefore depends on the active rows only. If memory allows, the LoRA is folded into scratch
-weights during the roll-out. On CUDA a step, including sampling, is a CUDA graph, captured for each batch size.
+appended. The cost of a step therefore depends on the active rows only. If memory allows, the LoRA is folded into
+scratch weights during the roll-out. On CUDA a step, including sampling, is a CUDA graph, captured for each batch size.
 """
 
 from collections import deque
@@ -68,8 +68,8 @@ class Engine:
         self.decoder.prepare(self.length)
 
         decoder = self.decoder
-        # Keys and values of each layer, (2, slots, kv heads, length, d). One tensor per layer, because the CPU allocator returns
-        # larger blocks to the system at once, and allocating them again costs more time than the computation on them.
+        # Keys and values per layer, (2, slots, kv heads, length, d). One tensor per layer: the CPU allocator returns
+        # larger blocks to the system at once, and allocating them again takes longer than the computation on them.
         shape = 2, self.slots, decoder.kv_heads, 0, decoder.head_dim
         self.cache = [torch.zeros(shape, device=self.device, dtype=decoder.dtype) for _ in decoder.layers]
         if self.use_graphs:
@@ -114,7 +114,7 @@ class Engine:
             yield self.collect_finished(first, tokens, logprobs)
 
     def allocate_peak(self) -> None:
-        """Allocate the peak memory of the roll-out: fill the slots with groups, and decode one step at the full length."""
+        """Allocate the peak memory of the roll-out: fill the slots with groups and decode one step at full length."""
         groups = list(enumerate(self.prompts))[: self.slots // self.group]
         self.draw(0, self.admit(groups))
         for row in self.rows:
@@ -125,9 +125,9 @@ class Engine:
     # --- admitting and removing rows
 
     def admit(self, groups: list[tuple[int, list[int]]]) -> torch.Tensor:
-        """Prefill each prompt once, and add its group to the next free slots. groups: index and token ids of each prompt.
+        """Prefill each prompt once, and add its group to the next free slots.
 
-        Returns the logits for the first token of each new row, (rows, V).
+        groups: index and token ids of each prompt. Returns the logits for the first token of each new row, (rows, V).
         """
         max_prompts = max(1, PREFILL_TOKENS // max(len(prompt) for _, prompt in groups))
         logits = []
@@ -219,7 +219,7 @@ class Engine:
     # --- sampling tokens
 
     def draw(self, first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample the first token of the rows from slot `first` on. Returns tokens and log-probabilities, each (1, rows)."""
+        """Sample the first token of the rows from slot `first` on. Returns tokens and logprobs, each (1, rows)."""
         slots = slice(first, first + len(logits))
         seen = None if self.seen is None else self.seen[slots]
         token, logprob = sample(logits, self.sampling, self.generator, seen)
@@ -234,7 +234,7 @@ class Engine:
             self.seen[slots] = self.seen[slots].scatter(1, token[:, None], True)
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode one step of all rows, or several on CUDA. Returns tokens and log-probabilities, each (steps, rows)."""
+        """Decode one step of all rows, or several on CUDA. Returns tokens and logprobs, each (steps, rows)."""
         rows, length = len(self.rows), self.used_length()
         if not self.use_graphs:
             self.reserve(length)
@@ -249,13 +249,13 @@ class Engine:
         return tuple(torch.stack(x) for x in zip(*outputs))
 
     def decode(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample the next token of the first `rows` slots, with attention over the first `length` positions of the cache.
+        """Sample the next token of the first `rows` slots, attending to the first `length` positions of the cache.
 
         Returns tokens and log-probabilities, each (rows,).
         """
         position = self.position[:rows]
         columns = torch.arange(length, device=self.device)
-        # The position of an idle slot may exceed `length`. With no visible key, its output and its cache would become nan.
+        # The position of an idle slot may exceed `length`. Without a visible key, output and cache would become nan.
         distance = position.clamp(max=length - 1)[:, None, None] - columns  # (rows, 1, length)
         masks = masks_by_window(self.decoder, distance >= 0, distance)
         slots = torch.arange(rows, device=self.device)

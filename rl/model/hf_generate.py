@@ -34,7 +34,7 @@ class HFGenerate:
             yield dict(zip(indices, self.complete(prompts)))
 
     def batches(self) -> Iterator[list[int]]:
-        """Yield the indices of each batch. Recurrent layers may read padding, so their prompts must have equal length."""
+        """Yield the indices of each batch. Recurrent layers may read padding, so they get prompts of equal length."""
         lengths = [len(prompt) for prompt in self.prompts for _ in range(self.num_generations)]
         if not self.policy.model.get_base_model()._is_stateful:
             lengths = [0] * len(lengths)

@@ -1,8 +1,8 @@
 """Log-probabilities of completion tokens under the current model, in one differentiable pass.
 
-The hidden states that predict the completion tokens are computed by rl/model/decoder.py, each prompt once, or by the model's
-own forward if the architecture is not supported there or Unsloth has loaded the model. The head runs on these states only, in
-chunks whose logits are recomputed in the backward, so that memory does not grow with completion length x vocabulary.
+The hidden states that predict the completion tokens are computed by rl/model/decoder.py, each prompt once, or by the
+model's own forward if the architecture is not supported there or Unsloth has loaded the model. The head runs on these
+states only, in chunks whose logits are recomputed in the backward, so memory does not grow with C x V.
 """
 
 import torch
@@ -19,9 +19,9 @@ def completion_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the log-probabilities of completion tokens at the sampling temperature.
 
-    prompts, completions: token ids. Returns logprobs (B, C) fp32, mask (B, C) bool, and the entropy -sum p log p of each
-    next-token distribution (B, C), or None. C is the longest completion; masked positions are 0. The entropy has a gradient
-    if `policy.entropy_gradient` is set.
+    prompts, completions: token ids. Returns logprobs (B, C) fp32, mask (B, C) bool, and the entropy -sum p log p of
+    each next-token distribution (B, C), or None. C is the longest completion; masked positions are 0. The entropy has a
+    gradient if `policy.entropy_gradient` is set.
     """
     rows = Rows([len(completion) for completion in completions], policy.device)
     ids = torch.tensor([token for completion in completions for token in completion], device=policy.device)  # (T,)
@@ -55,10 +55,10 @@ def completion_logprobs(
 def completion_states(
     policy: Policy, prompts: list[list[int]], completions: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the last hidden states before each completion token and after the last one, (B, C + 1, H), and a mask (B, C).
+    """Return last hidden states before each completion token and after the last one, (B, C + 1, H), and a mask (B, C).
 
-    States are zero-padded: states[i, t] = hidden[i, P_i - 1 + t], from which token t of row i is predicted. The mask marks
-    the completion tokens.
+    States are zero-padded: states[i, t] = hidden[i, P_i - 1 + t], from which token t of row i is predicted. The mask
+    marks the completion tokens.
     """
     rows = Rows([len(completion) + 1 for completion in completions], policy.device)
     return rows.pad(packed_states(policy, prompts, completions, after_last=True)), rows.mask[:, 1:]
@@ -80,7 +80,7 @@ def packed_states(
 
 
 def _forward_padded(policy: Policy, prompts, completions, after_last: bool, module=None) -> torch.Tensor:
-    """Run a module (default: the model without its head) on padded rows. Returns its packed outputs for completion tokens."""
+    """Run a module (default: the model without head) on padded rows. Returns packed outputs for completion tokens."""
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions)]
     rows = Rows([len(sequence) for sequence in sequences], policy.device)
     packed = torch.tensor([token for sequence in sequences for token in sequence], device=policy.device)

@@ -1,7 +1,7 @@
 """Memory limits: micro-batches within a token budget, and retries with a halved batch setting when memory runs out.
 
-`rollout_batch_size` limits the rows of a roll-out, `max_tokens_per_micro_batch` the tokens of a forward and backward pass.
-The latter changes results only by rounding. The former changes which completions are sampled, but not their distribution.
+`rollout_batch_size` limits the rows of a roll-out, `max_tokens_per_micro_batch` the tokens of a forward and backward
+pass. The former changes which completions are sampled, but not their distribution; the latter only causes rounding.
 """
 
 import gc
@@ -68,11 +68,11 @@ def retry_on_oom(
 
 
 def micro_batches(items: list, max_tokens: int, shares_prompts: bool) -> Iterator[list]:
-    """Yield batches of items of similar length. Each has at least one item, and otherwise at most max_tokens with padding.
+    """Yield batches of items of similar length, each with at most max_tokens including padding, or with a single item.
 
     Args:
-        items: Episodes (with prompt_ids and completion_ids), or lists of episodes of one prompt that must stay together.
-        shares_prompts: Count a prompt once per batch, and keep the completions of a prompt together as far as the budget
+        items: Episodes (prompt_ids and completion_ids), or lists of episodes of one prompt that must stay together.
+        shares_prompts: Count a prompt once per batch, and keep completions of a prompt together as far as the budget
             allows. Otherwise every completion has a copy of its prompt.
     """
 

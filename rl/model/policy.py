@@ -1,7 +1,7 @@
 """The policy: a language model with a LoRA on every linear layer, and its tokenizer.
 
-With the LoRA enabled the model is the policy, with the LoRA disabled it is the reference, so both share one set of weights.
-It is loaded by Unsloth or by transformers and peft (rl/model/backends.py), optionally with 4-bit NF4 weights (bitsandbytes).
+With the LoRA enabled the model is the policy, with it disabled the reference, so both share one set of weights. It
+is loaded by Unsloth or by transformers and peft (rl/model/backends.py), optionally in 4-bit NF4 by bitsandbytes.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class Policy:
             set_mode(self.model, False, self.uses_unsloth)
 
     def reference(self):
-        """Context manager that turns the model into the reference: without the LoRA, or with the LoRA it started from."""
+        """Context manager that turns the model into the reference: without a LoRA, or with the one it started from."""
         return self.adapter("reference") if self.starts_from_adapter else self.model.disable_adapter()
 
     @contextlib.contextmanager
@@ -162,12 +162,12 @@ class Policy:
         return questions
 
     def completion_prefix(self, prompt: str | list[dict]) -> str:
-        """Return the start of the thinking that the chat template adds to a prompt: "<think>" (and a newline), or ""."""
+        """Return the start of the thinking that the chat template adds to a prompt: "<think>" and a newline, or ""."""
         text = self.render_prompt(prompt)
         return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
 
     def decode(self, completion_ids: list[int]) -> str:
-        """Return the text of a completion without its end token. Thinking tags are kept, even if they are special tokens."""
+        """Return the text of a completion without its end token. Thinking tags are kept, even as special tokens."""
         if completion_ids and completion_ids[-1] in self.eos_ids:
             completion_ids = completion_ids[:-1]
         return self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -240,7 +240,7 @@ def check_folders(config: Config) -> None:
 
 
 def load_with_transformers(config: Config, device: torch.device, dtype: torch.dtype):
-    """Load the frozen base model. Raises ConfigError if weights are missing, which would otherwise be random numbers."""
+    """Load the base model and freeze it. Raises ConfigError if weights are missing, which would be random numbers."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -310,8 +310,8 @@ def restore_adapter(model: peft.PeftModel, folder: Path) -> None:
 def keep_freed_memory(hidden_size: int) -> None:
     """Set the size up to which glibc keeps freed tensors for reuse. Has no effect on other systems.
 
-    Small models: 32 MB. Returning memory to Linux and getting it back would cost a seventh of the step. Larger models: 1 MB.
-    Returning it costs up to a tenth of the step, but kept blocks, too fragmented for reuse, would be a third of the peak.
+    Small models: 32 MB, because returning memory to Linux and getting it back costs a seventh of the step.
+    Larger models: 1 MB. It costs up to a tenth of the step, but fragmented blocks would be a third of the peak.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):
@@ -333,8 +333,8 @@ def has_plain_head(model) -> bool:
 def find_eos_ids(tokenizer, model) -> frozenset[int]:
     """Return the end-of-sequence tokens of tokenizer, model and generation_config, and the end-of-turn token.
 
-    The last one is needed for base models such as Qwen3-4B-Base: none of the three sources lists the <|im_end|> of its chat
-    template, so the model would continue after it up to the maximum length.
+    The last one is needed for base models such as Qwen3-4B-Base: none of the three sources lists the <|im_end|> of its
+    chat template, so the model would continue after it up to the maximum length.
     """
     ids = {find_end_of_turn(tokenizer)}
     for source in (tokenizer, model.config, model.config.get_text_config(), model.generation_config):

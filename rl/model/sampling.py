@@ -31,8 +31,8 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one token per row from logits (B, V). Returns the tokens (B,) and their log-probabilities (B,) in fp32.
 
-    Log-probabilities refer to the temperature-scaled distribution, before repetition penalty, top-k, top-p and min-p, which
-    are applied in this order. seen: the tokens that the repetition penalty applies to, (B, V) bool.
+    Log-probabilities refer to the temperature-scaled distribution, before repetition penalty, top-k, top-p and min-p,
+    which are applied in this order. seen: the tokens that the repetition penalty applies to, (B, V) bool.
     """
     logits = logits.float()
     if sampling.temperature == 0:
@@ -65,8 +65,8 @@ def sample(
 def draw_by_inversion(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Sample one token per row, (B,), by inverting the cumulative distribution of the probabilities (B, V).
 
-    This needs one random number per row. On a CPU it is ten times faster than torch.multinomial, which draws one for every
-    token of the vocabulary.
+    This needs one random number per row. On a CPU it is ten times faster than torch.multinomial, which draws one for
+    every token of the vocabulary.
     """
     cumulative = probabilities.cumsum(-1)
     uniform = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device)
@@ -76,7 +76,7 @@ def draw_by_inversion(probabilities: torch.Tensor, generator: torch.Generator) -
 
 
 def draw_by_race(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Sample one token per row, (B,): the first arrival among exponential waiting times with the probabilities (B, V) as rates.
+    """Sample one token per row, (B,): the shortest of exponential waiting times with the probabilities (B, V) as rates.
 
     It works in a CUDA graph, and it has no sum over the vocabulary, whose order would differ between kernels.
     """
