@@ -311,7 +311,7 @@ def keep_freed_memory(hidden_size: int) -> None:
     """Set the size up to which glibc keeps freed tensors for reuse. Has no effect on other systems.
 
     Small models: 32 MB, because returning memory to Linux and getting it back costs a seventh of the step.
-    Larger models: 1 MB. It costs up to a tenth of the step, but fragmented blocks would be a third of the peak.
+    Larger models: 1 MB. That costs up to a tenth of the step, but kept blocks would fragment and be a third of the peak.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):

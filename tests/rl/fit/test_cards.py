@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 
 from rl.config import Config
-from rl.fit.cards import CARDS, EFFICIENCY, Card, known_card, run_seconds, update_flops, usual_card
+from rl.fit.cards import CARDS, EFFICIENCY, Card, known_card, run_seconds, update_flops, typical_card
 from rl.fit.dry_run import dry_run
 from rl.fit.memory import predict, uses_unsloth
 from rl.fit.shapes import find_shape
@@ -84,13 +84,13 @@ def test_seconds_of_a_step_and_of_a_run():
         load_in_4bit=True,
     )
     found = predict(config, shape, "cuda", "bfloat16", prompt)
-    assert found.folded
+    assert found.folds_lora
     weights, head, half = shape.linear_parameters, 151936 * 1024, 0.5  # of the row's completion is there on average
     read = 2 * weights + 2 * head + half * 114_688 * (prompt + 25)
     step, whole = run_seconds(config, shape, card, prompt, found)
     assert step == pytest.approx(100 * read / 300e9 / EFFICIENCY, rel=1e-6)
     assert whole == pytest.approx(10 * step + 4 * 2 * step, rel=1e-6)  # evaluated after 0, 4, 8 and 10, in two ways
-    found.folded = False  # 4-bit weights are read, written out in 16 bits, and read again
+    found.folds_lora = False  # 4-bit weights are read, written out in 16 bits, and read again
     step, _ = run_seconds(config, shape, card, prompt, found)
     assert step == pytest.approx(100 * (read + (4.516 - 2) * weights) / 300e9 / EFFICIENCY, rel=1e-6)
     quick, _ = run_seconds(config, shape, dataclasses.replace(card, bandwidth=1e9), prompt, found)
@@ -137,9 +137,9 @@ def test_cards_by_name_and_by_memory():
     assert known_card("Tesla T4", 14.6).name == "T4" and not known_card("Tesla T4", 14.6).bf16
     for other in ("NVIDIA GeForce RTX 4060 Laptop GPU", "NVIDIA GeForce RTX 3060 Ti", "NVIDIA H200"):
         assert known_card(other, 8) is None
-    named = {gb: usual_card(gb, bf16=True).name for gb in (4, 6, 8, 12, 16, 24, 80)}
+    named = {gb: typical_card(gb, bf16=True).name for gb in (4, 6, 8, 12, 16, 24, 80)}
     assert list(named.values()) == [f"RTX {n}" for n in ("3050", "3050", "4060", "3060", "4060 Ti", "3090", "4090")]
-    assert [usual_card(gb, bf16=False).name for gb in (6, 15, 80)] == ["RTX 2060", "T4", "T4"]
+    assert [typical_card(gb, bf16=False).name for gb in (6, 15, 80)] == ["RTX 2060", "T4", "T4"]
     assert len({(card.name, card.gigabytes) for card in CARDS}) == len(CARDS)
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from rl.config import Config, ConfigError
 from rl.fit.cards import GB
-from rl.fit.memory import NF4, Prediction, predict
-from rl.fit.shapes import KNOWN, find_shape, measure
+from rl.fit.memory import NF4_BYTES, Prediction, predict
+from rl.fit.shapes import KNOWN_MODELS, find_shape, shape_from_config
 
 TINY_SHAPE = dict(
     vocab_size=101,
@@ -92,7 +92,7 @@ def test_parameters_and_lora_are_those_of_transformers_and_peft(family, further)
     config = transformers.AutoConfig.for_model(names.get(family, family.lower()), **TINY_SHAPE, **further)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    shape = measure(config, NOWHERE)
+    shape = shape_from_config(config, NOWHERE)
     assert shape.parameters == model.num_parameters()
     assert shape.uses_decoder == (family in ("Llama", "Qwen2", "Qwen3"))
     assert shape.qk_norm == (family in ("Qwen3", "Gemma3"))
@@ -148,7 +148,7 @@ def test_weights(model, gigabytes):
     shape = known_shape(model)
     assert on_cuda(Config(), model).weights == 2 * shape.parameters
     in_4bit = on_cuda(Config(load_in_4bit=True), model).weights
-    assert in_4bit == shape.linear_parameters * NF4 + (shape.parameters - shape.linear_parameters) * 2
+    assert in_4bit == shape.linear_parameters * NF4_BYTES + (shape.parameters - shape.linear_parameters) * 2
     assert in_4bit == pytest.approx(gigabytes * 1e9, rel=0.02)
     assert on_cuda(Config(), model.replace("Qwen/", "unsloth/") + "-bnb-4bit").weights == in_4bit
     assert predict(Config(), shape, "cpu", "float32", 100).weights == 4 * shape.parameters
@@ -223,7 +223,7 @@ def tiny_shape(family, layers):
     import transformers
 
     sizes = TINY_SHAPE | {"num_hidden_layers": layers, "head_dim": 12}
-    return measure(transformers.AutoConfig.for_model(family.lower(), **sizes), NOWHERE)
+    return shape_from_config(transformers.AutoConfig.for_model(family.lower(), **sizes), NOWHERE)
 
 
 def kept_by_autograd(family, layers, prompts, completions) -> int:
@@ -270,7 +270,7 @@ GROWING = {
     st.fixed_dictionaries(GROWING),
     st.sampled_from(sorted(GROWING)),
     st.integers(1, 3000),
-    st.sampled_from(sorted(KNOWN)),
+    st.sampled_from(sorted(KNOWN_MODELS)),
     st.sampled_from([("cpu", "float32"), ("cuda", "bfloat16")]),
     st.sampled_from(["grpo", "ppo", "dpo"]),
     st.sampled_from(["unsloth", "transformers"]),
