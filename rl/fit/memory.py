@@ -3,9 +3,9 @@
     peak = fixed + max(load, weights + LoRA + optimizer + critic + max(roll-out, update))
 
 Only the larger of roll-out and update counts, because one ends before the other begins. Both count for small models on
-a CPU, where freed blocks are kept (`keep_freed_memory` in rl/model/policy.py) and fragment. The roll-out is
-what rl/model/engine.py and rl/model/sampling.py allocate. The update is what autograd saves in rl/model/decoder.py and
-rl/model/logprobs.py for the fullest micro-batch, or on CUDA what Unsloth's layers save.
+a CPU, where freed blocks are kept (`keep_freed_memory` in rl/model/policy.py) and fragment. The roll-out is computed
+from the allocations in rl/model/engine.py and rl/model/sampling.py. The update is computed from the tensors that autograd
+saves for the fullest micro-batch in rl/model/decoder.py and rl/model/logprobs.py, or on CUDA in Unsloth's layers.
 
 On a CPU, the prediction is the resident memory beyond the memory after the imports, within 15 % of measurements. On
 CUDA, it is the memory allocated by PyTorch, without the CUDA context; this has not been compared with measurements.

@@ -39,7 +39,8 @@ def masks_by_window(decoder: Decoder, visible: torch.Tensor, distance: torch.Ten
 
     visible: (B, L, S) bool, the keys that a query attends to without a window. distance: (B, L, S), from key to query.
     """
-    masks, group_size = {}, decoder.heads // decoder.kv_heads
+    masks = {}
+    group_size = decoder.heads // decoder.kv_heads
     for window in {layer.window for layer in decoder.layers}:
         valid = visible if window is None else visible & (distance < window)
         mask = torch.zeros(valid.shape, dtype=decoder.dtype, device=valid.device).masked_fill_(~valid, -torch.inf)

@@ -181,7 +181,7 @@ def set_mode(model, training: bool, uses_unsloth: bool) -> None:
 
 
 def unsloth_states(model, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the last hidden states (B, T, H) of right-padded token ids (B, T), computed by Unsloth's patched forward.
+    """Return the last hidden states (B, W, H) of right-padded token ids (B, W), computed by Unsloth's patched forward.
 
     No mask is passed: attention is causal, and the padding is on the right. No labels are passed: the forward would
     then return no hidden states. On a CPU, Unsloth's forward is the one of transformers.

@@ -84,9 +84,9 @@ def _forward_padded(policy: Policy, prompts, completions, after_last: bool, modu
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions)]
     rows = Rows([len(sequence) for sequence in sequences], policy.device)
     packed = torch.tensor([token for sequence in sequences for token in sequence], device=policy.device)
-    ids = torch.where(rows.mask, rows.pad(packed), policy.pad_id)  # (B, T)
+    ids = torch.where(rows.mask, rows.pad(packed), policy.pad_id)  # (B, W), W the padded width
     if policy.uses_unsloth:
-        values = unsloth_states(policy.model, ids, policy.dtype)  # (B, T, H)
+        values = unsloth_states(policy.model, ids, policy.dtype)  # (B, W, H)
     else:
         module = module or policy.model.get_base_model().get_decoder()
         output = module(input_ids=ids, attention_mask=rows.mask.long(), use_cache=False)
