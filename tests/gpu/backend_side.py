@@ -1,5 +1,6 @@
-"""Saves log-probabilities and gradients of one backend: python tests/gpu/backend_side.py BACKEND MODEL FILE [load_in_4bit]
+"""Saves log-probabilities and gradients of one backend.
 
+Usage: python tests/gpu/backend_side.py BACKEND MODEL FILE [load_in_4bit]
 It runs as a separate process, because Unsloth must be imported before transformers and patches it permanently.
 """
 

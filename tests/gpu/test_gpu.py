@@ -106,7 +106,7 @@ def train(folder: Path, settings: str, faults: dict | None = None) -> tuple[dict
 
 
 def start(folder: Path, arguments: str, faults: dict | None = None) -> int:
-    """Run train.py with these arguments, and return its exit status. Its output goes to FOLDER.txt. faults: see running.py."""
+    """Run train.py and return its exit status. Its output goes to FOLDER.txt. faults: see running.py."""
     process = processes.Process(target=running.into, args=(f"{folder}.txt", arguments.split(), faults or {}))
     process.start()
     process.join()

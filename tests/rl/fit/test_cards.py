@@ -30,7 +30,7 @@ def test_predicts_which_backend_computes_the_update(installed, monkeypatch):
 
 
 def test_update_memory_with_unsloth():
-    """Qwen3-0.6B has H 1024, F 3072, 16 heads, 8 KV heads of size 128 and 28 layers. 4,096 tokens, none shared, no mask."""
+    """Qwen3-0.6B: H 1024, F 3072, 16 heads, 8 KV heads of size 128, 28 layers. 4,096 tokens, none shared, no mask."""
     shape = find_shape("Qwen/Qwen3-0.6B")
     tokens = 4096
 

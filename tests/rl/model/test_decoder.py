@@ -1,4 +1,4 @@
-"""The decoder, the engine and the shared-prompt update against the models' own forward, for random models of each family."""
+"""Decoder, engine and shared-prompt update against the models' own forward, for random models of each family."""
 
 import peft
 import pytest
@@ -58,7 +58,7 @@ MODELS = {
 
 
 def make_policy(name, lora_scale=0.1, **changes):
-    """Return a policy with a random model of a family, noise in its biases, and a LoRA of noise that includes the head."""
+    """Return a policy with a random model, noise in its biases, and a LoRA of noise that includes the head."""
     model_class, config_class, settings = MODELS[name]
     torch.manual_seed(1)
     model = model_class(config_class(**SIZES | settings | changes)).float()

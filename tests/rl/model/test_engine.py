@@ -12,7 +12,7 @@ from rl.rollout import rollout
 
 
 def rollout_with_graphs(policy, prompts, monkeypatch, **settings):
-    """Roll out through the CUDA graph path, with each replay run as an eager decode step. Also returns the graph sizes."""
+    """Roll out through the CUDA graph path with eager decode steps as replays. Also returns the graph sizes."""
     sizes = []
 
     def graph(self, rows, length):
@@ -29,7 +29,7 @@ def rollout_with_graphs(policy, prompts, monkeypatch, **settings):
 @pytest.mark.parametrize("name", ["qwen3, sliding window", "llama, llama3 rope"])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_graph_steps_give_the_same_completions(name, penalty, monkeypatch):
-    """With several steps between checks, idle slots and bucketed sizes, rows end at the right token and do not interfere."""
+    """Rows end at the right token and do not interfere, with several steps between checks, idle slots and buckets."""
     policy = make_policy(name)
     prompts = random_rows(5, 11, 1, 8, 3, 7)
     policy.eos_ids = frozenset({2, 13, 18, 24, 31})
@@ -49,7 +49,7 @@ def test_graph_steps_give_the_same_completions(name, penalty, monkeypatch):
 
 
 def test_idle_slot_beyond_the_length_of_a_graph_leaves_no_nan():
-    """Its sliding window lies outside the part of the cache that the graph reads. A later row in the slot must see no nan."""
+    """Its sliding window is outside the part of the cache that the graph reads. A later row must not see nan there."""
     policy = make_policy("qwen3, sliding window")
     prompts = random_rows(4, 4, 4)
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Tests of the Unsloth backend against the real package, through its CPU fallback on a machine without a GPU.
 
 Unsloth must be imported before transformers and patches it permanently, so these tests run in a separate process and
-environment (`make test-unsloth`), with the first version that runs on a CPU. The version in requirements.txt does not, until
-its dependencies are available. Both backends load the same model with the same seed and must compute the same results.
+environment (`make test-unsloth`), with the first version that runs on a CPU. The version in requirements.txt does not,
+until its dependencies are available. Both backends load the same model with the same seed and must agree.
 """
 
 import os
@@ -276,7 +276,7 @@ def test_runs_and_resumes(tmp_path, settings):
 
 
 def test_requirements_txt_can_be_installed_together(tmp_path):
-    """pip resolves versions of all packages for a GPU. Nothing is installed; for most packages only metadata is fetched."""
+    """pip resolves all packages for a GPU. Nothing is installed; for most packages only metadata is fetched."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
     report = tmp_path / "report.json"
     result = subprocess.run(
