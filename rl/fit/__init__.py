@@ -1,1 +1,1 @@
-"""Memory and time prediction: does a recipe fit on this machine?"""
+"""Prediction of memory and time, to check whether a run fits on a machine."""

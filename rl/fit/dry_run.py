@@ -1,4 +1,4 @@
-"""`--dry-run`: the memory of a run by part, its time, whether it fits, and if not, which settings to change."""
+"""`--dry-run`: predicts memory and time, and reports whether the run fits and, if not, which settings to change."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,16 +8,16 @@ from rl.fit.cards import GB, MB, Machine, find_machine, run_seconds
 from rl.fit.memory import ASSUMED_PROMPT, predict
 from rl.fit.shapes import Shape, find_shape
 
-CHARACTERS_PER_TOKEN = 3
-TEMPLATE_TOKENS = 32  # added to a question by a chat template
-MIN_COMPLETION = 64  # tokens; nothing shorter is advised
-SMALLER_MODELS = ("Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-0.6B", "Qwen/Qwen2.5-0.5B-Instruct")  # of the recipes
+CHARACTERS_PER_TOKEN = 3  # estimate for prompts
+TEMPLATE_TOKENS = 32  # tokens that a chat template adds to a question
+MIN_COMPLETION = 64  # lowest max_completion_length to suggest, in tokens
+SMALLER_MODELS = ("Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-0.6B", "Qwen/Qwen2.5-0.5B-Instruct")  # in the recipes
 
 
 def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[str] = ()) -> str:
-    """Return the text of --dry-run. Raises ConfigError if the dimensions of the model cannot be found.
+    """Return the output of --dry-run. Raises ConfigError if the dimensions of the model are unknown.
 
-    prompt_length: tokens of the longest prompt. None: estimated from the texts in `prompts`, or assumed if there are none.
+    prompt_length: tokens of the longest prompt. If None, it is estimated from `prompts`, or assumed if there are none.
     """
     shape = find_shape(config.model)
     machine = find_machine(config)
@@ -29,56 +29,57 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
         source = f"the longest, estimated from its {characters:,} characters"
     elif prompt_length is None:
         prompt_length = ASSUMED_PROMPT
-        source = "assumed, since the questions are not known"
+        source = "assumed, because the questions are not available"
 
     prediction = predict(config, shape, machine.device, machine.dtype, prompt_length, machine.free())
     needed = machine.needed(prediction.peak)
-    trained = shape.lora_parameters(config.lora_r)
+    lora_parameters = shape.lora_parameters(config.lora_r)
     precision = machine.dtype + (" and 4-bit NF4" if config.load_in_4bit or shape.four_bit else "")
-    precision += ", by Unsloth" if prediction.uses_unsloth else ""
-    few = f" (wanted: {prediction.rows_requested})" if prediction.rows < prediction.rows_requested else ""
-    total = "small models keep what they free: roll-out and update add"
+    precision += ", with Unsloth" if prediction.uses_unsloth else ""
+    limited = f" ({prediction.rows_requested} requested)" if prediction.rows < prediction.rows_requested else ""
+    total = "roll-out and update add up, because small models keep freed memory"
     if not prediction.allocator_keeps:
-        total = "roll-out and update do not add"
-    overhead = "the CUDA context and 8 % for fragmentation" if machine.device == "cuda" else "the imports"
+        total = "only the larger of roll-out and update counts"
+    overhead = "the CUDA context and 8 % for fragmentation" if machine.device == "cuda" else "the imported packages"
     lines = [
-        "Dry run: arithmetic, nothing was loaded.",
-        f"  model      {config.model}, {shape.parameters:,} parameters; {trained:,} more are trained (LoRA)",
-        f"  prompts    {prompt_length} tokens ({source}); completions up to {config.max_completion_length}",
-        f"  runs on    {machine.name}, in {precision}",
+        "Dry run: computed from the model's dimensions, nothing was loaded.",
+        f"  model      {config.model}, {shape.parameters:,} parameters and {lora_parameters:,} LoRA parameters",
+        f"  prompts    {prompt_length} tokens ({source}), completions up to {config.max_completion_length} tokens",
+        f"  device     {machine.name}, in {precision}",
         "",
         f"  weights    {human(prediction.weights)}",
         f"  LoRA       {human(prediction.lora)}   with its gradients",
         f"  optimizer  {human(prediction.optimizer)}   {config.optim}",
     ]
     if config.has_critic:
-        lines.append(f"  critic     {human(prediction.critic)}   with gradients and optimizer")
+        lines.append(f"  critic     {human(prediction.critic)}   with its gradients and optimizer")
     lines += [
-        f"  roll-out   {human(prediction.rollout)}   {prediction.rows}{few} rows at a time",
+        f"  roll-out   {human(prediction.rollout)}   {prediction.rows} rows at a time{limited}",
         f"  update     {human(prediction.update)}   {prediction.tokens:,} tokens at a time",
         f"  fixed      {human(prediction.fixed)}",
     ]
     if prediction.load:
-        lines.append(f"  loading    {human(prediction.load)}   instead of all of these")
+        lines.append(f"  loading    {human(prediction.load)}   in place of the parts above")
     lines.append(f"  peak       {human(prediction.peak)}   {total}")
-    lines.append(f"  needed     {human(needed)}   with {overhead}")
+    lines.append(f"  needed     {human(needed)}   including {overhead}")
     if needed <= machine.memory and machine.card:
         step, run = run_seconds(config, shape, machine.card, prompt_length, prediction)
-        each = f"{step:.0f} s" if step >= 10 else f"{step:.1f} s"
-        minutes = f"about {max(run / 60, 1):,.0f} minutes modelled for {machine.card.name} ({each} a step)"
-        lines.append(f"  time       {minutes}; measure it with --probe")
+        seconds = f"{step:.0f} s" if step >= 10 else f"{step:.1f} s"
+        minutes = f"about {max(run / 60, 1):,.0f} minutes modelled for {machine.card.name} ({seconds} a step)"
+        lines.append(f"  time       {minutes}; --probe measures it")
     lines.append("")
     if not shape.uses_decoder:
-        lines.append("This architecture runs through its own forward, for which these are rough figures.")
+        lines.append("These figures are rough: this architecture is trained through its own forward pass.")
     if needed <= machine.memory:
         lines.append(f"It fits: {needed / GB:.1f} of {machine.memory / GB:.1f} GB.")
     else:
-        lines.append(f"It does not fit: {needed / GB:.1f} GB are needed, and there are {machine.memory / GB:.1f}.")
+        lines.append(f"It does not fit: it needs {needed / GB:.1f} GB, and {machine.memory / GB:.1f} GB are available.")
         lines.append(advice(config, shape, machine, prompt_length))
     return "\n".join(lines)
 
 
 def human(num_bytes: float) -> str:
+    """Format bytes as MB or GB."""
     return f"{num_bytes / GB:6.2f} GB" if num_bytes >= GB else f"{num_bytes / MB:6.0f} MB"
 
 
@@ -86,26 +87,26 @@ def human(num_bytes: float) -> str:
 
 
 def advice(config: Config, shape: Shape, machine: Machine, prompt: int) -> str:
-    """The settings to change, else a smaller model of the recipes for which there are such settings."""
+    """Describe the settings to change, or else suggest a smaller model that fits."""
     changes = advise(config, shape, machine, prompt)
     if changes is not None:
         needed = memory_needed(dataclasses.replace(config, **changes), shape, machine, prompt)
         flags = " ".join(flag(name, value) for name, value in changes.items())
-        return f"With these settings, the mildest first, it does in {needed / GB:.1f} GB:\n\n    {flags}"
+        return f"It fits in {needed / GB:.1f} GB with these settings, least costly first:\n\n    {flags}"
     for model in SMALLER_MODELS:
         smaller = find_shape(model)
         if smaller.parameters < shape.parameters and advise(config, smaller, machine, prompt) is not None:
-            return f"No setting makes it fit: take a smaller model, such as --model {model}."
-    return "No setting makes it fit, nor would a smaller model of the recipes."
+            return f"No change of settings makes it fit. Use a smaller model, such as --model {model}."
+    return "No change of settings makes it fit, and the smaller models of the recipes do not fit either."
 
 
 def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict | None:
-    """Settings to change so that the run fits, the mildest first and each of them needed. None if they do not suffice."""
+    """Return the settings that must change so that the run fits, least costly first, or None if it cannot fit."""
     options = memory_savers(config, shape, machine, prompt)
     changes = {name: values[-1] for name, values in options.items()}
     if memory_needed(dataclasses.replace(config, **changes), shape, machine, prompt) > machine.memory:
         return None
-    for name in reversed(options):  # take back what is not needed, the costliest first
+    for name in reversed(options):  # undo changes that are not needed, the most costly first
         for value in (getattr(config, name), *options[name]):
             changes[name] = value
             if memory_needed(dataclasses.replace(config, **changes), shape, machine, prompt) <= machine.memory:
@@ -114,7 +115,7 @@ def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict 
 
 
 def memory_savers(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict[str, list]:
-    """Values to try for settings that cost time, then precision, then the length of completions, the mildest first."""
+    """Return values to try by setting, least costly first: they cost time, then precision, then length."""
     options = {"gradient_checkpointing": [True]}
     if not shape.four_bit:
         options["load_in_4bit"] = [True]
@@ -136,11 +137,11 @@ def memory_savers(config: Config, shape: Shape, machine: Machine, prompt: int) -
 
 
 def memory_needed(config: Config, shape: Shape, machine: Machine, prompt: int) -> float:
-    """Bytes of memory that a run needs on a machine."""
+    """Return the bytes of memory that a run needs on a machine."""
     prediction = predict(config, shape, machine.device, machine.dtype, prompt, machine.free())
     return machine.needed(prediction.peak)
 
 
 def flag(name: str, value) -> str:
-    """A setting as it is written on the command line."""
+    """Format a setting as a command-line flag."""
     return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")

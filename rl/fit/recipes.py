@@ -1,6 +1,6 @@
 """`--config auto`: the largest recipe that fits this machine, as predicted by rl/fit/memory.py.
 
-Torch is imported only if there is an NVIDIA card, or if one is given by its memory.
+Torch is imported only if this machine has an NVIDIA GPU or `gpu_memory` is set.
 """
 
 import dataclasses
@@ -23,37 +23,37 @@ LADDER_FP16 = ("configs/t4.yaml", "configs/qwen2.5_0.5b_gsm8k.yaml")  # for card
 
 
 def choose_recipe(read_settings: Callable[[str], Config]) -> tuple[str, str]:
-    """Return the file of the recipe, and a few lines that say why. Raises ConfigError.
+    """Return the file of the recipe and a few lines that explain the choice. Raises ConfigError.
 
-    read_settings: reads a recipe's file and applies the command line.
+    read_settings: function that reads a recipe file and applies the command line.
     """
     config = read_settings(TINY)
     machine = find_machine(config)
     if machine.device == "cpu":
-        return TINY, f"No NVIDIA GPU here: taking {TINY}, the bundled model, which is made for a CPU."
+        return TINY, f"This machine has no NVIDIA GPU. Using {TINY}, whose bundled model trains on a CPU."
     if not config.dry_run:
         from rl.model.backends import import_backend
 
-        import_backend(config)  # the prediction imports transformers, which has to come after Unsloth
+        import_backend(config)  # first: the prediction imports transformers, which must come after Unsloth
     ladder = LADDER_FP16 if machine.dtype == "float16" else LADDER
-    lines = [f"This card: {machine.name}, in {machine.dtype}. All figures are predicted, not measured."]
+    lines = [f"Device: {machine.name}, in {machine.dtype}. All figures are predicted, not measured."]
     larger = ""
     for file in ladder:
         config = read_settings(file)
         shape = find_shape(config.model)
         needed = memory_needed(config, shape, machine)
         if needed is not None:
-            lines += [f"{file} needs {needed / GB:.1f} GB{larger}.", f"Taking {file}."]
+            lines += [f"{file} needs {needed / GB:.1f} GB{larger}.", f"Using {file}."]
             return file, "\n".join(lines)
-        least = min_memory(config, shape, machine)
-        larger = f"; the next larger, {file}, would need {least / GB:.1f} GB"
-    lines.append(f"The smallest recipe, {ladder[-1]}, would need {least / GB:.1f} GB.")
-    lines.append(f"Taking {TINY}, the bundled model, which has room anywhere.")
+        minimum = min_memory(config, shape, machine)
+        larger = f"; the next larger recipe, {file}, needs {minimum / GB:.1f} GB"
+    lines.append(f"The smallest recipe, {ladder[-1]}, needs {minimum / GB:.1f} GB.")
+    lines.append(f"Using {TINY}, whose bundled model fits on any machine.")
     return TINY, "\n".join(lines)
 
 
 def memory_needed(config: Config, shape: Shape, machine: Machine) -> float | None:
-    """Bytes that a recipe needs, or None if it does not fit, or only with fewer rows at a time than it requests."""
+    """Return the bytes that a recipe needs, or None if it does not fit with the rows at a time that it requests."""
     from rl.fit.memory import ASSUMED_PROMPT, predict
 
     prediction = predict(config, shape, "cuda", machine.dtype, ASSUMED_PROMPT, machine.free())
@@ -62,7 +62,7 @@ def memory_needed(config: Config, shape: Shape, machine: Machine) -> float | Non
 
 
 def min_memory(config: Config, shape: Shape, machine: Machine) -> float:
-    """Bytes of the smallest card, larger than this one, that a recipe fits."""
+    """Return the memory in bytes of the smallest card that fits a recipe, in steps of 0.1 GB from this machine up."""
     larger = machine
     while memory_needed(config, shape, larger) is None:
         larger = dataclasses.replace(larger, memory=larger.memory + GB / 10)

@@ -1,6 +1,6 @@
-"""The dimensions of language models, taken from a model that transformers builds without weights.
+"""The dimensions of language models, read from a model that transformers builds without weights.
 
-Torch and transformers are imported only when a model is measured.
+Torch and transformers are imported only when they are needed.
 """
 
 import json
@@ -11,40 +11,40 @@ from pathlib import Path
 from grading.base import first_line
 from rl.config import ConfigError
 
-# The dimensions of common models by their name on the Hub, so that nothing is downloaded for them.
-KNOWN = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
+# Configs of common models by their name on the Hub, so that nothing has to be downloaded for them.
+KNOWN_MODELS = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a decoder-only language model, as far as its memory and speed depend on them."""
+    """Dimensions of a decoder-only language model that determine its memory and speed."""
 
     parameters: int
-    linear_parameters: int  # weights of the linear layers except the head: NF4 quantizes them, LoRA adapts them
-    linear_inputs: int  # the input sizes of these layers, summed
-    linear_outputs: int  # their output sizes, summed
+    linear_parameters: int  # weights of the linear layers except the head: quantized by NF4, adapted by the LoRA
+    linear_inputs: int  # sum of the input sizes of these layers
+    linear_outputs: int  # sum of their output sizes
     vocabulary: int
     hidden: int
-    intermediate: int  # of the feed-forward block
+    intermediate: int  # size of the feed-forward block
     layers: int
     heads: int
-    query_size: int
-    kv_size: int  # of the keys, and of the values
+    query_size: int  # heads x head size
+    kv_size: int  # key-value heads x head size
     qk_norm: bool  # queries and keys are normalized, as in Qwen3
-    uses_decoder: bool  # Llama, Qwen2, Qwen3: rl/model/decoder.py supports it
+    uses_decoder: bool  # supported by rl/model/decoder.py: Llama, Qwen2, Qwen3
     four_bit: bool  # saved in 4 bits
-    file_bytes: int | None = None  # of the safetensors files of a folder
-    tokenizer_bytes: int | None = None  # of its tokenizer.json
+    file_bytes: int | None = None  # size of the safetensors files, if the model is a folder
+    tokenizer_bytes: int | None = None  # size of tokenizer.json, if the model is a folder
 
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of a LoRA on every linear layer: A (rank, in) and B (out, rank)."""
+        """Return the number of parameters of a LoRA on every linear layer: A (rank, in) and B (out, rank)."""
         return rank * (self.linear_inputs + self.linear_outputs)
 
 
 def find_shape(model: str) -> Shape:
-    """Return the shape of a model in a folder, in the Hugging Face cache, in models.json, or on the Hub, in this order.
+    """Return the shape of a model: a folder, or found in the Hugging Face cache, models.json or the Hub, in this order.
 
-    Only a config.json is downloaded. Raises ConfigError if there is none, or if transformers cannot build the model.
+    At most a config.json is downloaded. Raises ConfigError if there is none, or if transformers cannot build the model.
     """
     from transformers import AutoConfig
 
@@ -55,30 +55,30 @@ def find_shape(model: str) -> Shape:
         except OSError:
             if folder.is_dir():
                 raise
-            known = known_config(model)
-            if known:
-                config = AutoConfig.for_model(**known)
+            settings = known_config(model)
+            if settings:
+                config = AutoConfig.for_model(**settings)
             else:
                 config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        return measure(config, folder)
+        return shape_from_config(config, folder)
     except Exception as error:  # the code of any architecture may raise anything
         raise ConfigError(
-            f"model: the dimensions of {model} are not known: name a folder with its config.json, or one of "
-            f"{', '.join(KNOWN)} (any owner and suffix), or measure it with --probe ({first_line(error)})"
+            f"model: the dimensions of {model} are unknown: use a folder with its config.json or one of "
+            f"{', '.join(KNOWN_MODELS)} (any owner and suffix), or measure with --probe ({first_line(error)})"
         ) from error
 
 
 def known_config(model: str) -> dict | None:
-    """The config of a model in models.json. Its owner and suffixes such as -Instruct do not matter."""
+    """Return the config of a model from models.json, or None. Owner and suffixes such as -Instruct are ignored."""
     name = re.sub(r"^meta-|-(math|coder)(?=-)", "", model.rpartition("/")[2].lower())
-    for known, config in KNOWN.items():
-        if re.fullmatch(re.escape(known.partition("/")[2].lower()) + r"(-.*)?", name):
+    for known_model, config in KNOWN_MODELS.items():
+        if re.fullmatch(re.escape(known_model.partition("/")[2].lower()) + r"(-.*)?", name):
             return config | {"quantization_config": {"load_in_4bit": name.endswith("bnb-4bit")}}
     return None
 
 
-def measure(config, folder: Path) -> Shape:
-    """Return the shape of the model with this transformers config, whose files may be in a folder."""
+def shape_from_config(config, folder: Path) -> Shape:
+    """Return the shape of the model with this transformers config. folder: its files, if they are local."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D

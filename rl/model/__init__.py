@@ -1,6 +1,6 @@
-"""The model: the policy with its LoRA, its forward pass, its sampling engine, and log-probabilities."""
+"""The model: the policy with its LoRA, its forward pass, the roll-out engine, and log-probabilities."""
 
 import logging
 
-# On some CPUs bitsandbytes, which peft imports, reports that an optional kernel is not installed. It is not needed.
+# bitsandbytes, imported by peft, logs an error on some CPUs about an optional kernel that is not needed here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Where the model runs and which libraries load it: Unsloth on a GPU where it is installed, else transformers and peft.
+"""Device, dtype and backend: Unsloth on a GPU if it is installed, otherwise transformers and peft.
 
-Unsloth patches transformers when it is imported, so it has to come before it: `import_backend` is called first of all, and
-nothing here imports transformers at the top. What it loads is trained through its own patched forward (`unsloth_states`);
-the roll-out is that of rl/model/engine.py. Llama, Qwen2 and Qwen3 go through Unsloth, other families through transformers.
+Unsloth patches transformers on import, so it must be imported first: `import_backend` runs before anything else, and
+this module does not import transformers at the top. A model loaded by Unsloth is trained through its patched forward
+(`unsloth_states`); roll-outs use rl/model/engine.py. Unsloth handles Llama, Qwen2 and Qwen3, transformers the rest.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-# Taken before Unsloth puts one of its own in this place, which is always reentrant: rl/model/logprobs.py and rl/model/decoder.py need this.
+# Imported here before Unsloth replaces it with an always reentrant version; logprobs.py and decoder.py need this one.
 from torch.utils.checkpoint import checkpoint as checkpoint
 
 from grading.base import first_line
 from rl.config import Config, ConfigError
 
-# Of the families that go through Unsloth, without the head.
+# The linear layers of the families that Unsloth handles, without the head.
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -42,7 +42,7 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def choose_backend(config: Config) -> str:
-    """unsloth or transformers. Raises ConfigError if `backend: unsloth` cannot be used."""
+    """Return "unsloth" or "transformers". Raises ConfigError if `backend: unsloth` cannot be used."""
     device = choose_device(config)
     is_installed = importlib.util.find_spec("unsloth") is not None
     is_fp32_on_gpu = device.type == "cuda" and choose_dtype(config, device) == torch.float32
@@ -68,60 +68,60 @@ def import_backend(config: Config) -> list[str]:
     config.backend = choose_backend(config)
     if config.backend == "transformers" or "unsloth" in sys.modules:
         return []
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would fetch a file from the Hub to be counted
-    # It writes trainers that nothing here uses into a folder of the working directory.
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # no download from the Hub for usage statistics
+    # Unsloth writes generated trainers, which are not used here; by default into the working directory.
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache/unsloth_compiled_cache"))
     notes = []
     if "transformers" in sys.modules:
         notes.append(
-            "the rewards file imports transformers before Unsloth can patch it: import it within the functions"
+            "the rewards file imports transformers before Unsloth can patch it: import it inside the reward functions"
         )
     try:
         import unsloth  # noqa: F401
-    except Exception as error:  # anything that does not fit on this machine
+    except Exception as error:  # any incompatibility with this machine
         if is_required:
             raise ConfigError(
                 f"backend: Unsloth cannot be imported, set it to transformers: {first_line(error)}"
             ) from error
         config.backend = "transformers"
-        notes.append(f"Unsloth cannot be imported, plain transformers is used: {first_line(error)}")
+        notes.append(f"Unsloth cannot be imported, using plain transformers: {first_line(error)}")
     return notes
 
 
 def describe_precision(config: Config) -> str:
-    """Device, dtype and backend in words: "cuda in bfloat16 by Unsloth"."""
+    """Describe device, dtype and backend, as in "cuda in bfloat16 by Unsloth"."""
     device = choose_device(config)
     dtype = str(choose_dtype(config, device)).removeprefix("torch.")
     return f"{device.type} in {dtype}" + (" by Unsloth" if choose_backend(config) == "unsloth" else "")
 
 
-# --- what is Unsloth's own
+# --- Unsloth
 
 
 def is_for_unsloth(model_config) -> bool:
-    """Whether a model (its config) is trained through Unsloth: without a mask its forward knows no sliding window."""
+    """Return whether Unsloth handles a model, given its config. Without a mask, its forward ignores sliding windows."""
     families = ("llama", "qwen2", "qwen3")
     return model_config.model_type in families and not getattr(model_config, "use_sliding_window", False)
 
 
 def load_with_unsloth(config: Config, dtype: torch.dtype):
-    """The base model as Unsloth loads and patches it: in 4-bit NF4 with double quantisation where asked for.
+    """Load and patch the base model with Unsloth, in 4-bit NF4 with double quantization if `load_in_4bit` is set.
 
-    Raises ConfigError where weights are missing: they would be random numbers.
+    Raises ConfigError if weights are missing, which would otherwise be random numbers.
     """
     from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    # Inputs above max_seq_length are cut with a warning; Policy.encode refuses what is longer than the context before.
+    # Unsloth truncates inputs above max_seq_length with a warning; before that, Policy.encode refuses long prompts.
     context = AutoConfig.from_pretrained(config.model).max_position_embeddings
     model, _ = FastLanguageModel.from_pretrained(
         model_name=config.model,
         max_seq_length=context,
         dtype=dtype,
         load_in_4bit=config.load_in_4bit,
-        use_exact_model_name=True,  # not a ready-made 4-bit copy under another name, in which some layers are left in 16 bits
+        use_exact_model_name=True,  # not a prequantized copy under another name, which leaves some layers in 16 bits
         use_gradient_checkpointing=checkpointing(config),
-        offload_embedding=False,  # the engine reads it where it is
+        offload_embedding=False,  # the engine reads it on the GPU
         random_state=config.seed,
     )
     if saved := saved_names(config.model):
@@ -130,29 +130,29 @@ def load_with_unsloth(config: Config, dtype: torch.dtype):
 
 
 def saved_names(model: str) -> set[str]:
-    """The names of the weights in a model's safetensors files, of a folder or in the Hub's cache; empty without such files."""
+    """Return weight names in a model's safetensors files, in a folder or the Hub cache; empty if there are none."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    def find(name):
+    def cached(name):
         return cached_file(model, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
 
-    if index := find("model.safetensors.index.json"):
+    if index := cached("model.safetensors.index.json"):
         return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    if file := find("model.safetensors"):
-        with safe_open(file, "pt") as opened:
-            return set(opened.keys())
+    if file := cached("model.safetensors"):
+        with safe_open(file, "pt") as weights:
+            return set(weights.keys())
     return set()
 
 
 def refuse_missing_weights(model: str, names: set[str]) -> None:
-    """Raise ConfigError if there are names of weights that the files lack: they would be random numbers."""
+    """Raise ConfigError if there are names of missing weights, which would otherwise be random numbers."""
     if names:
-        raise ConfigError(f"model: the weights of {model} lack {', '.join(sorted(names)[:3])}: the files are not whole")
+        raise ConfigError(f"model: the weight files of {model} are incomplete: missing {', '.join(sorted(names)[:3])}")
 
 
 def add_unsloth_lora(model, config: Config, settings):
-    """A new LoRA as get_peft_model of peft makes it from these settings (a LoraConfig), over Unsloth's kernels."""
+    """Add a new LoRA with Unsloth's kernels, the same that peft would create from these settings (a LoraConfig)."""
     from unsloth import FastLanguageModel
 
     names = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -167,11 +167,11 @@ def add_unsloth_lora(model, config: Config, settings):
 
 
 def checkpointing(config: Config) -> str | bool:
-    return "unsloth" if config.gradient_checkpointing else False  # "unsloth": what is kept goes to the host's memory
+    return "unsloth" if config.gradient_checkpointing else False  # "unsloth" offloads the saved inputs to host memory
 
 
 def set_mode(model, training: bool, uses_unsloth: bool) -> None:
-    """Training mode, in which layers keep or recompute what the backward needs, or the mode in which a model answers."""
+    """Switch a model to training mode, which saves or recomputes activations for the backward, or to inference mode."""
     if uses_unsloth:
         from unsloth import FastLanguageModel
 
@@ -181,28 +181,29 @@ def set_mode(model, training: bool, uses_unsloth: bool) -> None:
 
 
 def unsloth_states(model, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The last hidden states (B, T, H) of right-padded rows of token ids (B, T), through the forward that Unsloth trains by.
+    """Return the last hidden states (B, W, H) of right-padded token ids (B, W), computed by Unsloth's patched forward.
 
-    Without a mask: what stands right of a token is not seen by it, and padding stands right of all. Without labels, or
-    there would be no states. Unsloth's forward on a CPU is transformers' own.
+    No mask is passed: attention is causal, and the padding is on the right. No labels are passed: the forward would
+    then return no hidden states. On a CPU, Unsloth's forward is the one of transformers.
     """
     if ids.device.type == "cpu":
         return model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    recomputes_in_vain = model.training and not torch.is_grad_enabled()
-    with contextlib.ExitStack() as around:
-        if recomputes_in_vain:  # its checkpointing would move states to the host for a backward that never comes
+    checkpoints_needlessly = model.training and not torch.is_grad_enabled()
+    with contextlib.ExitStack() as stack:
+        if checkpoints_needlessly:  # it would offload states to the host for a backward that never happens
             set_mode(model, False, uses_unsloth=True)
-            around.callback(set_mode, model, True, uses_unsloth=True)
-        around.enter_context(torch.autocast(ids.device.type, dtype))  # as Unsloth's own trainer runs it
-        around.enter_context(states_in_place_of_logits())
+            stack.callback(set_mode, model, True, uses_unsloth=True)
+        stack.enter_context(torch.autocast(ids.device.type, dtype))  # as Unsloth's own trainer runs it
+        stack.enter_context(hidden_states_as_logits())
         return model(input_ids=ids, use_cache=False).logits
 
 
 @contextlib.contextmanager
-def states_in_place_of_logits():
-    """Within this context Unsloth's forward does not apply the head, and gives the last hidden states as `logits`."""
+def hidden_states_as_logits():
+    """In this context, Unsloth's forward skips the head and returns the last hidden states as `logits`."""
     name = "UNSLOTH_RETURN_HIDDEN_STATES"
-    before, os.environ[name] = os.environ.get(name, "0"), "1"
+    before = os.environ.get(name, "0")
+    os.environ[name] = "1"
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""The forward pass of Llama, Qwen2 and Qwen3, written out for what their modules cannot do.
+"""A forward pass for Llama, Qwen2 and Qwen3 that runs on packed tokens and takes the attention as an argument.
 
-Tokens come packed, (N, H), without padding, and the attention is passed in as a function, so that the same layers serve
-prefill and decoding over a slot cache (rl/model/engine.py) and the update, where a prompt is computed once for its group
-(rl/model/attention.py). For the roll-out `folded` gives a copy with the LoRA folded into scratch weights, and with the matrices
-that read the same input fused.
+Tokens are packed, (T, H), without padding. Because attention is a function, the same layers serve prefill and decoding
+over a slot cache (rl/model/engine.py) and the update, which computes a prompt once for its group
+(rl/model/attention.py). For roll-outs, `folded` returns a copy with the LoRA folded into scratch weights and with the
+matrices that read the same input fused. Shapes: T packed tokens, F feed-forward size, d head size, r LoRA rank.
 """
 
 import copy
@@ -17,58 +17,61 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rl.model.backends import checkpoint
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the batch
-LINEAR_MAPS = ("query_key_value", "output", "gate_up", "down")  # of a Layer
+CHANGING_ROPE = ("dynamic", "longrope")  # unsupported: their frequencies depend on the length of the batch
+LINEAR_MAPS = ("query_key_value", "output", "gate_up", "down")  # fields of Layer
 
-# (layer, q (N, heads, d), k (N, kv heads, d), v the same) -> (N, heads * d)
+# (layer, query (T, heads, d), key (T, kv heads, d), value (T, kv heads, d)) -> (T, heads * d)
 Attention = Callable[["Layer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Layer:
-    """One decoder layer: its norms, and its linear maps from (N, in) to (N, out)."""
+    """One decoder layer: its norms, and its linear maps from (T, in) to (T, out)."""
 
     index: int
     input_norm: torch.nn.Module
-    query_key_value: Callable  # (N, H) -> q (N, heads d), k (N, kv heads d), v the same
+    query_key_value: Callable  # (T, H) -> query (T, heads d), key and value (T, kv heads d)
     query_norm: torch.nn.Module | None  # over d, as in Qwen3
     key_norm: torch.nn.Module | None
     output: Callable
-    scaling: float  # of q . k
-    window: int | None  # a token sees so many last ones, itself included; None: all
+    scaling: float  # factor of the dot products of queries and keys
+    window: int | None  # number of last tokens that a token attends to, itself included; None: all
     post_norm: torch.nn.Module
-    gate_up: Callable  # (N, H) -> gate and up, each (N, F)
+    gate_up: Callable  # (T, H) -> gate and up, each (T, F)
     activation: Callable
     down: Callable
 
 
 def unsupported_reason(model) -> str | None:
-    """Why this (PEFT) model cannot be run by a Decoder, or None where it can."""
-    model = base_of(model)
+    """Return why a Decoder cannot run this (PEFT) model, or None if it can."""
+    model = base_model(model)
     if type(model).__name__ not in FAMILIES:
-        return f"{type(model).__name__} is not of the Llama, Qwen2 and Qwen3 families"
+        return f"{type(model).__name__} does not belong to the Llama, Qwen2 and Qwen3 families"
     rope = model.config.rope_parameters.get("rope_type", "default")
     if rope in CHANGING_ROPE:
-        return f"its rotary embedding is of the type {rope}"
+        return f"its rotary embedding has the unsupported type {rope}"
     return None
 
 
-def base_of(model):
+def base_model(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class Decoder:
-    """The layers of a model of these families. Reads its weights, and which adapters are on, at every call."""
+    """The layers of a Llama, Qwen2 or Qwen3 model. Every call uses its current weights and its active adapters."""
 
     def __init__(self, model):
-        model = base_of(model)
+        model = base_model(model)
         config = model.config
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.config, self.embedding, self.norm = config, model.model.embed_tokens, model.model.norm
+        self.config = config
+        self.embedding = model.model.embed_tokens
+        self.norm = model.model.norm
         self.head = Linears(model.lm_head)
         self.layers = [self._layer(index, layer) for index, layer in enumerate(model.model.layers)]
-        self.checkpointing = model.model  # says whether gradient checkpointing is on
+        self.inner_model = model.model  # has the flag `gradient_checkpointing`
         self._cos_sin = None
 
     def _layer(self, index: int, layer) -> Layer:
@@ -93,11 +96,11 @@ class Decoder:
         return self.norm.weight.dtype
 
     def can_fold(self) -> bool:
-        """Whether every LoRA is nothing but A and B."""
+        """Return whether all adapters are plain LoRAs."""
         return all(is_plain(module) for module in (*self.linear_modules(), *self.head.modules))
 
     def folded(self) -> "Decoder":
-        """A copy whose linear maps are scratch weights, of the computing dtype, with the adapters that are on folded in."""
+        """Return a copy whose linear maps use scratch weights in the compute dtype, with active adapters folded in."""
         scratch = copy.copy(self)
         scratch.layers = []
         for layer in self.layers:
@@ -109,18 +112,18 @@ class Decoder:
         return scratch
 
     def scratch_bytes(self) -> int:
-        """What `folded` takes: the linear layers in the computing dtype."""
+        """Return the memory of `folded` in bytes: the linear layers in the compute dtype."""
         return sum(m.in_features * m.out_features for m in self.linear_modules()) * self.dtype.itemsize
 
     def linear_modules(self) -> list[torch.nn.Module]:
-        """Those of all layers, without the head."""
+        """Return the linear modules of all layers, without the head."""
         return [module for layer in self.layers for name in LINEAR_MAPS for module in getattr(layer, name).modules]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
-        """The last hidden states, (N, H), of packed tokens (N,) at these positions of their rows."""
-        cos, sin = self.rope(positions)  # (N, 1, d)
-        x = self.embedding(ids)  # (N, H)
-        recompute = getattr(self.checkpointing, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        """Return the last hidden states (T, H) of packed token ids (T,) at these positions (T,) in their rows."""
+        cos, sin = self.rope(positions)  # (T, 1, d)
+        x = self.embedding(ids)  # (T, H)
+        recompute = getattr(self.inner_model, "gradient_checkpointing", False) and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
                 x = checkpoint(self.run_layer, layer, x, cos, sin, attend, use_reentrant=False)
@@ -130,7 +133,7 @@ class Decoder:
 
     def run_layer(self, layer: Layer, x, cos, sin, attend: Attention) -> torch.Tensor:
         projected = layer.query_key_value(norm(layer.input_norm, x))
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (N, heads, d)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (T, heads, d)
         if layer.query_norm is not None:
             query, key = norm(layer.query_norm, query), norm(layer.key_norm, key)
         attended = attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
@@ -139,30 +142,28 @@ class Decoder:
         return x + layer.down(layer.activation(gate) * up)[0]
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the rotary embedding at positions (N,), each (N, 1, d), from a table."""
+        """Look up cosines and sines of the rotary embedding at positions (T,), each (T, 1, d)."""
         cos, sin = self._cos_sin
         return cos[positions][:, None], sin[positions][:, None]
 
     def prepare(self, length: int) -> None:
-        """Make the rotary embedding's table for positions below `length`, unless there is one."""
+        """Compute the rotary embedding's table for positions below `length`, unless it already covers them."""
         if self._cos_sin is None or len(self._cos_sin[0]) < length:
             frequencies, scaling = rope_frequencies(self.config, self.embedding.weight.device)  # (d / 2,)
             positions = torch.arange(length, device=frequencies.device).float()
             angles = torch.outer(positions, frequencies).repeat(1, 2)  # (length, d)
             cos, sin = angles.cos() * scaling, angles.sin() * scaling
-            sin[:, : self.head_dim // 2] *= -1  # see `rotate`
+            sin[:, : self.head_dim // 2] *= -1  # for `rotate`
             self._cos_sin = cos.to(self.dtype), sin.to(self.dtype)
 
 
 def rope_frequencies(config, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Of the rotary embedding (arXiv 2104.09864), fp32 (d / 2,), and what cosines and sines are multiplied with.
+    """Return the rotary embedding's frequencies (arXiv 2104.09864), fp32 (d / 2,), and the factor of cosines and sines.
 
-    From the settings, not from the model's module: Unsloth puts one there that answers differently.
+    They are computed from the config: Unsloth replaces the model's rotary module by one that behaves differently.
     """
-    rope, size = (
-        config.rope_parameters,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
+    rope = config.rope_parameters
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kind = rope.get("rope_type", "default")
     if kind != "default":
         return ROPE_INIT_FUNCTIONS[kind](config, device)
@@ -170,7 +171,7 @@ def rope_frequencies(config, device: torch.device) -> tuple[torch.Tensor, float]
 
 
 class Linears:
-    """Linear modules, with or without a LoRA, that read the same input."""
+    """Linear modules that read the same input, with or without a LoRA."""
 
     def __init__(self, *modules: torch.nn.Module):
         self.modules = modules
@@ -179,17 +180,20 @@ class Linears:
         return [linear(module, x) for module in self.modules]
 
     def folded(self, dtype: torch.dtype) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """The same by one matrix, the LoRA folded in: in fp32, and then rounded. Never written back into the model."""
+        """Return an equivalent function that multiplies by one matrix, into which the LoRAs are folded in fp32.
+
+        The model's own weights are not changed.
+        """
         weights = [folded_weight(module, dtype) for module in self.modules]
         sizes = [len(weight) for weight in weights]
-        biases = [plain(module).bias for module in self.modules]
+        biases = [base_layer(module).bias for module in self.modules]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = None if biases[0] is None else torch.cat(biases)
         return lambda x: F.linear(x, weight, bias).split(sizes, -1)
 
 
 def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the module gives; a LoRA is added by one kernel, x W^T + (x A^T) (s B)^T, and in the dtype of x."""
+    """Apply a linear module. A plain LoRA is added by one kernel, x W^T + (x A^T) (s B)^T, in the dtype of x."""
     if not hasattr(module, "lora_A") or not is_plain(module):
         return module(x)
     y = module.base_layer(x)
@@ -199,8 +203,8 @@ def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain(module: torch.nn.Module) -> bool:
-    """Whether it is a linear layer (of numbers, or 4-bit), alone or under LoRAs of nothing but A and B (no DoRA, no bias)."""
-    base = plain(module)
+    """Return whether a module is a linear layer (float or 4-bit), alone or with LoRAs without DoRA and bias."""
+    base = base_layer(module)
     if not isinstance(base, torch.nn.Linear):
         return False
     if not (base.weight.is_floating_point() or hasattr(base.weight, "quant_state")):
@@ -212,21 +216,21 @@ def is_plain(module: torch.nn.Module) -> bool:
 
 
 def active_loras(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-    """A (r, in), B (out, r) and the scaling of every LoRA that is switched on."""
+    """Yield A (r, in), B (out, r) and the scaling of every active LoRA."""
     if not module.disable_adapters:
         for name in module.active_adapters:
             if name in module.lora_A:
                 yield module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
 
 
-def plain(module: torch.nn.Module) -> torch.nn.Module:
-    """The linear layer itself, without the LoRA around it."""
+def base_layer(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the linear layer without the LoRA around it."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def folded_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (out, in) with the LoRAs that are on folded in. 4-bit weights are dequantised first."""
-    weight = plain(module).weight
+    """Return the weight (out, in) with the active LoRAs folded in. 4-bit weights are dequantized first."""
+    weight = base_layer(module).weight
     if hasattr(weight, "quant_state"):
         import bitsandbytes
 
@@ -238,13 +242,13 @@ def folded_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 
 def norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension, in fp32."""
+    """Apply RMSNorm over the last dimension, in fp32."""
     return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding of x (N, heads, d): pairs (x[i], x[i + d/2]) turned by their position's angle.
+    """Apply the rotary embedding to x (T, heads, d): rotate each pair (x[i], x[i + d/2]) by the angle of its position.
 
-    The first half of sin is negative: it belongs to -x[i + d/2].
+    The first half of sin is negative, because it multiplies -x[i + d/2].
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -1,9 +1,9 @@
-"""The roll-out engine for the families of rl/model/decoder.py: a decode step over slots that rows enter and leave.
+"""The roll-out engine for the families of rl/model/decoder.py, with continuous batching over the slots of a KV cache.
 
-A prompt is prefilled once for its group, and its keys and values are copied into the slots of the group's completions.
-The rows that are alive always fill the first slots: a row that ends gives its place to the last one, and groups that
-wait enter behind. So a step costs what its living rows cost. Where memory allows, the LoRA is folded into scratch
-weights for the time of the roll-out. On CUDA a step, sampling included, is one CUDA graph for each size of the batch.
+A prompt is prefilled once for its group, and its keys and values are copied to the slots of the group's completions.
+Active rows always occupy the first slots: when a row finishes, the last row moves into its slot, and waiting groups are
+appended. The cost of a step therefore depends on the active rows only. If memory allows, the LoRA is folded into
+scratch weights during the roll-out. On CUDA a step, including sampling, is a CUDA graph, captured for each batch size.
 """
 
 from collections import deque
@@ -17,27 +17,27 @@ from rl.config import ConfigError
 from rl.model.attention import Rows, attention, causal, masks_by_window, round_up
 from rl.model.decoder import Layer
 from rl.model.policy import Policy
-from rl.model.sampling import Ended, Sampling, sample
+from rl.model.sampling import Finished, Sampling, sample
 
-REFILL_SHARE = 1 / 8  # groups that wait enter together, once this share of the slots is free
+REFILL_SHARE = 1 / 8  # waiting groups are admitted together, once this share of the slots is free
 PREFILL_TOKENS = 16384  # prompt tokens prefilled at a time
-STEPS_PER_CHECK = 8  # on CUDA: decode steps between two looks at what has ended, since each look waits for the GPU
-CACHE_GROWTH = 64  # places by which the cache grows at the least
-MAX_MEMORY_SHARE = 0.8  # of the free memory, at most
-SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # of the CUDA graphs; sizes double from there
+STEPS_PER_CHECK = 8  # decode steps on CUDA between checks for finished rows; each check synchronizes with the GPU
+CACHE_GROWTH = 64  # minimum number of tokens by which the cache grows
+MAX_MEMORY_SHARE = 0.8  # maximum share of the free memory that is used
+SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # smallest sizes of a CUDA graph; the next ones are powers of 2 times these
 
 
 @dataclass
 class Row:
     """A completion that is being generated."""
 
-    place: int  # in the roll-out's result
+    place: int  # index in the result of the roll-out
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
 class Engine:
-    """Slots for the rows of one roll-out. To be used once: `run`, or `steps`."""
+    """Generates the completions of one roll-out. Call either `run` or `steps`, once."""
 
     def __init__(
         self,
@@ -49,66 +49,72 @@ class Engine:
         generator: torch.Generator,
         max_rows: int,
     ):
-        self.device, self.eos_ids = policy.device, policy.eos_ids
-        self.prompts, self.group, self.max_completion_length = prompts, num_generations, max_completion_length
-        self.sampling, self.generator = sampling, generator
-        self.rows: list[Row] = []  # rows[i] lives in slot i
+        self.device = policy.device
+        self.eos_ids = policy.eos_ids
+        self.prompts = prompts
+        self.group = num_generations
+        self.max_completion_length = max_completion_length
+        self.sampling = sampling
+        self.generator = generator
+        self.rows: list[Row] = []  # rows[i] occupies slot i
         self.slots = max(min(max_rows, len(prompts) * num_generations), num_generations)
-        self.length = round_up(max(map(len, prompts)) + max_completion_length, self.device)  # of the longest row
+        self.length = round_up(max(map(len, prompts)) + max_completion_length, self.device)  # maximum length of a row
         self.use_graphs = uses_graphs(self.device)
         self.decoder = policy.decoder
         while self.slots > self.group and not fits(self.cache_bytes(), self.device):
-            self.slots = max(self.slots // 2, self.group)  # the others wait for their turn
+            self.slots = max(self.slots // 2, self.group)  # the remaining rows are generated later
         if self.decoder.can_fold() and fits(self.decoder.scratch_bytes() + self.cache_bytes(), policy.device):
             self.decoder = self.decoder.folded()
         self.decoder.prepare(self.length)
 
         decoder = self.decoder
-        # Keys and values of each layer: (2, slots, kv heads, length, d). One tensor a layer, since the allocator of a CPU
-        # gives larger ones back to the system at once, and getting them again costs more than what they are used for.
+        # Keys and values per layer, (2, slots, kv heads, length, d). One tensor per layer: the CPU allocator returns
+        # larger blocks to the system at once, and allocating them again takes longer than the computation on them.
         shape = 2, self.slots, decoder.kv_heads, 0, decoder.head_dim
         self.cache = [torch.zeros(shape, device=self.device, dtype=decoder.dtype) for _ in decoder.layers]
         if self.use_graphs:
-            self.reserve(self.length)  # CUDA graphs need it to stay where it is; else it grows
-        self.token = torch.zeros(self.slots, dtype=torch.long, device=self.device)  # the last one of each row
-        self.position = torch.zeros_like(self.token)  # of that token in its row
+            self.reserve(self.length)  # CUDA graphs need a fixed address; without graphs the cache grows on demand
+        self.token = torch.zeros(self.slots, dtype=torch.long, device=self.device)  # last token of each row
+        self.position = torch.zeros_like(self.token)  # its position in the row
         self.seen = None
         if sampling.repetition_penalty != 1:
             vocabulary = decoder.embedding.num_embeddings
             self.seen = torch.zeros(self.slots, vocabulary, dtype=torch.bool, device=self.device)
-        self.state = [
-            state for state in (self.token, self.position, self.seen) if state is not None
-        ]  # changed in place
+        # Tensors with one entry per slot, modified in place.
+        self.state = [state for state in (self.token, self.position, self.seen) if state is not None]
         self.graphs = {}
 
     def cache_bytes(self) -> int:
-        """What keys and values take when every slot holds a row of the full length."""
+        """Return the memory of keys and values in bytes, with a row of the full length in every slot."""
         decoder = self.decoder
         per_token = 2 * len(decoder.layers) * decoder.kv_heads * decoder.head_dim * decoder.dtype.itemsize
         return self.slots * self.length * per_token
 
-    def run(self) -> Iterator[Ended]:
-        """Yield the completions that have just ended, by their place: prompt i's are i * num_generations and on."""
-        for ended in self.steps():
-            if ended:
-                yield ended
+    def run(self) -> Iterator[Finished]:
+        """Yield completions as they finish, by index. Those of prompt i start at index i * num_generations."""
+        for finished in self.steps():
+            if finished:
+                yield finished
 
-    def steps(self) -> Iterator[Ended]:
-        """The same after every decode step, also where nothing has ended: `rows` holds what the others have so far."""
+    def steps(self) -> Iterator[Finished]:
+        """Yield the newly finished completions after every decode step, even if there are none.
+
+        Between two steps, `rows` holds the unfinished completions.
+        """
         waiting = deque(enumerate(self.prompts))
         while waiting or self.rows:
             free = self.slots - len(self.rows)
             if waiting and (not self.rows or free >= max(self.group, REFILL_SHARE * self.slots)):
-                entering = [waiting.popleft() for _ in range(min(len(waiting), free // self.group))]
+                groups = [waiting.popleft() for _ in range(min(len(waiting), free // self.group))]
                 first = len(self.rows)
-                tokens, logprobs = self.draw(first, self.admit(entering))
+                tokens, logprobs = self.draw(first, self.admit(groups))
             else:
                 first = 0
                 tokens, logprobs = self.step()
             yield self.collect_finished(first, tokens, logprobs)
 
     def allocate_peak(self) -> None:
-        """Fill the slots with these prompts' groups, and make one step at the full length: as much memory as a run takes."""
+        """Allocate the peak memory of the roll-out: fill the slots with groups and decode one step at full length."""
         groups = list(enumerate(self.prompts))[: self.slots // self.group]
         self.draw(0, self.admit(groups))
         for row in self.rows:
@@ -116,101 +122,104 @@ class Engine:
         self.reserve(self.used_length())
         self.step()
 
-    # --- rows come and go
+    # --- admitting and removing rows
 
     def admit(self, groups: list[tuple[int, list[int]]]) -> torch.Tensor:
-        """Prefill these prompts, once each, and put their groups into the slots behind those that are taken.
+        """Prefill each prompt once, and add its group to the next free slots.
 
-        Returns the logits from which the new rows' first tokens are drawn, (rows, V).
+        groups: index and token ids of each prompt. Returns the logits for the first token of each new row, (rows, V).
         """
-        budget = max(1, PREFILL_TOKENS // max(len(prompt) for _, prompt in groups))
+        max_prompts = max(1, PREFILL_TOKENS // max(len(prompt) for _, prompt in groups))
         logits = []
-        for start in range(0, len(groups), budget):
-            part = groups[start : start + budget]
-            into = slice(len(self.rows), len(self.rows) + len(part) * self.group)
-            logits.append(self.prefill([prompt for _, prompt in part], into))
-            for number, _ in part:
-                self.rows += [Row(number * self.group + i) for i in range(self.group)]
+        for start in range(0, len(groups), max_prompts):
+            part = groups[start : start + max_prompts]
+            slots = slice(len(self.rows), len(self.rows) + len(part) * self.group)
+            logits.append(self.prefill([prompt for _, prompt in part], slots))
+            for prompt_index, _ in part:
+                self.rows += [Row(prompt_index * self.group + i) for i in range(self.group)]
         return torch.cat(logits).repeat_interleave(self.group, 0)
 
-    def prefill(self, prompts: list[list[int]], into: slice) -> torch.Tensor:
-        """Run these prompts and copy their keys and values, group by group, into the slots. Returns their logits (P, V)."""
-        rows, group = Rows([len(prompt) for prompt in prompts], self.device, aligned=True), self.group
+    def prefill(self, prompts: list[list[int]], slots: slice) -> torch.Tensor:
+        """Run the prompts, and copy their keys and values to the slots of their groups. Returns logits (prompts, V)."""
+        rows = Rows([len(prompt) for prompt in prompts], self.device, aligned=True)
+        group = self.group
         masks = masks_by_window(self.decoder, *causal(rows.width, self.device))
         self.reserve(min(rows.width + CACHE_GROWTH, self.length))
 
         def attend(layer: Layer, query, key, value):
             query, keys, values = (rows.pad_heads(x, self.decoder.kv_heads) for x in (query, key, value))
             for kind, x in enumerate((keys, values)):
-                self.cache[layer.index][kind, into, :, : rows.width] = x.repeat_interleave(group, 0)
+                self.cache[layer.index][kind, slots, :, : rows.width] = x.repeat_interleave(group, 0)
             return rows.pack_heads(attention(query, keys, values, masks[layer.window], layer.scaling))
 
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)  # (N,)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)  # (T,)
         states = self.decoder.forward(ids, rows.column, attend)
-        self.position[into] = (rows.lengths - 1).repeat_interleave(group)
+        self.position[slots] = (rows.lengths - 1).repeat_interleave(group)
         if self.seen is not None:
-            of_prompts = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool, device=self.device)
-            of_prompts[rows.row, ids] = True
-            self.seen[into] = of_prompts.repeat_interleave(group, 0)
+            prompt_tokens = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool, device=self.device)
+            prompt_tokens[rows.row, ids] = True
+            self.seen[slots] = prompt_tokens.repeat_interleave(group, 0)
         return self.decoder.head(states[rows.lengths.cumsum(0) - 1])[0]
 
-    def collect_finished(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Ended:
-        """Give the rows from slot `first` on what was drawn for them, (steps, rows), and take out those that have ended.
+    def collect_finished(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Finished:
+        """Append sampled tokens to the rows from slot `first` on, and remove and return the rows that have finished.
 
-        A row that ended gets nothing more; a row behind it takes its slot.
+        tokens, logprobs: (steps, rows). Tokens sampled after a row has finished are dropped.
         """
-        ended, holes = {}, []
+        finished = {}
+        free_slots = []
         for slot, (ids, values) in enumerate(zip(tokens.T.tolist(), logprobs.T.tolist()), first):
             row = self.rows[slot]
             for token, logprob in zip(ids, values):
                 if logprob != logprob:
                     raise ConfigError(
-                        f"dtype: in {self.decoder.dtype} the model's logits are not numbers; set dtype to float32 or bfloat16"
+                        f"dtype: the model's logits are nan in {self.decoder.dtype}: set dtype to float32 or bfloat16"
                     )
                 row.ids.append(token)
                 row.logprobs.append(logprob)
                 stopped = token in self.eos_ids
                 if stopped or len(row.ids) == self.max_completion_length:
-                    ended[row.place] = row.ids, row.logprobs, not stopped
-                    holes.append(slot)
+                    finished[row.place] = row.ids, row.logprobs, not stopped
+                    free_slots.append(slot)
                     break
-        self.compact(holes)
-        return ended
+        self.compact(free_slots)
+        return finished
 
-    def compact(self, holes: list[int]) -> None:
-        """Move the last rows into the slots that have become free, so that the first slots are the taken ones."""
-        kept = len(self.rows) - len(holes)
-        free = [hole for hole in holes if hole < kept]
-        gone = set(holes)
-        moved = [slot for slot in range(kept, len(self.rows)) if slot not in gone]
-        for hole, slot in zip(free, moved):
-            self.rows[hole] = self.rows[slot]
-        del self.rows[kept:]
-        if moved:
+    def compact(self, free_slots: list[int]) -> None:
+        """Move the last rows into the free slots, so that the rows occupy the first slots without gaps."""
+        num_rows = len(self.rows) - len(free_slots)
+        targets = [slot for slot in free_slots if slot < num_rows]
+        removed = set(free_slots)
+        sources = [slot for slot in range(num_rows, len(self.rows)) if slot not in removed]
+        for target, source in zip(targets, sources):
+            self.rows[target] = self.rows[source]
+        del self.rows[num_rows:]
+        if sources:
             used = self.used_length()
-            to, origin = (torch.tensor(slots, device=self.device) for slots in (free, moved))
+            to, origin = (torch.tensor(slots, device=self.device) for slots in (targets, sources))
             for cache in self.cache:
                 cache[:, to, :, :used] = cache[:, origin, :, :used]
             for state in self.state:
                 state[to] = state[origin]
 
     def used_length(self) -> int:
-        """The length of the longest row that is alive."""
+        """Return the length of the longest active row."""
         return max(len(self.prompts[row.place // self.group]) + len(row.ids) for row in self.rows)
 
     def reserve(self, length: int) -> None:
-        """Make the cache long enough for rows of this length."""
-        present, rows = self.cache[0].shape[3], len(self.rows)
-        if length > present:
-            longer = min(max(length, present + CACHE_GROWTH), self.length)
+        """Grow the cache so that it holds rows of this length."""
+        current = self.cache[0].shape[3]
+        rows = len(self.rows)
+        if length > current:
+            longer = min(max(length, current + CACHE_GROWTH), self.length)
             for i, cache in enumerate(self.cache):
                 self.cache[i] = cache.new_zeros(*cache.shape[:3], longer, cache.shape[4])
-                self.cache[i][:, :rows, :, :present] = cache[:, :rows]
+                self.cache[i][:, :rows, :, :current] = cache[:, :rows]
 
-    # --- tokens are drawn
+    # --- sampling tokens
 
     def draw(self, first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the first tokens of the rows from slot `first` on: tokens and log-probabilities, each (1, rows)."""
+        """Sample the first token of the rows from slot `first` on. Returns tokens and logprobs, each (1, rows)."""
         slots = slice(first, first + len(logits))
         seen = None if self.seen is None else self.seen[slots]
         token, logprob = sample(logits, self.sampling, self.generator, seen)
@@ -218,31 +227,35 @@ class Engine:
         return token[None], logprob[None]
 
     def accept(self, slots: slice, token: torch.Tensor) -> None:
+        """Record the sampled token of each slot."""
         self.token[slots] = token
         self.position[slots] = (self.position[slots] + 1).clamp(max=self.length - 1)
         if self.seen is not None:
             self.seen[slots] = self.seen[slots].scatter(1, token[:, None], True)
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decode step of all rows, or on CUDA a few: tokens and log-probabilities, each (steps, rows)."""
+        """Decode one step of all rows, or several on CUDA. Returns tokens and logprobs, each (steps, rows)."""
         rows, length = len(self.rows), self.used_length()
         if not self.use_graphs:
             self.reserve(length)
             token, logprob = self.decode(rows, length)
             return token[None], logprob[None]
-        left = max(self.max_completion_length - len(row.ids) for row in self.rows)
-        steps = min(STEPS_PER_CHECK, left)
+        remaining = max(self.max_completion_length - len(row.ids) for row in self.rows)
+        steps = min(STEPS_PER_CHECK, remaining)
         replay = self.graph(
             bucket(rows, SMALLEST_BATCH, self.slots), bucket(length + steps, SMALLEST_LENGTH, self.length)
         )
-        drawn = [[x[:rows].clone() for x in replay()] for _ in range(steps)]
-        return tuple(torch.stack(x) for x in zip(*drawn))
+        outputs = [[x[:rows].clone() for x in replay()] for _ in range(steps)]
+        return tuple(torch.stack(x) for x in zip(*outputs))
 
     def decode(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the last token of the first `rows` slots over the first `length` places of the cache, and draw the next."""
+        """Sample the next token of the first `rows` slots, attending to the first `length` positions of the cache.
+
+        Returns tokens and log-probabilities, each (rows,).
+        """
         position = self.position[:rows]
         columns = torch.arange(length, device=self.device)
-        # An idle slot of a graph may stand beyond `length`; if it saw nothing, its nan would stay in its cache.
+        # The position of an idle slot may exceed `length`. Without a visible key, output and cache would become nan.
         distance = position.clamp(max=length - 1)[:, None, None] - columns  # (rows, 1, length)
         masks = masks_by_window(self.decoder, distance >= 0, distance)
         slots = torch.arange(rows, device=self.device)
@@ -261,16 +274,16 @@ class Engine:
         return token, logprob
 
     def graph(self, rows: int, length: int):
-        """A function that replays `decode(rows, length)` as a CUDA graph and returns its outputs; captured when first used.
+        """Return a function that replays `decode(rows, length)` as a CUDA graph, which is captured on first use.
 
-        The slots between the living rows and `rows` decode what nobody reads. All graphs share one pool of memory.
+        Results of idle slots are ignored. All graphs share one memory pool.
         """
         if (rows, length) not in self.graphs:
             before = [state.clone() for state in self.state]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self.decode(rows, length)  # kernels are chosen and loaded before the capture
+                self.decode(rows, length)  # warm-up: kernels are selected and loaded before the capture
             torch.cuda.current_stream().wait_stream(side)
             for state, values in zip(self.state, before):
                 state.copy_(values)
@@ -290,7 +303,7 @@ class Engine:
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
-    """The size doubled up from the smallest that holds `size`, at most the largest."""
+    """Return the first of smallest, 2 x smallest, 4 x smallest, ... that is at least `size`, but at most `largest`."""
     while smallest < min(size, largest):
         smallest *= 2
     return min(smallest, largest)
@@ -300,13 +313,13 @@ def uses_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def fits(needed: int, device: torch.device) -> bool:
-    """Whether so many bytes leave at least a fifth of the free memory unused."""
-    return needed < MAX_MEMORY_SHARE * free_memory(device)
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Return whether an allocation leaves at least a fifth of the free memory unused."""
+    return num_bytes < MAX_MEMORY_SHARE * free_memory(device)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes. What PyTorch's allocator holds on a GPU and does not use is free, too."""
+    """Return the free memory in bytes, on a GPU including unused blocks of PyTorch's allocator."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     free, total = torch.cuda.mem_get_info(device)

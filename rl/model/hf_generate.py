@@ -1,7 +1,7 @@
-"""The roll-out through the model's own `generate`, for models that rl/model/decoder.py does not know, and for Unsloth's.
+"""Roll-outs with the model's own `generate`: the fallback for models without a `Decoder` (rl/model/decoder.py).
 
-A logits processor draws each token and lets `generate` choose nothing else; load_policy has emptied the model's
-generation_config. Each row is prefilled by itself, and a batch ends with its longest completion.
+A logits processor samples each token and forces `generate` to choose it; `load_policy` has reset the model's
+generation_config. Every row is prefilled separately, and a batch ends with its longest completion.
 """
 
 import itertools
@@ -12,12 +12,12 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from rl.model.policy import Policy
-from rl.model.sampling import Ended, Sampling, sample
+from rl.model.sampling import Finished, Sampling, sample
 
 
 @dataclass
 class HFGenerate:
-    """One roll-out, batch by batch."""
+    """Generates the completions of one roll-out, batch by batch. Has the same arguments and results as `Engine`."""
 
     policy: Policy
     prompts: list[list[int]]
@@ -27,14 +27,14 @@ class HFGenerate:
     generator: torch.Generator
     max_rows: int
 
-    def run(self) -> Iterator[Ended]:
-        """Yield the completions of each batch by their place: those of prompt i begin at i * num_generations."""
-        for places in self.batches():
-            prompts = [self.prompts[place // self.num_generations] for place in places]
-            yield dict(zip(places, self.complete(prompts)))
+    def run(self) -> Iterator[Finished]:
+        """Yield the completions of each batch, by index. Those of prompt i start at index i * num_generations."""
+        for indices in self.batches():
+            prompts = [self.prompts[index // self.num_generations] for index in indices]
+            yield dict(zip(indices, self.complete(prompts)))
 
     def batches(self) -> Iterator[list[int]]:
-        """The places that are generated together. Recurrent layers may read padding, so they get prompts of one length."""
+        """Yield the indices of each batch. Recurrent layers may read padding, so they get prompts of equal length."""
         lengths = [len(prompt) for prompt in self.prompts for _ in range(self.num_generations)]
         if not self.policy.model.get_base_model()._is_stateful:
             lengths = [0] * len(lengths)
@@ -45,15 +45,15 @@ class HFGenerate:
                 yield group[first : first + self.max_rows]
 
     def complete(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float], bool]]:
-        """Complete each prompt once: token ids, log-probabilities, and whether the completion was cut."""
+        """Complete each prompt once. Returns token ids, log-probabilities, and whether the completion is truncated."""
         policy = self.policy
         if policy.uses_unsloth:
             with policy.training():
-                pass  # Unsloth's decoding keeps copies of the LoRA until the next training; they may be out of date
+                pass  # drops the copies of the LoRA that Unsloth caches for decoding, which may be out of date
         width = max(map(len, prompts))
         padded = [[policy.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        draw = Draw(self, prompts)
+        sampler = ForcedSampler(self, prompts)
         policy.model.generate(
             input_ids=torch.tensor(padded, device=policy.device),
             attention_mask=torch.tensor(mask, device=policy.device),
@@ -62,10 +62,10 @@ class HFGenerate:
             use_cache=True,
             eos_token_id=sorted(policy.eos_ids),
             pad_token_id=policy.pad_id,
-            logits_processor=LogitsProcessorList([draw]),
+            logits_processor=LogitsProcessorList([sampler]),
         )
-        tokens = torch.stack(draw.tokens, 1).tolist()  # (B, C)
-        logprobs = torch.stack(draw.logprobs, 1).tolist()
+        tokens = torch.stack(sampler.tokens, 1).tolist()  # (B, C)
+        logprobs = torch.stack(sampler.logprobs, 1).tolist()
         completions = []
         for row, row_logprobs in zip(tokens, logprobs):
             ends = [i + 1 for i, token in enumerate(row) if token in policy.eos_ids]
@@ -74,14 +74,15 @@ class HFGenerate:
         return completions
 
 
-class Draw(LogitsProcessor):
-    """Draws the next token of each row of a batch, and leaves `generate` no other choice."""
+class ForcedSampler(LogitsProcessor):
+    """Samples the next token of each row, and forces `generate` to choose it."""
 
     def __init__(self, rollout: HFGenerate, prompts: list[list[int]]):
-        self.sampling, self.generator = rollout.sampling, rollout.generator
-        self.tokens: list[torch.Tensor] = []  # of each step, (B,)
-        self.logprobs: list[torch.Tensor] = []
-        self.seen = None  # the tokens that the repetition penalty looks at, (B, V)
+        self.sampling = rollout.sampling
+        self.generator = rollout.generator
+        self.tokens: list[torch.Tensor] = []  # tokens of each step, (B,)
+        self.logprobs: list[torch.Tensor] = []  # log-probabilities of each step, (B,)
+        self.seen = None  # the tokens that the repetition penalty applies to, (B, V) bool
         if self.sampling.repetition_penalty != 1:
             self.seen = torch.zeros(
                 len(prompts), rollout.policy.vocabulary, dtype=torch.bool, device=rollout.policy.device

@@ -1,8 +1,8 @@
-"""Log-probabilities of completion tokens under the model as it is, in one differentiable pass.
+"""Log-probabilities of completion tokens under the current model, in one differentiable pass.
 
-The hidden states before each completion token are computed by rl/model/decoder.py, each prompt once, or by the model's own
-forward where that does not know the architecture or Unsloth has loaded it. The head runs on these alone, in chunks, whose
-logits are computed again in the backward: memory does not grow with completion x vocabulary.
+The hidden states that predict the completion tokens are computed by rl/model/decoder.py, each prompt once, or by the
+model's own forward if the architecture is not supported there or Unsloth has loaded the model. The head runs on these
+states only, in chunks whose logits are recomputed in the backward, so memory does not grow with C x V.
 """
 
 import torch
@@ -11,87 +11,88 @@ from rl.model.attention import Rows, SharedPrompts
 from rl.model.backends import checkpoint, unsloth_states
 from rl.model.policy import Policy
 
-LOGITS_PER_CHUNK = 2**24  # elements of a chunk's logits: 64 MB in fp32; a few tensors of this size live at a time
+LOGITS_PER_CHUNK = 2**24  # elements of a chunk's logits, 64 MB in fp32; a few tensors of this size exist at a time
 
 
 def completion_logprobs(
     policy: Policy, prompts: list[list[int]], completions: list[list[int]], with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities of completion tokens at the sampling temperature.
+    """Return the log-probabilities of completion tokens at the sampling temperature.
 
-    prompts, completions: token ids. Returns logprobs (B, C) fp32, mask (B, C) bool, and the entropy -sum p log p of each
-    next-token distribution (B, C), or None. C is the longest completion; masked places are 0. The entropy has a gradient
-    where the policy's `entropy_gradient` is set.
+    prompts, completions: token ids. Returns logprobs (B, C) fp32, mask (B, C) bool, and the entropy -sum p log p of
+    each next-token distribution (B, C), or None. C is the longest completion; masked positions are 0. The entropy has a
+    gradient if `policy.entropy_gradient` is set.
     """
     rows = Rows([len(completion) for completion in completions], policy.device)
-    ids = torch.tensor([token for completion in completions for token in completion], device=policy.device)  # (N,)
+    ids = torch.tensor([token for completion in completions for token in completion], device=policy.device)  # (T,)
     if policy.plain_head:
-        before, head = states_before(policy, prompts, completions), policy.head
+        states = packed_states(policy, prompts, completions)  # (T, H)
+        head = policy.head
     else:
-        before = _by_model_forward(policy, prompts, completions, False, policy.model)  # logits (N, V) already
-        head = torch.nn.Identity()  # it does more than multiply: a soft cap, a scale
+        states = _forward_padded(policy, prompts, completions, False, policy.model)  # logits (T, V)
+        head = torch.nn.Identity()  # the model's forward caps or scales the logits after its head
 
-    def of_chunk(states, ids):  # (n, H), (n,) -> (n,), (n,)
+    def chunk_logprobs(states, ids):  # (n, H), (n,) -> (n,), (n,)
         logits = head(states).float() / policy.temperature  # (n, V)
-        log_normaliser = logits.logsumexp(-1)
-        chosen = logits.gather(1, ids[:, None]).squeeze(1) - log_normaliser
+        log_normalizer = logits.logsumexp(-1)
+        logprobs = logits.gather(1, ids[:, None]).squeeze(1) - log_normalizer
         entropy = None
         if with_entropy:
             with torch.set_grad_enabled(policy.entropy_gradient and torch.is_grad_enabled()):
-                entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
-        return chosen, entropy
+                entropy = log_normalizer - (logits.softmax(-1) * logits).sum(-1)
+        return logprobs, entropy
 
     size = max(1, LOGITS_PER_CHUNK // policy.vocabulary)
-    chunks = list(zip(before.split(size), ids.split(size)))
+    chunks = list(zip(states.split(size), ids.split(size)))
     if torch.is_grad_enabled() and len(chunks) > 1:
-        parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        results = [checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks]
     else:
-        parts = [of_chunk(*chunk) for chunk in chunks]
-    chosen, entropy = zip(*parts)
-    return rows.pad(torch.cat(chosen)), rows.mask, rows.pad(torch.cat(entropy)) if with_entropy else None
+        results = [chunk_logprobs(*chunk) for chunk in chunks]
+    logprobs, entropy = zip(*results)
+    return rows.pad(torch.cat(logprobs)), rows.mask, rows.pad(torch.cat(entropy)) if with_entropy else None
 
 
 def completion_states(
     policy: Policy, prompts: list[list[int]], completions: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last hidden state before each completion token, and after the last one.
+    """Return last hidden states before each completion token and after the last one, (B, C + 1, H), and a mask (B, C).
 
-    Returns states (B, C + 1, H): place t of row i is hidden[i, P_i - 1 + t], from which token t is predicted; and the mask
-    (B, C) of the tokens. Places past the end of a row are 0.
+    States are zero-padded: states[i, t] = hidden[i, P_i - 1 + t], from which token t of row i is predicted. The mask
+    marks the completion tokens.
     """
     rows = Rows([len(completion) + 1 for completion in completions], policy.device)
-    return rows.pad(states_before(policy, prompts, completions, after_last=True)), rows.mask[:, 1:]
+    return rows.pad(packed_states(policy, prompts, completions, after_last=True)), rows.mask[:, 1:]
 
 
-def states_before(
+def packed_states(
     policy: Policy, prompts: list[list[int]], completions: list[list[int]], after_last: bool = False
 ) -> torch.Tensor:
-    """The last hidden states from which the completions' tokens are predicted, packed, (N, H).
+    """Return the last hidden states from which the completion tokens are predicted, packed, (T, H).
 
-    after_last: of each row also the state after its last token; else that token is not computed at all.
+    after_last: include the state after the last token of each row. Otherwise that token is not computed.
     """
     if not policy.shares_prompts:
-        return _by_model_forward(policy, prompts, completions, after_last)
-    known = completions if after_last else [completion[:-1] for completion in completions]
-    packed = SharedPrompts(policy.decoder, prompts, known)
+        return _forward_padded(policy, prompts, completions, after_last)
+    inputs = completions if after_last else [completion[:-1] for completion in completions]
+    packed = SharedPrompts(policy.decoder, prompts, inputs)
     hidden = policy.decoder.forward(packed.ids, packed.positions, packed.attend)
-    return hidden.index_select(0, packed.before())
+    return hidden.index_select(0, packed.state_indices())
 
 
-def _by_model_forward(policy: Policy, prompts, completions, after_last: bool, module=None) -> torch.Tensor:
-    """What the module (None: the model without its head) gives for right-padded rows, before the completions' tokens."""
-    texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
-    rows = Rows([len(text) for text in texts], policy.device)
-    packed = torch.tensor([token for text in texts for token in text], device=policy.device)  # (N,)
-    ids = torch.where(rows.mask, rows.pad(packed), policy.pad_id)  # (B, T)
+def _forward_padded(policy: Policy, prompts, completions, after_last: bool, module=None) -> torch.Tensor:
+    """Run a module (default: the model without head) on padded rows. Returns packed outputs for completion tokens."""
+    sequences = [prompt + completion for prompt, completion in zip(prompts, completions)]
+    rows = Rows([len(sequence) for sequence in sequences], policy.device)
+    packed = torch.tensor([token for sequence in sequences for token in sequence], device=policy.device)
+    ids = torch.where(rows.mask, rows.pad(packed), policy.pad_id)  # (B, W), W the padded width
     if policy.uses_unsloth:
-        values = unsloth_states(policy.model, ids, policy.dtype)  # (B, T, H)
+        values = unsloth_states(policy.model, ids, policy.dtype)  # (B, W, H)
     else:
         module = module or policy.model.get_base_model().get_decoder()
         output = module(input_ids=ids, attention_mask=rows.mask.long(), use_cache=False)
         values = output.logits if "logits" in output else output.last_hidden_state
-    of_row = [len(completion) + after_last for completion in completions]
-    taken = [
-        i * rows.width + len(prompt) - 1 + t for i, (prompt, n) in enumerate(zip(prompts, of_row)) for t in range(n)
+    counts = [len(completion) + after_last for completion in completions]
+    indices = [
+        i * rows.width + len(prompt) - 1 + t for i, (prompt, n) in enumerate(zip(prompts, counts)) for t in range(n)
     ]
-    return values.flatten(0, 1)[torch.tensor(taken, device=policy.device)]
+    return values.flatten(0, 1)[torch.tensor(indices, device=policy.device)]

@@ -1,7 +1,7 @@
-"""The policy: a language model with a LoRA on every linear layer, its tokenizer, and log-probabilities.
+"""The policy: a language model with a LoRA on every linear layer, and its tokenizer.
 
-With the LoRA switched on the model is the policy, switched off it is the reference: one set of weights for both. Loaded
-through Unsloth or through transformers + peft (rl/model/backends.py), with 4-bit NF4 weights by bitsandbytes where asked for.
+With the LoRA enabled the model is the policy, with it disabled the reference, so both share one set of weights. It
+is loaded by Unsloth or by transformers and peft (rl/model/backends.py), optionally in 4-bit NF4 by bitsandbytes.
 """
 
 import contextlib
@@ -33,26 +33,26 @@ from rl.model.backends import (
 )
 from rl.model.decoder import Decoder, unsupported_reason
 
-# Hidden size: on a CPU, what smaller models have freed is kept for later tensors (keep_freed_memory).
+# Hidden size below which, on a CPU, freed memory is kept for later tensors (`keep_freed_memory`).
 REUSE_FREED_BELOW_HIDDEN = 512
-# Settings of a saved LoRA that is more than A and B on linear layers.
-OTHER_LORAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
+# Settings of a saved LoRA that go beyond the matrices A and B on linear layers.
+LORA_EXTRAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
 
 
 @dataclass
 class Question:
-    """A data row, and its prompt as the policy reads it."""
+    """A data row with its encoded prompt."""
 
     row: dict
     prompt_ids: list[int]
     completion_prefix: str = (
-        ""  # text of the completion that the chat template has already written: "<think>", or nothing
+        ""  # beginning of the completion that the chat template adds to the prompt, such as "<think>"
     )
 
 
 @dataclass
 class Policy:
-    """A model with its LoRA, and everything needed to ask it questions."""
+    """A model with its LoRA and tokenizer, and the settings for prompts and completions."""
 
     model: peft.PeftModel
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -63,13 +63,13 @@ class Policy:
     temperature: float
     system_prompt: str | None
     chat_template_kwargs: dict
-    starts_from_adapter: bool  # the LoRA was trained before: its frozen copy "reference" is the reference
-    decoder: Decoder | None  # the forward pass written out; None: the model's own is used
-    uses_unsloth: bool = False  # loaded by Unsloth, through whose forward it is trained
+    starts_from_adapter: bool  # training continues a saved LoRA, whose frozen copy "reference" is the reference
+    decoder: Decoder | None  # the packed forward pass; None: the model's own forward is used
+    uses_unsloth: bool = False  # loaded by Unsloth and trained through its forward
     fallback_reason: str | None = None  # why there is no decoder
-    plain_head: bool = True  # logits are the head's product with the last hidden state, and nothing more
+    plain_head: bool = True  # logits are exactly the head's product with the last hidden state
     max_completion_length: int = 256  # tokens
-    entropy_gradient: bool = False  # the entropy is part of the loss
+    entropy_gradient: bool = False  # the loss has an entropy term
 
     @property
     def head(self) -> torch.nn.Module:
@@ -82,7 +82,7 @@ class Policy:
 
     @property
     def context_length(self) -> int | None:
-        """The longest text the model takes, in tokens; Unsloth cuts what is longer than its max_seq_length."""
+        """The model's maximum sequence length in tokens. Unsloth truncates inputs above its max_seq_length."""
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if self.uses_unsloth:
             limits.append(getattr(self.model, "max_seq_length", None))
@@ -90,7 +90,7 @@ class Policy:
 
     @property
     def shares_prompts(self) -> bool:
-        """In the update a prompt is computed once for its group: not by a forward that is not our own."""
+        """Whether the update computes a prompt once for its group, which only `decoder` can do."""
         return self.decoder is not None and not self.uses_unsloth
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
@@ -98,7 +98,7 @@ class Policy:
 
     @contextlib.contextmanager
     def training(self):
-        """Within this context a forward pass can be followed by its backward; outside of it the model answers."""
+        """Context manager that puts the model into training mode, and into inference mode on exit."""
         set_mode(self.model, True, self.uses_unsloth)
         try:
             yield
@@ -106,12 +106,12 @@ class Policy:
             set_mode(self.model, False, self.uses_unsloth)
 
     def reference(self):
-        """Within this context the model is the reference: without its LoRA, or with the LoRA it started from."""
+        """Context manager that turns the model into the reference: without a LoRA, or with the one it started from."""
         return self.adapter("reference") if self.starts_from_adapter else self.model.disable_adapter()
 
     @contextlib.contextmanager
     def adapter(self, name: str):
-        """Within this context the model has this LoRA in place of the one that is trained."""
+        """Context manager that activates another LoRA in place of the one being trained."""
         self.model.set_adapter(name, inference_mode=True)
         try:
             yield
@@ -119,9 +119,9 @@ class Policy:
             self.model.set_adapter("default")
 
     def render_prompt(self, prompt: str | list[dict]) -> str:
-        """The prompt as the model reads it: system prompt, question and the opening of the answer, by the chat template.
+        """Apply the chat template to the system prompt and the prompt, and add the generation prompt.
 
-        A tokenizer without a chat template gets the bare text.
+        Without a chat template, return the text of the messages only.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if self.system_prompt:
@@ -133,7 +133,7 @@ class Policy:
         )
 
     def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
-        """Token ids of a rendered prompt. A template writes its own BOS, so none is added to it."""
+        """Return the token ids of a rendered prompt. A chat template writes its own BOS token, so none is added."""
         text = self.render_prompt(prompt)
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
 
@@ -148,7 +148,7 @@ class Policy:
                 raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {first_line(error)}") from error
             if not prompt_ids:
                 raise ConfigError(
-                    f"row {row['id']}: the prompt has no tokens: is there a tokenizer in {self.tokenizer.name_or_path}?"
+                    f"row {row['id']}: the prompt has no tokens: check the tokenizer in {self.tokenizer.name_or_path}"
                 )
             questions.append(Question(row, prompt_ids, completion_prefix))
         longest = max(questions, key=lambda question: len(question.prompt_ids))
@@ -156,25 +156,25 @@ class Policy:
         needed = length + self.max_completion_length
         if self.context_length and needed > self.context_length:
             raise ConfigError(
-                f"max_completion_length: the prompt of row {longest.row['id']} has {length} tokens; with "
-                f"{self.max_completion_length} more that is {needed}, but the model's context is {self.context_length}"
+                f"max_completion_length: row {longest.row['id']} needs {needed} tokens (prompt {length}, completion "
+                f"{self.max_completion_length}), but the model's context is {self.context_length}: lower the setting"
             )
         return questions
 
     def completion_prefix(self, prompt: str | list[dict]) -> str:
-        """What a template has already written of the thinking: "<think>" (and a newline), or ""."""
+        """Return the start of the thinking that the chat template adds to a prompt: "<think>" and a newline, or ""."""
         text = self.render_prompt(prompt)
         return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
 
     def decode(self, completion_ids: list[int]) -> str:
-        """The text of a completion, without the token that ended it. Thinking tags stay, whatever kind of token."""
+        """Return the text of a completion without its end token. Thinking tags are kept, even as special tokens."""
         if completion_ids and completion_ids[-1] in self.eos_ids:
             completion_ids = completion_ids[:-1]
         return self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def load_policy(config: Config) -> Policy:
-    """Load model, tokenizer and LoRA as the settings say. Raises ConfigError if model or adapter cannot be used."""
+    """Load model, tokenizer and LoRA. Raises ConfigError if the model or the adapter cannot be used."""
     check_folders(config)
     import_backend(config)
     device = choose_device(config)
@@ -187,18 +187,18 @@ def load_policy(config: Config) -> Policy:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
         model = load_with_unsloth(config, dtype) if uses_unsloth else load_with_transformers(config, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        near = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
-        reason = f"did you mean {near[0]}?" if near else first_line(error)
+        matches = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
+        reason = f"did you mean {matches[0]}?" if matches else first_line(error)
         raise ConfigError(f"model: {config.model} cannot be loaded: {reason}") from error
     config.backend = "unsloth" if uses_unsloth else "transformers"
     if device.type == "cpu":
         keep_freed_memory(model.config.get_text_config().hidden_size)
     eos_ids = find_eos_ids(tokenizer, model)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    # The model's own settings (a top_k, a penalty) take no part in sampling, and are not exported with it.
+    # Drop the model's own sampling settings (such as top_k): they must affect neither roll-outs nor exports.
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=pad_id)
 
-    torch.manual_seed(config.seed)  # of the LoRA's random half
+    torch.manual_seed(config.seed)  # for the random initialization of the LoRA
     if config.adapter:
         model = load_adapter(model, config)
     elif uses_unsloth:
@@ -229,18 +229,18 @@ def load_policy(config: Config) -> Policy:
 
 
 def check_folders(config: Config) -> None:
-    """Raise ConfigError if the folder of model or adapter is not one."""
+    """Raise ConfigError if `model` is a folder without a model, or if `adapter` is not a folder with a LoRA."""
     if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():
         raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
     if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
         raise ConfigError(
             f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
-            "(give a folder such as runs/NAME/checkpoints/step_000045)"
+            "(use a folder such as runs/NAME/checkpoints/step_000045)"
         )
 
 
 def load_with_transformers(config: Config, device: torch.device, dtype: torch.dtype):
-    """The base model, frozen. Raises ConfigError where weights are missing: they would be random numbers."""
+    """Load the base model and freeze it. Raises ConfigError if weights are missing, which would be random numbers."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -263,7 +263,7 @@ def lora_settings(config: Config, layers: str | list[str] = "all-linear") -> pef
 
 
 def make_deterministic(model) -> None:
-    """Take out what would make two forward passes of model and LoRA differ: the ratio of a first update must be 1."""
+    """Disable everything that makes two forward passes differ: the probability ratio of the first update must be 1."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -271,19 +271,19 @@ def make_deterministic(model) -> None:
             if "dropout" in name and isinstance(value, float):  # applied as a function
                 setattr(module, name, 0.0)
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights for good in the first forward without
-            # gradient (an evaluation), and from then on gives no gradient to its input.
+            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights permanently in the first forward without
+            # gradients (an evaluation), and from then on returns no gradient for its input.
             module.support_avx512bf16_for_cpu = False
 
 
 def load_adapter(model, config: Config) -> peft.PeftModel:
-    """Put a saved LoRA on the model, and its frozen copy as the reference. Raises ConfigError if it does not fit."""
+    """Load a saved LoRA, and its frozen copy as the reference. Raises ConfigError if it does not fit the model."""
     folder = Path(config.adapter)
     try:
         if config.backend == "unsloth":
             saved = peft.PeftConfig.from_pretrained(folder)
-            if others := [name for name in OTHER_LORAS if getattr(saved, name, None) not in (None, False, "none")]:
-                raise ValueError(f"it is not a plain LoRA ({', '.join(others)}): set backend to transformers")
+            if extras := [name for name in LORA_EXTRAS if getattr(saved, name, None) not in (None, False, "none")]:
+                raise ValueError(f"not a plain LoRA ({', '.join(extras)}), set backend to transformers")
             model = add_unsloth_lora(model, config, saved)
         else:
             model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
@@ -296,21 +296,23 @@ def load_adapter(model, config: Config) -> peft.PeftModel:
 
 
 def restore_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Load the weights of a saved LoRA into the one that is trained. Raises ConfigError if they do not fit, or are damaged."""
+    """Load saved weights into the LoRA being trained. Raises ConfigError if they are damaged or have other shapes."""
     try:
         weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"adapter: {folder} cannot be read: {first_line(error)}") from error
     expected = peft.get_peft_model_state_dict(model, adapter_name="default")
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise ConfigError(f"adapter: {folder} does not fit {model.config.name_or_path}: its LoRA has other shapes")
+        raise ConfigError(f"adapter: {folder} does not fit {model.config.name_or_path}: its LoRA has different shapes")
     peft.set_peft_model_state_dict(model, weights, adapter_name="default")
 
 
 def keep_freed_memory(hidden_size: int) -> None:
-    """Tell glibc up to what size to keep freed tensors for later ones: 32 MB in small models, where to give them back to
-    Linux and get them again costs a seventh of the step; 1 MB in larger ones, where that costs up to a tenth, and what is kept,
-    in pieces that little fits into, is a third of the peak. Nothing happens on other systems."""
+    """Set the size up to which glibc keeps freed tensors for reuse. Has no effect on other systems.
+
+    Small models: 32 MB, because returning memory to Linux and getting it back costs a seventh of the step.
+    Larger models: 1 MB. That costs up to a tenth of the step, but kept blocks would fragment and be a third of the peak.
+    """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -320,7 +322,7 @@ def keep_freed_memory(hidden_size: int) -> None:
 
 @torch.no_grad()
 def has_plain_head(model) -> bool:
-    """Whether the logits are the head's product with the last hidden state; some models cap or scale them."""
+    """Return whether the logits are the head's product with the last hidden state. Some models cap or scale them."""
     ids = torch.arange(1, 9, device=model.device)[None]
     hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return torch.allclose(
@@ -329,12 +331,12 @@ def has_plain_head(model) -> bool:
 
 
 def find_eos_ids(tokenizer, model) -> frozenset[int]:
-    """The end-of-sequence tokens of tokenizer, model and generation_config together, and the token that ends a turn.
+    """Return the end-of-sequence tokens of tokenizer, model and generation_config, and the end-of-turn token.
 
-    Some models have several. None of the three names the <|im_end|> of the chat template of a base model such as
-    Qwen3-4B-Base, which would write on after it up to the limit of length.
+    The last one is needed for base models such as Qwen3-4B-Base: none of the three sources lists the <|im_end|> of its
+    chat template, so the model would continue after it up to the maximum length.
     """
-    ids = {end_of_turn(tokenizer)}
+    ids = {find_end_of_turn(tokenizer)}
     for source in (tokenizer, model.config, model.config.get_text_config(), model.generation_config):
         eos = getattr(source, "eos_token_id", None)
         ids.update(eos if isinstance(eos, (list, tuple)) else [eos])
@@ -344,30 +346,30 @@ def find_eos_ids(tokenizer, model) -> frozenset[int]:
     return frozenset(ids)
 
 
-def end_of_turn(tokenizer) -> int | None:
-    """The special token that the chat template puts right behind an answer; None where there is none."""
+def find_end_of_turn(tokenizer) -> int | None:
+    """Return the special token that the chat template puts directly after an answer, or None."""
     if not tokenizer.chat_template:
         return None
     answer = "xyzzy"
     try:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template may raise what it likes; it will say so of the prompts
+    except Exception:  # a template may raise anything; encoding the prompts will report it
         return None
     ids = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids
-    known = tokenizer.added_tokens_decoder
-    return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
+    added_tokens = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in added_tokens and added_tokens[ids[0]].special else None
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """Write LoRA and tokenizer into a folder that peft and others load."""
+    """Save LoRA and tokenizer in the format of peft."""
     policy.model.save_pretrained(folder, selected_adapters=["default"])
     policy.tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
 def reloaded_adapter(policy: Policy, folder: Path):
-    """Within this context the policy's LoRA is the one that was saved in `folder`, read back from the disk."""
+    """Context manager that activates the LoRA saved in `folder`, read from disk."""
     policy.model.load_adapter(folder, "reloaded", is_trainable=False)
     try:
         with policy.adapter("reloaded"):

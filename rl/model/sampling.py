@@ -1,4 +1,4 @@
-"""How the next token is drawn from the logits: temperature, repetition penalty, top-k, top-p, min-p."""
+"""Sampling the next token from logits: temperature, repetition penalty, top-k, top-p, min-p."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ import torch
 
 from rl.config import Config
 
-# Completions that have ended, by their place in a roll-out: token ids, log-probabilities, whether it was cut.
-Ended = dict[int, tuple[list[int], list[float], bool]]
+# Finished completions by index in the roll-out: token ids, log-probabilities, and whether the completion is truncated.
+Finished = dict[int, tuple[list[int], list[float], bool]]
 
 
 @dataclass
 class Sampling:
-    """How the next token is drawn. temperature 0 is greedy (for evaluation only)."""
+    """Sampling parameters. Temperature 0 is greedy decoding, for evaluation only."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -22,17 +22,17 @@ class Sampling:
 
     @classmethod
     def from_config(cls, config: Config) -> "Sampling":
-        """The settings of the training roll-out."""
+        """Return the parameters of the training roll-out."""
         return cls(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
 
 
 def sample(
     logits: torch.Tensor, sampling: Sampling, generator: torch.Generator, seen: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row from logits (B, V): the tokens (B,) and their log-probabilities (B,) fp32.
+    """Sample one token per row from logits (B, V). Returns the tokens (B,) and their log-probabilities (B,) in fp32.
 
-    The log-probability is that of the temperature-scaled distribution, before repetition penalty, top-k, top-p and
-    min-p, which are applied in this order. seen: the tokens that the repetition penalty looks at, (B, V) bool.
+    Log-probabilities refer to the temperature-scaled distribution, before repetition penalty, top-k, top-p and min-p,
+    which are applied in this order. seen: the tokens that the repetition penalty applies to, (B, V) bool.
     """
     logits = logits.float()
     if sampling.temperature == 0:
@@ -41,8 +41,8 @@ def sample(
     logits = logits / sampling.temperature
     logprobs = logits.log_softmax(-1)  # (B, V)
     if sampling.repetition_penalty != 1 and seen is not None:
-        rarer = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = torch.where(seen, rarer, logits)
+        lowered = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, lowered, logits)
         probabilities = logits.softmax(-1)  # (B, V)
     else:
         probabilities = logprobs.exp()
@@ -52,7 +52,7 @@ def sample(
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         ordered = ordered / ordered.sum(-1, keepdim=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p stays
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p stays eligible
         probabilities = probabilities.masked_fill(outside.scatter(1, order, outside), 0.0)
     if sampling.min_p > 0:
         floor = sampling.min_p * probabilities.max(-1, keepdim=True).values
@@ -63,21 +63,22 @@ def sample(
 
 
 def draw_by_inversion(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token a row, (B,), where the cumulated probabilities (B, V) pass a uniform number: one random number a row.
+    """Sample one token per row, (B,), by inverting the cumulative distribution of the probabilities (B, V).
 
-    On a CPU ten times faster than torch.multinomial, which draws one for every token of the vocabulary.
+    This needs one random number per row. On a CPU it is ten times faster than torch.multinomial, which draws one for
+    every token of the vocabulary.
     """
-    cumulated = probabilities.cumsum(-1)
+    cumulative = probabilities.cumsum(-1)
     uniform = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device)
-    threshold = cumulated[:, -1:] * uniform * (1 - 2**-20)  # below the sum also after rounding
-    token = torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
-    return token.clamp(max=probabilities.shape[1] - 1)  # beyond it only where they are nan, which the caller sees
+    threshold = cumulative[:, -1:] * uniform * (1 - 2**-20)  # stays below the sum after rounding
+    token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return token.clamp(max=probabilities.shape[1] - 1)  # out of range only for nan, which the caller detects
 
 
 def draw_by_race(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token a row, (B,): the first of exponential waiting times with these rates (B, V).
+    """Sample one token per row, (B,): the shortest of exponential waiting times with the probabilities (B, V) as rates.
 
-    No sum over a large vocabulary, whose order differs between kernels, and nothing that a CUDA graph cannot hold.
+    It works in a CUDA graph, and it has no sum over the vocabulary, whose order would differ between kernels.
     """
-    waiting = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / waiting).argmax(-1)
+    waiting_times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / waiting_times).argmax(-1)

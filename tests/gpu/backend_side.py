@@ -1,6 +1,7 @@
-"""Log-probabilities and gradients of one backend: python tests/gpu/backend_side.py BACKEND MODEL FILE [load_in_4bit]
+"""Saves log-probabilities and gradients of one backend.
 
-A process of its own, since Unsloth has to be imported before transformers and changes it for good.
+Usage: python tests/gpu/backend_side.py BACKEND MODEL FILE [load_in_4bit]
+It runs as a separate process, because Unsloth must be imported before transformers and patches it permanently.
 """
 
 import sys

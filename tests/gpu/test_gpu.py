@@ -1,10 +1,10 @@
-"""What only an NVIDIA GPU can show; meant for less than eight minutes on a data-centre card, without a network:
+"""Tests that need an NVIDIA GPU. They take less than eight minutes on a data-center GPU and need no network:
 
     python -m pytest tests/gpu -m gpu                       on a machine with a GPU; with Unsloth if it is installed
-    GPU_TESTS_ON_CPU=1 python -m pytest tests/gpu -m gpu    a dry check of this file: small models, no bounds on speed and memory
+    GPU_TESTS_ON_CPU=1 python -m pytest tests/gpu -m gpu    dry run of this file: small models, no speed and memory limits
 
-Lines with figures begin with the name of the test and can be copied into bench/RESULTS.md. A run of train.py is a process of its
-own, so that its memory can be measured and capped.
+Printed figures begin with the name of the test and can be copied to bench/RESULTS.md. Each run of train.py is a separate
+process, so that its memory can be measured and limited.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ SMALL = (
     "--max-steps 2 --prompts-per-step 2 --num-generations 2 --max-completion-length 12 --eval-questions 2 --eval-steps 0 "
     "--train-questions 20 --num-mini-batches 1 --critic-warmup-steps 0 --rollout-batch-size 4"
 )
-processes = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
+processes = multiprocessing.get_context("spawn")  # CUDA does not work in forked processes
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def needs_gpu():
 
 @pytest.fixture
 def show(capsys, request):
-    """Print figures at once, past pytest's capture."""
+    """Returns a function that prints figures immediately, bypassing pytest's capture."""
 
     def show(**figures) -> None:
         cells = (
@@ -68,8 +68,8 @@ def show(capsys, request):
 
 
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory):
-    """The folder of a model by its name; a dry check has a small one for all names but `tiny`."""
+def model_folder(tmp_path_factory):
+    """Returns a function from model names to folders. In a dry run, all names but `tiny` give a small model."""
 
     @functools.cache
     def make(name: str) -> str:
@@ -81,15 +81,15 @@ def model_of(tmp_path_factory):
 
 
 @pytest.fixture
-def load_model(model_of):
-    """Loads a policy without Unsloth, and the questions of some sums."""
+def load_model(model_folder):
+    """Returns a function that loads a policy without Unsloth, and questions from the family `sums`."""
 
     def load_model(name: str, length: int, **settings):
         from rl.model.policy import load_policy
 
         settings = {"dtype": "float32"} | settings if DRY else settings
         config = Config(
-            model=model_of(name), device=DEVICE, backend="transformers", max_completion_length=length, **settings
+            model=model_folder(name), device=DEVICE, backend="transformers", max_completion_length=length, **settings
         )
         policy = load_policy(config)
         return config, policy, policy.encode(load("sums", 16))
@@ -98,7 +98,7 @@ def load_model(model_of):
 
 
 def train(folder: Path, settings: str, faults: dict | None = None) -> tuple[dict, list[dict]]:
-    """Run train.py in a process of its own: its summary and its metrics."""
+    """Run train.py in a separate process, and return its summary and metrics."""
     exit_code = start(folder, f"{settings} --output-dir {folder} --device {DEVICE} {SMALL if DRY else ''}", faults)
     assert exit_code == 0, running.printed(folder)[-3000:]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -106,7 +106,7 @@ def train(folder: Path, settings: str, faults: dict | None = None) -> tuple[dict
 
 
 def start(folder: Path, arguments: str, faults: dict | None = None) -> int:
-    """The exit status of train.py with these arguments; what it prints is in FOLDER.txt. faults: see running.py."""
+    """Run train.py and return its exit status. Its output goes to FOLDER.txt. faults: see running.py."""
     process = processes.Process(target=running.into, args=(f"{folder}.txt", arguments.split(), faults or {}))
     process.start()
     process.join()
@@ -127,7 +127,7 @@ def start(folder: Path, arguments: str, faults: dict | None = None) -> int:
     ],
 )
 def test_sampler_agrees(load_model, show, name, dtype, load_in_4bit):
-    """Roll-out, update and the model's own forward pass agree, and the roll-out with fp32, row by row."""
+    """Roll-out, update and the model's own forward pass agree, and the roll-out agrees with a row-by-row fp32 forward."""
     from rl.checks import check_sampler
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
@@ -150,27 +150,27 @@ def test_sampler_agrees(load_model, show, name, dtype, load_in_4bit):
 
 @torch.no_grad()
 def plain_logprobs(policy, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """Log-probabilities of a completion's tokens by the model's own forward pass of this row alone."""
+    """Return the log-probabilities of a completion's tokens, (C,), by the model's own forward pass on this row alone."""
     ids = torch.tensor([prompt + completion], device=policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1)
 
 
 @pytest.fixture
-def on_graphs(monkeypatch):
-    """Switches CUDA graphs on or off; a dry check has a stand-in that makes the same decode step eagerly."""
+def set_graphs(monkeypatch):
+    """Returns a function that switches CUDA graphs on or off. A dry run replaces them by an eager decode step."""
     from rl.model import engine
 
-    def switch(on: bool) -> None:
-        monkeypatch.setattr(engine, "uses_graphs", lambda device: on)
+    def switch(use_graphs: bool) -> None:
+        monkeypatch.setattr(engine, "uses_graphs", lambda device: use_graphs)
         if DRY:
             monkeypatch.setattr(engine.Engine, "graph", lambda self, *size: lambda: self.decode(*size))
 
     return switch
 
 
-def test_graphs_decode_like_the_plain_step(load_model, on_graphs, show):
-    """Greedily in fp32, with fewer slots than rows, so that rows are admitted and moved."""
+def test_graphs_decode_like_the_eager_step(load_model, set_graphs, show):
+    """Greedy decoding in fp32, with fewer slots than rows, so that rows are admitted and moved."""
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
 
@@ -178,25 +178,25 @@ def test_graphs_decode_like_the_plain_step(load_model, on_graphs, show):
     fill_lora(policy, 0.02)
     prompts = [question.prompt_ids for question in questions]
     episodes = {}
-    for on in (True, False):
-        on_graphs(on)
-        episodes[on] = rollout(policy, prompts, 2, 64, Sampling(0), torch.Generator(policy.device), 12)
+    for use_graphs in (True, False):
+        set_graphs(use_graphs)
+        episodes[use_graphs] = rollout(policy, prompts, 2, 64, Sampling(0), torch.Generator(policy.device), 12)
     pairs = [(a, b) for a, b in zip(episodes[True], episodes[False]) if a.completion_ids == b.completion_ids]
-    off = max(abs(x - y) for a, b in pairs for x, y in zip(a.sampler_logprobs, b.sampler_logprobs))
-    show(same=f"{len(pairs)} of {len(episodes[True])}", largest_difference=off)
+    difference = max(abs(x - y) for a, b in pairs for x, y in zip(a.sampler_logprobs, b.sampler_logprobs))
+    show(same=f"{len(pairs)} of {len(episodes[True])}", largest_difference=difference)
     assert len(pairs) >= 0.95 * len(episodes[True])  # rounding may decide a tie
-    assert off < 1e-3
+    assert difference < 1e-3
 
 
-def test_graphs_sample_from_the_policy(load_model, on_graphs, show):
-    """With the policy's own samples, -log p less the entropy sums to 0 in expectation; a stuck generator would show."""
+def test_graphs_sample_from_the_policy(load_model, set_graphs, show):
+    """The expected sum of -log p minus the entropy is 0 for samples from the policy. Detects a stuck random generator."""
     from rl.model.logprobs import completion_logprobs
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
     from rl.update import prompt_and_completion_ids
 
     _, policy, questions = load_model("tiny", 32, dtype="float32")
-    on_graphs(True)
+    set_graphs(True)
     prompts = [question.prompt_ids for question in questions]
     generator = torch.Generator(policy.device).manual_seed(1)
     episodes = rollout(policy, prompts, 4 if DRY else 64, 32, Sampling(), generator, 512)
@@ -208,8 +208,8 @@ def test_graphs_sample_from_the_policy(load_model, on_graphs, show):
     assert abs(z) < 4
 
 
-def test_decoding_speed(load_model, on_graphs, show):
-    """64 rows of 128 tokens: CUDA graphs, the plain decode step, and the fallback through `generate`."""
+def test_decoding_speed(load_model, set_graphs, show):
+    """64 rows of 128 tokens with CUDA graphs, the eager decode step, and the fallback to `generate`."""
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
 
@@ -217,14 +217,14 @@ def test_decoding_speed(load_model, on_graphs, show):
     prompts = [question.prompt_ids for question in questions[:8]]
     speed = {}
     for path in ("graphs", "plain", "generate"):
-        on_graphs(path == "graphs")
+        set_graphs(path == "graphs")
         if path == "generate":
             policy.decoder = None
-        for _ in range(2):  # the first one loads kernels
+        for _ in range(2):  # the first roll-out loads kernels
             generator = torch.Generator(policy.device).manual_seed(0)
             started = time.perf_counter()
             episodes = rollout(policy, prompts, 8, 128, Sampling(), generator, 64)
-            seconds = time.perf_counter() - started  # the tokens are on the host by now
+            seconds = time.perf_counter() - started  # the tokens are on the host, so the GPU has finished
         speed[path] = sum(len(episode.completion_ids) for episode in episodes) / seconds
     show(**{f"{path}, tokens/s": tokens for path, tokens in speed.items()})
     assert DRY or speed["graphs"] > max(speed["plain"], speed["generate"])
@@ -232,8 +232,8 @@ def test_decoding_speed(load_model, on_graphs, show):
 
 @pytest.mark.skipif(not HAS_UNSLOTH and not DRY, reason="no Unsloth")
 @pytest.mark.parametrize("options", [[], ["load_in_4bit"]], ids=["bf16", "NF4"])
-def test_unsloth_kernels(model_of, tmp_path, show, options):
-    """Log-probabilities and gradients through Unsloth's kernels are those of transformers."""
+def test_unsloth_kernels(model_folder, tmp_path, show, options):
+    """Unsloth's kernels give the same log-probabilities and gradients as transformers."""
     sides = {}
     for backend in ("transformers", "transformers" if DRY else "unsloth"):
         file = tmp_path / "side.pt"
@@ -241,7 +241,7 @@ def test_unsloth_kernels(model_of, tmp_path, show, options):
             sys.executable,
             "tests/gpu/backend_side.py",
             backend,
-            model_of("Qwen/Qwen3-0.6B"),
+            model_folder("Qwen/Qwen3-0.6B"),
             str(file),
             *options,
         ]
@@ -249,12 +249,12 @@ def test_unsloth_kernels(model_of, tmp_path, show, options):
         subprocess.run(command, check=True, env=environment)
         sides[len(sides)] = torch.load(file)
     a, b = sides.values()
-    off = (a["logprobs"] - b["logprobs"]).abs().mean().item()
+    difference = (a["logprobs"] - b["logprobs"]).abs().mean().item()
     assert a["gradients"].keys() == b["gradients"].keys()
     vectors = [torch.cat([gradient.flatten() for gradient in side["gradients"].values()]) for side in (a, b)]
     cosine = torch.nn.functional.cosine_similarity(*vectors, dim=0).item()
-    show(mean_difference=off, gradient_cosine=cosine)
-    assert off <= 0.05 and cosine >= 0.99
+    show(mean_difference=difference, gradient_cosine=cosine)
+    assert difference <= 0.05 and cosine >= 0.99
 
 
 # --- runs of train.py
@@ -263,9 +263,9 @@ def test_unsloth_kernels(model_of, tmp_path, show, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("config", ["tiny", "tiny_ppo"])
 def test_learns_to_think(tmp_path, show, config, backend):
-    """The bundled model in NF4, 24 steps."""
+    """Trains the bundled model in NF4 for 24 steps."""
     if (config, backend) == ("tiny_ppo", "unsloth"):
-        pytest.skip("one run is enough")
+        pytest.skip("one run with Unsloth is enough")
     settings = f"--config configs/{config}.yaml --backend {backend} --load-in-4bit --max-steps 24 --eval-questions 201"
     summary, _ = train(tmp_path / "run", f"{settings} --eval-steps 0 --save-steps 0")
     before, after = (summary["eval"][when]["accuracy"] for when in ("before", "after"))
@@ -274,8 +274,8 @@ def test_learns_to_think(tmp_path, show, config, backend):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch"] if DRY else ["paged_adamw_8bit"])
-def test_killed_and_resumed_to_the_same_bits(tmp_path, optim):
-    """Killed in the update of step 6, resumed from the checkpoint of step 4."""
+def test_resumed_run_is_bitwise_identical(tmp_path, optim):
+    """The run is killed in the update of step 6 and resumed from the checkpoint of step 4."""
     settings = (
         f"{running.SHORT} {running.METHODS['grpo']} --device {DEVICE} --eval-steps 0 --load-in-4bit --optim {optim}"
     )
@@ -289,13 +289,13 @@ def test_killed_and_resumed_to_the_same_bits(tmp_path, optim):
 
 
 @pytest.fixture(scope="session")
-def measured_run(model_of, tmp_path_factory):
-    """Three steps of a model in NF4, by its name and the backend: summary and metrics."""
+def measured_run(model_folder, tmp_path_factory):
+    """Returns a function that trains a model in NF4 for three steps, and returns summary and metrics."""
 
     @functools.cache
     def run(name: str, backend: str) -> tuple[dict, list[dict]]:
         settings = (
-            f"--model {model_of(name)} --backend {backend} --load-in-4bit --max-steps 3 --prompts-per-step 8 "
+            f"--model {model_folder(name)} --backend {backend} --load-in-4bit --max-steps 3 --prompts-per-step 8 "
             "--max-completion-length 256 --eval-questions 16 --eval-steps 0 --save-steps 0 --train-data sums "
             "--control random-reward --log-completions-steps 0"
         )
@@ -306,7 +306,7 @@ def measured_run(model_of, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"])
-def test_memory_as_predicted(measured_run, show, name, backend):
+def test_memory_prediction(measured_run, show, name, backend):
     summary, metrics = measured_run(name, backend)
     memory = summary["memory"]
     ratio = memory["predicted_mb"] / memory["measured_mb"]
@@ -317,16 +317,16 @@ def test_memory_as_predicted(measured_run, show, name, backend):
 
 @pytest.mark.skipif(not HAS_UNSLOTH, reason="no Unsloth")
 def test_step_speed_against_transformers(measured_run, show):
-    """Ratios above 1: Unsloth is faster."""
+    """Shows ratios of seconds; above 1, Unsloth is faster."""
     ours, unsloth = (measured_run("Qwen/Qwen3-1.7B", backend)[1][-1] for backend in ("transformers", "unsloth"))
     show(**{part: ours[part] / unsloth[part] for part in ("time/rollout", "time/update", "step_time")})
 
 
-def test_recipe_fits_its_card(model_of, tmp_path, show):
-    """Two steps of the smallest Qwen3 recipe in 6 GB, with prompts of about 256 tokens: no batch has to be halved."""
+def test_recipe_fits_its_card(model_folder, tmp_path, show):
+    """Two steps of the smallest Qwen3 recipe fit in 6 GB with prompts of about 256 tokens. No batch setting is halved."""
     config, _ = read_config(["--config", "configs/qwen3_0.6b_gsm8k.yaml"], "configs/tiny.yaml")
     settings = (
-        f"--config configs/qwen3_0.6b_gsm8k.yaml --model {model_of('Qwen/Qwen3-0.6B')} --system-prompt {'x' * 200} --max-steps 2 "
+        f"--config configs/qwen3_0.6b_gsm8k.yaml --model {model_folder('Qwen/Qwen3-0.6B')} --system-prompt {'x' * 200} --max-steps 2 "
         "--eval-questions 8 --eval-steps 0 --save-steps 0 --train-data sums --control random-reward"
     )
     faults = {} if DRY else {"rl.model.policy::load_policy": (1, load_in_six_gigabytes)}
@@ -338,19 +338,19 @@ def test_recipe_fits_its_card(model_of, tmp_path, show):
     assert DRY or 0.85 <= memory["predicted_mb"] / memory["measured_mb"] <= 1.15
 
 
-def test_out_of_memory_halves_the_batches(model_of, tmp_path, show):
-    """In 4 GB with micro-batches that need far more."""
-    asked = 32768
+def test_out_of_memory_halves_the_batches(model_folder, tmp_path, show):
+    """The run has 4 GB, and its micro-batches need far more."""
+    requested = 32768
     settings = (
-        f"--model {model_of('Qwen/Qwen3-0.6B')} --backend transformers --load-in-4bit --max-steps 2 --eval-questions 8 --eval-steps 0 "
-        f"--max-completion-length 128 --max-tokens-per-micro-batch {asked} --train-data sums --control random-reward"
+        f"--model {model_folder('Qwen/Qwen3-0.6B')} --backend transformers --load-in-4bit --max-steps 2 --eval-questions 8 --eval-steps 0 "
+        f"--max-completion-length 128 --max-tokens-per-micro-batch {requested} --train-data sums --control random-reward"
     )
     fault = torch.OutOfMemoryError("CUDA out of memory") if DRY else load_in_four_gigabytes
     place = "rl.update::completion_logprobs" if DRY else "rl.model.policy::load_policy"
     summary, metrics = train(tmp_path / "run", settings, {place: (1, fault)})
     show(**summary["memory"])
     assert summary["finished"] and len(metrics) == 2
-    assert summary["memory"]["max_tokens_per_micro_batch"] < asked
+    assert summary["memory"]["max_tokens_per_micro_batch"] < requested
 
 
 def load_in_four_gigabytes(config):
@@ -362,10 +362,10 @@ def load_in_six_gigabytes(config):
 
 
 def load_capped(config, gigabytes: float):
-    """load_policy in a process that may allocate no more than a card of this size has left for it."""
+    """Load the policy in a process that can allocate only the memory that a card of this size offers."""
     from rl.model.policy import load_policy
 
     total = torch.cuda.get_device_properties(0).total_memory
-    context = 0.5 * GB  # of CUDA, outside of PyTorch's allocator
+    context = 0.5 * GB  # memory of the CUDA context, outside of PyTorch's allocator
     torch.cuda.set_per_process_memory_fraction((gigabytes * GB - context) / total)
     return load_policy(config)

@@ -1,4 +1,4 @@
-"""Memory: the dimensions of models, what a run needs by part, and the prediction against measurements."""
+"""Memory: the dimensions of models, the memory of a run by part, and the prediction against measurements."""
 
 import dataclasses
 import functools
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from rl.config import Config, ConfigError
 from rl.fit.cards import GB
-from rl.fit.memory import NF4, Prediction, predict
-from rl.fit.shapes import KNOWN, find_shape, measure
+from rl.fit.memory import NF4_BYTES, Prediction, predict
+from rl.fit.shapes import KNOWN_MODELS, find_shape, shape_from_config
 
 TINY_SHAPE = dict(
     vocab_size=101,
@@ -25,7 +25,7 @@ TINY_SHAPE = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-NOWHERE = Path("no such folder")
+NO_FOLDER = Path("no such folder")
 known_shape = functools.cache(find_shape)
 
 # --- dimensions
@@ -63,13 +63,13 @@ def test_known_models_have_their_published_parameters(model, parameters):
 @pytest.mark.parametrize(
     "model", ["someone/Qwen3-40B", "gpt2", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "Qwen/Qwen3", ""]
 )
-def test_an_unknown_model_is_an_error_that_says_what_to_do(model):
-    with pytest.raises(ConfigError, match="not known: name a folder .*Qwen/Qwen3-0.6B.*--probe"):
+def test_error_for_an_unknown_model_names_the_alternatives(model):
+    with pytest.raises(ConfigError, match="^model: .*config.json.*Qwen/Qwen3-0.6B.*--probe"):
         find_shape(model)
 
 
 @pytest.mark.parametrize(
-    "family, further",
+    "family, settings",
     [
         ("Llama", {}),
         ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -83,16 +83,16 @@ def test_an_unknown_model_is_an_error_that_says_what_to_do(model):
         ("Gemma3", {"head_dim": 16}),
     ],
 )
-def test_parameters_and_lora_are_those_of_transformers_and_peft(family, further):
+def test_parameter_counts_equal_those_of_transformers_and_peft(family, settings):
     import peft
     import torch
     import transformers
 
     names = {"GPT2": "gpt2", "GPTNeoX": "gpt_neox", "Gemma3": "gemma3_text"}
-    config = transformers.AutoConfig.for_model(names.get(family, family.lower()), **TINY_SHAPE, **further)
+    config = transformers.AutoConfig.for_model(names.get(family, family.lower()), **TINY_SHAPE, **settings)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    shape = measure(config, NOWHERE)
+    shape = shape_from_config(config, NO_FOLDER)
     assert shape.parameters == model.num_parameters()
     assert shape.uses_decoder == (family in ("Llama", "Qwen2", "Qwen3"))
     assert shape.qk_norm == (family in ("Qwen3", "Gemma3"))
@@ -100,7 +100,7 @@ def test_parameters_and_lora_are_those_of_transformers_and_peft(family, further)
     assert shape.lora_parameters(5) == model.get_nb_trainable_parameters()[0]
 
 
-def test_the_tiny_model(policy):
+def test_shape_of_the_tiny_model(policy):
     shape = find_shape("data/tiny")
     trainable, total = policy.model.get_nb_trainable_parameters()
     assert shape.lora_parameters(16) == trainable
@@ -109,7 +109,7 @@ def test_the_tiny_model(policy):
     assert shape.tokenizer_bytes > 0
 
 
-def test_folders_without_what_is_needed(tmp_path):
+def test_refuses_folders_without_a_usable_config(tmp_path):
     with pytest.raises(ConfigError, match="config.json"):
         find_shape(str(tmp_path))
     (tmp_path / "config.json").write_text('{"n_embd": 8}')
@@ -123,8 +123,8 @@ def test_folders_without_what_is_needed(tmp_path):
         find_shape(str(tmp_path))
 
 
-def test_a_config_without_weights_is_enough(tmp_path):
-    """As of a model in the Hugging Face cache or on the Hub, of any architecture; saved in 4 bits or not."""
+def test_shape_needs_no_weights(tmp_path):
+    """A config.json is enough, as for a model on the Hub, for any architecture, saved in 4 bits or not."""
     config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]} | TINY_SHAPE
     (tmp_path / "config.json").write_text(json.dumps(config))
     shape = find_shape(str(tmp_path))
@@ -134,10 +134,10 @@ def test_a_config_without_weights_is_enough(tmp_path):
     assert find_shape(str(tmp_path)) == dataclasses.replace(shape, four_bit=True)
 
 
-# --- the parts, by hand
+# --- the parts, computed by hand
 
 
-def on_cuda(config: Config, model: str, prompt: int = 100) -> Prediction:
+def predict_on_cuda(config: Config, model: str, prompt: int = 100) -> Prediction:
     return predict(config, known_shape(model), "cuda", "bfloat16", prompt)
 
 
@@ -146,66 +146,67 @@ def on_cuda(config: Config, model: str, prompt: int = 100) -> Prediction:
 )
 def test_weights(model, gigabytes):
     shape = known_shape(model)
-    assert on_cuda(Config(), model).weights == 2 * shape.parameters
-    in_4bit = on_cuda(Config(load_in_4bit=True), model).weights
-    assert in_4bit == shape.linear_parameters * NF4 + (shape.parameters - shape.linear_parameters) * 2
+    assert predict_on_cuda(Config(), model).weights == 2 * shape.parameters
+    in_4bit = predict_on_cuda(Config(load_in_4bit=True), model).weights
+    assert in_4bit == shape.linear_parameters * NF4_BYTES + (shape.parameters - shape.linear_parameters) * 2
     assert in_4bit == pytest.approx(gigabytes * 1e9, rel=0.02)
-    assert on_cuda(Config(), model.replace("Qwen/", "unsloth/") + "-bnb-4bit").weights == in_4bit
+    assert predict_on_cuda(Config(), model.replace("Qwen/", "unsloth/") + "-bnb-4bit").weights == in_4bit
     assert predict(Config(), shape, "cpu", "float32", 100).weights == 4 * shape.parameters
 
 
 @pytest.mark.parametrize("model, token", [("Qwen/Qwen3-0.6B", 114_688), ("Qwen/Qwen3-4B", 147_456)])
 def test_keys_and_values(model, token):
-    """2 x layers x KV heads x head_dim x 2 bytes: what one more token of each row costs."""
+    """One more token per row costs 2 x layers x KV heads x head_dim x 2 bytes."""
     config = Config(prompts_per_step=4, num_generations=8, max_completion_length=300, eval_questions=1)
     longer = dataclasses.replace(config, max_completion_length=301)
-    assert on_cuda(longer, model).rollout - on_cuda(config, model).rollout == 32 * token
+    assert predict_on_cuda(longer, model).rollout - predict_on_cuda(config, model).rollout == 32 * token
 
 
 def test_lora_and_optimizer():
     """Llama-3.2-1B, rank 16: 16 layers x 16 x (2 x 2048+2048 + 2 x (2048+512) + 3 x (2048+8192)) = 11,272,192."""
     n = 16 * 16 * (2 * 4096 + 2 * 2560 + 3 * 10240)
     assert n == 11_272_192
-    found = on_cuda(Config(), "meta-llama/Llama-3.2-1B")
-    assert (found.lora, found.optimizer, found.critic) == (8 * n, 8 * n, 0)
-    assert on_cuda(Config(adapter="runs/x"), "meta-llama/Llama-3.2-1B").lora == 12 * n
-    assert on_cuda(Config(optim="adamw_8bit"), "meta-llama/Llama-3.2-1B").optimizer == 2 * n
-    assert on_cuda(Config(algorithm="ppo"), "meta-llama/Llama-3.2-1B").critic == 16 * (n + 2049)
-    assert on_cuda(Config(algorithm="ppo", critic="head"), "meta-llama/Llama-3.2-1B").critic == 16 * 2049
+    prediction = predict_on_cuda(Config(), "meta-llama/Llama-3.2-1B")
+    assert (prediction.lora, prediction.optimizer, prediction.critic) == (8 * n, 8 * n, 0)
+    assert predict_on_cuda(Config(adapter="runs/x"), "meta-llama/Llama-3.2-1B").lora == 12 * n
+    assert predict_on_cuda(Config(optim="adamw_8bit"), "meta-llama/Llama-3.2-1B").optimizer == 2 * n
+    assert predict_on_cuda(Config(algorithm="ppo"), "meta-llama/Llama-3.2-1B").critic == 16 * (n + 2049)
+    assert predict_on_cuda(Config(algorithm="ppo", critic="head"), "meta-llama/Llama-3.2-1B").critic == 16 * 2049
 
 
-def test_the_peak_counts_the_larger_of_rollout_and_update():
-    found = on_cuda(Config(), "Qwen/Qwen3-0.6B")
-    held = found.weights + found.lora + found.optimizer + found.fixed
-    assert found.peak == held + max(found.rollout, found.update)
-    assert found.peak_mb == found.peak / 2**20
-    found.rollout = 2 * found.update
-    assert found.peak == held + found.rollout
-    found.allocator_keeps = True  # small models on a CPU
-    assert found.peak == held + found.rollout + found.update
-    found.load = 10 * found.peak
-    assert found.peak == found.fixed + found.load
+def test_peak_counts_the_larger_of_rollout_and_update():
+    prediction = predict_on_cuda(Config(), "Qwen/Qwen3-0.6B")
+    permanent = prediction.weights + prediction.lora + prediction.optimizer + prediction.fixed
+    assert prediction.peak == permanent + max(prediction.rollout, prediction.update)
+    assert prediction.peak_mb == prediction.peak / 2**20
+    prediction.rollout = 2 * prediction.update
+    assert prediction.peak == permanent + prediction.rollout
+    prediction.allocator_keeps = True  # small models on a CPU
+    assert prediction.peak == permanent + prediction.rollout + prediction.update
+    prediction.load = 10 * prediction.peak
+    assert prediction.peak == prediction.fixed + prediction.load
 
 
-def test_what_small_models_have_freed_is_kept():
+def test_allocator_keeps_freed_memory_of_small_models_on_a_cpu():
     tiny = find_shape("data/tiny")
     assert predict(Config(), tiny, "cpu", "float32", 100).allocator_keeps
     assert not predict(Config(), tiny, "cuda", "bfloat16", 100).allocator_keeps
     assert not predict(Config(), known_shape("HuggingFaceTB/SmolLM2-135M"), "cpu", "float32", 100).allocator_keeps
 
 
-def test_where_memory_is_short_the_engine_makes_do():
-    """As in rl/model/engine.py: first fewer rows, then no scratch weights."""
-    shape, config = known_shape("Qwen/Qwen3-1.7B"), Config(prompts_per_step=32, num_generations=8, eval_questions=1)
-    plenty, short = (predict(config, shape, "cuda", "bfloat16", 256, gb * GB) for gb in (80, 10))
-    assert plenty.rows == plenty.rows_requested == 256
-    assert plenty == predict(config, shape, "cuda", "bfloat16", 256)
-    assert 8 <= short.rows < 256
-    assert short.rollout < plenty.rollout
+def test_predicts_fewer_rows_if_memory_is_short():
+    """As in rl/model/engine.py, first with fewer rows, then without scratch weights."""
+    shape = known_shape("Qwen/Qwen3-1.7B")
+    config = Config(prompts_per_step=32, num_generations=8, eval_questions=1)
+    large, small = (predict(config, shape, "cuda", "bfloat16", 256, gb * GB) for gb in (80, 10))
+    assert large.rows == large.rows_requested == 256
+    assert large == predict(config, shape, "cuda", "bfloat16", 256)
+    assert 8 <= small.rows < 256
+    assert small.rollout < large.rollout
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_what_a_layer_keeps_is_what_autograd_keeps(family):
+def test_saved_memory_of_a_layer_equals_what_autograd_saves(family):
     prompt, length, group = 20, 40, 8
     config = Config(
         prompts_per_step=1,
@@ -214,20 +215,23 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(family):
         lora_r=4,
         max_tokens_per_micro_batch=10**4,
     )
-    one, three = (kept_by_autograd(family, layers, [[5] * prompt] * group, [[6] * length] * group) for layers in (1, 3))
-    few, many = (predict(config, tiny_shape(family, layers), "cpu", "float32", prompt).update for layers in (1, 3))
-    assert many - few == pytest.approx(three - one, rel=0.05)
+    prompts, completions = [[5] * prompt] * group, [[6] * length] * group
+    one, three = (saved_by_autograd(family, layers, prompts, completions) for layers in (1, 3))
+    predicted_one, predicted_three = (
+        predict(config, tiny_shape(family, layers), "cpu", "float32", prompt).update for layers in (1, 3)
+    )
+    assert predicted_three - predicted_one == pytest.approx(three - one, rel=0.05)
 
 
 def tiny_shape(family, layers):
     import transformers
 
     sizes = TINY_SHAPE | {"num_hidden_layers": layers, "head_dim": 12}
-    return measure(transformers.AutoConfig.for_model(family.lower(), **sizes), NOWHERE)
+    return shape_from_config(transformers.AutoConfig.for_model(family.lower(), **sizes), NO_FOLDER)
 
 
-def kept_by_autograd(family, layers, prompts, completions) -> int:
-    """Bytes of the storages that are saved for the backward of a model of so many layers, parameters aside."""
+def saved_by_autograd(family, layers, prompts, completions) -> int:
+    """Return the bytes of the tensors that autograd saves for the backward of a model, without its parameters."""
     import peft
     import torch
     import transformers
@@ -241,18 +245,18 @@ def kept_by_autograd(family, layers, prompts, completions) -> int:
     policy = bare_policy(model, decoder=Decoder(model))
     storages = {}
 
-    def keep(tensor):
+    def record(tensor):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # held, so that no other can come to stand there
+        storages[storage.data_ptr()] = storage  # keeps it alive, so that its address is not reused
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         completion_logprobs(policy, prompts, completions)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
 
 
-# --- more never needs less
+# --- larger settings never need less memory
 
 GROWING = {
     "max_tokens_per_micro_batch": st.integers(1, 20000),
@@ -270,25 +274,27 @@ GROWING = {
     st.fixed_dictionaries(GROWING),
     st.sampled_from(sorted(GROWING)),
     st.integers(1, 3000),
-    st.sampled_from(sorted(KNOWN)),
+    st.sampled_from(sorted(KNOWN_MODELS)),
     st.sampled_from([("cpu", "float32"), ("cuda", "bfloat16")]),
     st.sampled_from(["grpo", "ppo", "dpo"]),
     st.sampled_from(["unsloth", "transformers"]),
     st.booleans(),
 )
-def test_more_never_needs_less(values, name, more, model, place, algorithm, backend, flag):
+def test_larger_settings_never_need_less_memory(
+    values, name, increase, model, device_and_dtype, algorithm, backend, flag
+):
     def peak(prompt, **values):
         config = Config(
             algorithm=algorithm, beta=0.1, gradient_checkpointing=flag, load_in_4bit=not flag, backend=backend, **values
         )
-        return predict(config, known_shape(model), *place, prompt).peak
+        return predict(config, known_shape(model), *device_and_dtype, prompt).peak
 
-    assert peak(**values) <= peak(**values | {name: values[name] + more})
+    assert peak(**values) <= peak(**values | {name: values[name] + increase})
 
 
 # --- against measurements: runs of train.py on random weights, two steps of short completions and a small evaluation
 
-MEASURED = {  # they differ in vocabulary, depth, width, tying and method
+MEASURED = {  # models that differ in vocabulary, depth, width, tied embeddings and algorithm
     "qwen3": ("qwen3", (151936, 768, 2048, 8, 12, 4, 64, True), []),
     "llama": ("llama", (8192, 640, 1728, 24, 10, 10, 64, False), ["--algorithm", "ppo", "--gradient-checkpointing"]),
     "qwen2": ("qwen2", (50304, 1536, 4096, 5, 12, 2, 128, True), ["--lora-r", "32"]),
@@ -302,17 +308,17 @@ RUN = (
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", MEASURED)
-def test_within_15_percent_of_what_is_measured(name, tmp_path):
-    """On a CPU: resident memory above that after the imports, as a run writes it into its summary."""
+def test_prediction_is_within_15_percent_of_the_measurement(name, tmp_path):
+    """Compares the resident memory on a CPU beyond the memory after the imports, as in the summary of a run."""
     family, sizes, settings = MEASURED[name]
     model = tmp_path / "model"
     save_random_model(model, family, sizes)
     arguments = ["--model", str(model), "--output-dir", str(tmp_path / "run"), *RUN, *settings]
-    done = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     memory = json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
     assert memory["predicted_mb"] == pytest.approx(memory["measured_mb"], rel=0.15), memory
-    assert memory["measured_mb"] > 700  # there is something to predict
+    assert memory["measured_mb"] > 700  # large enough for a meaningful comparison
 
 
 def save_random_model(folder, family, sizes):

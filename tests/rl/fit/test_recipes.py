@@ -1,6 +1,6 @@
-"""The recipes of configs/: what their headers say is what --dry-run says, and their questions can be asked and graded.
+"""The recipes in configs/: their headers agree with --dry-run, and answers to their questions can be graded.
 
-python tests/rl/fit/test_recipes.py        writes the predicted memory and time into the headers
+python tests/rl/fit/test_recipes.py        writes the predicted memory and time to the headers
 """
 
 import dataclasses
@@ -28,37 +28,37 @@ RECIPES = sorted(
     str(path) for path in Path("configs").glob("*.yaml") if not path.stem.startswith(("tiny", "long_sums"))
 )
 FIELD = re.compile(r"^# (Card|Memory|Time|Result) +(.*)$", re.MULTILINE)
-# Sources that make their own questions, so that nothing has to be fetched; the families of reasoning_gym with their levels.
-MADE = {"configs/countdown.yaml", "configs/reasoning_gym.yaml"}
+# Recipes whose sources generate their questions, so that nothing is downloaded (reasoning_gym by family and level).
+GENERATED = {"configs/countdown.yaml", "configs/reasoning_gym.yaml"}
 
 
 def header(file):
-    """The fields of a recipe's header, and the memory of its card in GB."""
+    """Return the fields of a recipe's header, and the memory of its card in GB."""
     text = Path(file).read_text(encoding="utf-8")
     fields = dict(FIELD.findall(text[: text.index("\nmodel:")]))
     return fields, re.search(r"--gpu-memory (\d+)", fields["Card"])[1]
 
 
 def predicted(file):
-    """Memory and time in the words of the header, from those of --dry-run."""
+    """Return memory and time as predicted by --dry-run, in the format of the header."""
     config, _ = read_config(["--config", file, "--dry-run", "--gpu-memory", header(file)[1]], "")
-    prompts = [row["prompt"] for row in made_rows(file)] if file in MADE else []  # as local_prompts in train.py
+    prompts = [row["prompt"] for row in generated_rows(file)] if file in GENERATED else []  # as in a dry run
     text = dry_run(config, prompts=prompts)
-    fits = re.search(r"It fits: .*|It does not fit.*", text)[0]
-    return {"Memory": fits, "Time": re.search(r"time +(about .*);|$", text)[1]}
+    memory = re.search(r"It fits: .*|It does not fit.*", text)[0]
+    return {"Memory": memory, "Time": re.search(r"time +(about .*);|$", text)[1]}
 
 
 @functools.cache
-def made_rows(file):
-    """Questions of sources that make their own: of reasoning_gym it takes seconds."""
+def generated_rows(file):
+    """Return the rows of sources that generate their questions. Cached, because reasoning_gym takes seconds."""
     return [row for source in read_config(["--config", file], "")[0].train_data for row in load(source)]
 
 
 def write_headers():
     for file in RECIPES:
         text = Path(file).read_text(encoding="utf-8")
-        for name, words in predicted(file).items():
-            text = re.sub(rf"^# {name} .*$", f"# {name:8} {words}", text, count=1, flags=re.MULTILINE)
+        for name, value in predicted(file).items():
+            text = re.sub(rf"^# {name} .*$", f"# {name:8} {value}", text, count=1, flags=re.MULTILINE)
         Path(file).write_text(text, encoding="utf-8")
         print(file, *predicted(file).values())
 
@@ -69,7 +69,7 @@ def write_headers():
 @pytest.mark.parametrize(
     "file", [pytest.param(f, marks=pytest.mark.slow) if "reasoning_gym" in f else f for f in RECIPES]
 )
-def test_the_header_says_what_the_dry_run_says(file):
+def test_header_agrees_with_the_dry_run(file):
     if "reasoning_gym" in file:
         pytest.importorskip("reasoning_gym")
     fields, gigabytes = header(file)
@@ -78,14 +78,14 @@ def test_the_header_says_what_the_dry_run_says(file):
     assert "# Not yet run on a GPU: memory and time are predicted, not measured.\n" in text
     assert re.search(r"verl|no published figure", fields["Result"])
     assert f"{gigabytes} GB" in fields["Card"]
-    found = predicted(file)
-    assert found["Memory"].startswith("It fits: ") and " modelled for " in found["Time"]
-    stands = {name: fields[name] for name in found}
-    assert stands == found, "python tests/rl/fit/test_recipes.py writes what --dry-run says into the headers"
+    prediction = predicted(file)
+    assert prediction["Memory"].startswith("It fits: ") and " modelled for " in prediction["Time"]
+    header_values = {name: fields[name] for name in prediction}
+    assert header_values == prediction, "run python tests/rl/fit/test_recipes.py to update the headers"
     assert len(text.splitlines()) <= 40
 
 
-def test_the_readme_says_what_the_headers_say():
+def test_readme_agrees_with_the_headers():
     rows = dict(
         re.findall(
             r"^\| `([\w.]+)`.*?\| \w+ \| ([\d.]+ \| \d+ \([\w ]+\)) \|", Path("README.md").read_text(), re.MULTILINE
@@ -100,7 +100,7 @@ def test_the_readme_says_what_the_headers_say():
 
 
 @pytest.mark.parametrize("file", RECIPES)
-def test_settings_that_every_recipe_must_have(file):
+def test_recipe_has_the_required_settings(file):
     config, name = read_config(["--config", file], "")
     assert name == Path(file).stem
     assert config.load_in_4bit and config.gradient_checkpointing and config.optim == "adamw_8bit"
@@ -110,12 +110,12 @@ def test_settings_that_every_recipe_must_have(file):
     assert config.dtype == ("float16" if name == "t4" else "auto")
 
 
-def test_the_tiny_recipes_load():
+def test_tiny_recipes_can_be_read():
     for file in ("configs/tiny.yaml", "configs/tiny_ppo.yaml", "configs/long_sums.yaml"):
         assert read_config(["--config", file], "")[0].model == "data/tiny"
 
 
-# --- questions: small rows, made up, as the sources write theirs
+# --- questions: small invented rows in the format of the sources
 
 DOUBLE = "def double(n):\r\n    return 2 * n\r\n"
 SETS = {
@@ -179,17 +179,18 @@ SETS = {
         }
     ],
 }
-SPLIT = {"openai/openai_humaneval": "test", "HuggingFaceH4/MATH-500": "test"}  # the only one
+SINGLE_SPLIT = {"openai/openai_humaneval": "test", "HuggingFaceH4/MATH-500": "test"}
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    """A Hub that has the sets above: train and test of one row each where there are two."""
-    datasets, huggingface_hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+def fake_hub(monkeypatch):
+    """A Hub with the data sets above. Those with two splits have one row in each."""
+    datasets = pytest.importorskip("datasets")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
 
     def load_dataset(name, config=None):
         rows = SETS[name, config]
-        splits = {SPLIT[name]: rows} if name in SPLIT else {"train": rows[:1], "test": rows[-1:]}
+        splits = {SINGLE_SPLIT[name]: rows} if name in SINGLE_SPLIT else {"train": rows[:1], "test": rows[-1:]}
         return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in splits.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -205,15 +206,15 @@ def rewards():
     return load_rewards("rewards.py")
 
 
-def answered(row, system_prompt, right=True):
-    """An answer in the form that the recipe's system prompt asks for."""
+def make_completion(row, system_prompt, right=True):
+    """Return a right or wrong completion in the format that the recipe's system prompt requests."""
     forms = {
         "####": "#### {}",
         "\\boxed{}": "It is $\\boxed{{{}}}$.",
         "<answer>": "<answer>{}</answer>",
         "```python": "```python\n{}\n```",
     }
-    (form,) = [form for asked, form in forms.items() if asked in system_prompt]
+    (form,) = [form for marker, form in forms.items() if marker in system_prompt]
     if "```" in form:
         gold = row["solution"] if right else row["solution"].replace("return", "return not")
     elif row.get("grader") == "countdown":
@@ -225,16 +226,16 @@ def answered(row, system_prompt, right=True):
 
 
 def check_rows(rows, config, rewards):
-    """Right answers get full marks, wrong ones only those for the form."""
+    """Check that right answers get the full score, and wrong ones only the score for the format."""
     assert not [note for note in preflight(rewards, rows) if "warning" in note]
     for right in (True, False):
-        for score in score_all(rewards, [answered(row, config.system_prompt, right) for row in rows]):
+        for score in score_all(rewards, [make_completion(row, config.system_prompt, right) for row in rows]):
             assert score.is_right == right and score.parts["format"] == 1, score
             assert score.total == pytest.approx(1.1 if right else 0.1)
 
 
-@pytest.mark.parametrize("file", [file for file in RECIPES if file not in MADE])
-def test_right_answers_to_its_questions_get_full_marks(file, stand_in, rewards):
+@pytest.mark.parametrize("file", [file for file in RECIPES if file not in GENERATED])
+def test_right_answers_get_the_full_score(file, fake_hub, rewards):
     config, _ = read_config(["--config", file], "")
     train_rows, eval_rows, notes = load_questions(config)
     assert train_rows and eval_rows and not [note for note in notes if "evaluation" in note]
@@ -242,36 +243,36 @@ def test_right_answers_to_its_questions_get_full_marks(file, stand_in, rewards):
     check_rows(train_rows + eval_rows, config, rewards)
 
 
-def test_the_sanitized_half_of_mbpp_too(stand_in, rewards):
+def test_sanitized_mbpp_can_be_graded(fake_hub, rewards):
     rows = load("google-research-datasets/mbpp")
     assert rows[0]["setup"] == "import math"
     check_rows(rows, read_config(["--config", "configs/qwen3_1.7b_mbpp.yaml"], "")[0], rewards)
 
 
-def test_countdown_as_the_recipe_asks_for_it(rewards):
+def test_countdown_can_be_graded(rewards):
     check_rows(load("countdown", 5), read_config(["--config", "configs/countdown.yaml"], "")[0], rewards)
 
 
 @pytest.mark.slow
-def test_reasoning_gym_as_the_recipe_asks_for_it(rewards):
+def test_reasoning_gym_can_be_graded(rewards):
     pytest.importorskip("reasoning_gym")
     config, _ = read_config(["--config", "configs/reasoning_gym.yaml"], "")
-    rows = made_rows("configs/reasoning_gym.yaml")
+    rows = generated_rows("configs/reasoning_gym.yaml")
     assert set(map(level_of, rows)) == {1, 2, 3, 4} and config.curriculum_steps
     check_rows(rows[::40], config, rewards)
 
 
-# --- choosing for the person
+# --- --config auto
 
 
 def choose(gigabytes, dtype="bfloat16"):
-    """The recipe for a card that is named by its memory, and what is said of it."""
+    """Return the recipe chosen for a card with this memory, and the explanation."""
     settings = {"gpu_memory": float(gigabytes), "dtype": dtype, "dry_run": True}
     return recipes.choose_recipe(lambda file: dataclasses.replace(read_yaml(file), **settings))
 
 
 def auto(capsys, *arguments):
-    """The recipe that --config auto takes, and what it says."""
+    """Return the recipe chosen by --config auto, and its output."""
     name = read_config(["--config", "auto", "--dry-run", *map(str, arguments)], "")[1]
     return name, capsys.readouterr().out
 
@@ -289,51 +290,50 @@ def auto(capsys, *arguments):
         (80, "qwen3_8b_base_dapo", "t4"),
     ],
 )
-def test_auto_takes_the_largest_that_fits(gigabytes, bf16, fp16):
+def test_auto_chooses_the_largest_recipe_that_fits(gigabytes, bf16, fp16):
     file, text = choose(gigabytes)
-    assert Path(file).stem == bf16 and f"Taking {file}" in text
-    assert f"This card: a CUDA card of {gigabytes} GB, in bfloat16." in text and "not measured" in text
+    assert Path(file).stem == bf16 and f"Using {file}" in text
+    assert f" {gigabytes} GB, in bfloat16." in text and "not measured" in text
     assert Path(choose(gigabytes, "float16")[0]).stem == fp16
 
 
 @pytest.mark.parametrize("gigabytes", [3.0, 3.6, 5.5, 7.6, 9.4, 11.6, 14.9, 15.6, 22.0])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_auto_takes_fits(gigabytes, dtype):
+def test_recipe_chosen_by_auto_fits(gigabytes, dtype):
     file, text = choose(gigabytes, dtype)
 
-    def said(file, gigabytes):
+    def predict_recipe(file, gigabytes):
         config = dataclasses.replace(read_yaml(file), gpu_memory=float(gigabytes), dtype=dtype)
         return dry_run(config, prompt_length=256)
 
-    assert "It fits: " in said(file, gigabytes)
-    if found := re.search(r"the next larger, (\S+), would need ([\d.]+) GB", text):  # and not with less
-        assert float(found[2]) > gigabytes and "It fits: " in said(*found.groups())
+    assert "It fits: " in predict_recipe(file, gigabytes)
+    if larger := re.search(r"next larger recipe, (\S+), needs ([\d.]+) GB", text):
+        assert float(larger[2]) > gigabytes and "It fits: " in predict_recipe(*larger.groups())
 
 
-def test_a_card_too_small_is_told_the_least():
+def test_auto_names_the_minimum_memory_if_the_card_is_too_small():
     file, text = choose(2)
-    least = re.search(r"The smallest recipe, (\S+), would need ([\d.]+) GB", text)
-    assert file == recipes.TINY and least[1] == recipes.LADDER[-1]
-    assert choose(least[2])[0] == least[1]
+    smallest = re.search(r"smallest recipe, (\S+), needs ([\d.]+) GB", text)
+    assert file == recipes.TINY and smallest[1] == recipes.LADDER[-1]
+    assert choose(smallest[2])[0] == smallest[1]
 
 
-def test_settings_on_the_command_line_count_in_the_choice(capsys):
+def test_auto_applies_the_command_line(capsys):
     name, text = auto(capsys, "--gpu-memory", 12, "--max-completion-length", 4096)
-    assert name == "qwen2.5_0.5b_gsm8k" and "configs/qwen3_0.6b_gsm8k.yaml, would need" in text
+    assert name == "qwen2.5_0.5b_gsm8k" and "configs/qwen3_0.6b_gsm8k.yaml, needs" in text
     arguments = ["--config=auto", "--dry-run", "--gpu-memory", "15", "--dtype", "float16", "--max-steps", "7"]
     config, name = read_config(arguments, "")
     assert name == "t4" and config.max_steps == 7 and config.model == "Qwen/Qwen2.5-1.5B-Instruct"
-    with pytest.raises(ConfigError, match="gpu_memory is 15, but is the GB of a card for --dry-run"):
+    with pytest.raises(ConfigError, match="^gpu_memory is 15, .*--dry-run"):
         read_config(["--config", "auto", "--gpu-memory", "15"], "")
 
 
-def test_without_a_gpu_it_is_the_tiny_model(capsys):
+def test_auto_chooses_the_tiny_model_without_a_gpu(capsys):
     name, text = auto(capsys, "--device", "cpu")
-    assert name == "tiny" and text.startswith("No NVIDIA GPU here: taking configs/tiny.yaml")
+    assert name == "tiny" and "no NVIDIA GPU" in text and "configs/tiny.yaml" in text
 
 
-def test_without_a_gpu_it_is_quick():
-    """Neither torch nor transformers is imported before the recipe is known."""
+def test_auto_imports_neither_torch_nor_transformers_without_a_gpu():
     code = (
         "import sys; from rl.run.read_config import read_config\n"
         "assert read_config(['--config', 'auto', '--device', 'cpu'], '')[1] == 'tiny'\n"
@@ -343,7 +343,7 @@ def test_without_a_gpu_it_is_quick():
 
 
 def test_unsloth_is_imported_before_the_prediction_imports_transformers(monkeypatch):
-    """Unless the command ends after the prediction."""
+    """With --dry-run it is not imported at all."""
     machine = Machine("cuda", "bfloat16", 8 * GB, "a card")
     monkeypatch.setattr(recipes, "find_machine", lambda config: machine)
     calls = []
@@ -356,27 +356,25 @@ def test_unsloth_is_imported_before_the_prediction_imports_transformers(monkeypa
     assert set(calls) == {"shape"}
 
 
-def test_a_card_that_is_here(monkeypatch):
-    """Its free memory counts, and what PyTorch says of bf16."""
-
-    def here(memory, dtype):
+def test_auto_uses_free_memory_and_bf16_support_of_this_machine(monkeypatch):
+    def choose_here(memory, dtype):
         machine = Machine("cuda", dtype, memory * GB, f"NVIDIA Something with {memory:.1f} GB free")
         monkeypatch.setattr(recipes, "find_machine", lambda config: machine)
         return recipes.choose_recipe(read_yaml)
 
-    file, text = here(11.6, "bfloat16")
+    file, text = choose_here(11.6, "bfloat16")
     assert file == "configs/llama3.2_3b_gsm8k.yaml" and "NVIDIA Something with 11.6 GB free, in bfloat16" in text
-    assert here(5.4, "float16")[0] == "configs/qwen2.5_0.5b_gsm8k.yaml"
-    assert here(14.5, "float16")[0] == "configs/t4.yaml"
+    assert choose_here(5.4, "float16")[0] == "configs/qwen2.5_0.5b_gsm8k.yaml"
+    assert choose_here(14.5, "float16")[0] == "configs/t4.yaml"
 
 
-def test_the_ladders_go_down():
+def test_ladders_are_sorted_by_memory():
     machine = Machine("cuda", "bfloat16", 0.1 * GB, "a card")
     for ladder in (recipes.LADDER, recipes.LADDER_FP16):
         assert set(ladder) <= set(RECIPES)
         configs = map(read_yaml, ladder)
-        least = [recipes.min_memory(config, find_shape(config.model), machine) for config in configs]
-        assert least == sorted(least, reverse=True)
+        minima = [recipes.min_memory(config, find_shape(config.model), machine) for config in configs]
+        assert minima == sorted(minima, reverse=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which backend a run takes, and how Unsloth's forward is called; what the package itself computes is in test_unsloth.py."""
+"""The choice of the backend, and the call of Unsloth's forward. test_unsloth.py tests against the package itself."""
 
 import builtins
 import os
@@ -15,7 +15,7 @@ from rl.model.backends import choose_backend, import_backend, unsloth_states
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends that there is a GPU, with or without bf16, and that Unsloth is installed, or not."""
+    """Returns a function that simulates a machine: with a GPU or not, with bf16 or not, with Unsloth installed or not."""
 
     def pretend(gpu=True, unsloth=True, bf16=True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -34,22 +34,20 @@ def machine(monkeypatch):
         (True, True, {"device": "cpu"}, "transformers"),
         (True, True, {"dtype": "float32"}, "transformers"),
         (True, True, {"backend": "transformers"}, "transformers"),
-        (False, True, {"backend": "unsloth"}, "unsloth"),  # its fallback on a CPU
+        (False, True, {"backend": "unsloth"}, "unsloth"),  # Unsloth has a fallback on a CPU
     ],
 )
-def test_the_backend_chosen(machine, gpu, installed, settings, expected):
+def test_chooses_backend(machine, gpu, installed, settings, expected):
     machine(gpu, installed)
     assert choose_backend(Config(**settings)) == expected
 
 
-def test_unsloth_by_force_where_it_cannot_be(machine):
+def test_refuses_unsloth_if_it_cannot_be_used(machine):
     machine(unsloth=False)
-    with pytest.raises(
-        ConfigError, match="backend is unsloth, which is not installed: pip install -r requirements.txt"
-    ):
+    with pytest.raises(ConfigError, match="^backend .*not installed.* requirements.txt"):
         choose_backend(Config(backend="unsloth"))
     machine()
-    with pytest.raises(ConfigError, match="bfloat16 or float16: set dtype to auto"):
+    with pytest.raises(ConfigError, match="^backend .*bfloat16 or float16: set dtype"):
         choose_backend(Config(backend="unsloth", dtype="float32"))
 
 
@@ -59,7 +57,7 @@ def test_cards_without_bf16_compute_in_fp16(machine, bf16, text):
     assert backends.describe_precision(Config()) == text
 
 
-def test_an_unsloth_that_does_not_import_is_done_without(machine, monkeypatch):
+def test_falls_back_to_transformers_if_unsloth_cannot_be_imported(machine, monkeypatch):
     machine()
     imports = builtins.__import__
 
@@ -70,15 +68,13 @@ def test_an_unsloth_that_does_not_import_is_done_without(machine, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", broken)
     config = Config()
-    assert import_backend(config)[-1] == "Unsloth cannot be imported, plain transformers is used: no kernel image"
+    assert "transformers: no kernel image" in import_backend(config)[-1]
     assert config.backend == "transformers" and "unsloth" not in sys.modules
-    with pytest.raises(
-        ConfigError, match="backend: Unsloth cannot be imported, set it to transformers: no kernel image"
-    ):
+    with pytest.raises(ConfigError, match="^backend: .*transformers: no kernel image$"):
         import_backend(Config(backend="unsloth"))
 
 
-def test_nothing_is_imported_on_a_cpu():
+def test_does_not_import_unsloth_on_a_cpu():
     config = Config(device="cpu")
     assert import_backend(config) == [] and config.backend == "transformers" and "unsloth" not in sys.modules
 
@@ -86,17 +82,18 @@ def test_nothing_is_imported_on_a_cpu():
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_how_unsloths_forward_is_called(monkeypatch, training, gradient):
-    """No mask, no labels, states in place of logits; its checkpointing is off where no backward will come."""
-    name, seen = "UNSLOTH_RETURN_HIDDEN_STATES", []
+def test_calls_unsloths_forward_without_mask_and_labels(monkeypatch, training, gradient):
+    """It returns states in place of logits, and checkpointing is off if no backward follows."""
+    name = "UNSLOTH_RETURN_HIDDEN_STATES"
+    calls = []
     monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
         backends, "set_mode", lambda model, training, uses_unsloth: setattr(model, "training", training)
     )
 
     class Model:
-        def __call__(self, **given):
-            seen.append((sorted(given), given["use_cache"], os.environ[name], self.training))
+        def __call__(self, **kwargs):
+            calls.append((sorted(kwargs), kwargs["use_cache"], os.environ[name], self.training))
             return SimpleNamespace(logits="states")
 
     model = Model()
@@ -104,13 +101,13 @@ def test_how_unsloths_forward_is_called(monkeypatch, training, gradient):
     with torch.set_grad_enabled(gradient):
         ids = SimpleNamespace(device=torch.device("cuda"))
         assert unsloth_states(model, ids, torch.bfloat16) == "states"
-    assert seen == [(["input_ids", "use_cache"], False, "1", training and gradient)]
+    assert calls == [(["input_ids", "use_cache"], False, "1", training and gradient)]
     assert model.training == training and os.environ[name] == "0"
 
 
-def test_unsloth_cuts_what_is_longer_than_its_max_seq_length(policy):
-    own = policy.context_length
+def test_max_seq_length_of_unsloth_limits_the_context(policy):
+    context_length = policy.context_length
     policy.model.max_seq_length = 50
-    assert policy.context_length == own  # of no meaning for transformers
+    assert policy.context_length == context_length  # transformers ignores max_seq_length
     policy.uses_unsloth = True
     assert policy.context_length == 50

@@ -1,4 +1,4 @@
-"""The written-out forward pass against the models' own, for random small models of each family."""
+"""Decoder, engine and shared-prompt update against the models' own forward, for random models of each family."""
 
 import peft
 import pytest
@@ -35,7 +35,7 @@ LLAMA3 = {
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, HEADS),
-    "llama, every head its own keys, tied": (
+    "llama, as many key heads as heads, tied": (
         LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
     ),
     "llama, one key head, biases": (
@@ -58,10 +58,10 @@ MODELS = {
 
 
 def make_policy(name, lora_scale=0.1, **changes):
-    """A random model of a family under a LoRA of noise, also on its head; the biases are noise as well."""
-    kind, config, settings = MODELS[name]
+    """Return a policy with a random model, noise in its biases, and a LoRA of noise that includes the head."""
+    model_class, config_class, settings = MODELS[name]
     torch.manual_seed(1)
-    model = kind(config(**SIZES | settings | changes)).float()
+    model = model_class(config_class(**SIZES | settings | changes)).float()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("bias", "norm.weight")):
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -82,52 +82,58 @@ def random_rows(*lengths, seed=0):
     return [torch.randint(4, SIZES["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
 
 
-def own_logits(policy, row):
+def model_logits(policy, row):
+    """Return the logits of one row by the model's own forward, (T, V)."""
     with torch.no_grad():
         return policy.model(input_ids=torch.tensor([row])).logits[0]
 
 
 @pytest.mark.parametrize("scratch", [True, False], ids=["scratch weights", "modules"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_through_prefill_decode_refill_and_tail(name, scratch, monkeypatch):
-    """Every logit of every step is the model's own for that row, whichever slot the row lived in at the time."""
-    policy, drawn, seen, widths = make_policy(name), [], {}, []
+def test_engine_logits_are_the_models_own(name, scratch, monkeypatch):
+    """Checks all logits through prefill, decoding, refills and the tail, whichever slot a row is in."""
+    policy = make_policy(name)
+    sampled_logits = []
+    logits_by_token = {}
+    counts = []  # (waiting rows, active rows) at each step
     sample = engine.sample
 
-    def keep_logits(logits, *args):
-        drawn.append(logits.clone())
+    def recording_sample(logits, *args):
+        sampled_logits.append(logits.clone())
         return sample(logits, *args)
 
-    class Recording(Engine):
+    class RecordingEngine(Engine):
         def collect_finished(self, first, tokens, logprobs):
-            widths.append((len(waiting_places(self)), len(self.rows)))
-            for row, logits in zip(self.rows[first:], drawn[-1]):
-                seen[row.place, len(row.ids)] = logits
+            counts.append((len(waiting_rows(self)), len(self.rows)))
+            for row, logits in zip(self.rows[first:], sampled_logits[-1]):
+                logits_by_token[row.place, len(row.ids)] = logits
             return super().collect_finished(first, tokens, logprobs)
 
-    def waiting_places(engine):
-        return set(range(len(prompts) * 3)) - {place for place, _ in seen} - {row.place for row in engine.rows}
+    def waiting_rows(engine):
+        started = {index for index, _ in logits_by_token} | {row.place for row in engine.rows}
+        return set(range(len(prompts) * 3)) - started
 
-    monkeypatch.setattr(engine, "sample", keep_logits)
+    monkeypatch.setattr(engine, "sample", recording_sample)
     monkeypatch.setattr(engine, "fits", lambda *_: scratch)
     monkeypatch.setattr(engine, "CACHE_GROWTH", 4)
-    monkeypatch.setattr("rl.rollout.Engine", Recording)
+    monkeypatch.setattr("rl.rollout.Engine", RecordingEngine)
     prompts = random_rows(5, 11, 1, 8, 3, 7)
     episodes = rollout(policy, prompts, 3, 20, Sampling(), torch.Generator().manual_seed(2), rollout_batch_size=7)
     assert len({len(e.completion_ids) for e in episodes}) > 5 and {e.truncated for e in episodes} == {True, False}
-    refills = sum(later > earlier for (_, earlier), (_, later) in zip(widths, widths[1:]))
-    assert refills > 1 and min(rows for waiting, rows in widths if waiting == 0) < 6  # and a tail
-    for place, episode in enumerate(episodes):
-        logits = own_logits(policy, episode.prompt_ids + episode.completion_ids)
+    refills = sum(later > earlier for (_, earlier), (_, later) in zip(counts, counts[1:]))
+    assert refills > 1
+    assert min(active for waiting, active in counts if waiting == 0) < 6  # there is a tail
+    for index, episode in enumerate(episodes):
+        logits = model_logits(policy, episode.prompt_ids + episode.completion_ids)
         for t in range(len(episode.completion_ids)):
             expected = logits[len(episode.prompt_ids) - 1 + t]
-            torch.testing.assert_close(seen[place, t], expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(logits_by_token[index, t], expected, atol=1e-5, rtol=0)
             logprob = expected.log_softmax(-1)[episode.completion_ids[t]].item()
             assert episode.sampler_logprobs[t] == pytest.approx(logprob, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_generate(name):
+def test_greedy_decoding_equals_generate(name):
     policy = make_policy(name)
     prompts = random_rows(6, 2, 9)
     episodes = rollout(policy, prompts, 1, 24, Sampling(0), torch.Generator(), rollout_batch_size=2)
@@ -145,8 +151,8 @@ def test_greedy_is_generate(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_update_with_shared_prompts_is_the_plain_path(name):
-    """Log-probabilities, entropies and gradients of rows that share prompts, against the model's own forward row by row."""
+def test_shared_prompts_do_not_change_the_update(name):
+    """Log-probabilities, entropies and gradients equal those of the model's own forward."""
     policy = make_policy(name)
     first, second = random_rows(9, 4)
     prompts = [first, second, first, first, second]
@@ -170,22 +176,23 @@ def test_the_update_with_shared_prompts_is_the_plain_path(name):
 
 
 def test_completions_of_one_token():
-    """Alone in their batch they leave nothing to compute behind the prompts; beside longer ones neither."""
+    """Their only token is not an input of the forward pass, whether the other completions are longer or not."""
     policy = make_policy("qwen3, tied")
     prompts = random_rows(5, 3, 5)
     for completions in ([[7], [2], [9]], [[7], [8, 9, 2], [4]]):
         values, mask, _ = completion_logprobs(policy, prompts, completions)
         values.sum().backward()
         for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-            logits = own_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
+            logits = model_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
             expected = logits[range(len(completion)), completion]
             torch.testing.assert_close(values[i][mask[i]].detach(), expected, atol=1e-5, rtol=0)
 
 
-def test_the_width_that_cuda_wants_changes_nothing(monkeypatch):
-    """Rows of attention as multiples of 16, as on CUDA: the same figures, of the same shapes."""
+def test_aligned_widths_change_no_result(monkeypatch):
+    """With widths rounded up to multiples of 16, as on CUDA, values and shapes stay the same."""
     policy = make_policy("qwen2, sliding window")
-    prompts, completions = random_rows(9, 4, 4), random_rows(7, 12, 1, seed=3)
+    prompts = random_rows(9, 4, 4)
+    completions = random_rows(7, 12, 1, seed=3)
 
     def run():
         policy.model.zero_grad()
@@ -200,15 +207,16 @@ def test_the_width_that_cuda_wants_changes_nothing(monkeypatch):
     tensors, sampled = run()
     monkeypatch.setattr("rl.model.attention.round_up", lambda width, device: -(-width // 16) * 16)
     monkeypatch.setattr("rl.model.engine.round_up", lambda width, device: -(-width // 16) * 16)
-    wider_tensors, wider_sampled = run()
-    assert sampled == wider_sampled
-    for a, b in zip(tensors, wider_tensors, strict=True):
+    aligned_tensors, aligned_sampled = run()
+    assert sampled == aligned_sampled
+    for a, b in zip(tensors, aligned_tensors, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_chunks_of_the_head_and_recomputed_layers_change_nothing(monkeypatch):
+def test_chunked_head_and_gradient_checkpointing_change_no_result(monkeypatch):
     policy = make_policy("llama")
-    prompts, completions = random_rows(9, 4, 4), random_rows(7, 12, 5, seed=3)
+    prompts = random_rows(9, 4, 4)
+    completions = random_rows(7, 12, 5, seed=3)
 
     def run():
         policy.model.zero_grad()
@@ -220,18 +228,20 @@ def test_chunks_of_the_head_and_recomputed_layers_change_nothing(monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 5 * SIZES["vocab_size"])  # five tokens at a time
     in_chunks = run()
     policy.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    calls, run_layer = [], Decoder.run_layer
+    calls = []
+    run_layer = Decoder.run_layer
     monkeypatch.setattr(Decoder, "run_layer", lambda *args: calls.append(1) or run_layer(*args))
     recomputed = run()
-    assert len(calls) == 6  # three layers, forward and again in the backward
+    assert len(calls) == 6  # three layers, in the forward and again in the backward
     for other in (in_chunks, recomputed):
         torch.testing.assert_close(other[0], values, atol=1e-6, rtol=0)
         torch.testing.assert_close(other[1], gradients, atol=1e-5, rtol=1e-5)
 
 
-def test_states_before_and_after_each_token():
+def test_completion_states_are_the_models_hidden_states():
     policy = make_policy("qwen2")
-    prompts, completions = random_rows(4, 6), random_rows(5, 2, seed=1)
+    prompts = random_rows(4, 6)
+    completions = random_rows(5, 2, seed=1)
     with torch.no_grad():
         states, mask = completion_states(policy, prompts, completions)
         assert states.shape == (2, 6, 48) and mask.sum(1).tolist() == [5, 2]
@@ -243,8 +253,8 @@ def test_states_before_and_after_each_token():
             assert not states[i, n:].any()
 
 
-def test_adapters_that_are_off_or_others_are_honoured():
-    """The engine follows disable_adapter and set_adapter, as evaluation and the reloaded LoRA need it."""
+def test_engine_follows_disabled_and_switched_adapters():
+    """The reference and a reloaded LoRA depend on disable_adapter and set_adapter."""
     policy = make_policy("qwen3, tied")
     policy.model.add_adapter("other", policy.model.peft_config["default"])
     for name, parameter in policy.model.named_parameters():
@@ -252,40 +262,39 @@ def test_adapters_that_are_off_or_others_are_honoured():
             parameter.data = torch.randn_like(parameter)
     prompts = random_rows(5, 8)
 
-    def agrees():
+    def check_logprobs():
         (episode, _) = rollout(policy, prompts, 1, 9, Sampling(), torch.Generator().manual_seed(0), 2)
         row = episode.prompt_ids + episode.completion_ids
-        logits = own_logits(policy, row)[len(episode.prompt_ids) - 1 : -1].log_softmax(-1)
+        logits = model_logits(policy, row)[len(episode.prompt_ids) - 1 : -1].log_softmax(-1)
         expected = logits[range(len(episode.completion_ids)), episode.completion_ids].tolist()
         assert episode.sampler_logprobs == pytest.approx(expected, abs=1e-5)
         return sum(expected)
 
-    sums = [agrees()]
+    sums = [check_logprobs()]
     with policy.model.disable_adapter():
-        sums.append(agrees())
+        sums.append(check_logprobs())
     policy.model.set_adapter("other")
-    sums.append(agrees())
+    sums.append(check_logprobs())
     assert len({round(s, 3) for s in sums}) == 3
 
 
-def test_folding_is_exact_and_leaves_the_model_alone():
+def test_folding_is_exact_and_does_not_change_the_model():
     policy = make_policy("llama, one key head, biases")
     before = {name: p.clone() for name, p in policy.model.named_parameters()}
     layer = policy.model.get_base_model().model.layers[1]
     x = torch.randn(3, 48)
-    both = Linears(layer.mlp.gate_proj, layer.mlp.up_proj)
-    for part, module in zip(both.folded(torch.float32)(x), (layer.mlp.gate_proj, layer.mlp.up_proj)):
+    gate_up = Linears(layer.mlp.gate_proj, layer.mlp.up_proj)
+    for part, module in zip(gate_up.folded(torch.float32)(x), (layer.mlp.gate_proj, layer.mlp.up_proj)):
         torch.testing.assert_close(part, module(x), atol=1e-5, rtol=0)
     fp32 = folded_weight(layer.self_attn.q_proj, torch.float32)
-    assert torch.equal(
-        folded_weight(layer.self_attn.q_proj, torch.bfloat16), fp32.bfloat16()
-    )  # rounded once, at the end
+    bf16 = folded_weight(layer.self_attn.q_proj, torch.bfloat16)
+    assert torch.equal(bf16, fp32.bfloat16())  # rounded once, at the end
     Decoder(policy.model).folded()
     assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
 
 
-def test_a_lora_of_another_kind_is_run_by_its_own_module():
-    """DoRA cannot be folded in: sampler and update still are the model's own forward."""
+def test_dora_is_run_by_its_own_module():
+    """DoRA cannot be folded, but roll-out and update still agree with the model's own forward."""
     policy = make_policy("llama")
     settings = peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"])
     policy.model.add_adapter("dora", settings)
@@ -296,39 +305,41 @@ def test_a_lora_of_another_kind_is_run_by_its_own_module():
     assert not policy.decoder.can_fold()
     (prompt,) = random_rows(6)
     (episode,) = rollout(policy, [prompt], 1, 8, Sampling(), torch.Generator().manual_seed(0), 1)
-    logits = own_logits(policy, prompt + episode.completion_ids)[len(prompt) - 1 : -1].log_softmax(-1)
+    logits = model_logits(policy, prompt + episode.completion_ids)[len(prompt) - 1 : -1].log_softmax(-1)
     expected = logits[range(len(episode.completion_ids)), episode.completion_ids]
     assert episode.sampler_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
     logprobs, _, _ = completion_logprobs(policy, [prompt], [episode.completion_ids])
     torch.testing.assert_close(logprobs[0], expected, atol=1e-5, rtol=0)
 
 
-def test_what_is_not_supported_says_why():
-    other = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40))
-    assert "GPTNeoXForCausalLM is not of" in unsupported_reason(other)
+def test_unsupported_reason_names_architecture_or_rope():
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40))
+    assert "GPTNeoXForCausalLM" in unsupported_reason(neox)
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     llama = LlamaForCausalLM(LlamaConfig(**SIZES | HEADS | {"rope_parameters": rope}))
-    assert "rotary embedding is of the type dynamic" in unsupported_reason(llama)
+    assert "type dynamic" in unsupported_reason(llama)
 
     class Patched(LlamaForCausalLM):
-        """A class of another name may do anything."""
+        """A subclass with another name may behave differently."""
 
     assert "Patched" in unsupported_reason(Patched(LlamaConfig(**SIZES | HEADS)))
 
 
-def test_a_head_that_scales_its_logits_is_noticed():
+def test_detects_a_head_that_scales_its_logits():
     from transformers import CohereConfig, CohereForCausalLM
 
-    def model(scale):
+    def make_model(scale):
         config = CohereConfig(**SIZES, num_attention_heads=4, logit_scale=scale, pad_token_id=0, eos_token_id=1)
         return peft.get_peft_model(CohereForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"])).eval()
 
-    assert has_plain_head(model(1.0)) and not has_plain_head(model(0.25))
+    assert has_plain_head(make_model(1.0)) and not has_plain_head(make_model(0.25))
 
-    scaled, prompts, completions = model(0.25), random_rows(4, 6), random_rows(5, 1, seed=1)
-    policy = bare_policy(scaled, decoder=None, plain_head=False)
+    scaled_model = make_model(0.25)
+    prompts = random_rows(4, 6)
+    completions = random_rows(5, 1, seed=1)
+    policy = bare_policy(scaled_model, decoder=None, plain_head=False)
     with torch.no_grad():
         values, mask, _ = completion_logprobs(policy, prompts, completions)
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-        logits = own_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
+        logits = model_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
         torch.testing.assert_close(values[i][mask[i]], logits[range(len(completion)), completion], atol=1e-5, rtol=0)
