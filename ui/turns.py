@@ -74,7 +74,7 @@ class Turn:
 
     def samples(self) -> tuple[Sample, ...]:
         """Return the samples with the tokens generated up to now."""
-        running = {row.place: (row.ids, [], None) for row in self.engine.rows} if self.engine else {}
+        running = {row.index: (row.ids, [], None) for row in self.engine.rows} if self.engine else {}
         samples = []
         for index in range(self.request.samples):
             ids, _, truncated = (running | self.finished).get(index, ([], [], None))

@@ -140,7 +140,7 @@ def rollout_seconds(
     weights = shape.linear_parameters
     head = shape.vocabulary * shape.hidden
     weight_bytes = 2
-    if (config.load_in_4bit or shape.four_bit) and not prediction.folds_lora:
+    if (config.load_in_4bit or shape.is_4bit) and not prediction.folds_lora:
         weight_bytes = NF4_READ + 2 * weight_bytes  # the dequantized matrix is written once and read once
     keys_and_values = 2 * shape.layers * shape.kv_size * 2 * rows * (prompt + mean / 2)
     reading = (weights * weight_bytes + head * 2 + keys_and_values) / (card.bandwidth * 1e9)

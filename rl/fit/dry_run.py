@@ -34,7 +34,7 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
     prediction = predict(config, shape, machine.device, machine.dtype, prompt_length, machine.free())
     needed = machine.needed(prediction.peak)
     lora_parameters = shape.lora_parameters(config.lora_r)
-    precision = machine.dtype + (" and 4-bit NF4" if config.load_in_4bit or shape.four_bit else "")
+    precision = machine.dtype + (" and 4-bit NF4" if config.load_in_4bit or shape.is_4bit else "")
     precision += ", with Unsloth" if prediction.uses_unsloth else ""
     limited = f" ({prediction.rows_requested} requested)" if prediction.rows < prediction.rows_requested else ""
     total = "roll-out and update add up, because small models keep freed memory"
@@ -117,7 +117,7 @@ def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict 
 def memory_savers(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict[str, list]:
     """Return values to try by setting, least costly first: they cost time, then precision, then length."""
     options = {"gradient_checkpointing": [True]}
-    if not shape.four_bit:
+    if not shape.is_4bit:
         options["load_in_4bit"] = [True]
     if machine.device == "cuda":
         options["optim"] = ["adamw_8bit"]

@@ -69,10 +69,10 @@ def predict(
         free: Free bytes before the run allocates anything. With less memory the engine generates fewer rows at a time.
     """
     itemsize = 4 if dtype == "float32" else 2
-    four_bit = config.load_in_4bit or shape.four_bit
+    is_4bit = config.load_in_4bit or shape.is_4bit
     is_gpu = device == "cuda"
     other_parameters = shape.parameters - shape.linear_parameters  # embedding, head, norms and biases
-    weights = shape.linear_parameters * (NF4_BYTES if four_bit else itemsize) + other_parameters * itemsize
+    weights = shape.linear_parameters * (NF4_BYTES if is_4bit else itemsize) + other_parameters * itemsize
     lora_parameters = shape.lora_parameters(config.lora_r)  # always fp32
     moment_bytes = 8 if config.optim == "adamw_torch" else 2
     lora = lora_parameters * (12 if config.adapter else 8)  # weights and gradients, with `adapter` also its frozen copy
@@ -202,7 +202,7 @@ def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool,
     if config.gradient_checkpointing:
         layers = checkpoints
         layer += saved
-    if config.load_in_4bit or shape.four_bit:
+    if config.load_in_4bit or shape.is_4bit:
         layer += hidden * shape.intermediate * itemsize  # the largest matrix, dequantized
     # The last hidden states with their gradient, and one chunk of logits (rl/model/logprobs.py).
     head = 5 * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary) + 3 * inputs

@@ -32,7 +32,7 @@ class Shape:
     kv_size: int  # key-value heads x head size
     qk_norm: bool  # queries and keys are normalized, as in Qwen3
     uses_decoder: bool  # supported by rl/model/decoder.py: Llama, Qwen2, Qwen3
-    four_bit: bool  # saved in 4 bits
+    is_4bit: bool  # saved in 4 bits
     file_bytes: int | None = None  # size of the safetensors files, if the model is a folder
     tokenizer_bytes: int | None = None  # size of tokenizer.json, if the model is a folder
 
@@ -109,7 +109,7 @@ def shape_from_config(config, folder: Path) -> Shape:
         kv_size=kv_heads * head_dim,
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         uses_decoder=unsupported_reason(model) is None,
-        four_bit=bool(quantization.get("load_in_4bit")),
+        is_4bit=bool(quantization.get("load_in_4bit")),
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,
     )

@@ -31,7 +31,7 @@ SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # smallest sizes of a CUDA graph; the 
 class Row:
     """A completion that is being generated."""
 
-    place: int  # index in the result of the roll-out
+    index: int  # index in the result of the roll-out
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -179,7 +179,7 @@ class Engine:
                 row.logprobs.append(logprob)
                 stopped = token in self.eos_ids
                 if stopped or len(row.ids) == self.max_completion_length:
-                    finished[row.place] = row.ids, row.logprobs, not stopped
+                    finished[row.index] = row.ids, row.logprobs, not stopped
                     free_slots.append(slot)
                     break
         self.compact(free_slots)
@@ -204,7 +204,7 @@ class Engine:
 
     def used_length(self) -> int:
         """Return the length of the longest active row."""
-        return max(len(self.prompts[row.place // self.group]) + len(row.ids) for row in self.rows)
+        return max(len(self.prompts[row.index // self.group]) + len(row.ids) for row in self.rows)
 
     def reserve(self, length: int) -> None:
         """Grow the cache so that it holds rows of this length."""

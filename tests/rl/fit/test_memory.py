@@ -57,7 +57,7 @@ known_shape = functools.cache(find_shape)
 def test_known_models_have_their_published_parameters(model, parameters):
     shape = known_shape(model)
     assert shape.parameters == parameters
-    assert shape.four_bit == ("bnb-4bit" in model)
+    assert shape.is_4bit == ("bnb-4bit" in model)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_shape_needs_no_weights(tmp_path):
     config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]} | TINY_SHAPE
     (tmp_path / "config.json").write_text(json.dumps(config))
     shape = find_shape(str(tmp_path))
-    assert shape.file_bytes is None and shape.tokenizer_bytes is None and not shape.four_bit
+    assert shape.file_bytes is None and shape.tokenizer_bytes is None and not shape.is_4bit
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert find_shape(str(tmp_path)) == dataclasses.replace(shape, four_bit=True)
+    assert find_shape(str(tmp_path)) == dataclasses.replace(shape, is_4bit=True)
 
 
 # --- the parts, computed by hand

@@ -106,11 +106,11 @@ def test_engine_logits_are_the_models_own(name, scratch, monkeypatch):
         def collect_finished(self, first, tokens, logprobs):
             counts.append((len(waiting_rows(self)), len(self.rows)))
             for row, logits in zip(self.rows[first:], sampled_logits[-1]):
-                logits_by_token[row.place, len(row.ids)] = logits
+                logits_by_token[row.index, len(row.ids)] = logits
             return super().collect_finished(first, tokens, logprobs)
 
     def waiting_rows(engine):
-        started = {index for index, _ in logits_by_token} | {row.place for row in engine.rows}
+        started = {index for index, _ in logits_by_token} | {row.index for row in engine.rows}
         return set(range(len(prompts) * 3)) - started
 
     monkeypatch.setattr(engine, "sample", recording_sample)
