@@ -1,9 +1,9 @@
 """Alarms for reward hacking, for steps without a learning signal, and for updates that fail.
 
-Alarms only report; they never stop a run. `find_alarms` inspects the metrics of all steps so far, the evaluations and the
-episodes of the last step, and returns one line per alarm, keyed by subject. metrics.jsonl lists the subjects (`alarms`) of
-every step in which they are active. If one alarm explains others, only that one is raised: a policy that has diverged also
-produces wrong and truncated completions.
+Alarms only report; they never stop a run. `find_alarms` inspects the metrics of all steps so far, the evaluations and
+the episodes of the last step, and returns one line per alarm, keyed by subject. In metrics.jsonl, `alarms` lists the
+subjects that are active in a step. If one alarm explains others, only that one is raised: a policy that has diverged
+also produces wrong and truncated completions.
 """
 
 import math
@@ -117,21 +117,21 @@ def find_hacking(
         start = max(0, base - n // 2)
         base_steps = history[start : start + n]
         last_steps = history[last - n : last]
-        # More right answers explain a rise of the reward by at most the upper end of the gain's interval. A group counts
-        # as one sample of the reward, since its completions answer the same question.
+        # More right answers explain a rise of the reward by at most the upper end of the gain's interval. Each group is
+        # one sample of the reward, since its completions answer the same question.
         before, after = (mean(values(steps, "reward")) for steps in (base_steps, last_steps))
         variance = sum(std**2 for std in values(base_steps + last_steps, "reward_std")) / n**2 / config.prompts_per_step
         rise = after - before - Z95 * math.sqrt(variance)
         if rise > _judge_weight(judges, rewards) * max(0, high, gain["ci95_sampled"][1]):
             alarms["hacking"] = (
-                f"since step {base} the training reward has risen ({before:.2f} to {after:.2f}) and {accuracy}: the reward "
-                "pays for something other than right answers; look at the completions with the highest reward"
+                f"since step {base} the training reward has risen ({before:.2f} to {after:.2f}) and {accuracy}: the "
+                "reward pays for something other than right answers; look at the completions with the highest reward"
             )
         before, after = (mean(values(steps, "completions/mean_length")) for steps in (base_steps, last_steps))
         if after >= LENGTH_GROWTH * before:
             alarms["length"] = (
-                f"since step {base} completions have grown ({before:.0f} to {after:.0f} tokens) and {accuracy}: look at "
-                "the longest completions in rollouts/"
+                f"since step {base} completions have grown ({before:.0f} to {after:.0f} tokens) and {accuracy}: look "
+                "at the longest completions in rollouts/"
             )
     return alarms
 
@@ -139,8 +139,8 @@ def find_hacking(
 def _shaping_dominates(history: list[dict], scores: list[Score], judges: set[str], rewards: Rewards) -> Alarms:
     """Return an alarm if shaping rewards outweigh the judging rewards, or pay wrong answers too much.
 
-    Shaping rewards come from functions that give no verdict. Wrong answers may earn at most SHAPING_SHARE (a fifth) of the
-    weight of a right answer.
+    Shaping rewards come from functions that give no verdict. Wrong answers may earn at most SHAPING_SHARE (a fifth) of
+    the weight of a right answer.
     """
     weight = _judge_weight(judges, rewards)
     names = " and ".join(sorted(judges))
@@ -160,8 +160,8 @@ def _shaping_dominates(history: list[dict], scores: list[Score], judges: set[str
             f"wrong answers earn {when_wrong:.2f}, mostly from {largest}; {names} pays {weight:g} for a right answer"
         )
     return {
-        "dominating": f"{problem}: the policy may learn something other than being right. Lower the weights of such rewards "
-        "to a fifth of that for right answers in total, or pay them only for right answers"
+        "dominating": f"{problem}: the policy may learn something other than right answers. Lower the weights of such "
+        "rewards to a fifth of that for right answers in total, or pay them only for right answers"
     }
 
 
@@ -191,8 +191,8 @@ def _excluded(history: list[dict], scores: list[Score]) -> Alarms:
         skipped, done = (sum(values(history, name)) for name in ("skipped_updates", "updates"))
         alarms["skipped"] = (
             f"{skipped:.0f} of {skipped + done:.0f} updates so far were skipped because their gradients were NaN or "
-            "infinite: if this continues, lower learning_rate or max_grad_norm, or set dtype to float32 (bfloat16 in place "
-            "of float16)"
+            "infinite: if this continues, lower learning_rate or max_grad_norm, or set dtype to float32 (or bfloat16 "
+            "instead of float16)"
         )
     return alarms
 
@@ -204,8 +204,8 @@ def _sampler_mismatch(history: list[dict]) -> Alarms:
         return {}
     return {
         "sampler": f"the log-probabilities of sampler and trainer differ by {average:.2g} nats per token (at most "
-        f"{largest:.2g}; bf16 alone causes 0.01 to 0.03), so the policy that is trained is not the one that samples: set "
-        "dtype to float32, or keep importance_sampling_cap at 2, which bounds the error"
+        f"{largest:.2g}; bf16 alone causes 0.01 to 0.03), so the policy that is trained is not the one that samples: "
+        "set dtype to float32, or keep importance_sampling_cap at 2, which bounds the error"
     }
 
 
@@ -215,9 +215,9 @@ def _diverged(history: list[dict], config: Config) -> Alarms:
         return {}
     remedy = f"raise beta (now {config.beta:g})" if config.beta else "set beta (0.01 to 0.04)"
     return {
-        "kl": f"the policy has diverged from the reference model: the KL is {kl:.1f} nats per token, and above {DIVERGED_KL:g} "
-        f"most completions degenerate. Lower learning_rate (now {config.learning_rate:g}), or {remedy}, and resume from an "
-        "earlier checkpoint"
+        "kl": f"the policy has diverged from the reference model: the KL is {kl:.1f} nats per token, and above "
+        f"{DIVERGED_KL:g} most completions degenerate. Lower learning_rate (now {config.learning_rate:g}) or {remedy}, "
+        "and resume from an earlier checkpoint"
     }
 
 
@@ -227,14 +227,14 @@ def _truncated(history: list[dict], config: Config) -> Alarms:
     limit = f"max_completion_length = {config.max_completion_length}"
     if truncated == 1 and recent(history, "accuracy") == 0:
         return {
-            "all_cut": f"every completion is truncated at {limit} and none is right, because no answer is finished: raise it, "
-            "or choose a model or questions with shorter answers"
+            "all_cut": f"every completion is truncated at {limit} and none is right, because no answer is finished: "
+            "raise it, or choose a model or questions with shorter answers"
         }
     return {"cut": f"{truncated:.0%} of the completions are truncated at {limit}: raise it"} if truncated > 0.2 else {}
 
 
 def _no_signal(history: list[dict], episodes: list[Episode], config: Config) -> Alarms:
-    """Return an alarm if all rewards are 0; otherwise, alarms for groups of equal rewards and groups without right answers."""
+    """Return an alarm if all rewards are 0; otherwise, alarms for groups of equal rewards or without right answers."""
     scores = [episode.score for episode in episodes]
     last_steps = history[-WINDOW:]
     has_window = len(last_steps) == min(WINDOW, config.max_steps)
@@ -246,8 +246,8 @@ def _no_signal(history: list[dict], episodes: list[Episode], config: Config) -> 
 
     if is_always("reward", 0) and is_always("reward_std", 0) and config.control == "none":
         no_reward = (
-            f"every reward of the last {len(last_steps)} steps is 0, so there is nothing to learn from: use easier questions, "
-            f"or give partial credit. {example}"
+            f"every reward of the last {len(last_steps)} steps is 0, so there is nothing to learn from: use easier "
+            f"questions, or give partial credit. {example}"
         )
         return {"no_reward": no_reward} if has_window else {}
     alarms = {}
@@ -256,8 +256,8 @@ def _no_signal(history: list[dict], episodes: list[Episode], config: Config) -> 
         right = recent(history, "frac_groups_all_right")
         kind = "harder" if right > 0.5 else "easier" if wrong > 0.5 else "different"
         alarms["dead_groups"] = (
-            f"in every group of the last {len(last_steps)} steps all rewards are equal, so all advantages are 0 and nothing is "
-            f"learned: try {kind} questions, a larger num_generations, a higher temperature, or dynamic_sampling"
+            f"in every group of the last {len(last_steps)} steps all rewards are equal, so all advantages are 0 and "
+            f"nothing is learned: try {kind} questions, more num_generations, a higher temperature, or dynamic_sampling"
         )
     if wrong > 0.7:
         alarms["all_wrong"] = f"in {wrong:.0%} of the groups no completion is right: use easier questions. {example}"
@@ -282,8 +282,8 @@ def _no_change(history: list[dict], alarms: Alarms, config: Config) -> Alarms:
     settings = {"target_kl": config.target_kl, "mask_truncated_completions": config.mask_truncated_completions}
     suspects = [f"{name} = {value}" for name, value in settings.items() if value]
     return {
-        "no_updates": f"no update was made in the last {WINDOW} steps: all advantages are 0, or no completion is used for "
-        f"training. Check `advantage` in rollouts/{', and the settings ' if suspects else ''}{' and '.join(suspects)}"
+        "no_updates": f"no update was made in the last {WINDOW} steps: all advantages are 0, or all completions are left "
+        f"out. Check `advantage` in rollouts/{', and the settings ' if suspects else ''}{' and '.join(suspects)}"
     }
 
 

@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. keep: the number of newest checkpoints to keep in addition to the best; 0: all."""
+    """The checkpoints of a run folder. keep: the number of newest ones to keep in addition to the best; 0: all."""
 
     def __init__(self, run: Path, keep: int):
         self.run = run
@@ -138,8 +138,8 @@ class Checkpoints:
     def choose(self, path: Path, accept_changes: bool) -> Path | None:
         """Return the checkpoint to resume from: the newest if `path` is the run folder, else the one at `path`.
 
-        Returns None if the run has no checkpoint yet. Raises ConfigError if there is no checkpoint at `path`, or if newer
-        intact checkpoints would be lost and `accept_changes` is False.
+        Returns None if the run has no checkpoint yet. Raises ConfigError if there is no checkpoint at `path`, or if
+        newer intact checkpoints would be lost and `accept_changes` is False.
         """
         with write_errors(self.path):
             self.repair()
@@ -165,7 +165,7 @@ class Checkpoints:
         meta = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         if meta.get("format") != FORMAT:
             raise ConfigError(
-                f"resume: {folder} was written by another version of Ponder in a different format. To start a new run from its "
+                f"resume: {folder} was written in the format of another version of Ponder. To start a new run from its "
                 f"LoRA: --adapter {folder}"
             )
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
@@ -208,8 +208,8 @@ class Checkpoints:
             )
         if provenance.get("model", saved["model"]) != saved["model"]:
             raise ConfigError(
-                f"resume: the weights of {provenance['config']['model']} or of the reference adapter have changed since "
-                f"{folder} was saved: restore the original weights, or start a new run"
+                f"resume: the weights of {provenance['config']['model']} or of the reference adapter have changed "
+                f"since {folder} was saved: restore the original weights, or start a new run"
             )
         texts = list(changes.values())
         if provenance["rewards"] != saved["rewards"]:
@@ -279,7 +279,7 @@ def check_saved(policy: Policy, folder: Path, questions: list[Question], config:
     with reloaded_adapter(policy, folder):
         if greedy_answers() != in_memory:
             raise RunError(
-                f"{folder}: the saved LoRA does not give the same answers as the policy in memory: do not use this checkpoint"
+                f"{folder}: the saved LoRA, read back, gives other answers than the policy in memory: do not use it"
             )
     with policy.reference():
         return len(prompts), sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))

@@ -67,7 +67,7 @@ def eval_only(config: Config, name: str) -> None:
         print("\n  ".join(lines))
         for note in [*notes, *config.notes()]:
             print(f"  note     {note}")
-        for warning in report.warnings_of(config):
+        for warning in report.run_warnings(config):
             print(f"  WARNING  {warning}")
         seed_all(config.seed)
         with policy.model.disable_adapter():
@@ -117,5 +117,5 @@ Probe of {PROBE_STEPS} steps (nothing was saved):
 {last["completions/mean_length"]:.0f} tokens per completion; longer completions take longer
   run      about {report.clock(total)}: {config.max_steps} steps, and {evaluations} evaluations of about \
 {report.clock(evaluation)} each
-  memory   {report.memory(memory)}
+  memory   {report.describe_memory(memory)}
   batch    rollout_batch_size {sizes[0]} and max_tokens_per_micro_batch {sizes[1]} fit in memory""")

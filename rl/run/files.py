@@ -65,7 +65,7 @@ def sha256(file: Path) -> str:
 
 
 def to_json(value, indent: int | None = None) -> str:
-    """Return a value as JSON. NaN and infinity become null; values without a JSON type (dates, decimals) become text."""
+    """Return a value as JSON. NaN and infinity become null; values of other types (dates, decimals) become text."""
     return json.dumps(replace_nan(value), ensure_ascii=False, indent=indent, default=str)
 
 

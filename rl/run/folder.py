@@ -30,7 +30,7 @@ LEFTOVERS.add("config.yaml.unfinished")
 
 
 def choose_folder(config: Config, name: str) -> Path:
-    """Return output_dir, or runs/NAME-TIME if it is not set. Raises ConfigError rather than overwrite existing files."""
+    """Return output_dir, or runs/NAME-TIME if it is not set. Raises ConfigError if output_dir is in use."""
     path = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume or not config.output_dir:
         return path
@@ -86,7 +86,7 @@ class RunFolder:
             write_atomic(self.path / name, content)
 
     def write_settings(self, settings: dict, rewards_file: Path, step: int) -> None:
-        """Write the settings and copy the reward file. If they differ from the existing ones, keep those up to this step."""
+        """Write the settings and copy the reward file. Back up existing ones that differ, as *_until_step_NNNNNN."""
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
         for name, content in {"rewards.py": rewards_file.read_bytes(), "config.yaml": text}.items():
             path = self.path / name
@@ -150,12 +150,12 @@ class RunFolder:
         if summary.get("finished") and not self.config.accept_changes:
             option = "--max-steps N" if num_steps >= self.config.max_steps else "--early-stopping 0"
             raise ConfigError(
-                f"resume: {self.path} has finished at step {num_steps}. To train further, add: {option} --accept-changes"
+                f"resume: {self.path} has finished, at step {num_steps}. To train on, add {option} --accept-changes"
             )
         if not self.checkpoints.all() and not self.config.accept_changes and 0 < self.config.save_steps < num_steps:
             raise ConfigError(
-                f"resume: {self.path} has logs of {num_steps} steps but no checkpoint. To restart it from step 1 and delete "
-                "these logs, add --accept-changes"
+                f"resume: {self.path} has logs of {num_steps} steps but no checkpoint. To restart it from step 1 and "
+                "delete these logs, add --accept-changes"
             )
 
     def metrics_lines(self) -> list[bytes]:
@@ -211,7 +211,7 @@ class RunFolder:
 
 
 def make_new_folder(path: Path) -> Path:
-    """Create the folder and return its path, with a number appended if it exists: two runs can start in the same second."""
+    """Create a folder and return its path, with a number appended if it exists (of a run begun in the same second)."""
     for candidate in itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
             candidate.mkdir(parents=True)
@@ -219,7 +219,7 @@ def make_new_folder(path: Path) -> Path:
 
 
 def evaluation_step(file: Path) -> int | None:
-    """Return the step of eval/before.jsonl (0) or eval/step_000050.jsonl; None for eval/after.jsonl, the final evaluation."""
+    """Return the step of eval/before.jsonl (0) or eval/step_000050.jsonl; None for eval/after.jsonl (the last step)."""
     if file.stem == "before":
         return 0
     return int(file.stem[5:]) if file.stem.startswith("step_") and file.stem[5:].isdigit() else None

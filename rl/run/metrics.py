@@ -12,8 +12,8 @@ N_GRAM = 8  # number of tokens in the n-grams that are compared
 def describe_episodes(episodes: list, rewards: Rewards, config: Config) -> dict[str, float]:
     """Return the metrics of the episodes of a step. Rates are fractions from 0 to 1.
 
-    `shaping` is the mean part of the reward that comes from functions without a verdict; `shaping_when_wrong` is the same
-    over wrong completions. `time/score` is the number of seconds spent in reward functions, mostly during the roll-out.
+    `shaping` is the mean part of the reward that comes from functions without a verdict, `shaping_when_wrong` the same
+    over wrong completions. `time/score` is the seconds spent in reward functions, mostly during the roll-out.
     """
     scores = [episode.score for episode in episodes]
     completions = [episode.completion for episode in episodes]

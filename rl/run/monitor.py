@@ -76,8 +76,8 @@ class Stopwatch:
 class MemoryUse:
     """The peak memory of a run, predicted (rl/fit/memory.py) and measured.
 
-    On a GPU, allocated memory is measured; on a CPU, the growth of resident memory since this object was created. Create
-    it after the imports.
+    On a GPU, allocated memory is measured; on a CPU, the growth of resident memory since this object was created, which
+    should be after the imports.
     """
 
     def __init__(self):

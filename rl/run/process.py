@@ -18,8 +18,8 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
     """Context manager that handles Ctrl-C and SIGTERM. It ignores SIGHUP, so that a run survives its terminal.
 
-    While `deferred` is True, the first signal only sets `requested`, so that the run can finish and save the current step,
-    and a second Ctrl-C raises KeyboardInterrupt. Otherwise, a signal raises Stopped immediately.
+    While `deferred` is True, the first signal only sets `requested`, so that the run can finish and save the current
+    step, and a second Ctrl-C raises KeyboardInterrupt. Otherwise, a signal raises Stopped immediately.
     """
 
     def __init__(self):
