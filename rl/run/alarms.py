@@ -282,8 +282,8 @@ def _no_change(history: list[dict], alarms: Alarms, config: Config) -> Alarms:
     settings = {"target_kl": config.target_kl, "mask_truncated_completions": config.mask_truncated_completions}
     suspects = [f"{name} = {value}" for name, value in settings.items() if value]
     return {
-        "no_updates": f"no update was made in the last {WINDOW} steps: all advantages are 0, or all completions are left "
-        f"out. Check `advantage` in rollouts/{', and the settings ' if suspects else ''}{' and '.join(suspects)}"
+        "no_updates": f"no update was made in the last {WINDOW} steps: all advantages are 0, or all completions are "
+        f"left out. Check `advantage` in rollouts/{', and the settings ' if suspects else ''}{' and '.join(suspects)}"
     }
 
 

@@ -61,9 +61,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path} cannot be created: {error.strerror}") from None
         self.checkpoints = Checkpoints(self.path, self.config.save_total_limit)
-        self.lock = filelock.FileLock(
-            self.path / "lock", timeout=1.0
-        )  # the page holds the lock briefly to check for a run
+        self.lock = filelock.FileLock(self.path / "lock", timeout=1.0)  # the page holds it briefly to check for a run
         self.console = Console(self.path / "console.log")
         with write_errors(self.path / "lock"):
             try:

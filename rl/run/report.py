@@ -16,9 +16,9 @@ def console_line(metrics: dict, config: Config, seconds_left: float, warnings: l
     """Return the console line of a step. warnings: texts from `run_warnings`, repeated in every line."""
     held_out = f"  held-out accuracy {metrics['eval/accuracy']:4.0%}" if "eval/accuracy" in metrics else ""
     return (
-        f"step {metrics['step']:>{len(str(config.max_steps))}}/{config.max_steps}  accuracy {metrics['accuracy']:4.0%}  "
-        f"reward {metrics['reward']:5.2f}  thinking {metrics['completions/thinking']:4.0%}  "
-        f"length {metrics['completions/mean_length']:3.0f} tokens  time {metrics['step_time']:4.1f} s  "
+        f"step {metrics['step']:>{len(str(config.max_steps))}}/{config.max_steps}  "
+        f"accuracy {metrics['accuracy']:4.0%}  reward {metrics['reward']:5.2f}  "
+        f"thinking {metrics['completions/thinking']:4.0%}  length {metrics['completions/mean_length']:3.0f} tokens  time {metrics['step_time']:4.1f} s  "
         f"{clock(seconds_left)} left{held_out}{''.join('  ' + warning for warning in warnings)}"
     )
 

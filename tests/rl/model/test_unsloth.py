@@ -260,7 +260,7 @@ def test_a_whole_run_and_going_on_with_it(tmp_path, settings):
     arguments = [*common, *settings, "--max-steps", "3", "--output-dir", str(run)]
     done = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "data/tiny through Unsloth" in done.stdout and "Double" not in done.stderr
+    assert "data/tiny (Unsloth)" in done.stdout and "Double" not in done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"] and summary["versions"]["unsloth"]
     assert "read back, it gives the same" in done.stdout
