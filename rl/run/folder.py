@@ -148,7 +148,7 @@ class RunFolder:
         if summary.get("finished") and not self.config.accept_changes:
             option = "--max-steps N" if num_steps >= self.config.max_steps else "--early-stopping 0"
             raise ConfigError(
-                f"resume: {self.path} has finished, at step {num_steps}. To train on, add {option} --accept-changes"
+                f"resume: {self.path} has finished at step {num_steps}. To train on, add {option} --accept-changes"
             )
         if not self.checkpoints.all() and not self.config.accept_changes and 0 < self.config.save_steps < num_steps:
             raise ConfigError(

@@ -18,7 +18,8 @@ def console_line(metrics: dict, config: Config, seconds_left: float, warnings: l
     return (
         f"step {metrics['step']:>{len(str(config.max_steps))}}/{config.max_steps}  "
         f"accuracy {metrics['accuracy']:4.0%}  reward {metrics['reward']:5.2f}  "
-        f"thinking {metrics['completions/thinking']:4.0%}  length {metrics['completions/mean_length']:3.0f} tokens  time {metrics['step_time']:4.1f} s  "
+        f"thinking {metrics['completions/thinking']:4.0%}  length {metrics['completions/mean_length']:3.0f} tokens  "
+        f"time {metrics['step_time']:4.1f} s  "
         f"{clock(seconds_left)} left{held_out}{''.join('  ' + warning for warning in warnings)}"
     )
 
