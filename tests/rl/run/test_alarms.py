@@ -1,4 +1,4 @@
-"""Alarms on synthetic histories (each alarm on its own case, none on healthy runs) and in short runs with faulty rewards."""
+"""Alarms on synthetic histories, healthy and not, and in short runs with faulty rewards or settings."""
 
 import json
 import math
@@ -235,7 +235,7 @@ def test_a_policy_that_hardly_moves_raises_a_note():
 
 
 def test_irregularities_of_healthy_runs_raise_no_alarm(rewards):
-    """Differences of bf16, the largest KL of a run that learned, and single steps with equal rewards or without updates."""
+    """Differences of bf16, the largest KL of a run that learned, single steps with equal rewards or without updates."""
     usual = {"sampling/sampling_logp_difference/mean": (0.03, 0.03), "sampling/sampling_logp_difference/max": (2, 2)}
     history = steps(30, **UPDATED, **usual, lora_norm=(5, 7), reward=(0.4, 1.0))
     for step in (3, 11, 12):
