@@ -17,7 +17,7 @@ from rl.rollout import Episode
 from rl.run.metrics import mean
 
 WINDOW = 5  # number of latest steps to average, and of first steps to compare them with
-SMALL_GAIN = 0.05  # a rise of held-out accuracy below this, and not beyond its confidence interval, is no gain
+SMALL_GAIN = 0.05  # a smaller gain of held-out accuracy does not count, unless its confidence interval excludes 0
 LENGTH_GROWTH = 1.5  # the mean completion length has grown if it is this many times the earlier one
 DIVERGED_KL = 1.0  # nats per token: at most 0.7 in forty runs of the tiny model, 1.4 to 15 in six that degenerated
 MEAN_MISMATCH = 0.1  # sampler vs. trainer, nats per token: 1e-6 in fp32, 0.01 to 0.03 in bf16
@@ -86,7 +86,7 @@ def values(metrics: list[dict], name: str) -> list[float]:
 
 
 def recent(history: list[dict], name: str) -> float:
-    """Return the mean of a metric over the last WINDOW steps; NaN if there is none, so that comparisons are false."""
+    """Return the mean of a metric over the last WINDOW steps; NaN if there are none, so that comparisons are false."""
     return mean(values(history[-WINDOW:], name))
 
 
@@ -124,13 +124,13 @@ def find_hacking(
         rise = after - before - Z95 * math.sqrt(variance)
         if rise > _judge_weight(judges, rewards) * max(0, high, gain["ci95_sampled"][1]):
             alarms["hacking"] = (
-                f"since step {base} the training reward has risen ({before:.2f} to {after:.2f}) and {accuracy}: the "
+                f"since step {base} the training reward has risen ({before:.2f} to {after:.2f}) but {accuracy}: the "
                 "reward pays for something other than right answers; look at the completions with the highest reward"
             )
         before, after = (mean(values(steps, "completions/mean_length")) for steps in (base_steps, last_steps))
         if after >= LENGTH_GROWTH * before:
             alarms["length"] = (
-                f"since step {base} completions have grown ({before:.0f} to {after:.0f} tokens) and {accuracy}: look "
+                f"since step {base} completions have grown ({before:.0f} to {after:.0f} tokens) but {accuracy}: look "
                 "at the longest completions in rollouts/"
             )
     return alarms

@@ -6,7 +6,7 @@ checkpoints/
     adapter_model.safetensors ... the LoRA with its tokenizer and model card, in PEFT's format
     trainer_state.json            the step, the provenance of the run (settings and hashes), the last evaluation
     trainer_state.pt              the training state: optimizers, critic, random states (torch.load with weights_only)
-    SHA256SUMS                    checksums of the other files; to verify them: sha256sum -c SHA256SUMS
+    SHA256SUMS                    checksums of these files; to verify them: sha256sum -c SHA256SUMS
 
 A checkpoint is written to a temporary folder, synced to disk and renamed, so it is either complete or absent.
 """
@@ -256,10 +256,10 @@ def find_damage(folder: Path) -> str | None:
 
 
 def check_saved(policy: Policy, folder: Path, questions: list[Question], config: Config) -> tuple[int, int]:
-    """Compare greedy answers of the policy in memory and of its LoRA reloaded from `folder`, on some questions.
+    """Compare greedy answers of the policy in memory and of its LoRA reloaded from `folder` on some questions.
 
     Returns:
-        The number of these questions, and the number of them to which the reference gives a different answer.
+        The number of questions compared, and the number of answers that differ from those of the reference.
 
     Raises:
         RunError: If the reloaded LoRA gives different answers.

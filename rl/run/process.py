@@ -50,7 +50,9 @@ class StopSignals:
             print(f"\n{name}: stopping", flush=True)
             raise Stopped(self.exit_code)
         if is_first:
-            print(f"\n{name}: finishing and saving this step (press Ctrl-C again to stop now and lose it)", flush=True)
+            print(
+                f"\n{name}: finishing and saving this step (press Ctrl-C again to stop at once and lose it)", flush=True
+            )
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
@@ -80,7 +82,7 @@ class Tee:
     def __init__(self, stream, copy):
         self.stream = stream
         self.copy = copy
-        self.is_lost = False
+        self.is_closed = False
 
     def write(self, text: str) -> int:
         self._try("write", text)
@@ -91,10 +93,10 @@ class Tee:
 
     def _try(self, method: str, *args) -> None:
         try:
-            if not self.is_lost:
+            if not self.is_closed:
                 getattr(self.stream, method)(*args)
         except (OSError, ValueError):
-            self.is_lost = True
+            self.is_closed = True
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # Python flushes the stream at exit
         except RuntimeError:  # a signal handler printed during another print

@@ -53,7 +53,7 @@ class Run:
         self.config = config
         self.settings = settings
         self.rewards = rewards
-        self.num_questions = len(train_rows), len(eval_rows)
+        self.num_rows = len(train_rows), len(eval_rows)
         self.notes = notes
         self.step = 0
         self.history: list[dict] = []
@@ -85,7 +85,7 @@ class Run:
             self.notes += checkpoints.check_provenance(self.resumed_from, self.provenance, accept)
             self.step = self.resumed_from.step
         self.folder.check_resumable()
-        self.folder.check_complete(self.step, self.num_questions[1])
+        self.folder.check_complete(self.step, self.num_rows[1])
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -141,15 +141,7 @@ class Run:
         machine = describe_machine(policy.device)
         print(
             report.run_header(
-                config,
-                machine,
-                self.folder.path,
-                policy,
-                critic,
-                agreement,
-                self.rewards,
-                self.num_questions,
-                self.step,
+                config, machine, self.folder.path, policy, critic, agreement, self.rewards, self.num_rows, self.step
             )
         )
         if policy.fallback_reason:
