@@ -1,7 +1,8 @@
 """Trackers for the metrics of a run, as listed in `report_to`. A tracker that fails is dropped with a warning.
 
 tensorboard writes to RUN/tensorboard. wandb writes to RUN/wandb and uploads according to `wandb login` and WANDB_MODE.
-trackio writes to the folder that `trackio show` reads. The project is "ponder"; for wandb, WANDB_PROJECT overrides it. A resumed run continues its tracked run.
+trackio writes to the folder that `trackio show` reads. The project is "ponder"; for wandb, WANDB_PROJECT
+overrides it. A resumed run continues its tracked run.
 """
 
 import contextlib
