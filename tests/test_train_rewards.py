@@ -51,11 +51,11 @@ def test_a_reward_that_raises_in_training(tmp_path):
     assert failed.stderr.count("\n") == 1
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 1  # what was done is kept, whole
     assert len(rollouts_of(tmp_path / "run")) == 24
-    assert "Stopped after step 1 of 3; no step was saved. To resume: python train.py" in failed.stdout
+    assert "Stopped after step 1 of 3" in failed.stdout and "To resume: python train.py" in failed.stdout
     (kept,) = lines(tmp_path / "run/failed.jsonl")
     assert (kept["step"], kept["prompt_id"], kept["row"]["gold"]) == (2, row["id"], row["gold"])
 
-    again = failed.stderr.strip().rpartition("To see it again: python ")[2].split()
+    again = failed.stderr.strip().rpartition(" python ")[2].split()
     assert (
         again
         == "-m grading self-test MY --rescore RUN/failed.jsonl".replace("MY", arguments[3])

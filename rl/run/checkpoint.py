@@ -1,14 +1,14 @@
-"""Checkpoints: all that a run needs to continue as if it had never been stopped.
+"""Checkpoints: the full state of a run, so that a resumed run gives the same result as an uninterrupted one.
 
 checkpoints/
-  last, best                      the names of the newest one and of the one with the highest held-out accuracy
+  last, best                      the names of the newest checkpoint and of the one with the highest held-out accuracy
   step_000050/
-    adapter_model.safetensors ... the LoRA with its tokenizer and card, as peft and others load it
-    trainer_state.json            the step, what the run was made with, its last evaluation
+    adapter_model.safetensors ... the LoRA with its tokenizer and model card, in PEFT's format
+    trainer_state.json            the step, the provenance of the run (settings and hashes), the last evaluation
     trainer_state.pt              the training state: optimizers, critic, random states (torch.load with weights_only)
-    SHA256SUMS                    of the files beside it, as `sha256sum -c SHA256SUMS` reads it
+    SHA256SUMS                    checksums of these files; to verify them: sha256sum -c SHA256SUMS
 
-A checkpoint is written beside its place, synced, and renamed: it is whole or it is not there.
+A checkpoint is written to a temporary folder, synced to disk and renamed, so it is either complete or absent.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
 from rl.run.files import describe_write_error, fsync_path, sha256, write_atomic, write_errors
 
-FORMAT = 2  # of trainer_state.json and trainer_state.pt
-# Settings that cannot change in the middle of a run.
+FORMAT = 2  # version of the format of trainer_state.json and trainer_state.pt
+# Settings and other provenance that cannot change during a run.
 FIXED = ("model adapter load_in_4bit lora_r lora_alpha algorithm critic optim seed runs_on held_out").split()
 # Compared by effect (file hash, resolved dtype), not by value.
 COMPARED_BY_HASH = ("rewards_file device dtype train_data eval_data train_questions eval_questions columns").split()
@@ -40,16 +40,16 @@ COMPARED_BY_HASH = ("rewards_file device dtype train_data eval_data train_questi
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that has been read."""
+    """The contents of a checkpoint in memory."""
 
     folder: Path
     step: int
-    meta: dict  # trainer_state.json
-    state: dict  # trainer_state.pt
+    meta: dict  # the contents of trainer_state.json
+    state: dict  # the contents of trainer_state.pt
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. keep: the number of newest ones that stay, beside the best; 0 keeps all."""
+    """The checkpoints of a run folder. keep: the number of newest ones to keep in addition to the best; 0: all."""
 
     def __init__(self, run: Path, keep: int):
         self.run = run
@@ -60,9 +60,9 @@ class Checkpoints:
         return self.path / f"step_{step:06d}"
 
     def save(self, step: int, policy: Policy, card: str, meta: dict, state: dict, best: int) -> Path:
-        """Write the checkpoint of a step, replacing an existing one. best: the step of the best evaluation so far.
+        """Write the checkpoint of a step, and replace an existing one. best: the step of the best evaluation so far.
 
-        Raises RunError if it cannot be written.
+        Raises RunError if the checkpoint cannot be written.
         """
         folder = self.folder(step)
         unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -76,9 +76,8 @@ class Checkpoints:
             text = json.dumps(meta, indent=2, default=str) + "\n"
             (unfinished / "trainer_state.json").write_text(text, encoding="utf-8")
             torch.save(state, unfinished / "trainer_state.pt")
-            files = [
-                file for file in sorted(unfinished.iterdir()) if file.name != "README.md"
-            ]  # a person may edit the card
+            # Users may edit the model card, so it has no checksum.
+            files = [file for file in sorted(unfinished.iterdir()) if file.name != "README.md"]
             sums = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
             (unfinished / "SHA256SUMS").write_text(sums, encoding="utf-8")
             for file in (*unfinished.iterdir(), unfinished):
@@ -91,17 +90,14 @@ class Checkpoints:
             self.mark(step, best)
             shutil.rmtree(replaced, ignore_errors=True)
             self.prune()
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
+        # torch and safetensors raise their own errors if the disk is full.
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise RunError(describe_write_error(folder, error)) from error
         return folder
 
     def mark(self, last: int, best: int) -> None:
-        """Write the names of these steps' checkpoints, if they exist, into checkpoints/last and checkpoints/best."""
+        """Write the names of the checkpoints of these steps to checkpoints/last and checkpoints/best, if they exist."""
         for name, step in (("last", last), ("best", best)):
             if self.folder(step).is_dir():
                 write_atomic(self.path / name, self.folder(step).name + "\n")
@@ -109,128 +105,129 @@ class Checkpoints:
                 (self.path / name).unlink(missing_ok=True)
 
     def marked(self, name: str) -> Path | None:
-        """The checkpoint that checkpoints/NAME names, if it exists."""
+        """Return the checkpoint named in the file checkpoints/NAME (last or best), or None if it does not exist."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             folder = self.path / (self.path / name).read_text(encoding="utf-8").strip()
             return folder if folder in self.all() else None
 
     def all(self) -> list[Path]:
-        """Every checkpoint, the oldest first."""
+        """Return all checkpoints, oldest first."""
         return sorted(folder for folder in self.path.glob("step_*") if folder.name[5:].isdigit())
 
     def prune(self) -> None:
-        """Remove old checkpoints, beyond the newest `keep` and the best."""
+        """Remove all checkpoints but the newest `keep` and the best."""
         best = self.marked("best")
         for folder in self.all()[: -self.keep] if self.keep else ():
             if folder != best:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def repair(self) -> None:
-        """Finish or undo a save that was killed."""
+        """Complete or undo a save that was interrupted."""
         for replaced in self.path.glob("step_*.replaced"):
             if not replaced.with_suffix("").exists():
                 replaced.rename(replaced.with_suffix(""))
-        for left in [*self.path.glob("*.replaced"), *self.path.glob("*.unfinished")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for leftover in [*self.path.glob("*.replaced"), *self.path.glob("*.unfinished")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: these steps will be made again."""
+        """Remove the checkpoints of later steps, which the resumed run repeats."""
         for folder in reversed(self.all()):
             if folder > self.folder(step):
                 shutil.rmtree(folder)
 
-    def to_resume(self, named: Path, accept_changes: bool) -> Path | None:
-        """The newest checkpoint if `named` is the run folder, else the one named; None if there is none yet.
+    def choose(self, path: Path, accept_changes: bool) -> Path | None:
+        """Return the checkpoint to resume from: the newest if `path` is the run folder, else the one at `path`.
 
-        Raises ConfigError if there is no such checkpoint, or if intact later ones would be lost.
+        Returns None if the run has no checkpoint yet. Raises ConfigError if there is no checkpoint at `path`, or if
+        newer intact checkpoints would be lost and `accept_changes` is False.
         """
         with write_errors(self.path):
             self.repair()
         folders = self.all()
-        if named.resolve() == self.run.resolve():
+        if path.resolve() == self.run.resolve():
             return folders[-1] if folders else None
-        chosen = next((folder for folder in folders if folder.resolve() == named.resolve()), None)
+        chosen = next((folder for folder in folders if folder.resolve() == path.resolve()), None)
         if not chosen:
-            names = ", ".join(f.name for f in folders) or "none yet"
-            raise ConfigError(f"resume: there is no checkpoint {named}; there are {names}")
-        later = [folder.name for folder in folders if folder > chosen and not damage(folder)]
-        if later and not accept_changes:
+            names = ", ".join(f.name for f in folders) or "none"
+            raise ConfigError(f"resume: there is no checkpoint {path}; available checkpoints: {names}")
+        newer = [folder.name for folder in folders if folder > chosen and not damage(folder)]
+        if newer and not accept_changes:
             raise ConfigError(
-                f"resume: {', '.join(later)} came after {chosen.name} and would be lost, with the logs of these steps: add "
-                "--accept-changes if that is wanted, or copy the run folder"
+                f"resume: checkpoints newer than {chosen.name} would be deleted, with the logs of their steps: "
+                f"{', '.join(newer)}. To delete them, add --accept-changes; to keep them, copy the run folder first"
             )
         return chosen
 
     def read(self, folder: Path) -> Checkpoint:
-        """Read a checkpoint, once every file in it has proved whole. Raises ConfigError if one has not."""
+        """Verify the files of a checkpoint and load them. Raises ConfigError if a file is damaged."""
         if problem := damage(folder):
-            raise ConfigError(f"resume: {folder} cannot be used: {problem}; {self.older_than(folder)}")
+            raise ConfigError(f"resume: {folder} cannot be used: {problem}. {self.suggest_older(folder)}")
         meta = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         if meta.get("format") != FORMAT:
             raise ConfigError(
-                f"resume: {folder} was written by another version of Ponder, in another format; to begin a new run with its "
+                f"resume: {folder} was written in the format of another version of Ponder. To start a new run from its "
                 f"LoRA: --adapter {folder}"
             )
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         return Checkpoint(folder, meta["step"], meta, state)
 
-    def older_than(self, folder: Path) -> str:
-        """Advice if a checkpoint is damaged: the newest older one that is intact."""
+    def suggest_older(self, folder: Path) -> str:
+        """Return the advice for a damaged checkpoint: to resume from the newest intact one before it."""
         for other in reversed([other for other in self.all() if other < folder]):
             if not damage(other):
-                return f"the one before it can: python train.py --resume {other}"
-        return "there is no older one that can: start a new run"
+                return f"To resume from the last intact checkpoint before it: python train.py --resume {other}"
+        return "No older checkpoint is intact: start a new run"
 
-    def check_same(self, checkpoint: Checkpoint, made: dict, accept_changes: bool) -> list[str]:
-        """Compare what the run is made with now and was made with then.
+    def check_provenance(self, checkpoint: Checkpoint, provenance: dict, accept_changes: bool) -> list[str]:
+        """Compare the current settings, rewards, questions and model with those of the checkpoint.
 
         Args:
-            made: from `made_with`, and once it is known, the model's fingerprint.
+            provenance: From `run_provenance`, with the model's fingerprint once the model is loaded.
 
         Returns:
             Notes on accepted changes.
 
         Raises:
-            ConfigError: something changed that must not, or without --accept-changes.
+            ConfigError: If something has changed that cannot change, or that was not accepted with --accept-changes.
         """
-        then = checkpoint.meta["made"]
+        saved = checkpoint.meta["made"]
         folder = checkpoint.folder
-        changed = {
-            name: f"{name} {shorten(str(old), 40)} -> {shorten(str(made['config'][name]), 40)}"
-            for name, old in then["config"].items()
-            if name in made["config"] and name not in COMPARED_BY_HASH and made["config"][name] != old
+        changes = {
+            name: f"{name} {shorten(str(old), 40)} -> {shorten(str(provenance['config'][name]), 40)}"
+            for name, old in saved["config"].items()
+            if name in provenance["config"] and name not in COMPARED_BY_HASH and provenance["config"][name] != old
         }
-        if made["runs_on"] != then["runs_on"]:
-            changed["runs_on"] = f"it ran on {then['runs_on']}, and would now on {made['runs_on']}"
-        if made["held_out"] != then["held_out"]:
-            changed["held_out"] = "the held-out questions are others"
-        if fixed := [text for name, text in changed.items() if name in FIXED]:
+        if provenance["runs_on"] != saved["runs_on"]:
+            changes["runs_on"] = f"device and dtype {saved['runs_on']} -> {provenance['runs_on']}"
+        if provenance["held_out"] != saved["held_out"]:
+            changes["held_out"] = "the held-out questions have changed"
+        if fixed := [text for name, text in changes.items() if name in FIXED]:
             raise ConfigError(
-                f"resume: {'; '.join(fixed)}: this cannot change in the middle of a run; to begin a new one with its LoRA: "
+                f"resume: {'; '.join(fixed)}: this cannot change during a run. To start a new run from its LoRA: "
                 f"--adapter {folder}"
             )
-        if made.get("model", then["model"]) != then["model"]:
+        if provenance.get("model", saved["model"]) != saved["model"]:
             raise ConfigError(
-                f"resume: {folder} belongs to another base model, or reference adapter, than {made['config']['model']} is "
-                "now: put that one back, or start a new run"
+                f"resume: the weights of {provenance['config']['model']} or of the reference adapter have changed "
+                f"since {folder} was saved: restore the original weights, or start a new run"
             )
-        texts = list(changed.values())
-        if made["rewards"] != then["rewards"]:
-            copies = [str(copy) for copy in self.run.glob("rewards*.py") if sha256(copy) == then["rewards"]]
-            hint = f" (its copy: {copies[0]})" if copies else ""
-            texts.append(f"{made['config']['rewards_file']} is not what the run was scored with{hint}")
-        if made["questions"] != then["questions"]:
-            texts.append("the training questions are others")
+        texts = list(changes.values())
+        if provenance["rewards"] != saved["rewards"]:
+            copies = [str(copy) for copy in self.run.glob("rewards*.py") if sha256(copy) == saved["rewards"]]
+            hint = f" (original: {copies[0]})" if copies else ""
+            texts.append(f"{provenance['config']['rewards_file']} differs from the reward file of the run{hint}")
+        if provenance["questions"] != saved["questions"]:
+            texts.append("the training questions have changed")
         if texts and not accept_changes:
             raise ConfigError(
-                f"resume: since {folder.name}: {'; '.join(texts)}. To continue with the changes, add --accept-changes; "
-                "otherwise undo them"
+                f"resume: changed since {folder.name}: {'; '.join(texts)}. To resume with these changes, add "
+                "--accept-changes; otherwise undo them"
             )
         return [f"changed since {folder.name}: {text}" for text in texts]
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if all of them are as they were written."""
+    """Return a description of the first damaged file of a checkpoint; None if all files are intact."""
     try:
         return find_damage(folder)
     except OSError as error:
@@ -238,11 +235,11 @@ def damage(folder: Path) -> str | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """As `damage`; raises OSError if a file cannot be read."""
+    """Check the files of a checkpoint for `damage`. Raises OSError if a file cannot be read."""
     if not (folder / "SHA256SUMS").is_file():
         if not (folder / "trainer_state.pt").exists() and (folder / "adapter_model.safetensors").exists():
-            return f"it holds the LoRA alone, without the optimizer (to begin a new run with it: --adapter {folder})"
-        return "it has no SHA256SUMS"
+            return f"it has only the LoRA, without the optimizer state (to start a new run from it: --adapter {folder})"
+        return "SHA256SUMS is missing"
     sums = {}
     for line in (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines():
         expected, _, name = line.partition("  ")
@@ -254,18 +251,18 @@ def find_damage(folder: Path) -> str | None:
         if name not in sums:
             return f"SHA256SUMS does not list {name}"
         if sha256(folder / name) != sums[name]:
-            return f"{name} has changed since it was written, or is cut short"
+            return f"{name} is truncated, or has changed since it was written"
     return None
 
 
 def check_saved(policy: Policy, folder: Path, questions: list[Question], config: Config) -> tuple[int, int]:
-    """Compare greedy answers of the policy in memory with those of its LoRA read back from `folder`.
+    """Compare greedy answers of the policy in memory and of its LoRA reloaded from `folder` on some questions.
 
     Returns:
-        The number of questions, and how many of them the reference answers differently.
+        The number of questions compared, and the number of answers that differ from those of the reference.
 
     Raises:
-        RunError: the saved LoRA answers differently.
+        RunError: If the reloaded LoRA gives different answers.
     """
     prompts = [question.prompt_ids for question in questions[:: max(1, len(questions) // 16)]]
 
@@ -281,16 +278,20 @@ def check_saved(policy: Policy, folder: Path, questions: list[Question], config:
     in_memory = greedy_answers()
     with reloaded_adapter(policy, folder):
         if greedy_answers() != in_memory:
-            raise RunError(f"{folder}, read back, answers otherwise than the policy in memory: do not use it")
+            raise RunError(
+                f"{folder}: the saved LoRA, read back, gives other answers than the policy in memory: do not use it"
+            )
     with policy.reference():
         return len(prompts), sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
 
 
-# --- what a checkpoint is compared by, and the parts of the state that have no owner
+# --- the provenance of a run, and the state that belongs to no other object
 
 
-def made_with(settings: dict, rewards_file: Path, train_rows: list[dict], eval_rows: list[dict], runs_on: str) -> dict:
-    """What a run is made with: settings, hashes of its reward file and questions, device and dtype, as JSON values."""
+def run_provenance(
+    settings: dict, rewards_file: Path, train_rows: list[dict], eval_rows: list[dict], runs_on: str
+) -> dict:
+    """Return settings, hashes of the reward file and the questions, device and dtype of a run, as JSON values."""
     return {
         "config": json.loads(json.dumps(settings, default=str)),
         "rewards": sha256(rewards_file),
@@ -308,10 +309,13 @@ def hash_rows(rows: list[dict]) -> str:
 
 
 def fingerprint(policy: Policy) -> str:
-    """A hash of the base model and the frozen reference LoRA: shapes and weights; samples of large ones, without NF4's bytes."""
+    """Return a hash of the base model and the frozen reference LoRA.
+
+    It covers names, shapes and weights. Large tensors are sampled, and the packed bytes of NF4 weights are left out.
+    """
     sha = hashlib.sha256()
     for name, p in policy.model.named_parameters():
-        if ".default." in name or ".critic." in name:  # trained
+        if ".default." in name or ".critic." in name:  # trainable
             continue
         sha.update(f"{name.replace('.base_layer', '')} {p.dtype.is_floating_point}".encode())
         if p.dtype.is_floating_point:
@@ -321,19 +325,19 @@ def fingerprint(policy: Policy) -> str:
 
 
 def shrunk_settings(config: Config) -> dict[str, int]:
-    """The settings that are halved when memory runs out, as they are now."""
+    """Return the current values of the settings that are halved when memory runs out."""
     return {name: getattr(config, name) for name in AUTO_SHRUNK}
 
 
 def seed_all(seed: int) -> None:
-    """Seed python, numpy and torch: reward functions may use them."""
+    """Seed python, numpy and torch, whose generators reward functions may use."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 class RandomState:
-    """The random states of python, numpy and torch, which reward functions may use, and the generator of the roll-out."""
+    """The random states of python, numpy and torch, which reward functions may use, and of the roll-out's generator."""
 
     def __init__(self, generator: torch.Generator, seed: int):
         self.generator = generator

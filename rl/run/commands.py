@@ -1,4 +1,4 @@
-"""What train.py does instead of training: --dry-run, --probe and --eval-only."""
+"""The commands of train.py other than training: --dry-run, --probe and --eval-only."""
 
 import dataclasses
 import json
@@ -16,18 +16,21 @@ from rl.run.process import StopSignals
 from rl.run.read_config import saved_settings
 
 PROBE_STEPS = 2
-PROBE_QUESTIONS = 16  # held-out questions that a probe answers
+PROBE_QUESTIONS = 16  # number of held-out questions that a probe evaluates
 
 
 def dry_run(config: Config) -> None:
-    """Predict memory and time, and print them."""
+    """Print the predicted memory and time of a run."""
     from rl.fit.dry_run import dry_run
 
     print(dry_run(config, prompts=local_prompts(config.train_data, config.eval_data, config.columns)))
 
 
 def eval_only(config: Config, name: str) -> None:
-    """Answer the held-out questions: the model without its LoRA, and if there is an adapter, with it."""
+    """Evaluate the base model on the held-out questions, then the model with its adapter if there is one.
+
+    name: the name of the recipe, for the run folder.
+    """
     started = time.perf_counter()
     settings = saved_settings(config)
     sandbox.start(config.code_timeout, config.unsafe_run_model_code)
@@ -54,17 +57,17 @@ def eval_only(config: Config, name: str) -> None:
     questions = policy.encode(eval_rows)
     check_sampler(policy, questions)
     if policy.fallback_reason:
-        notes.append(f"the model's own forward is used, which is slower: {policy.fallback_reason}")
+        notes.append(f"falling back to the model's own forward pass, which is slower: {policy.fallback_reason}")
     folder.open()
     try:
         folder.write_settings(settings, rewards.path, step=0)
-        lines = [f"Ponder on {describe_machine(policy.device)}; everything goes into {folder.path}"]
+        lines = [f"Ponder on {describe_machine(policy.device)}, run folder {folder.path}"]
         lines += report.describe_model(config, policy, critic=None)
         lines.append(f"data     {len(eval_rows):,} eval questions")
         print("\n  ".join(lines))
         for note in [*notes, *config.notes()]:
             print(f"  note     {note}")
-        for warning in report.warnings_of(config):
+        for warning in report.run_warnings(config):
             print(f"  WARNING  {warning}")
         seed_all(config.seed)
         with policy.model.disable_adapter():
@@ -92,9 +95,9 @@ def eval_only(config: Config, name: str) -> None:
 
 
 def probe(config: Config, train: Callable[[Config, str, StopSignals], None], signals: StopSignals) -> None:
-    """Make a run of two steps, and print what it took: seconds, memory, and the batch settings that fit. Nothing is kept.
+    """Run two steps and print the time, the memory and the batch settings that fit. Nothing is saved.
 
-    train: the function that trains; a run does more than a step, so it is the run that is measured.
+    train: the training function. A whole run is measured, because it does more than its steps.
     """
     with tempfile.TemporaryDirectory(prefix="ponder-probe-") as folder:
         changes = {"max_steps": PROBE_STEPS, "eval_questions": PROBE_QUESTIONS, "critic_warmup_steps": 0}
@@ -105,14 +108,14 @@ def probe(config: Config, train: Callable[[Config, str, StopSignals], None], sig
     evaluations = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)
     questions = summary["eval"]["before"]["n"] + summary["eval"]["after"]["n"]
     evaluation = summary["seconds"]["eval"] / questions * config.eval_questions
-    whole = summary["seconds"]["setup"] + last["step_time"] * config.max_steps + evaluation * evaluations
+    total = summary["seconds"]["setup"] + last["step_time"] * config.max_steps + evaluation * evaluations
     memory = summary["memory"]
     sizes = memory["rollout_batch_size"], memory["max_tokens_per_micro_batch"]
     print(f"""
-Probed: {PROBE_STEPS} steps, nothing is kept.
-  a step   {last["step_time"]:.1f} s (rollout {last["time/rollout"]:.1f}, update {last["time/update"]:.1f}), completions of \
-{last["completions/mean_length"]:.0f} tokens; longer ones take longer
-  a run    about {report.clock(whole)}: {config.max_steps} steps and {evaluations} evaluations of about \
-{report.clock(evaluation)}
-  memory   {report.memory(memory)}
-  fits     rollout_batch_size {sizes[0]}, max_tokens_per_micro_batch {sizes[1]}""")
+Probe of {PROBE_STEPS} steps (nothing was saved):
+  step     {last["step_time"]:.1f} s (rollout {last["time/rollout"]:.1f} s, update {last["time/update"]:.1f} s) with \
+{last["completions/mean_length"]:.0f} tokens per completion; longer completions take longer
+  run      about {report.clock(total)}: {config.max_steps} steps, and {evaluations} evaluations of about \
+{report.clock(evaluation)} each
+  memory   {report.describe_memory(memory)}
+  batch    rollout_batch_size {sizes[0]} and max_tokens_per_micro_batch {sizes[1]} fit in memory""")

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, as JSON that other programs read. Imports no torch."""
+"""Reading and writing the files of a run: atomic writes, checksums and JSON. Imports no torch."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from rl.config import RunError
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, sync it, and rename it, so that no reader and no crash meets half of it."""
+    """Write a temporary file, sync it and rename it, so that a file is never incomplete, even after a crash."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -28,9 +28,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """fsync a file, or a folder if the system can."""
+    """fsync a file, or a folder if the system supports it."""
     try:
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows syncs only what it may write
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows syncs only writable files
         try:
             os.fsync(descriptor)
         finally:
@@ -42,7 +42,7 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_errors(path: Path):
-    """Turn an OSError while writing into a RunError of one line."""
+    """Raise an OSError from writing `path` as a RunError with a one-line message."""
     try:
         yield
     except OSError as error:
@@ -50,30 +50,32 @@ def write_errors(path: Path):
 
 
 def describe_write_error(path: Path, error: Exception) -> str:
-    """One line for a file that could not be written."""
+    """Return a one-line message for a file that could not be written."""
     problem = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     with contextlib.suppress(OSError):
         if shutil.disk_usage(path.parent).free < 2**20:
-            problem = "the disk is full: make room"
+            problem = "the disk is full: free some space"
     return f"{path} cannot be written: {problem}"
 
 
 def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def to_json(value, indent: int | None = None) -> str:
-    """JSON with null for nan and inf, and text for values that JSON does not have (a date, a decimal)."""
+    """Return a value as JSON. NaN and infinity become null; values of other types (dates, decimals) become text."""
     return json.dumps(replace_nan(value), ensure_ascii=False, indent=indent, default=str)
 
 
 def to_jsonl(records: list[dict]) -> str:
+    """Return one line of JSON per record."""
     return "".join(to_json(record) + "\n" for record in records)
 
 
 def replace_nan(value):
-    """The value with None in place of nan and inf, which JSON does not have."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: replace_nan(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -82,7 +84,7 @@ def replace_nan(value):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The records of a .jsonl file; none if it does not exist."""
+    """Return the records of a .jsonl file; an empty list if it does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

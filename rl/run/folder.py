@@ -1,7 +1,7 @@
-"""The run folder: everything that a run leaves behind, in files that other programs read.
+"""The run folder: all files that a run writes, in formats that other programs can read.
 
 config.yaml  rewards.py  metrics.jsonl  rollouts/000012.jsonl  tokens/000012.json  eval/*.jsonl  checkpoints/
-summary.json  curve.png  console.log  lock  and failed.jsonl, if a reward function has stopped the run
+summary.json  curve.png  console.log  lock  failed.jsonl (if a reward function stopped the run)
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from rl.run.checkpoint import Checkpoints
 from rl.run.files import describe_write_error, read_jsonl, to_json, to_jsonl, write_atomic, write_errors
 from rl.run.process import Console
 
-# What a run that was killed at its very start leaves; config.yaml makes it a run.
+# Files of a run that was killed before it wrote config.yaml. A folder with nothing else is free for a new run.
 LEFTOVERS = set("eval rollouts tokens checkpoints lock console.log rewards.py rewards.py.unfinished".split())
 LEFTOVERS.add("config.yaml.unfinished")
 
 
 def choose_folder(config: Config, name: str) -> Path:
-    """output_dir, or runs/NAME-TIME. Raises ConfigError if there is a run already: none is overwritten."""
+    """Return output_dir, or runs/NAME-TIME if it is not set. Raises ConfigError if output_dir is in use."""
     path = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume or not config.output_dir:
         return path
     if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - LEFTOVERS):
-        hint = f", resume it with --resume {path}" if (path / "config.yaml").exists() else ""
-        raise ConfigError(f"output_dir: {path} exists already: choose another{hint}, or remove it")
+        hint = f", resume the run with --resume {path}" if (path / "config.yaml").exists() else ""
+        raise ConfigError(f"output_dir: {path} exists already: choose another folder{hint}, or delete it")
     return path
 
 
 class RunFolder:
-    """Writes and reads the files of one run. Every method raises RunError if a file cannot be written.
+    """Reads and writes the files of one run. All methods raise RunError if a file cannot be written.
 
-    `open` keeps other runs out of the folder, and copies the console into console.log; `close` ends both.
+    `open` locks the folder against other runs and starts copying the console to console.log; `close` ends both.
     """
 
     def __init__(self, path: Path, config: Config):
@@ -59,18 +59,18 @@ class RunFolder:
                 if not (self.path / name).is_dir():
                     (self.path / name).mkdir(parents=True)
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
+            raise ConfigError(f"output_dir: {self.path} cannot be created: {error.strerror}") from None
         self.checkpoints = Checkpoints(self.path, self.config.save_total_limit)
-        self.lock = filelock.FileLock(self.path / "lock", timeout=1.0)  # the page holds it for a moment to look
+        self.lock = filelock.FileLock(self.path / "lock", timeout=1.0)  # the page holds it briefly to check for a run
         self.console = Console(self.path / "console.log")
         with write_errors(self.path / "lock"):
             try:
                 self.lock.acquire()
             except filelock.Timeout:
                 raise RunError(
-                    f"{self.path} is in use by a run that is still running; to end it: touch {self.path / 'STOP'}"
+                    f"{self.path} is in use by a run that is still active; to stop that run: touch {self.path / 'STOP'}"
                 ) from None
-            (self.path / "STOP").unlink(missing_ok=True)  # left from before
+            (self.path / "STOP").unlink(missing_ok=True)  # of an earlier run
             self.console.__enter__()
         self.is_open = True
 
@@ -84,17 +84,17 @@ class RunFolder:
             write_atomic(self.path / name, content)
 
     def write_settings(self, settings: dict, rewards_file: Path, step: int) -> None:
-        """Copy what the run is made with; what it was made with up to this step stays beside it if it was different."""
+        """Write the settings and copy the reward file. Back up existing ones that differ, as *_until_step_NNNNNN."""
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
         for name, content in {"rewards.py": rewards_file.read_bytes(), "config.yaml": text}.items():
             path = self.path / name
-            before = path.with_stem(f"{path.stem}_until_step_{step:06d}")
-            if path.exists() and step and not before.exists() and path.read_bytes() != content:
-                self.write(before.name, path.read_bytes())
+            backup = path.with_stem(f"{path.stem}_until_step_{step:06d}")
+            if path.exists() and step and not backup.exists() and path.read_bytes() != content:
+                self.write(backup.name, path.read_bytes())
             self.write(name, content)
 
     def append_metrics(self, metrics: dict) -> None:
-        """Add a line in one write, so that no reader meets half of it, and sync it."""
+        """Append a line to metrics.jsonl in one write, so that readers see whole lines, and sync it."""
         path = self.path / "metrics.jsonl"
         with write_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(to_json(metrics) + "\n")
@@ -102,7 +102,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def write_rollouts(self, step: int, episodes: list[Episode]) -> None:
-        """Every completion of a step, with its rewards, verdict and mean advantage."""
+        """Write every completion of a step with its rewards, verdict and mean advantage."""
         self.write(f"rollouts/{step:06d}.jsonl", to_jsonl([describe_episode(e, self.config) for e in episodes]))
 
     def write_tokens(self, step: int, tokens: dict) -> None:
@@ -112,7 +112,11 @@ class RunFolder:
         self.write(f"eval/{name}.jsonl", to_jsonl(evaluation.lines()))
 
     def write_failed(self, error: RewardError, rewards: Rewards) -> RewardError:
-        """Add the completions on which a reward function failed to failed.jsonl. Returns the error, with a command to repeat it."""
+        """Append the completions on which a reward function failed to failed.jsonl.
+
+        Returns:
+            The error, with a command that reproduces it.
+        """
         path = self.path / "failed.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -121,39 +125,39 @@ class RunFolder:
             return RewardError(f"{error}. ({describe_write_error(path, problem)})")
         is_default = rewards.path == Path("rewards.py").resolve()
         script = "rewards.py" if is_default else f"-m grading self-test {shlex.quote(str(rewards.path))}"
-        return RewardError(f"{error}. To see it again: python {script} --rescore {shlex.quote(str(path))}")
+        return RewardError(f"{error}. To reproduce it: python {script} --rescore {shlex.quote(str(path))}")
 
     # --- resuming
 
     def history(self) -> list[dict]:
-        """The metrics of each step so far, with nan in place of null."""
+        """Return the metrics of each step, with NaN in place of null."""
         lines = read_jsonl(self.path / "metrics.jsonl")
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
     def evaluations(self) -> dict[int, Evaluation]:
-        """The evaluations in the folder by their steps, in order; without eval/after.jsonl."""
-        files = {evaluated_at(file): file for file in self.path.glob("eval/*.jsonl")}
+        """Return the evaluations by step, in order, without eval/after.jsonl."""
+        files = {evaluation_step(file): file for file in self.path.glob("eval/*.jsonl")}
         return {step: Evaluation.from_lines(read_jsonl(files[step])) for step in sorted(files.keys() - {None})}
 
     def check_resumable(self) -> None:
-        """Raise ConfigError if the run has finished, or its checkpoints are gone, unless changes are accepted."""
+        """Raise ConfigError if the run has finished or its checkpoints are missing, unless --accept-changes is set."""
         summary = {}
         with contextlib.suppress(OSError, ValueError):
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        logged = len(self.metrics_lines())
+        num_steps = len(self.metrics_lines())
         if summary.get("finished") and not self.config.accept_changes:
-            more = "--max-steps N" if logged >= self.config.max_steps else "--early-stopping 0"
+            option = "--max-steps N" if num_steps >= self.config.max_steps else "--early-stopping 0"
             raise ConfigError(
-                f"resume: {self.path} has finished, with step {logged}; to train on: {more} --accept-changes"
+                f"resume: {self.path} has finished at step {num_steps}. To train on, add {option} --accept-changes"
             )
-        if not self.checkpoints.all() and not self.config.accept_changes and 0 < self.config.save_steps < logged:
+        if not self.checkpoints.all() and not self.config.accept_changes and 0 < self.config.save_steps < num_steps:
             raise ConfigError(
-                f"resume: {self.path} has {logged} steps in its logs, but no checkpoint; to begin from its first step, and "
-                "lose these: --accept-changes"
+                f"resume: {self.path} has logs of {num_steps} steps but no checkpoint. To restart it from step 1 and "
+                "delete these logs, add --accept-changes"
             )
 
     def metrics_lines(self) -> list[bytes]:
-        """The complete lines of metrics.jsonl; the last one may be cut short."""
+        """Return the complete lines of metrics.jsonl; a crash can truncate the last line."""
         path = self.path / "metrics.jsonl"
         return (
             [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -162,29 +166,32 @@ class RunFolder:
         )
 
     def check_complete(self, step: int, num_questions: int) -> None:
-        """Raise ConfigError unless metrics and evaluations up to this step are as they were written."""
+        """Raise ConfigError if metrics of steps up to this one, or answers of their evaluations, are missing."""
         lines = self.metrics_lines()
         problem = ""
         if len(lines) < step:
-            problem = f"{self.path / 'metrics.jsonl'} has {len(lines)} steps, but had {step}"
-        evaluated = [0] + [json.loads(line)["step"] for line in lines[:step] if b'"eval/accuracy"' in line]
-        for number in evaluated if step else ():
-            file = self.evaluation_file(number)
-            found = file.read_bytes().count(b"\n") if file.exists() else 0
-            if found != num_questions:
-                problem = f"{file} has {found} of {num_questions} questions"
+            problem = f"{self.path / 'metrics.jsonl'} has {len(lines)} steps, but the checkpoint is of step {step}"
+        eval_steps = [0] + [json.loads(line)["step"] for line in lines[:step] if b'"eval/accuracy"' in line]
+        for eval_step in eval_steps if step else ():
+            file = self.evaluation_file(eval_step)
+            num_lines = file.read_bytes().count(b"\n") if file.exists() else 0
+            if num_lines != num_questions:
+                problem = f"{file} has {num_lines} of {num_questions} questions"
         if problem:
-            raise ConfigError(f"resume: {problem}: put back what it was, or resume from an older checkpoint")
+            raise ConfigError(f"resume: {problem}: restore the file, or resume from an older checkpoint")
 
-    def cut_back(self, step: int) -> None:
-        """Remove what belongs to later steps. If more steps follow a finished run, its final evaluation becomes one among others."""
+    def rewind(self, step: int) -> None:
+        """Remove the files and log lines of later steps.
+
+        If a finished run is continued, its final evaluation becomes the evaluation of its last step.
+        """
         with write_errors(self.path):
             after = self.path / "eval/after.jsonl"
             is_last = self.checkpoints.all()[-1:] == [self.checkpoints.folder(step)]
             if after.exists() and is_last and step < self.config.max_steps:
                 after.replace(self.evaluation_file(step))
             after.unlink(missing_ok=True)
-            self.checkpoints.drop_after(step)  # first: an older checkpoint does not miss what is removed below
+            self.checkpoints.drop_after(step)  # first: the older checkpoint needs none of the files removed below
             if (self.path / "metrics.jsonl").exists():
                 size = sum(map(len, self.metrics_lines()[:step]))
                 os.truncate(self.path / "metrics.jsonl", size)
@@ -192,7 +199,7 @@ class RunFolder:
                 if file.stem.isdigit() and int(file.stem) > step:
                     file.unlink()
             for file in self.path.glob("eval/*.jsonl"):
-                if (evaluated_at(file) or 0) > step or step == 0:
+                if (evaluation_step(file) or 0) > step or step == 0:
                     file.unlink()
             if step == 0:
                 (self.path / "summary.json").unlink(missing_ok=True)
@@ -202,22 +209,22 @@ class RunFolder:
 
 
 def make_new_folder(path: Path) -> Path:
-    """Make it, with a number behind it if another run has begun in the same second, or the clock was set back."""
-    for other in itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))):
+    """Create a folder and return its path, with a number appended if it exists (of a run begun in the same second)."""
+    for candidate in itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            other.mkdir(parents=True)
-            return other
+            candidate.mkdir(parents=True)
+            return candidate
 
 
-def evaluated_at(file: Path) -> int | None:
-    """The step of eval/before.jsonl or eval/step_000050.jsonl; None for eval/after.jsonl, whose step is the last."""
+def evaluation_step(file: Path) -> int | None:
+    """Return the step of eval/before.jsonl (0) or eval/step_000050.jsonl; None for eval/after.jsonl (the last step)."""
     if file.stem == "before":
         return 0
     return int(file.stem[5:]) if file.stem.startswith("step_") and file.stem[5:].isdigit() else None
 
 
 def describe_completion(completion: Completion) -> dict:
-    """The fields of a line in rollouts/ from which, with its data row, a completion can be scored again."""
+    """Return the fields of a line in rollouts/ that are needed, with the data row, to score a completion again."""
     return {
         "step": completion.step,
         "prompt_id": completion.row["id"],
@@ -230,7 +237,7 @@ def describe_completion(completion: Completion) -> dict:
 
 
 def describe_episode(episode: Episode, config: Config) -> dict:
-    """A line in rollouts/. advantage is null if dynamic_sampling left the episode out of learning."""
+    """Return a line of rollouts/. `advantage` is None if dynamic_sampling left the episode out of training."""
     score = episode.score
     line = describe_completion(episode.completion) | {
         "reward": score.total,

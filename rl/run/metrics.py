@@ -1,19 +1,19 @@
-"""Metrics of a step's completions, by TRL's names, and the summary of a run derived from them. Imports no torch."""
+"""Metrics of the completions of a step, under TRL's names, and the summary of a run. Imports no torch."""
 
 import math
 
 from grading import Rewards, Score, outcome_of, outcome_shares
 from rl.config import Config
 
-LONG_TOKENS, N_GRAM = 64, 8  # completions this long are checked for repeated runs of this many tokens
+LONG_TOKENS = 64  # completions with at least this many tokens are checked for repetition
+N_GRAM = 8  # number of tokens in the n-grams that are compared
 
 
 def describe_episodes(episodes: list, rewards: Rewards, config: Config) -> dict[str, float]:
-    """Metrics of the episodes of a step. Rates are shares from 0 to 1.
+    """Return the metrics of the episodes of a step. Rates are fractions from 0 to 1.
 
-    shaping: the part of the reward that comes from functions other than those that say right or wrong;
-    shaping_when_wrong: the same for wrong completions alone. time/score: seconds spent in reward functions, most of them
-    while the roll-out went on.
+    `shaping` is the mean part of the reward that comes from functions without a verdict, `shaping_when_wrong` the same
+    over wrong completions. `time/score` is the seconds spent in reward functions, mostly during the roll-out.
     """
     scores = [episode.score for episode in episodes]
     completions = [episode.completion for episode in episodes]
@@ -31,9 +31,9 @@ def describe_episodes(episodes: list, rewards: Rewards, config: Config) -> dict[
     for kind in ("rewards", "metrics"):
         values = [score.parts if kind == "rewards" else score.metrics for score in scores]
         for name in dict.fromkeys(name for by_name in values for name in by_name):
-            present = [by_name[name] for by_name in values if by_name.get(name) is not None]
-            metrics[f"{kind}/{name}/mean"] = mean(present)
-            metrics[f"{kind}/{name}/std"] = standard_deviation(present)
+            numbers = [by_name[name] for by_name in values if by_name.get(name) is not None]
+            metrics[f"{kind}/{name}/mean"] = mean(numbers)
+            metrics[f"{kind}/{name}/std"] = standard_deviation(numbers)
     lengths = [completion.tokens for completion in completions]
     return (
         metrics
@@ -52,7 +52,7 @@ def describe_episodes(episodes: list, rewards: Rewards, config: Config) -> dict[
 
 
 def describe_groups(episodes: list, config: Config) -> dict[str, float]:
-    """Shares of groups from which nothing can be learned; nan without groups."""
+    """Return the fractions of groups without a learning signal; NaN if the group size is 1."""
     size = config.num_generations
     groups = [episodes[i : i + size] for i in range(0, len(episodes), size)]
     if size == 1:
@@ -71,7 +71,7 @@ def describe_groups(episodes: list, config: Config) -> dict[str, float]:
 
 
 def judged_part(score: Score, rewards: Rewards) -> float:
-    """The part of a completion's reward that comes from the function that gave the verdict, and from other graders."""
+    """Return the part of a completion's reward that comes from graders, including the one that gave the verdict."""
     return sum(
         f.weight * (score.parts.get(f.name) or 0.0)
         for f in rewards.functions
@@ -80,20 +80,20 @@ def judged_part(score: Score, rewards: Rewards) -> float:
 
 
 def is_repetitive(token_ids: list[int]) -> bool:
-    """Whether a completion is long and more than half of its runs of N_GRAM tokens occurred in it before."""
+    """Return True if a completion is long and more than half of its n-grams repeat earlier ones."""
     if len(token_ids) < LONG_TOKENS:
         return False
-    runs = list(zip(*(token_ids[i:] for i in range(N_GRAM))))
-    return len(set(runs)) < len(runs) / 2
+    n_grams = list(zip(*(token_ids[i:] for i in range(N_GRAM))))
+    return len(set(n_grams)) < len(n_grams) / 2
 
 
 def summarize(config: Config, history: list[dict], evaluations: dict, is_finished: bool) -> dict:
-    """The part of summary.json that follows from settings, metrics and evaluations.
+    """Return the part of summary.json that is derived from settings, metrics and evaluations.
 
     Args:
-        history: the metrics of each step, with its `alarms` and `judges`.
-        evaluations: rl.evaluate.Evaluation by step; 0 is before training.
-        is_finished: the last evaluation is the final one.
+        history: The metrics of each step, with its `alarms` and `judges`.
+        evaluations: The evaluations (rl.evaluate.Evaluation) by step; step 0 is before training.
+        is_finished: Whether the last evaluation is the final one.
     """
     last = history[-1] if history else {}
     alarms = {}
@@ -120,10 +120,11 @@ def summarize(config: Config, history: list[dict], evaluations: dict, is_finishe
 
 
 def mean(values) -> float:
+    """Return the mean; NaN without values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def standard_deviation(values) -> float:
-    """With n - 1; 0 for fewer than two values."""
-    centre = mean(values)
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    """Return the sample standard deviation (divisor n - 1); 0 for fewer than two values."""
+    average = mean(values)
+    return math.sqrt(sum((v - average) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""What a run uses: seconds by part, peak memory, and the machine and packages it runs on."""
+"""Time and memory that a run uses, and the machine and packages it runs on."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from rl.model.policy import Policy, Question
 
 
 class Stopwatch:
-    """Seconds spent in each part of the run, in all and in the present step. started: time.perf_counter() at its start."""
+    """Seconds spent in each part of the run, in total and in the current step. started: perf_counter() at its start."""
 
     def __init__(self, started: float):
         self.started = started
-        self.earlier = 0.0  # seconds of the run before it was resumed
+        self.seconds_before_resume = 0.0
         self.seconds = dict.fromkeys(("setup", "rollout", "update", "eval"), 0.0)
         self.step_seconds = {}
         self.step_started = started
@@ -34,14 +34,14 @@ class Stopwatch:
         return {"total": self.total, "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from an earlier part of the run; the seconds since this process started are added."""
-        self.earlier = state["total"]
+        """Add the seconds that the run took before it was resumed."""
+        self.seconds_before_resume = state["total"]
         for part, seconds in state["seconds"].items():
             self.seconds[part] += seconds
 
     @property
     def total(self) -> float:
-        return self.earlier + time.perf_counter() - self.started
+        return self.seconds_before_resume + time.perf_counter() - self.started
 
     def end_setup(self) -> None:
         self.seconds["setup"] += time.perf_counter() - self.started
@@ -52,6 +52,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, part: str):
+        """Add the seconds in this context to a part of the run."""
         start = time.perf_counter()
         try:
             yield
@@ -63,7 +64,7 @@ class Stopwatch:
             self.step_seconds[part] = self.step_seconds.get(part, 0.0) + seconds
 
     def step_metrics(self) -> dict[str, float]:
-        """Seconds of the present step so far, in all (without its evaluation) and by part."""
+        """Return the seconds of the current step so far, in total (without its evaluation) and by part."""
         total = time.perf_counter() - self.step_started - self.step_seconds["eval"]
         parts = {f"time/{part}": round(seconds, 4) for part, seconds in self.step_seconds.items()}
         return {"step_time": round(total, 4)} | parts
@@ -73,10 +74,10 @@ class Stopwatch:
 
 
 class MemoryUse:
-    """The peak memory of a run, as predicted (rl/fit/memory.py) and as measured.
+    """The peak memory of a run, predicted (rl/fit/memory.py) and measured.
 
-    Measured is what is allocated on the GPU, or on a CPU what is resident beyond the size of the process at the moment
-    when this object is made, which should be after the imports.
+    On a GPU, allocated memory is measured; on a CPU, the growth of resident memory since this object was created, which
+    should be after the imports.
     """
 
     def __init__(self):
@@ -84,30 +85,30 @@ class MemoryUse:
         self.predicted_mb: float | None = None
 
     def predict(self, config: Config, policy: Policy, questions: list[Question], held_out: list[Question]) -> None:
-        """Predict the peak; nothing is predicted for a model whose dimensions are unknown."""
+        """Predict the peak, unless the dimensions of the model are unknown."""
         device = policy.device
         dtype = str(policy.dtype).removeprefix("torch.")
         longest = max(len(question.prompt_ids) for question in questions + held_out)
         config = dataclasses.replace(config, eval_questions=len(held_out))
         resident = psutil.Process().memory_info().rss - self.before_mb * 2**20
-        own = torch.cuda.memory_allocated() if device.type == "cuda" else resident
-        free = free_memory(device) + own  # as it was before the policy was loaded
+        allocated = torch.cuda.memory_allocated() if device.type == "cuda" else resident
+        free = free_memory(device) + allocated  # before the policy was loaded
         with contextlib.suppress(ConfigError):
             prediction = predict(config, find_shape(config.model), device.type, dtype, longest, free)
             self.predicted_mb = round(prediction.peak_mb, 1)
 
     def figures(self, device: torch.device) -> dict[str, float | None]:
-        """Measured and predicted megabytes, as they stand in the summary."""
+        """Return the measured and the predicted peak in MB, as written to summary.json."""
         peak = peak_memory_mb(device)
         measured = peak if peak is None or device.type == "cuda" else round(peak - self.before_mb, 1)
         return {"measured_mb": measured, "predicted_mb": self.predicted_mb}
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """The most memory in use so far: allocated on the GPU, else resident in this process (None if unknown)."""
+    """Return the peak memory so far, in MB: allocated on the GPU, or resident in this process; None if unknown."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    with contextlib.suppress(OSError):  # Linux; its ru_maxrss also counts the process that started this one
+    with contextlib.suppress(OSError):  # Linux, where ru_maxrss would include the parent process
         status = Path("/proc/self/status").read_text()
         return round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10, 1)
     try:
@@ -126,7 +127,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
+    """Return the versions of Python and of the packages that results depend on."""
     packages = ["torch", "transformers", "peft", "bitsandbytes", "pydantic-monty"]
     packages += [name for name in ("unsloth", "unsloth_zoo") if name in sys.modules]
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

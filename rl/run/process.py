@@ -1,4 +1,4 @@
-"""The process of a run: stop signals, and output that survives its terminal."""
+"""Stop signals, and console output that survives a closed terminal."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop: by Ctrl-C, by SIGTERM, or by a STOP file in the run folder."""
+    """Raised to stop the run, on Ctrl-C, on SIGTERM, or because of a STOP file in the run folder."""
 
     def __init__(self, exit_code: int):
         super().__init__(exit_code)
@@ -16,10 +16,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Handles Ctrl-C and SIGTERM, as a context manager. SIGHUP is ignored: a run outlives its terminal.
+    """Context manager that handles Ctrl-C and SIGTERM. It ignores SIGHUP, so that a run survives its terminal.
 
-    While `deferred`, the first signal only sets `requested`, so that the present step can be finished and saved; a second
-    Ctrl-C raises KeyboardInterrupt. Otherwise a signal raises Stopped at once.
+    While `deferred` is True, the first signal only sets `requested`, so that the run can finish and save the current
+    step, and a second Ctrl-C raises KeyboardInterrupt. Otherwise, a signal raises Stopped immediately.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class StopSignals:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             handler = signal.SIG_IGN if name == "SIGHUP" else self._handle
-            with contextlib.suppress(ValueError):  # not in the main thread: the signals stay as they are
+            with contextlib.suppress(ValueError):  # outside the main thread, signal handlers cannot be set
                 if number:
                     self._previous[number] = signal.signal(number, handler)
         return self
@@ -51,14 +51,14 @@ class StopSignals:
             raise Stopped(self.exit_code)
         if is_first:
             print(
-                f"\n{name}: finishing and saving this step (Ctrl-C again: stop at once, this step is lost)", flush=True
+                f"\n{name}: finishing and saving this step (press Ctrl-C again to stop at once and lose it)", flush=True
             )
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
 
 class Console:
-    """Copies everything printed into a file, and keeps printing harmless once the terminal is closed. A context manager."""
+    """Context manager that copies standard output to a file and makes printing safe after the terminal is closed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -77,12 +77,12 @@ class Console:
 
 
 class Tee:
-    """A text stream that continues without its terminal or pipe once that is closed. copy: a file that gets the same text."""
+    """Text stream that ignores errors once its terminal or pipe is closed. copy: a file for the same text, or None."""
 
     def __init__(self, stream, copy):
         self.stream = stream
         self.copy = copy
-        self.is_lost = False
+        self.is_closed = False
 
     def write(self, text: str) -> int:
         self._try("write", text)
@@ -93,13 +93,13 @@ class Tee:
 
     def _try(self, method: str, *args) -> None:
         try:
-            if not self.is_lost:
+            if not self.is_closed:
                 getattr(self.stream, method)(*args)
         except (OSError, ValueError):
-            self.is_lost = True
+            self.is_closed = True
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # its buffer is flushed there at exit
-        except RuntimeError:  # a signal handler prints while something is being printed
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # Python flushes the stream at exit
+        except RuntimeError:  # a signal handler printed during another print
             pass
         if self.copy:
             with contextlib.suppress(OSError, ValueError, RuntimeError):

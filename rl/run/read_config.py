@@ -1,7 +1,7 @@
 """Read the settings of a run from a YAML file and the command line.
 
-A setting that is unknown, of the wrong type or out of range raises a ConfigError of one line, which names the setting and what
-to write instead. Imports no torch.
+An unknown setting, a wrong type or a value out of range raises ConfigError with a one-line message that names the
+setting and what to write instead. Imports no torch.
 """
 
 import dataclasses
@@ -16,35 +16,37 @@ import yaml
 from grading.base import did_you_mean
 from rl.config import COMMANDS, Config, ConfigError
 
-RENAMED = Path(__file__).with_name("renamed_settings.yaml")  # settings of TRL and Unsloth, and what to use instead
+RENAMED_SETTINGS = Path(__file__).with_name("renamed_settings.yaml")  # of TRL and Unsloth, with what to use instead
 
 
-def unknown_setting(name: str, where: str) -> ConfigError:
-    """The error for a setting that does not exist, with TRL's equivalent or the nearest name."""
-    renamed = yaml.safe_load(RENAMED.read_text(encoding="utf-8"))
+def unknown_setting(name: str, source: str) -> ConfigError:
+    """Return the error for an unknown setting in `source` (a file or the command line), with the setting to use."""
+    renamed = yaml.safe_load(RENAMED_SETTINGS.read_text(encoding="utf-8"))
     if name in renamed:
-        return ConfigError(f"{where}: {name} is a setting of TRL or Unsloth that does not exist here: {renamed[name]}")
+        return ConfigError(
+            f"{source}: {name} is a setting of TRL or Unsloth that Ponder does not have: {renamed[name]}"
+        )
     if name in COMMANDS:
-        return ConfigError(f"{where}: {name} is for the command line: --{name.replace('_', '-')}")
-    hint = did_you_mean(name, vars(Config())) or " python train.py --help lists them all."
-    return ConfigError(f"{where}: there is no setting {name}.{hint}")
+        return ConfigError(f"{source}: {name} can only be set on the command line: --{name.replace('_', '-')}")
+    hint = did_you_mean(name, vars(Config())) or " For a list of all settings: python train.py --help"
+    return ConfigError(f"{source}: there is no setting {name}.{hint}")
 
 
 def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     """Return the settings and a name for the run.
 
-    They come from `--config FILE`, or with `--config auto` from the recipe that fits this machine, from the run that `--resume`
-    names, from the run that saved `--adapter`, or from the default file; the command line overrides them.
+    Settings are read from `--config FILE`, the largest recipe that fits this machine (`--config auto`), the run to
+    `--resume`, the run that saved the `--adapter`, or the default file. Options on the command line override them.
 
     Raises:
-        ConfigError: A setting is wrong.
-        SystemExit: A value on the command line cannot be read; tyro prints a message.
+        ConfigError: If a setting is invalid.
+        SystemExit: If a value on the command line cannot be parsed; tyro prints a message.
     """
     import tyro
 
-    file, arguments = take(split_pairs(arguments, "--columns"), "--config")
-    adapter, _ = take(arguments, "--adapter")
-    resume, _ = take(arguments, "--resume")
+    file, arguments = pop_option(split_pairs(arguments, "--columns"), "--config")
+    adapter, _ = pop_option(arguments, "--adapter")
+    resume, _ = pop_option(arguments, "--resume")
     if resume is not None:
         file = config_to_resume(resume, arguments, file)
     elif file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
@@ -56,77 +58,80 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
         if argument.startswith("--") and name not in known and name.removeprefix("no_") not in known:
             raise unknown_setting(name, "command line")
 
-    def settings(file: str) -> Config:
-        description = f"Settings come from {file} (choose another with --config FILE). Options replace them."
+    def parse(file: str) -> Config:
+        description = f"Settings are read from {file} (--config FILE chooses another file). Options override them."
         return tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
 
     if file == "auto":
         from rl.fit.recipes import choose_recipe
 
-        file, reason = choose_recipe(settings)
+        file, reason = choose_recipe(parse)
         print(reason, end="\n\n", flush=True)
-    config = settings(file)
+    config = parse(file)
     config.check()
     path = Path(file)
     if config.resume:
         config.output_dir = str(path.parent)
         if config.eval_only:
-            raise ConfigError("resume: an evaluation cannot be resumed: use --eval-only alone, with --adapter")
+            raise ConfigError("resume: an evaluation cannot be resumed: use --eval-only with --adapter instead")
     path = path.resolve()
     return config, path.parent.name if path.name == "config.yaml" else path.stem
 
 
 def saved_settings(config: Config) -> dict:
-    """The settings as they are saved with a run, before any is resolved or halved; they can be used as a recipe again."""
+    """Return the settings to save with a run, before any is resolved or halved. They can be used as a recipe."""
     settings = dataclasses.asdict(config)
     return {name: value for name, value in settings.items() if name not in COMMANDS} | {"output_dir": None}
 
 
 def config_to_resume(resume: str, arguments: list[str], file: str | None) -> str:
-    """The config.yaml of a run that is given by its folder or by one of its checkpoints. Raises ConfigError."""
-    others = ("--output-dir", "--output_dir", "--probe", "--dry-run", "--dry_run")
-    if file or any(argument.partition("=")[0] in others for argument in arguments):
+    """Return the config.yaml of the run to resume; `resume` is the folder of the run or of one of its checkpoints.
+
+    Raises ConfigError if it is neither, or if --config (`file`) or other options conflict with --resume.
+    """
+    conflicts = ("--output-dir", "--output_dir", "--probe", "--dry-run", "--dry_run")
+    if file or any(argument.partition("=")[0] in conflicts for argument in arguments):
         raise ConfigError(
-            "resume: the run keeps its settings and its folder: leave --config, --output-dir, --probe and --dry-run out"
+            "resume: a run keeps its settings and its folder: remove --config, --output-dir, --probe and --dry-run"
         )
     for folder in (Path(resume), Path(resume).parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             return str(folder / "config.yaml")
     runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-    newest = f" There is {runs[-1]}." if runs else " There are none in runs/."
-    hint = did_you_mean(resume, runs) or newest
-    raise ConfigError(f"resume: {resume} is not the folder of a run, which has a config.yaml.{hint}")
+    example = f" An example of a run: {runs[-1]}." if runs else " There are no runs in runs/."
+    hint = did_you_mean(resume, runs) or example
+    raise ConfigError(f"resume: {resume} is not the folder of a run: config.yaml or checkpoints/ is missing.{hint}")
 
 
-def take(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of `name VALUE` or `name=VALUE`, or None, and the other arguments."""
+def pop_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Return the value of `name VALUE` or `name=VALUE` (None if absent), and the remaining arguments."""
     for i, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option == name and equals:
             return value, [*arguments[:i], *arguments[i + 1 :]]
         if option == name:
             if i + 1 == len(arguments):
-                raise ConfigError(f"{name} needs a path behind it")
+                raise ConfigError(f"{name} needs a path after it")
             return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
     return None, list(arguments)
 
 
 def split_pairs(arguments: list[str], name: str) -> list[str]:
-    """Rewrite `--columns answer=gold` to the form that tyro reads, `--columns answer gold`."""
+    """Rewrite `--columns answer=gold` to `--columns answer gold`, the form that tyro expects."""
     split = []
-    inside = False
+    is_value = False
     for argument in arguments:
-        inside = argument == name or (inside and not argument.startswith("--"))
-        split += argument.split("=", 1) if inside else [argument]
+        is_value = argument == name or (is_value and not argument.startswith("--"))
+        split += argument.split("=", 1) if is_value else [argument]
     return split
 
 
 def read_yaml(file: str) -> Config:
-    """Read the settings in a YAML file, each converted to its field's type. Raises ConfigError with file and key."""
+    """Read settings from a YAML file and convert them to their types. Raises ConfigError with file and setting."""
     path = Path(file)
     if not path.is_file():
-        others = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        raise ConfigError(f"--config: there is no file {file}; there are {', '.join(others) or 'none in configs/'}")
+        recipes = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        raise ConfigError(f"--config: there is no file {file}; available recipes: {', '.join(recipes) or 'none'}")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -148,7 +153,7 @@ def read_yaml(file: str) -> Config:
 
 
 def coerce(value, kind):
-    """Convert a YAML value to a field's type: YAML reads 1e-5 as text. Raises ValueError with what is expected."""
+    """Convert a YAML value to a field's type (YAML reads 1e-5 as text). Raises ValueError with the valid values."""
     origin = typing.get_origin(kind)
     args = typing.get_args(kind)
     if kind is typing.Any:

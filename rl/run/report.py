@@ -1,4 +1,4 @@
-"""What is printed: the opening, the console line of a step, its best completions, an evaluation's table, the model card.
+"""Texts for the user of a run: header, console line, completions, evaluation table, closing messages, model card, plot.
 
 Imports no torch.
 """
@@ -13,20 +13,21 @@ from rl.config import Config
 
 
 def console_line(metrics: dict, config: Config, seconds_left: float, warnings: list[str]) -> str:
-    """One readable line a step, accuracy and reward first. warnings: what nobody may forget about the run."""
-    held_out = f"  held-out {metrics['eval/accuracy']:4.0%}" if "eval/accuracy" in metrics else ""
+    """Return the console line of a step. warnings: texts from `run_warnings`, repeated in every line."""
+    held_out = f"  held-out accuracy {metrics['eval/accuracy']:4.0%}" if "eval/accuracy" in metrics else ""
     return (
-        f"step {metrics['step']:>{len(str(config.max_steps))}}/{config.max_steps}  accuracy {metrics['accuracy']:4.0%}  "
-        f"reward {metrics['reward']:5.2f}  thinks {metrics['completions/thinking']:4.0%}  "
-        f"length {metrics['completions/mean_length']:3.0f}  {metrics['step_time']:4.1f} s  "
+        f"step {metrics['step']:>{len(str(config.max_steps))}}/{config.max_steps}  "
+        f"accuracy {metrics['accuracy']:4.0%}  reward {metrics['reward']:5.2f}  "
+        f"thinking {metrics['completions/thinking']:4.0%}  length {metrics['completions/mean_length']:3.0f} tokens  "
+        f"time {metrics['step_time']:4.1f} s  "
         f"{clock(seconds_left)} left{held_out}{''.join('  ' + warning for warning in warnings)}"
     )
 
 
 def highest_rewards(step: int, episodes: list) -> str:
-    """The two episodes of a step with the highest reward, of different texts, and what each reward function gave them."""
+    """Return the two different completions of a step with the highest rewards, with the reward of each function."""
     graded = [episode for episode in episodes if not math.isnan(episode.score.total)]
-    best = {}  # by text, the first of equals
+    best = {}  # by text; of equal texts, the first
     for episode in sorted(graded, key=lambda episode: -episode.score.total):
         best.setdefault(episode.completion.text, episode)
     lines = [f"  highest rewards of step {step}:"]
@@ -43,12 +44,12 @@ def highest_rewards(step: int, episodes: list) -> str:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: what a model writes may hold control characters, which are left out, lines excepted."""
+    """Remove control characters except line feeds: text of a model must not control the terminal."""
     return "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cc")
 
 
 def seconds_left(step: int, config: Config, seconds: dict[str, float]) -> float:
-    """An estimate from the seconds by part of the run that steps and evaluations have taken so far."""
+    """Estimate the remaining time of the run. seconds: the time spent so far in `rollout`, `update` and `eval`."""
     steps_left = config.max_steps - step
     per_step = (seconds["rollout"] + seconds["update"]) / step
     evaluations = 1 + (step // config.eval_steps if config.eval_steps else 0)
@@ -57,11 +58,14 @@ def seconds_left(step: int, config: Config, seconds: dict[str, float]) -> float:
 
 
 def evaluation_table(before: dict, after: dict | None, gain: dict | None) -> str:
-    """The table of accuracies with 95 % intervals, before and after, over all questions and by task."""
+    """Return a table of the accuracies with 95% confidence intervals, before and after training, overall and by task.
+
+    before, after: from `Evaluation.summary`; after is None for a single evaluation. gain: from `Evaluation.gain_over`.
+    """
     columns = [("before", before)] + ([("after", after)] if after else [])
     lines = [
         f"{'held-out questions':<22}{'':>5}" + "".join(f"{name:>33}" for name, _ in columns),
-        f"{'':<22}{'n':>5}" + f"{'greedy (95 %)':>23}{'sampled':>10}" * len(columns),
+        f"{'':<22}{'n':>5}" + f"{'greedy (95% CI)':>23}{'sampled':>10}" * len(columns),
     ]
     for task in ["all", *before["tasks"]]:
         cells = ""
@@ -71,20 +75,20 @@ def evaluation_table(before: dict, after: dict | None, gain: dict | None) -> str
             greedy = f"{rates['accuracy']:.1%} ({low:.0%} to {high:.0%})"
             cells += f"{greedy:>23}{rates['accuracy_sampled']:>10.1%}"
         lines.append(f"{task:<22}{(before if task == 'all' else before['tasks'][task])['n']:>5}{cells}")
-    for label, name in (("thinks", "thinking_sampled"), ("right when it thinks", "accuracy_when_thinking_sampled")):
+    for label, name in (("thinking", "thinking_sampled"), ("accuracy when thinking", "accuracy_when_thinking_sampled")):
         values = ["-" if rates[name] is None else f"{rates[name]:.1%}" for _, rates in columns]
         lines.append(f"{label:<27}" + "".join(f"{value:>33}" for value in values))
     if gain:
         low, high = gain["ci95"]
         lines.append(
-            f"gain, greedy: {100 * gain['accuracy']:+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f}), "
-            f"{gain['fixed']} questions fixed, {gain['broke']} broke"
+            f"gain, greedy: {100 * gain['accuracy']:+.1f} points (95% CI {100 * low:+.1f} to {100 * high:+.1f}), "
+            f"{gain['fixed']} questions fixed, {gain['broke']} broken"
         )
     return "\n".join(lines)
 
 
-def dialogue(record: dict) -> str:
-    """One answered question, indented."""
+def format_answer(record: dict) -> str:
+    """Return one question with its answer and verdict as indented lines."""
     expected = record["expected"]
     verdict = record["verdict"]
     if expected is not None:
@@ -94,7 +98,7 @@ def dialogue(record: dict) -> str:
 
 
 def model_card(config: Config, step: int, evaluations: dict) -> str:
-    """README.md of a saved adapter. evaluations: rl.evaluate.Evaluation by step."""
+    """Return the README.md of a saved adapter. evaluations: the evaluations (rl.evaluate.Evaluation) by step."""
     last = max(evaluations)
     loss = "" if config.algorithm == "dpo" else f" (loss_type {config.loss_type})"
     return f"""\
@@ -105,28 +109,30 @@ pipeline_tag: text-generation
 tags: [lora, {config.algorithm}, ponder]
 ---
 
-# A LoRA for {config.model}, trained by Ponder
+# LoRA for {config.model}, trained with Ponder
 
-{config.algorithm.upper()}{loss}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}.
+Training: {config.algorithm.upper()}{loss}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}.
 
-Held-out accuracy, greedy, {len(evaluations[0].greedy)} questions: {evaluations[0].accuracy:.1%} before training, {evaluations[last].accuracy:.1%} at step
-{last}.
+Held-out accuracy (greedy, {len(evaluations[0].greedy)} questions): {evaluations[0].accuracy:.1%} before training,
+{evaluations[last].accuracy:.1%} at step {last}.
 """
 
 
 def describe_model(config: Config, policy, critic) -> list[str]:
-    """Lines on the policy and the critic."""
+    """Return the lines of the run header that describe the policy and the critic."""
     trainable, parameters = policy.model.get_nb_trainable_parameters()
-    through = " through Unsloth" if policy.uses_unsloth else ""
-    lines = [f"model    {config.model}{through}, {parameters:,} parameters, {trainable:,} of them trained (LoRA)"]
+    backend = " (Unsloth)" if policy.uses_unsloth else ""
+    lines = [
+        f"model    {config.model}{backend}, {parameters:,} parameters, of which {trainable:,} are trainable (LoRA)"
+    ]
     if critic:
-        kind = "a LoRA of its own and a value head" if config.critic == "adapter" else "a value head on the policy"
+        kind = "separate LoRA with a value head" if config.critic == "adapter" else "value head on the policy"
         size = sum(p.numel() for p in critic.parameters)
         lines.append(f"critic   {kind}, {size:,} parameters, on the same base model")
     return lines
 
 
-def opening(
+def run_header(
     config: Config,
     machine: str,
     folder: Path,
@@ -134,65 +140,73 @@ def opening(
     critic,
     agreement,
     rewards: Rewards,
-    counts: tuple[int, int],
+    num_questions: tuple[int, int],
     step: int,
 ) -> str:
-    """What is printed before training. counts: training and held-out questions. step: the step that is resumed from."""
-    weights = ", ".join(f"{f.name} {f.weight:g}" for f in rewards.functions if f.weight)
+    """Return the text to print before training.
+
+    num_questions: of the training and of the held-out questions. step: of the checkpoint to resume from; 0 if none.
+    """
+    weights = ", ".join(f"{f.name} (weight {f.weight:g})" for f in rewards.functions if f.weight)
     lines = [
-        f"Ponder on {machine}; everything goes into {folder}",
+        f"Ponder on {machine}, run folder {folder}",
         *describe_model(config, policy, critic),
-        f"sampler  differs from the trainer by {agreement.sampler:.1g} nats a token (a LoRA of noise moves {agreement.shift:.1f})",
+        f"sampler  differs from the trainer by {agreement.sampler:.1g} nats per token "
+        f"(a random LoRA shifts log-probs by {agreement.shift:.1f})",
         f"rewards  {weights}",
-        f"data     {counts[0]:,} train / {counts[1]:,} eval questions",
+        f"data     {num_questions[0]:,} train / {num_questions[1]:,} eval questions",
     ]
     if not config.eval_only:
-        size = f"{config.prompts_per_step} x {config.num_generations}"
+        size = f"{config.prompts_per_step} questions x {config.num_generations}"
         lines.append(f"plan     {config.max_steps} steps of {size} completions")
     if config.resume:
-        lines.append(f"resumed  after step {step}" if step else "resumed  from the beginning: no step was saved")
+        lines.append(
+            f"resumed  from step {step}" if step else "resumed  from the start, because no checkpoint was saved"
+        )
     return "\n  ".join(lines)
 
 
 def next_steps(run: Path, checkpoint: Path) -> str:
-    """Commands to continue with after a run."""
+    """Return the commands to run after training."""
     folder = "" if run.parent == Path("runs") else f" --runs {shlex.quote(str(run.parent))}"
+    adapter = shlex.quote(str(checkpoint))
     commands = {
-        f"python ui/app.py{folder}": "a page in the browser: chat with the model before and after",
-        f"python train.py --eval-only --adapter {shlex.quote(str(checkpoint))}": "ask it the held-out questions again",
-        f"python export.py {shlex.quote(str(run))}": "take the model away: for transformers, vLLM, llama.cpp, Ollama",
-        "python train.py --config auto": "the largest recipe that this machine has room for",
+        f"python ui/app.py{folder}": "open the web page: chat with the model before and after training",
+        f"python train.py --eval-only --adapter {adapter}": "evaluate it again on the held-out questions",
+        f"python export.py {shlex.quote(str(run))}": "export the model for transformers, vLLM, llama.cpp or Ollama",
+        "python train.py --config auto": "train with the largest recipe that fits this machine",
     }
     width = max(map(len, commands))
     return "Next:\n" + "\n".join(f"  {command:{width}}   {purpose}" for command, purpose in commands.items())
 
 
-def stopped(step: int, max_steps: int, last: Path | None, run: Path) -> str:
-    """What is printed if a run ends early. step: the last one done. last: its newest checkpoint."""
-    saved = f"{last} is saved" if last else "no step was saved"
-    return f"\nStopped after step {step} of {max_steps}; {saved}. To resume: python train.py --resume {shlex.quote(str(run))}"
+def stop_message(step: int, max_steps: int, last: Path | None, run: Path) -> str:
+    """Return the message for a run that stops early. step: the last completed step. last: the newest checkpoint."""
+    saved = f"Checkpoint: {last}" if last else "No checkpoint was saved"
+    command = f"python train.py --resume {shlex.quote(str(run))}"
+    return f"\nStopped after step {step} of {max_steps}. {saved}. To resume: {command}"
 
 
-def memory(figures: dict[str, float | None]) -> str:
-    """Peak measured and predicted, MB, as they stand in the summary."""
-    measured, predicted = figures["measured_mb"], figures["predicted_mb"]
-    text = "not measured on this system" if measured is None else f"{measured:,.0f} MB at the most"
+def describe_memory(figures: dict[str, float | None]) -> str:
+    """Return the measured and the predicted peak memory in MB. figures: from `MemoryUse.figures`."""
+    measured = figures["measured_mb"]
+    predicted = figures["predicted_mb"]
+    text = "not measured on this system" if measured is None else f"{measured:,.0f} MB measured"
     if predicted is None:
         return f"{text}; not predicted for this architecture"
     return f"{text}, {predicted:,.0f} MB predicted" + (f" ({predicted / measured - 1:+.0%})" if measured else "")
 
 
 def clock(seconds: float) -> str:
+    """Return a duration as minutes:seconds, or as hours and minutes from one hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes}:{seconds:02d} min"
 
 
 def draw_curve(path: Path, evaluations: dict, history: list[dict]) -> None:
-    """Draw held-out accuracy with its intervals and the share that thinks, reward, and length, by step.
+    """Plot held-out accuracy with its confidence intervals, thinking, reward and completion length, each by step.
 
-    Args:
-        evaluations: rl.evaluate.Evaluation by step.
-        history: the metrics of each step.
+    evaluations: the evaluations (rl.evaluate.Evaluation) by step. history: the metrics of each step.
     """
     import matplotlib
 
@@ -202,13 +216,13 @@ def draw_curve(path: Path, evaluations: dict, history: list[dict]) -> None:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     steps = list(evaluations)
     summaries = [evaluation.summary() for evaluation in evaluations.values()]
-    for name, label in (("accuracy", "right (greedy)"), ("accuracy_sampled", "right (sampled)")):
+    for name, label in (("accuracy", "accuracy (greedy)"), ("accuracy_sampled", "accuracy (sampled)")):
         interval = name.replace("accuracy", "ci95")
         left.plot(steps, [100 * summary[name] for summary in summaries], "o-", label=label)
         low = [100 * summary[interval][0] for summary in summaries]
         high = [100 * summary[interval][1] for summary in summaries]
         left.fill_between(steps, low, high, alpha=0.15)
-    left.plot(steps, [100 * summary["thinking_sampled"] for summary in summaries], "--", c="grey", label="thinks")
+    left.plot(steps, [100 * summary["thinking_sampled"] for summary in summaries], "--", c="grey", label="thinking")
     left.set(title="held-out questions", ylabel="%", ylim=(-2, 102))
     left.legend(loc="lower right")
     steps = [metrics["step"] for metrics in history]
@@ -225,11 +239,11 @@ def draw_curve(path: Path, evaluations: dict, history: list[dict]) -> None:
     pyplot.close(figure)
 
 
-def warnings_of(config: Config) -> list[str]:
-    """What must not be overlooked about a run; printed in every console line."""
+def run_warnings(config: Config) -> list[str]:
+    """Return the warnings about a run, which are printed at its start and end and in every console line."""
     warnings = []
     if "unprotected" in sandbox.available():
-        warnings.append("UNSAFE: model-written code runs unprotected")
+        warnings.append("UNSAFE: model-written code runs without a sandbox")
     if config.control == "random-reward":
         warnings.append("CONTROL: learning from random rewards")
     return warnings

@@ -1,4 +1,4 @@
-"""A training run: its folder, its state, its logs, and how it stops and resumes."""
+"""A training run: its folder, state, logs and checkpoints, and how it stops and resumes."""
 
 import contextlib
 from pathlib import Path
@@ -15,7 +15,7 @@ from rl.model.policy import Policy, Question, restore_adapter
 from rl.rollout import Episode
 from rl.run import report
 from rl.run.alarms import Alarms, find_alarms, find_hacking, find_notes
-from rl.run.checkpoint import Checkpoint, RandomState, check_saved, fingerprint, made_with, shrunk_settings
+from rl.run.checkpoint import Checkpoint, RandomState, check_saved, fingerprint, run_provenance, shrunk_settings
 from rl.run.files import to_json, write_errors
 from rl.run.folder import RunFolder, choose_folder
 from rl.run.metrics import describe_episodes, summarize
@@ -26,16 +26,16 @@ from rl.run.trackers import Trackers
 
 
 class Run:
-    """One training run, as a context manager around all of it.
+    """Context manager for one training run.
 
-    `start` opens the folder and restores the state of a resumed run. During the steps a first Ctrl-C or SIGTERM, or a STOP
-    file in the folder, ends the run after the present step, which is saved; a second Ctrl-C is a plain KeyboardInterrupt,
-    and --resume repeats the step from the last checkpoint.
+    `start` opens the folder and restores the state of a resumed run. During a step, the first Ctrl-C or SIGTERM, or a
+    STOP file in the folder, stops the run after that step, which is saved. A second Ctrl-C raises KeyboardInterrupt at
+    once, and --resume repeats the steps since the last checkpoint.
 
     Attributes:
-        step: the step that is being made, or was made last; 0 before the first one.
-        history: the metrics of each step, with its alarms.
-        evaluations: by step; 0 is before training.
+        step: The current step, or the last one if none is in progress; 0 before the first.
+        history: The metrics of each step, with its alarms.
+        evaluations: The evaluations by step; step 0 is before training.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Run:
         self.config = config
         self.settings = settings
         self.rewards = rewards
-        self.counts = len(train_rows), len(eval_rows)
+        self.num_rows = len(train_rows), len(eval_rows)
         self.notes = notes
         self.step = 0
         self.history: list[dict] = []
@@ -63,11 +63,11 @@ class Run:
         self.signals = signals
         self.trackers = None
         self.folder = RunFolder(choose_folder(config, name), config)
-        self.made = made_with(settings, rewards.path, train_rows, eval_rows, describe_precision(config))
+        self.provenance = run_provenance(settings, rewards.path, train_rows, eval_rows, describe_precision(config))
         self.resumed_from: Checkpoint | None = None
 
     def __enter__(self) -> "Run":
-        """Find and check the checkpoint to resume from, before a model is loaded. Raises ConfigError or RunError."""
+        """Load and check the checkpoint to resume from before the model is loaded. Raises ConfigError or RunError."""
         if self.config.resume:
             try:
                 self._open_to_resume()
@@ -80,19 +80,19 @@ class Run:
         accept = self.config.accept_changes
         self.folder.open()
         checkpoints = self.folder.checkpoints
-        if path := checkpoints.to_resume(Path(self.config.resume), accept):
+        if path := checkpoints.choose(Path(self.config.resume), accept):
             self.resumed_from = checkpoints.read(path)
-            self.notes += checkpoints.check_same(self.resumed_from, self.made, accept)
+            self.notes += checkpoints.check_provenance(self.resumed_from, self.provenance, accept)
             self.step = self.resumed_from.step
         self.folder.check_resumable()
-        self.folder.check_complete(self.step, self.counts[1])
+        self.folder.check_complete(self.step, self.num_rows[1])
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            if error and self.trackers:  # it had started
+            if error and self.trackers:  # the run had started
                 last = self.folder.checkpoints.marked("last")
-                done = self.history[-1]["step"] if self.history else 0
-                print(report.stopped(done, self.config.max_steps, last, self.folder.path), flush=True)
+                last_step = self.history[-1]["step"] if self.history else 0
+                print(report.stop_message(last_step, self.config.max_steps, last, self.folder.path), flush=True)
             if isinstance(error, RewardError) and error.completions and self.folder.is_open:
                 raise self.folder.write_failed(error, self.rewards) from error
         finally:
@@ -117,21 +117,21 @@ class Run:
         held_out: list[Question],
         agreement: Agreement,
     ) -> None:
-        """Open the folder, restore a resumed run, and print what is about to happen.
+        """Open the folder, restore a resumed run, and print the run header.
 
         Args:
-            state: objects with state_dict and load_state_dict, by name: all that a checkpoint saves beside the LoRA.
-            generator: of the roll-out; saved too.
-            agreement: from `check_sampler`.
+            state: The objects, by name, whose state_dict a checkpoint saves in addition to the LoRA.
+            generator: The random generator of the roll-out; it is saved too.
+            agreement: From `check_sampler`.
         """
         config = self.config
         self.policy = policy
-        self.made["model"] = fingerprint(policy)
+        self.provenance["model"] = fingerprint(policy)
         if self.resumed_from:
-            self.folder.checkpoints.check_same(self.resumed_from, self.made, config.accept_changes)
+            self.folder.checkpoints.check_provenance(self.resumed_from, self.provenance, config.accept_changes)
             restore_adapter(policy.model, self.resumed_from.folder)
         if config.resume:
-            self.folder.cut_back(self.step)
+            self.folder.rewind(self.step)
         else:
             self.folder.open()
         self.folder.write_settings(self.settings, self.rewards.path, self.step)
@@ -140,15 +140,17 @@ class Run:
         self.trackers = Trackers(config.report_to, self.folder.path, self.settings, self.step + 1, print_note)
         machine = describe_machine(policy.device)
         print(
-            report.opening(
-                config, machine, self.folder.path, policy, critic, agreement, self.rewards, self.counts, self.step
+            report.run_header(
+                config, machine, self.folder.path, policy, critic, agreement, self.rewards, self.num_rows, self.step
             )
         )
         if policy.fallback_reason:
-            self.notes.append(f"the model's own forward is used, which is slower: {policy.fallback_reason}")
+            self.notes.append(
+                f"falling back to the model's own forward pass, which is slower: {policy.fallback_reason}"
+            )
         for note in [*self.notes, *config.notes()]:
             print(f"  note     {note}")
-        self.warnings = report.warnings_of(config)
+        self.warnings = report.run_warnings(config)
         for warning in self.warnings:
             print(f"  WARNING  {warning}")
         if self.resumed_from:
@@ -156,13 +158,16 @@ class Run:
         self.memory.predict(config, policy, questions, held_out)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Load the training state, metrics and evaluations. Settings that were halved for memory stay so, unless set anew."""
+        """Load the training state, metrics and evaluations.
+
+        Batch settings that were halved when memory ran out keep their halved values, unless the user has changed them.
+        """
         for name, part in self.state.items():
             part.load_state_dict(checkpoint.state[name])
-        checkpoint.state.clear()  # it is large, and has been copied to where it belongs
-        then = checkpoint.meta["made"]["config"]
+        checkpoint.state.clear()  # frees memory: the state has been copied
+        saved = checkpoint.meta["made"]["config"]
         for name, value in checkpoint.meta["shrunk"].items():
-            if getattr(self.config, name) == then[name]:
+            if getattr(self.config, name) == saved[name]:
                 setattr(self.config, name, value)
         self.history = self.folder.history()
         evaluations = self.folder.evaluations()
@@ -170,7 +175,7 @@ class Run:
         with write_errors(self.folder.checkpoints.path):
             self.folder.checkpoints.mark(self.step, best_step(self.evaluations))
         self._print_example("Before training, one held-out question", evaluations[0])
-        self.write_summary()  # a finished run that continues is not finished
+        self.write_summary()  # a finished run that is continued no longer counts as finished
 
     # --- during the steps
 
@@ -180,9 +185,9 @@ class Run:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the last `early_stopping` evaluations brought no new best."""
-        later = sum(step > best_step(self.evaluations) for step in self.evaluations)
-        return 0 < self.config.early_stopping <= later
+        """True if none of the last `early_stopping` evaluations was a new best."""
+        num_later = sum(step > best_step(self.evaluations) for step in self.evaluations)
+        return 0 < self.config.early_stopping <= num_later
 
     @property
     def done(self) -> bool:
@@ -202,15 +207,15 @@ class Run:
         self.signals.deferred = True
 
     def timer(self, part: str):
-        """A context manager that adds its seconds to a part of the run: rollout, update or eval."""
+        """Return a context manager that adds its seconds to a part of the run: rollout, update or eval."""
         return self.stopwatch.measure(part)
 
     def log_step(self, episodes: list[Episode], tokens: dict, stats: dict[str, float]) -> None:
-        """Write roll-outs, tokens and metrics of the step, look for alarms, and print the console line.
+        """Write roll-outs, tokens and metrics of the step, check for alarms, and print the console line.
 
         Args:
-            tokens: from `inspect_tokens`.
-            stats: metrics of advantages and update.
+            tokens: From `inspect_tokens`.
+            stats: The metrics of the advantages and of the update.
         """
         config = self.config
         previous = self.history[-1] if self.history else {}
@@ -233,22 +238,22 @@ class Run:
         self.folder.append_metrics(metrics)
         self.trackers.log(self.step, metrics)
         if self.step % config.logging_steps == 0 or self.done:
-            left = report.seconds_left(self.step, config, self.stopwatch.seconds)
-            print(report.console_line(metrics, config, left, self.warnings), flush=True)
+            seconds_left = report.seconds_left(self.step, config, self.stopwatch.seconds)
+            print(report.console_line(metrics, config, seconds_left, self.warnings), flush=True)
         self._print_new("alarm", alarms)
         self._print_new("note", notes)
         if config.log_completions_steps and self.step % config.log_completions_steps == 0:
             print(report.highest_rewards(self.step, episodes), flush=True)
 
     def _print_new(self, kind: str, lines: Alarms) -> None:
-        """Print the alarms or notes that no earlier step had."""
+        """Print the alarms or notes whose subjects no earlier step had."""
         printed = {subject for metrics in self.history[:-1] for subject in metrics[f"{kind}s"]}
         for subject, text in lines.items():
             if subject not in printed:
                 print(f"  {kind}: {text}", flush=True)
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
-        """Write the answers into the folder, and keep what rates and gains are computed from."""
+        """Write the answers of an evaluation, keep it without its texts, and update the summary."""
         self.evaluations[self.step] = evaluation.without_texts()
         name = self.folder.evaluation_file(self.step).stem
         self.folder.write_evaluation(name, evaluation)
@@ -257,10 +262,10 @@ class Run:
         self.write_summary()
 
     def _print_example(self, title: str, evaluation: Evaluation) -> None:
-        """Print the first question that was not answered right before training."""
+        """Print the answer to the first question that was not answered correctly before training."""
         before = self.evaluations[0].greedy
         example = next((i for i, record in enumerate(before) if record["verdict"] != "right"), 0)
-        print(f"\n{title}:\n{report.dialogue(evaluation.greedy[example])}\n")
+        print(f"\n{title}:\n{report.format_answer(evaluation.greedy[example])}\n")
 
     def write_summary(self, is_finished: bool = False) -> None:
         summary = summarize(self.config, self.history, self.evaluations, is_finished) | {
@@ -273,11 +278,11 @@ class Run:
         self.folder.write("summary.json", to_json(summary, indent=2) + "\n")
 
     def save(self) -> Path:
-        """Write a checkpoint of the step that has just been made."""
+        """Write a checkpoint of the current step and return its folder."""
         meta = {
             "seed": self.config.seed,
             "eval": self.evaluations[max(self.evaluations)].summary(),
-            "made": self.made,
+            "made": self.provenance,
             "versions": versions(),
             "shrunk": shrunk_settings(self.config),
         }
@@ -291,21 +296,21 @@ class Run:
     # --- the end
 
     def end_steps(self) -> None:
-        """After the last step: signals act at once again. Raises Stopped if the run was asked to stop, with its step saved."""
+        """Handle signals immediately again. If a stop was requested, save the last step and raise Stopped."""
         if self.stop_requested:
             checkpoints = self.folder.checkpoints
             if self.history and checkpoints.marked("last") != checkpoints.folder(self.step):
-                self.save()  # the request came after the last look at it
+                self.save()  # the request came after the step was logged
             with contextlib.suppress(OSError):
                 (self.folder.path / "STOP").unlink()
             raise Stopped(self.signals.exit_code)
         self.signals.deferred = False
         if self.step < self.config.max_steps:
             best = best_step(self.evaluations)
-            print(f"Stopped early: no evaluation after step {best} was better, of {len(self.evaluations)}.")
+            print(f"Stopped early: no evaluation after step {best} was better ({len(self.evaluations)} evaluations).")
 
     def finish(self, evaluation: Evaluation, held_out: list[Question]) -> None:
-        """Log the final evaluation, save, check that the saved LoRA gives the same answers, and print the results."""
+        """Log the final evaluation, save, verify that the saved LoRA gives the same answers, and print the results."""
         self.evaluations[self.step] = evaluation.without_texts()
         self.folder.write_evaluation("after", evaluation)
         self._print_example("After training, the same question", evaluation)
@@ -319,25 +324,26 @@ class Run:
                 print(f"  alarm: {text}", flush=True)
                 last["alarms"] = [*last["alarms"], subject]
         self.signals.deferred = True
-        checkpoint = self.save()  # now with the final evaluation
-        asked, changed = check_saved(self.policy, checkpoint, held_out, self.config)
+        checkpoint = self.save()  # replaces the last checkpoint, now with the final evaluation
+        num_answers, num_changed = check_saved(self.policy, checkpoint, held_out, self.config)
         with write_errors(self.folder.path / "curve.png"):
             report.draw_curve(self.folder.path / "curve.png", self.evaluations, self.history)
         self.write_summary(is_finished=True)
-        self._print_results(checkpoint, asked, changed)
+        self._print_results(checkpoint, num_answers, num_changed)
 
-    def _print_results(self, checkpoint: Path, asked: int, changed: int) -> None:
-        print(f"\nSaved {checkpoint}; read back, it gives the same {asked} of {asked} greedy answers as in memory")
-        print(f"and another answer than before training to {changed} of them.")
-        if not changed:
+    def _print_results(self, checkpoint: Path, num_answers: int, num_changed: int) -> None:
+        count = f"{num_answers} of {num_answers}"
+        print(f"\nSaved {checkpoint}; read back, it gives the same greedy answers as in memory ({count}).")
+        print(f"Training changed {num_changed} of these answers.")
+        if not num_changed:
             print("  hint: training changed no greedy answer: raise learning_rate or max_steps")
         if (best := self.folder.checkpoints.marked("best")) and best != checkpoint:
-            print(f"The best on the held-out questions was {best}.")
+            print(f"Best checkpoint by held-out accuracy: {best}")
         completions = self.history[-1]["num_completions"] if self.history else 0
         print(
             f"{completions:,} completions in {report.clock(self.stopwatch.total)}. Curve: {self.folder.path}/curve.png"
         )
-        print(f"Memory: {report.memory(self.memory.figures(self.policy.device))}.")
+        print(f"Peak memory: {report.describe_memory(self.memory.figures(self.policy.device))}.")
         for warning in self.warnings:
             print(f"  WARNING  {warning}")
         print(report.next_steps(self.folder.path, checkpoint))

@@ -1,4 +1,4 @@
-"""What happens at each token of one group in a step, for the page and for two metrics: tokens/000012.json."""
+"""Values per token for one group of a step: tokens/000012.json for the page, and two metrics."""
 
 import torch
 
@@ -11,18 +11,18 @@ from rl.update import Updater, prompt_and_completion_ids
 
 @torch.no_grad()
 def inspect_tokens(updater: Updater, episodes: list[Episode]) -> dict:
-    """Look at the group with the largest advantages, under the policy before its update.
+    """Compute values per token for the group with the largest mean |advantage|, under the policy before its update.
 
     Returns:
-        `prompt_id`, and for each of the group's `completions` lists with one value a token: tokens, logprobs,
-        sampler_logprobs, advantages, entropy, kl, and with a critic values.
+        `prompt_id`, and a dict for each of the group's `completions` with lists of one value per token: tokens,
+        logprobs, sampler_logprobs, advantages, entropy, kl, and with a critic also values.
     """
     policy = updater.policy
 
-    def signal(group: list[Episode]) -> float:
+    def total_advantage(group: list[Episode]) -> float:
         return sum(e.advantages.abs().mean().item() for e in group if e.advantages is not None)
 
-    group = max(updater.groups(episodes), key=signal)
+    group = max(updater.groups(episodes), key=total_advantage)
     by_episode = {}
 
     def inspect() -> None:
@@ -37,7 +37,7 @@ def inspect_tokens(updater: Updater, episodes: list[Episode]) -> dict:
                 by_episode[id(episode)] = describe(episode, logprobs[i], entropy[i], kl[i])
 
     def describe(episode: Episode, logprobs, entropy, kl) -> dict:
-        n = len(episode.completion_ids)
+        n = len(episode.completion_ids)  # the rest is padding
         advantages = torch.zeros(n) if episode.advantages is None else episode.advantages
         columns = {
             "tokens": [policy.tokenizer.decode([token]) for token in episode.completion_ids],
@@ -59,11 +59,11 @@ def inspect_tokens(updater: Updater, episodes: list[Episode]) -> dict:
 
 
 def describe_tokens(tokens: dict) -> dict[str, float]:
-    """Metrics of the inspected group, before its update.
+    """Return the metrics of the inspected group, before the update.
 
-    kl: the mean of k3 against the reference. sampling_logp_difference: between the sampler's log-probabilities and the
-    trainer's, which should agree. If the update computes them over all completions, its values replace these: kl with
-    beta, the difference in bf16 and fp16.
+    `kl` is the mean k3 estimate of the KL from the reference. `sampling_logp_difference` is the absolute difference of
+    the sampler's and the trainer's log-probabilities, which should be equal. If the update computes these metrics over
+    all completions, its values replace them: `kl` if beta is set, the difference in bf16 and fp16.
     """
     completions = tokens["completions"]
     differences = [abs(a - b) for c in completions for a, b in zip(c["logprobs"], c["sampler_logprobs"])]

@@ -1,7 +1,8 @@
-"""A run's metrics, sent to the trackers that `report_to` lists. None may stop the run: one that fails costs one line.
+"""Trackers for the metrics of a run, as listed in `report_to`. A tracker that fails is dropped with a warning.
 
-tensorboard writes into RUN/tensorboard; wandb into RUN/wandb, and uploads as `wandb login` and WANDB_MODE say; trackio into
-the folder that `trackio show` reads. WANDB_PROJECT replaces the project's name, ponder. A resumed run continues its tracks.
+tensorboard writes to RUN/tensorboard. wandb writes to RUN/wandb and uploads according to `wandb login` and WANDB_MODE.
+trackio writes to the folder that `trackio show` reads. The project is "ponder"; for wandb, WANDB_PROJECT
+overrides it. A resumed run continues its tracked run.
 """
 
 import contextlib
@@ -12,19 +13,22 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-WANDB_WAIT = 30.0  # seconds that wandb may wait for the network, at the start and at the end of a run
-ADVICE = {"wandb": "; wandb login first, or WANDB_MODE=offline now and wandb sync later"}
+WANDB_TIMEOUT = 30.0  # seconds that wandb may wait for the network, at the start and at the end of a run
+ADVICE = {"wandb": "; run `wandb login` first, or set WANDB_MODE=offline and run `wandb sync` later"}
 
 
 class Trackers:
-    """The trackers of one run, which is resumed if first_step is above 1. One that raises is dropped, with a call of warn."""
+    """The trackers of one run. If a tracker raises, it is dropped and `warn` is called with a message.
+
+    first_step: the first step to log; above 1, the run is resumed.
+    """
 
     def __init__(self, names: list[str], run: Path, settings: dict, first_step: int, warn: Callable[[str], None]):
         self.warn = warn
         self.trackers = {}
         for name in names:
             with self._guard(name):
-                self.trackers[name] = OPEN[name](run.resolve(), settings, first_step)
+                self.trackers[name] = OPENERS[name](run.resolve(), settings, first_step)
 
     def log(self, step: int, metrics: dict) -> None:
         """Send the finite numbers among the metrics of a step."""
@@ -40,7 +44,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _guard(self, name: str):
-        """Drop the tracker if it fails within this context, in which it cannot ask for input."""
+        """Drop the tracker if it fails in this context. Standard input is empty, so that it cannot prompt the user."""
         stdin = sys.stdin
         try:
             with open(os.devnull) as sys.stdin:
@@ -50,7 +54,7 @@ class Trackers:
             reason = f"failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}{ADVICE.get(name, '')}"
             if isinstance(error, ModuleNotFoundError) and error.name == name:
                 reason = f"not installed (pip install {name})"
-            self.warn(f"tracker {name}: {reason}. The run continues without it; metrics.jsonl has everything")
+            self.warn(f"tracker {name}: {reason}. The run continues without it; metrics.jsonl has all metrics")
         finally:
             sys.stdin = stdin
 
@@ -81,10 +85,10 @@ def open_wandb(run: Path, settings: dict, first_step: int):
     file.parent.mkdir(exist_ok=True)
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:12])
-    limits = {"init_timeout": WANDB_WAIT, "finish_timeout": WANDB_WAIT, "finish_timeout_raises": True}
-    how = {"resume": "allow", "dir": str(run), "settings": wandb.Settings(console="off", quiet=True, **limits)}
+    limits = {"init_timeout": WANDB_TIMEOUT, "finish_timeout": WANDB_TIMEOUT, "finish_timeout_raises": True}
+    options = {"resume": "allow", "dir": str(run), "settings": wandb.Settings(console="off", quiet=True, **limits)}
     project = os.environ.get("WANDB_PROJECT", "ponder")
-    return wandb.init(project=project, name=run.name, id=file.read_text().strip(), config=settings, **how)
+    return wandb.init(project=project, name=run.name, id=file.read_text().strip(), config=settings, **options)
 
 
-OPEN = {"tensorboard": TensorBoard, "trackio": open_trackio, "wandb": open_wandb}
+OPENERS = {"tensorboard": TensorBoard, "trackio": open_trackio, "wandb": open_wandb}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rl.config import ABOVE_0, AT_LEAST_1, AT_MOST_1, BELOW_1, Config, ConfigError
-from rl.run.read_config import RENAMED, read_config, read_yaml
+from rl.run.read_config import RENAMED_SETTINGS, read_config, read_yaml
 
 
 def from_yaml(tmp_path, text, *arguments):
@@ -77,7 +77,7 @@ def test_settings_of_trl_and_unsloth_name_their_equivalent(tmp_path):
         from_yaml(tmp_path, "per_device_train_batch_size: 8")
     with pytest.raises(ConfigError, match="max_seq_length .* max_completion_length"):
         from_yaml(tmp_path, "", "--max-seq-length", "2048")
-    renamed = yaml.safe_load(RENAMED.read_text())
+    renamed = yaml.safe_load(RENAMED_SETTINGS.read_text())
     assert all(isinstance(hint, str) for hint in renamed.values())
     assert not set(renamed) & set(vars(Config()))  # none of them exists here after all
     with pytest.raises(ConfigError, match="Did you mean .max_steps"):
@@ -98,7 +98,7 @@ def test_reading_settings_imports_no_memory_predictor():
 
 
 def test_missing_files():
-    with pytest.raises(ConfigError, match="no file configs/tny.yaml; there are .*configs/tiny.yaml"):
+    with pytest.raises(ConfigError, match="no file configs/tny.yaml; .*configs/tiny.yaml"):
         read_config(["--config=configs/tny.yaml"], "unused")
     with pytest.raises(ConfigError, match="--config needs a path"):
         read_config(["--config"], "unused")
@@ -154,7 +154,7 @@ def test_columns_are_pairs_in_either_form(tmp_path):
         (["--resume", "nothing"], "resume: nothing is not the folder of a run"),
         (["--gpu-memory", "8"], "gpu_memory is 8, but is the GB of a card for --dry-run"),
         (["--dry-run", "--gpu-memory", "0"], "gpu_memory is 0"),
-        (["--config", "FILE"], "FILE: dry_run is for the command line: --dry-run"),
+        (["--config", "FILE"], "FILE: dry_run can only be set on the command line: --dry-run"),
         (["--resume-from-checkpoint", "x"], "python train.py --resume runs/NAME resumes a run"),
         (["--early-stopping-patience", "3"], "use early_stopping"),
     ],

@@ -262,7 +262,7 @@ def test_runs_and_resumes(tmp_path, settings):
     arguments = [*common, *settings, "--max-steps", "3", "--output-dir", str(run)]
     result = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Unsloth" in result.stdout and "Double" not in result.stderr
+    assert "data/tiny (Unsloth)" in result.stdout and "Double" not in result.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"] and summary["versions"]["unsloth"]
     assert "greedy" in result.stdout  # the saved adapter was compared with the policy in memory

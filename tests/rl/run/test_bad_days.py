@@ -1,4 +1,4 @@
-"""Faults put into runs: each goes on, or stops with a clear line; none trains on a wrong number or loses what was saved."""
+"""Fault injection: a run continues or stops with a clear message; it never trains on wrong values or loses saved data."""
 
 import contextlib
 import errno
@@ -29,26 +29,23 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- memory that runs out
+# --- out of memory
 
 
-def test_what_is_done_at_a_time_is_halved_down_to_the_least(capsys):
-    config, tried = Config(rollout_batch_size=512), []
+def test_the_batch_setting_is_halved_down_to_the_minimum(capsys):
+    config = Config(rollout_batch_size=512)
+    sizes = []
 
     def work():
-        tried.append(config.rollout_batch_size)
+        sizes.append(config.rollout_batch_size)
         if config.rollout_batch_size > 8:
             raise OUT_OF_MEMORY
         return "done"
 
     assert retry_on_oom(work, config, "rollout_batch_size", requested=100, minimum=8) == "done"
-    assert tried == [512, 50, 25, 12, 8] and config.rollout_batch_size == 8
-    assert capsys.readouterr().out.startswith(
-        "  memory   out of memory: rollout_batch_size 100 -> 50, retrying (CUDA out of"
-    )
-    with pytest.raises(
-        ConfigError, match="out of memory at the smallest .* lower max_completion_length .now 256., .*--dry-run"
-    ):
+    assert sizes == [512, 50, 25, 12, 8] and config.rollout_batch_size == 8
+    assert "rollout_batch_size 100 -> 50" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="out of memory .*rollout_batch_size.* max_completion_length"):
         retry_on_oom(out_of_memory, config, "rollout_batch_size", requested=100, minimum=8)
 
 
@@ -62,8 +59,9 @@ def test_what_is_done_at_a_time_is_halved_down_to_the_least(capsys):
         (KeyError("out of memory"), False),
     ],
 )  # fmt: skip
-def test_only_memory_is_taken_for_memory(error, is_memory):
-    config, calls = Config(), []
+def test_only_memory_errors_are_retried(error, is_memory):
+    config = Config()
+    calls = []
 
     def work():
         calls.append(1)
@@ -78,9 +76,9 @@ def test_only_memory_is_taken_for_memory(error, is_memory):
     assert len(calls) == 1 + is_memory
 
 
-def test_really_too_much_memory_is_noticed_here_too():
-    """What torch says on this machine, on a CPU."""
-    config, sizes = Config(max_tokens_per_micro_batch=2**46), []
+def test_a_real_memory_error_on_a_cpu_is_recognized():
+    config = Config(max_tokens_per_micro_batch=2**46)
+    sizes = []
 
     def work():
         sizes.append(config.max_tokens_per_micro_batch)
@@ -93,8 +91,8 @@ def test_really_too_much_memory_is_noticed_here_too():
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "dpo"])
-def test_the_gradient_is_the_same_after_memory_ran_out_in_its_middle(policy, config, monkeypatch, algorithm):
-    """In the second micro-batch, when the gradient of the first is there already."""
+def test_the_gradient_is_the_same_after_a_retry_on_out_of_memory(policy, config, monkeypatch, algorithm):
+    """Memory runs out in the second micro-batch, after the gradient of the first has been accumulated."""
     from conftest import Rewards, marked
 
     import rl.critic
@@ -103,7 +101,9 @@ def test_the_gradient_is_the_same_after_memory_ran_out_in_its_middle(policy, con
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
 
-    config.algorithm, config.max_tokens_per_micro_batch, config.beta = algorithm, 10**6, 0.1
+    config.algorithm = algorithm
+    config.max_tokens_per_micro_batch = 10**6
+    config.beta = 0.1
     generator = torch.Generator().manual_seed(0)
     prompts = [policy.encode_prompt(q) for q in ("1 + 1 = ?", "What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "2 + 2 = ?")]
     episodes = rollout(policy, prompts, 4, 24, Sampling(), generator, 16)
@@ -114,19 +114,20 @@ def test_the_gradient_is_the_same_after_memory_ran_out_in_its_middle(policy, con
     Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     gradients = []
 
-    def keep(self):
+    def record_gradient(self):
         gradients.append(torch.cat([p.grad.flatten().clone() for p in self.parameters if p.grad is not None]))
         self.zero_grad()
         return 1.0
 
-    monkeypatch.setattr(rl.optimizer.Optimizer, "step", keep)
-    plain = updater.update(episodes)
+    monkeypatch.setattr(rl.optimizer.Optimizer, "step", record_gradient)
+    expected = updater.update(episodes)
     for e in episodes:
         e.old_logprobs = e.reference_logprobs = None
     if algorithm == "ppo":
         updater.fill_values(episodes)
     config.max_tokens_per_micro_batch = 200
-    score, calls = rl.update.completion_logprobs, []
+    score = rl.update.completion_logprobs
+    calls = []
 
     def failing(*args, **kwargs):
         calls.append(torch.is_grad_enabled())
@@ -135,25 +136,25 @@ def test_the_gradient_is_the_same_after_memory_ran_out_in_its_middle(policy, con
         return score(*args, **kwargs)
 
     monkeypatch.setattr(rl.update, "completion_logprobs", failing)
-    again = updater.update(episodes)
+    retried = updater.update(episodes)
     assert config.max_tokens_per_micro_batch < 200 and sum(calls) > 3 and name
     half = len(gradients) // 2
     assert half >= 1
     for before, after in zip(gradients[:half], gradients[half:], strict=True):
         torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-4)
     for metric in ("loss", "entropy", "clip_ratio/region_mean", "policy/approxkl_avg"):
-        assert again[metric] == pytest.approx(plain[metric], abs=1e-6, nan_ok=True)
+        assert retried[metric] == pytest.approx(expected[metric], abs=1e-6, nan_ok=True)
 
 
-def test_memory_runs_out_in_a_roll_out(tmp_path, whole):
-    """No step is lost, the same questions are asked, and the settings found hold for the rest of the run."""
+def test_out_of_memory_in_a_roll_out_loses_no_step(tmp_path, whole):
+    """The questions are the same, and the halved settings are kept for the rest of the run."""
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.model.engine:Engine:step": (250, OUT_OF_MEMORY)}) == 0
-    assert "memory   out of memory: rollout_batch_size 9 -> 4, retrying (CUDA out of memory. Tried" in printed(folder)
-    for file, place in (("checkpoints/step_000008/trainer_state.json", "shrunk"), ("summary.json", "memory")):
-        kept = json.loads((folder / file).read_text())
-        kept = kept[place]
-        assert kept["rollout_batch_size"] == 4 and kept["max_tokens_per_micro_batch"] == 4096
+    assert "rollout_batch_size 9 -> 4" in printed(folder)
+    for file, key in (("checkpoints/step_000008/trainer_state.json", "shrunk"), ("summary.json", "memory")):
+        settings = json.loads((folder / file).read_text())
+        settings = settings[key]
+        assert settings["rollout_batch_size"] == 4 and settings["max_tokens_per_micro_batch"] == 4096
     assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
     rollouts, expected = (
         [json.loads(line) for file in sorted((run / "rollouts").iterdir()) for line in file.read_text().splitlines()]
@@ -163,12 +164,12 @@ def test_memory_runs_out_in_a_roll_out(tmp_path, whole):
     assert [r["prompt_id"] for r in rollouts] == [r["prompt_id"] for r in expected]
 
 
-def test_memory_runs_out_in_an_update(tmp_path, whole):
-    """The run is the one without it, but for rounding."""
+def test_out_of_memory_in_an_update_changes_no_result_beyond_rounding(tmp_path, whole):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.update::completion_logprobs": (12, OUT_OF_MEMORY)}) == 0
-    assert "memory   out of memory: max_tokens_per_micro_batch" in printed(folder)
-    first, expected = metrics(folder)[0], metrics(whole("grpo")[0])[0]
+    assert "out of memory: max_tokens_per_micro_batch" in printed(folder)
+    first = metrics(folder)[0]
+    expected = metrics(whole("grpo")[0])[0]
     for name in ("reward", "loss", "grad_norm", "entropy", "kl"):
         assert first[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
     assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
@@ -178,15 +179,15 @@ def out_of_memory(*_, **__):
     raise OUT_OF_MEMORY
 
 
-def test_what_never_fits_is_said_at_the_start(tmp_path, monkeypatch):
+def test_a_batch_that_cannot_fit_is_reported_at_the_start(tmp_path, monkeypatch):
     import rl.model.engine
 
     monkeypatch.setattr(rl.model.engine.Engine, "allocate_peak", out_of_memory)
-    with pytest.raises(ConfigError, match="out of memory at the smallest possible batch .rollout_batch_size 4."):
+    with pytest.raises(ConfigError, match="out of memory .*rollout_batch_size 4"):
         train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
 
 
-def test_the_rehearsal_leaves_the_policy_alone(policy, config):
+def test_the_memory_check_leaves_the_policy_unchanged(policy, config):
     from conftest import vectors
 
     from rl.checks import check_memory
@@ -194,7 +195,8 @@ def test_the_rehearsal_leaves_the_policy_alone(policy, config):
 
     config.algorithm = "ppo"
     critic = Critic(policy, config)
-    updater, before = Updater(policy, critic, config), vectors(policy.model.parameters())
+    updater = Updater(policy, critic, config)
+    before = vectors(policy.model.parameters())
     questions = [Question({}, policy.encode_prompt(q)) for q in ("1 + 1 = ?", "What is 3 + 4 + 5?")]
     torch.manual_seed(5)
     expected = torch.get_rng_state()
@@ -204,7 +206,7 @@ def test_the_rehearsal_leaves_the_policy_alone(policy, config):
     assert (config.rollout_batch_size, config.max_tokens_per_micro_batch) == (512, 8192)
 
 
-# --- numbers that are none
+# --- NaN
 
 
 def nan_once(logprobs, *_):
@@ -212,40 +214,42 @@ def nan_once(logprobs, *_):
     return nan, nan.detach()
 
 
-def test_a_loss_that_is_nan_is_left_out_and_counted(tmp_path):
-    """The second mini-batch of step 3: nothing is learned from it; the run goes on and an alarm says so."""
+def test_an_update_with_a_nan_loss_is_skipped_and_counted(tmp_path):
+    """The second mini-batch of step 3 has a NaN loss: its update is skipped, and an alarm reports it."""
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.algorithms::policy_loss": (10, nan_once)}) == 0
     skipped = [m["skipped_updates"] for m in metrics(folder)]
     assert sum(skipped) == 1 and metrics(folder)[skipped.index(1)]["updates"] == 3
-    assert "  alarm: 1 of " in printed(folder) and "were skipped, their gradients were NaN" in printed(folder)
+    assert "  alarm: 1 of " in printed(folder) and "were skipped" in printed(folder)
     weights = load_file(folder / "checkpoints/step_000008/adapter_model.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
 
 
-# --- processes that are killed
+# --- killed processes
 
 
 def kill_children(scorer):
-    """Every process that this one has started: the sandboxes and the graders' workers."""
+    """Kill every child process: the sandboxes and the graders' workers."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     return scorer.scoring.results()
 
 
-def test_sandboxes_and_workers_that_are_killed_change_no_reward(tmp_path, whole):
+def test_killed_sandboxes_and_workers_change_no_reward(tmp_path, whole):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.rollout:StreamingScorer:results": (4, kill_children)}) == 0
     assert_same(folder, whole("grpo")[0])
 
 
-def test_a_tracker_that_raises_changes_nothing(tmp_path, whole):
-    folder, faults = tmp_path / "run", {"rl.run.trackers:TensorBoard:__init__": (1, RuntimeError("broken"))}
+def test_a_failing_tracker_does_not_change_the_run(tmp_path, whole):
+    folder = tmp_path / "run"
+    faults = {"rl.run.trackers:TensorBoard:__init__": (1, RuntimeError("broken"))}
     assert finish(folder, "grpo", more="--report-to tensorboard wandb", faults=faults) == 0
-    assert "note: tracker tensorboard: failed with RuntimeError: broken" in printed(folder)
-    found, expected = result(folder), result(whole("grpo")[0])
-    assert found["metrics"] == expected["metrics"] and found["adapter"] == expected["adapter"]
+    assert "tracker tensorboard: failed with RuntimeError: broken" in printed(folder)
+    actual = result(folder)
+    expected = result(whole("grpo")[0])
+    assert actual["metrics"] == expected["metrics"] and actual["adapter"] == expected["adapter"]
 
 
 # --- disks and folders
@@ -253,18 +257,18 @@ def test_a_tracker_that_raises_changes_nothing(tmp_path, whole):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of a few megabytes; a function that makes it larger."""
+    """A mounted disk of a few megabytes, and a function that remounts it with other options."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if (
         os.name != "posix"
         or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4500k", "tmpfs", disk], capture_output=True).returncode
     ):
-        pytest.skip("no rights to mount a disk")
+        pytest.skip("mounting a disk is not permitted")
 
-    def remount(size):
-        command = ["mount", "-o", f"remount,{size}", disk]
-        for _ in range(50):  # a process that was just killed may still hold a file
+    def remount(options):
+        command = ["mount", "-o", f"remount,{options}", disk]
+        for _ in range(50):  # a killed process may still have a file open
             if subprocess.run(command, capture_output=True).returncode == 0:
                 return
             time.sleep(0.2)
@@ -274,32 +278,32 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(small_disk, whole):
+def test_a_full_disk_stops_the_run_which_resumes_once_there_is_space(small_disk, whole):
     disk, remount = small_disk
     folder = disk / "run"
     assert finish(folder, "grpo") == 1
-    said = Path(f"{folder}.txt").read_text()
-    assert "cannot be written: the disk is full: make room" in said
-    assert f"step_000004 is saved. To resume: python train.py --resume {folder}" in said
-    assert "Traceback" not in said
+    output = Path(f"{folder}.txt").read_text()
+    assert "cannot be written: the disk is full" in output
+    assert "step_000004" in output and f"To resume: python train.py --resume {folder}" in output
+    assert "Traceback" not in output
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder / "checkpoints/step_000002", check=True)
     remount("size=64m")
     assert finish(folder, "grpo", resume=True) == 0
     assert_same(folder, whole("grpo")[0])
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_log_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_unwritable_log_stops_the_run(tmp_path, monkeypatch):
     from rl.run.folder import RunFolder
 
-    begin = RunFolder.write_settings
+    write_settings = RunFolder.write_settings
 
-    def on_a_full_disk(run, *args):
+    def fill_disk(run, *args):
         (run.path / "metrics.jsonl").symlink_to("/dev/full")
-        begin(run, *args)
+        write_settings(run, *args)
 
-    monkeypatch.setattr(RunFolder, "write_settings", on_a_full_disk)
-    with pytest.raises(train.RunError, match="metrics.jsonl cannot be written: No space left on device"):
+    monkeypatch.setattr(RunFolder, "write_settings", fill_disk)
+    with pytest.raises(train.RunError, match="metrics.jsonl .*No space left on device"):
         train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
 
 
@@ -309,16 +313,16 @@ def test_a_read_only_folder_stops_the_run_at_the_start(small_disk, tmp_path, who
     remount("size=64m")
     assert finish(folder, "grpo", faults={"rl.optimizer:Optimizer:step": (9, signal.SIGTERM)}) == 143
     remount("ro")
-    with pytest.raises(train.RunError, match="cannot be written: Read-only file system$"):
+    with pytest.raises(train.RunError, match="Read-only file system$"):
         train.main(["--resume", str(folder)])
-    with pytest.raises(ConfigError, match="output_dir: .*other cannot be made: Read-only file system$"):
+    with pytest.raises(ConfigError, match="output_dir: .*other .*Read-only file system$"):
         train.main([*SHORT.split(), "--output-dir", str(disk / "other")])
     remount("rw")
     assert finish(folder, "grpo", resume=True) == 0
     assert_same(folder, whole("grpo")[0])
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, monkeypatch, policy):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others_intact(tmp_path, monkeypatch, policy):
     from rl.run.checkpoint import Checkpoints
 
     (tmp_path / "checkpoints").mkdir()
@@ -328,7 +332,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, monkeyp
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("PytorchStreamWriter failed writing file"),
     ):
-        with monkeypatch.context() as patch, pytest.raises(train.RunError, match="step_000002 cannot be written"):
+        with monkeypatch.context() as patch, pytest.raises(train.RunError, match="step_000002"):
             patch.setattr(torch, "save", raising(error))
             checkpoints.save(2, policy, "card", {}, {}, best=2)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == [first.name]
@@ -342,11 +346,11 @@ def raising(error):
     return raises
 
 
-# --- a terminal that goes away
+# --- closed terminals
 
 
-@pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
-def test_a_terminal_that_goes_away_takes_nothing_along(tmp_path, whole):
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX terminal")
+def test_a_run_survives_its_terminal(tmp_path, whole):
     import pty
 
     folder = tmp_path / "run"
@@ -362,29 +366,27 @@ def test_a_terminal_that_goes_away_takes_nothing_along(tmp_path, whole):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     os.close(terminal)
-    seen = b""
-    while b"step 2/8" not in seen:
-        seen += os.read(main, 4096)
-    os.close(main)  # the terminal's window is closed
+    output = b""
+    while b"step 2/8" not in output:
+        output += os.read(main, 4096)
+    os.close(main)  # closes the terminal
     assert process.wait(120) == 0
-    assert (
-        "step 8/8" in (folder / "console.log").read_text()
-        and "Next:\n  python ui/app.py" in (folder / "console.log").read_text()
-    )
+    log = (folder / "console.log").read_text()
+    assert "step 8/8" in log and "python ui/app.py" in log
     assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
 
 
 @pytest.mark.slow
-def test_a_pipe_that_is_closed_takes_nothing_along(tmp_path):
+def test_a_run_survives_a_closed_pipe(tmp_path):
     folder = tmp_path / "run"
     command = f"{sys.executable} train.py {SHORT} --max-steps 3 --output-dir {folder} | head -n 2"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert len(metrics(folder)) == 3 and "Next:\n  python ui/app.py" in (folder / "console.log").read_text()
+    assert len(metrics(folder)) == 3 and "python ui/app.py" in (folder / "console.log").read_text()
 
 
-def test_memory_that_runs_out_in_the_optimizer_is_said_in_one_line(policy, episodes, config, monkeypatch):
+def test_out_of_memory_in_the_optimizer_is_reported_in_one_line(policy, episodes, config, monkeypatch):
     updater = Updater(policy, None, config)
     monkeypatch.setattr(updater.optimizer.adamw, "step", out_of_memory)
-    with pytest.raises(ConfigError, match="out of memory in the optimizer's step: lower lora_r"):
+    with pytest.raises(ConfigError, match="out of memory .*optimizer.*lora_r"):
         updater.update(episodes)
