@@ -58,7 +58,7 @@ def test_advantages_sum_to_zero_and_ignore_a_shift(rewards, shift):
 
 def test_groups_that_vary():
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, NAN, 2.0, NAN, NAN])
-    assert A.varied_groups(rewards, 2).tolist() == [False, True, False, False]
+    assert A.has_varied_rewards(rewards, 2).tolist() == [False, True, False, False]
 
 
 def test_clipped_loss_by_hand():

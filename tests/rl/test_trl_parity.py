@@ -332,7 +332,7 @@ def test_group_advantages(scale, ungraded):
         output, metrics = scored(trl.GRPOTrainer, rewards, scale_rewards=scale)
         close(alg.group_advantages(rewards, GROUP, scale), output["advantages"])
         if scale != "batch" and not ungraded:
-            without = 1 - alg.varied_groups(rewards, GROUP).float().mean().item()
+            without = 1 - alg.has_varied_rewards(rewards, GROUP).float().mean().item()
             assert metrics["frac_reward_zero_std"] == pytest.approx(without)
 
 
