@@ -1,4 +1,4 @@
-"""The structure: no import circle, no import upward between rooms, and one file's job from its name (CONTRIBUTING.md)."""
+"""The structure of the project (CONTRIBUTING.md): no import cycles or upward imports, no long files."""
 
 import ast
 import functools
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# From the bottom to the top. A file may import its own room and those in earlier lines.
+# From bottom to top. A file may import from its own room and from rooms in earlier lines.
 ROOMS = [
     ["grading/base.py"],
-    ["rl/config.py"],  # the settings, which everybody reads
+    ["rl/config.py"],  # the settings, which all rooms read
     ["grading/sandbox"],
     ["grading/answers"],
     ["grading/countdown.py", "grading/gym.py"],
@@ -29,7 +29,7 @@ PACKAGES = ("rl", "grading", "data", "tools", "export", "ui", "bench", "train", 
 
 
 def is_entry_point(path: str) -> bool:
-    """Commands may import upward: `python -m grading self-test` is a tool, `python rewards.py` too."""
+    """Commands may import upward: `python -m grading self-test` and `python rewards.py`."""
     return path.endswith("__main__.py") or path == "rewards.py"
 
 
@@ -39,14 +39,14 @@ def files() -> list[str]:
 
 
 def level(path: str) -> int:
-    """The number of a file's room: the longest name that fits."""
+    """Return the number of a file's room, the one with the longest matching name."""
     rooms = {room: number for number, names in enumerate(ROOMS) for room in names}
-    fitting = [room for room in rooms if path == room or path.startswith(room + "/")]
-    return rooms[max(fitting, key=len)]
+    matches = [room for room in rooms if path == room or path.startswith(room + "/")]
+    return rooms[max(matches, key=len)]
 
 
 def module_file(module: str) -> str | None:
-    """The file of a module of this project."""
+    """Return the file of a module of this project, or None for other modules."""
     base = ROOT / module.replace(".", "/")
     if module.partition(".")[0] not in PACKAGES:
         return None
@@ -58,18 +58,18 @@ def module_file(module: str) -> str | None:
 
 @functools.cache
 def imports(path: str) -> frozenset[str]:
-    """The files of this project that a file imports, at its top or inside functions."""
-    found = set()
+    """Return the files of this project that a file imports, at the top level or inside functions."""
+    paths = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {module_file(alias.name) for alias in node.names}
+            paths |= {module_file(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
-                found.add(module_file(f"{node.module}.{alias.name}") or module_file(node.module))
-    return frozenset(found - {None, path})
+                paths.add(module_file(f"{node.module}.{alias.name}") or module_file(node.module))
+    return frozenset(paths - {None, path})
 
 
-def upward(paths: list[str]) -> list[str]:
+def upward_imports(paths: list[str]) -> list[str]:
     return [
         f"{path} imports {other}"
         for path in paths
@@ -79,41 +79,44 @@ def upward(paths: list[str]) -> list[str]:
     ]
 
 
-def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
-    """Every import circle that a depth-first walk closes, as the files on it."""
-    found, done = [], set()
+def import_cycles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
+    """Return the import cycles that a depth-first search finds, each as a list of files."""
+    cycles = []
+    done = set()
 
-    def walk(path: str, way: list[str]) -> None:
-        if path in way:
-            found.append(way[way.index(path) :])
+    def walk(path: str, stack: list[str]) -> None:
+        if path in stack:
+            cycles.append(stack[stack.index(path) :])
             return
         if path in done:
             return
         for other in sorted(graph.get(path, ())):
-            walk(other, [*way, path])
+            walk(other, [*stack, path])
         done.add(path)
 
     for path in graph:
         walk(path, [])
-    return found
+    return cycles
 
 
-def test_no_import_goes_upward():
-    assert not upward(files())
+def test_no_upward_imports():
+    assert not upward_imports(files())
 
 
-def test_no_import_circle():
-    assert not circles({path: imports(path) for path in files() if not is_entry_point(path)})
+def test_no_import_cycles():
+    assert not import_cycles({path: imports(path) for path in files() if not is_entry_point(path)})
 
 
-def test_what_is_looked_for_is_found(monkeypatch):
+def test_checks_detect_violations(monkeypatch):
     assert level("rl/model/engine.py") < level("rl/update.py") < level("rl/run/session.py") < level("ui/app.py")
     assert "rl/model/engine.py" in imports("rl/rollout.py") and "data/__init__.py" in imports("rl/rollout.py")
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     monkeypatch.setitem(globals(), "imports", lambda path: frozenset({"rl/run/session.py"}))
-    assert upward(["rl/update.py"]) == ["rl/update.py imports rl/run/session.py"] and not upward(["ui/app.py"])
+    assert upward_imports(["rl/update.py"]) == ["rl/update.py imports rl/run/session.py"] and not upward_imports(
+        ["ui/app.py"]
+    )
 
 
 @pytest.mark.parametrize("path", files())
-def test_a_file_is_not_longer_than_can_be_read(path):
+def test_files_have_at_most_400_lines(path):
     assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= 400
