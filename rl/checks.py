@@ -45,7 +45,7 @@ class Agreement:
 def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
     """Check that sampler, trainer and the model's own forward pass agree. The policy's weights are restored.
 
-    If `policy.decoder` disagrees with the model's own forward pass, it is set to None: the model's own is used.
+    If `policy.decoder` disagrees with the model's own forward pass, it is set to None and the model's own is used.
 
     Raises:
         ConfigError: if the roll-out does not sample from the trained policy.

@@ -175,8 +175,8 @@ def collect(
 ) -> list[Episode]:
     """Return the episodes of one training step, with scores and training rewards.
 
-    With `dynamic_sampling` (DAPO, arXiv 2503.14476), groups without signal are replaced by groups of new questions, at
-    most that many times per step. The replaced groups stay in the result with `has_signal` False.
+    With `dynamic_sampling` (DAPO, arXiv 2503.14476), groups without signal are replaced by groups of new questions, up
+    to `dynamic_sampling` times per step. The replaced groups stay in the result with `has_signal` False.
     """
     sampling = Sampling.from_config(config)
     episodes = []

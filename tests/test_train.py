@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
 
 def test_a_saved_adapter_can_be_evaluated(small_run, tmp_path, capsys):
     checkpoint = small_run[0] / "checkpoints/step_000003"
-    # The settings are those of the adapter's run.
+    # The settings come from the adapter's run.
     train.main(["--eval-only", "--adapter", str(checkpoint), "--output-dir", str(tmp_path / "eval")])
     evaluated = tmp_path / "eval"
     table = small_run[1][small_run[1].index("held-out questions   ") :].partition("\n\n")[0]

@@ -55,14 +55,14 @@ def test_reward_error_in_training(tmp_path):
     (record,) = lines(tmp_path / "run/failed.jsonl")
     assert (record["step"], record["prompt_id"], record["row"]["gold"]) == (2, row["id"], row["gold"])
 
-    command = result.stderr.strip().rpartition(": python ")[2].split()
+    rescore = result.stderr.strip().rpartition(": python ")[2].split()
     assert (
-        command
+        rescore
         == "-m grading self-test MY --rescore RUN/failed.jsonl".replace("MY", arguments[3])
         .replace("RUN", str(tmp_path / "run"))
         .split()
     )
-    rescored = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    rescored = subprocess.run([sys.executable, *rescore], capture_output=True, text=True)
     assert rescored.returncode == 1 and "'rare' (my_rewards.py:15)" in rescored.stderr
 
     path = tmp_path / "my_rewards.py"

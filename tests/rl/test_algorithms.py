@@ -107,10 +107,9 @@ def test_kl_estimators_are_unbiased():
         (gradients[name],) = torch.autograd.grad((p * estimate).sum(), logits, retain_graph=True)
     torch.testing.assert_close(gradients["k1 r"], exact_gradient)
     torch.testing.assert_close(gradients["k3 r"], exact_gradient)
-    torch.testing.assert_close(
-        gradients["k1"], torch.zeros(4), atol=1e-6, rtol=0
-    )  # why Config refuses k1 without the ratio
-    assert not torch.allclose(gradients["k3"], exact_gradient, atol=1e-3)  # why use_bias_correction_kl is on by default
+    # Config refuses k1 without the ratio, and use_bias_correction_kl is on by default:
+    torch.testing.assert_close(gradients["k1"], torch.zeros(4), atol=1e-6, rtol=0)
+    assert not torch.allclose(gradients["k3"], exact_gradient, atol=1e-3)
 
 
 def test_masked_positions_cause_no_nan():

@@ -79,7 +79,7 @@ def test_settings_of_trl_and_unsloth_name_their_equivalent(tmp_path):
         from_yaml(tmp_path, "", "--max-seq-length", "2048")
     renamed = yaml.safe_load(RENAMED.read_text())
     assert all(isinstance(hint, str) for hint in renamed.values())
-    assert not set(renamed) & set(vars(Config()))  # no setting is listed as renamed
+    assert not set(renamed) & set(vars(Config()))  # no existing setting is listed
     with pytest.raises(ConfigError, match="Did you mean .max_steps"):
         from_yaml(tmp_path, "", "--max_step=3")
 

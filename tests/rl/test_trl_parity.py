@@ -281,9 +281,8 @@ def score_rollout(trainer_class, rewards: torch.Tensor, numbers: Numbers | None 
     is_rloo = trainer_class is trl.RLOOTrainer
     rest = (None, {}, None, None)
     zeros = torch.zeros(rows, max(lengths))
-    scores = iter(
-        [numbers.old, numbers.reference] if numbers else [zeros]
-    )  # TRL first reads the old, then the reference log-probabilities
+    # TRL first reads the old, then the reference log-probabilities.
+    scores = iter([numbers.old, numbers.reference] if numbers else [zeros])
     trainer = stub_trainer(
         ref_model=object(),
         args=SimpleNamespace(
