@@ -1,12 +1,7 @@
-"""The mathematics of the policy-gradient family as pure functions on tensors: advantages, losses, divergences.
+"""Policy-gradient algorithms as pure functions on tensors: advantages, returns, losses and KL estimates.
 
-Shapes: N completions in a step, B in a micro-batch, C the longest completion of a micro-batch. A mask is True on the
-tokens of a completion, its first end-of-sequence token included. r is the ratio pi / pi_old of a token.
-
-Sources: GRPO, arXiv 2402.03300; PPO, arXiv 1707.06347; DAPO, arXiv 2503.14476; Dr. GRPO, arXiv 2503.20783; the KL
-estimators k1, k2, k3, http://joschu.net/blog/kl-approx.html; two-sided clipping, arXiv 2505.07291; GAE, arXiv 1506.02438;
-RLOO, arXiv 2402.14740; REINFORCE++, arXiv 2501.03262; GSPO, arXiv 2507.18071; CISPO, arXiv 2506.13585; SAPO, arXiv
-2511.20347; DPO, arXiv 2305.18290; REINFORCE, Williams 1992; process supervision, DeepSeekMath, arXiv 2402.03300.
+Shapes: N completions of a step, B rows of a micro-batch, C completion tokens, G completions of a group. A mask is True
+on the tokens of a completion, including its first end-of-sequence token. The ratio r is pi / pi_old of a token.
 """
 
 import math
@@ -14,24 +9,27 @@ import math
 import torch
 
 ADVANTAGE_EPSILON = 1e-4  # keeps the division by a standard deviation finite; TRL's value
-VARIANCE_FLOOR = 1e-8  # the same under a variance
-MAX_LOG_RATIO = 20.0  # beyond it exp() would leave the range of fp32 sums
+VARIANCE_FLOOR = 1e-8  # keeps the division by the root of a variance finite
+MAX_LOG_RATIO = 20.0  # nats; keeps sums of exp(log-ratio) in the range of fp32
+
+StepRewards = list[tuple[int, float]]  # process rewards of one completion: (index of the step's last token, value)
 
 
 def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards: str = "group") -> torch.Tensor:
-    """Advantages A = (R - mean of the group) / (standard deviation + 1e-4), GRPO's critic-free baseline.
+    """Return the advantages of GRPO (arXiv 2402.03300), (N,): A = (R - group mean) / (standard deviation + 1e-4).
 
-    rewards: (N,), groups of num_generations in a row; nan marks an ungraded completion, which leaves its group's mean
-    and deviation and gets A = 0. scale_rewards: divide by the deviation of the "group", of the whole "batch" (both with
-    n - 1), or by nothing ("none", Dr. GRPO). Returns (N,).
+    Args:
+        rewards: (N,), group by group. nan marks ungraded completions: they are excluded from their group and get A = 0.
+        scale_rewards: divide by the standard deviation (with n - 1) of the "group" or of the whole "batch", or do not
+            divide: "none", as in Dr. GRPO (arXiv 2503.20783).
     """
-    grouped = rewards.view(-1, num_generations)  # (P, G)
+    grouped = rewards.view(-1, num_generations)  # (N / G, G)
     graded = ~grouped.isnan()
     count = graded.sum(1, keepdim=True)
-    # From the group's first graded reward, so that equal rewards give exactly 0, not a rounding error over 1e-4.
+    # Shift by the group's first graded reward, so that equal rewards give exactly 0, not a rounding error over 1e-4.
     grouped = grouped - grouped.gather(1, graded.int().argmax(1, keepdim=True))
     mean = grouped.nansum(1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(graded, grouped - mean, 0.0)  # (P, G)
+    centred = torch.where(graded, grouped - mean, 0.0)  # (N / G, G)
     if scale_rewards == "group":
         deviation = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         centred = centred / (deviation + ADVANTAGE_EPSILON)
@@ -45,11 +43,11 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """RLOO: A_i = R_i - (sum of the others' R) / (G - 1), the mean of the rest of the group as the baseline.
+    """Return the advantages of RLOO (arXiv 2402.14740), (N,): A_i = R_i - mean of the G - 1 other rewards of the group.
 
-    rewards: (N,), nan where ungraded: such a completion leaves its group and gets A = 0, as does one that is alone.
+    Ungraded completions (nan in rewards, (N,)) are excluded from their group and get A = 0. So does a lone graded one.
     """
-    grouped = rewards.view(-1, num_generations)  # (P, G)
+    grouped = rewards.view(-1, num_generations)  # (N / G, G)
     graded = ~grouped.isnan()
     count = graded.sum(1, keepdim=True)
     grouped = grouped - grouped.gather(1, graded.int().argmax(1, keepdim=True))  # equal rewards give exactly 0
@@ -58,7 +56,7 @@ def leave_one_out_advantages(rewards: torch.Tensor, num_generations: int) -> tor
 
 
 def running_mean(mean: float | None, values: torch.Tensor, decay: float = 0.9) -> float | None:
-    """The exponential running mean after one more step; None before the first. nan are left out."""
+    """Return the exponential running mean, updated with the mean of values. nan is ignored; None means no value yet."""
     values = values[~values.isnan()]
     if len(values) == 0:
         return mean
@@ -66,27 +64,27 @@ def running_mean(mean: float | None, values: torch.Tensor, decay: float = 0.9) -
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """(x - mean) / sqrt(variance + 1e-8) over the mask, 0 elsewhere; without shift_mean the mean stays. Any shape.
+    """Whiten the values in the mask: (x - mean) / sqrt(variance + 1e-8). All others become 0. Accepts any shape.
 
-    The floor under the variance keeps rounding noise among equal values what it is.
+    With shift_mean=False the mean is added back. The 1e-8 keeps rounding noise among equal values from being amplified.
     """
-    chosen = values[mask]
-    if len(chosen) < 2:
+    selected = values[mask]
+    if len(selected) < 2:
         return torch.where(mask, values, 0.0)
-    mean = chosen.mean()
-    whitened = (values - mean) / (chosen.var() + VARIANCE_FLOOR).sqrt()
+    mean = selected.mean()
+    whitened = (values - mean) / (selected.var() + VARIANCE_FLOOR).sqrt()
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
-def whiten_by_token(advantages: torch.Tensor, lengths: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """REINFORCE++ with baseline: the advantages of completions (N,) whitened over all tokens of the batch, (N,).
+def whiten_by_token(advantages: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Whiten completion advantages, (N,), over the tokens of the batch: REINFORCE++ with baseline (arXiv 2501.03262).
 
-    counted: (N,) bool; the others (ungraded, or masked out of the loss) stay out of it and get 0.
+    mask: (N,), False for completions that are ungraded or masked out of the loss: they are excluded and get 0.
     """
-    by_token = advantages[counted].repeat_interleave(lengths[counted])  # (tokens,)
+    by_token = advantages[mask].repeat_interleave(lengths[mask])  # (tokens,)
     if not by_token.any():
         return torch.zeros_like(advantages)
-    return torch.where(counted, (advantages - by_token.mean()) / (by_token.var() + VARIANCE_FLOOR).sqrt(), 0.0)
+    return torch.where(mask, (advantages - by_token.mean()) / (by_token.var() + VARIANCE_FLOOR).sqrt(), 0.0)
 
 
 def generalised_advantages(
@@ -97,66 +95,63 @@ def generalised_advantages(
     lam: float = 1.0,
     last_values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GAE: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}. Returns (advantages, returns), (B, T).
+    """Return the advantages and returns of GAE (arXiv 1506.02438), (N, C) each, before any whitening.
 
-    rewards, values: (B, T), V_t the value of the state before action t. mask: True on actions; a masked step passes the
-    carry and the next value through unchanged, so padding changes nothing. last_values: (B,) the value after the last
-    action, 0 by default: an episode that ended; at a cut one may bootstrap. returns = A + V, before any whitening.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t.
+
+    Args:
+        rewards, values: (N, C); V_t is the value of the state before action t.
+        mask: (N, C), True on actions; all other positions are skipped, so padding has no effect.
+        last_values: (N,), values after the last actions: 0 (default) for episodes that ended, V to bootstrap.
     """
     advantages = torch.zeros_like(values)
-    carry = torch.zeros_like(values[:, 0])  # A_{t+1}
-    following = torch.zeros_like(carry) if last_values is None else last_values.to(values)  # V_{t+1}
+    next_advantages = torch.zeros_like(values[:, 0])  # A_{t+1}
+    next_values = torch.zeros_like(next_advantages) if last_values is None else last_values.to(values)  # V_{t+1}
     for t in range(values.shape[1] - 1, -1, -1):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        carry = torch.where(mask[:, t], delta + gamma * lam * carry, carry)
-        following = torch.where(mask[:, t], values[:, t], following)
-        advantages[:, t] = torch.where(mask[:, t], carry, 0.0)
+        delta = rewards[:, t] + gamma * next_values - values[:, t]
+        next_advantages = torch.where(mask[:, t], delta + gamma * lam * next_advantages, next_advantages)
+        next_values = torch.where(mask[:, t], values[:, t], next_values)
+        advantages[:, t] = torch.where(mask[:, t], next_advantages, 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
 def discounted_returns(rewards: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
-    """REINFORCE's G_t = sum over k of gamma^k r_{t+k}, (B, T): GAE with lam = 1 and no values."""
+    """Return G_t = sum over k of gamma^k r_{t+k}, (N, C): the returns of GAE with lam = 1 and values of 0."""
     return generalised_advantages(rewards, torch.zeros_like(rewards), mask, gamma)[1]
 
 
 def reinforce_advantages(
     returns: torch.Tensor, mask: torch.Tensor, baseline: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
-    """REINFORCE: A_t = G_t - b, (B, T), with the returns of `discounted_returns` and a baseline b that is one number or (B, 1)."""
+    """Return the advantages of REINFORCE (Williams 1992), (N, C): A_t = G_t - b, with b a number or of shape (N, 1)."""
     return torch.where(mask, returns - baseline, 0.0)
 
 
 def token_rewards(
-    outcome: torch.Tensor,
-    steps: list[list[tuple[int, float]]],
-    mask: torch.Tensor,
-    kl: torch.Tensor | None,
-    beta: float,
+    outcome: torch.Tensor, steps: list[StepRewards], mask: torch.Tensor, kl: torch.Tensor | None, beta: float
 ) -> torch.Tensor:
-    """PPO's r_t = -beta k1_t + 1[t is the last token] R + the process rewards of steps that end at t, (B, C).
+    """Return PPO's rewards, (N, C): r_t = -beta k1_t + 1[t is the last token] R + process rewards of steps ending at t.
 
-    outcome: R, (B,), nan counts as 0. steps: for each completion (token index, value). kl: k1 of each token, (B, C), or None.
+    outcome: R, (N,); nan counts as 0. kl: k1, (N, C), or None.
     """
     rewards = torch.zeros(mask.shape) if kl is None else torch.where(mask, -beta * kl, 0.0)
     last = mask.sum(1) - 1
     rewards[torch.arange(len(mask)), last] += outcome.nan_to_num(nan=0.0)
-    for row, found in enumerate(steps):
-        for position, value in found:
+    for row, step_rewards in enumerate(steps):
+        for position, value in step_rewards:
             rewards[row, position] += value
     return rewards
 
 
-def process_advantages(
-    steps: list[list[tuple[int, float]]], lengths: list[int], num_generations: int
-) -> list[torch.Tensor]:
-    """Process supervision in GRPO: the advantage of a token is the sum of the normalised rewards of the steps at or after it.
+def process_advantages(steps: list[StepRewards], lengths: list[int], num_generations: int) -> list[torch.Tensor]:
+    """Return GRPO's advantages under process supervision (arXiv 2402.03300), (C,) for each completion.
 
-    steps: for each completion (token index, value). Whatever scale_rewards says, the values are normalised over all of a
-    group's: (value - mean) / (standard deviation + 1e-4). lengths: tokens of each completion. Returns one (C,) tensor for each.
+    A token's advantage is the sum of the normalised rewards of the steps that end at or after it. The rewards of all
+    steps of a group are normalised together, whatever `scale_rewards`: (value - mean) / (standard deviation + 1e-4).
     """
     advantages = [torch.zeros(n) for n in lengths]
-    for first in range(0, len(steps), num_generations):
-        group = range(first, min(first + num_generations, len(steps)))
+    for start in range(0, len(steps), num_generations):
+        group = range(start, min(start + num_generations, len(steps)))
         values = torch.tensor([value for i in group for _, value in steps[i]])
         if len(values) < 2:
             continue
@@ -169,12 +164,12 @@ def process_advantages(
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
-    """DAPO's soft overlong punishment: 0 up to max_length - cache, then falling to -1 at max_length. (N,) tokens."""
+    """Return DAPO's soft overlong punishment, (N,): 0 up to max_length - cache tokens, falling to -1 at max_length."""
     return ((max_length - cache - lengths) / cache).clamp(-1.0, 0.0)
 
 
-def varied_groups(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Whether the rewards of a group differ, (P,) bool: else it teaches nothing. rewards: (N,), nan where ungraded."""
+def has_varied_rewards(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """Return whether the rewards of each group differ, (N / G,) bool. nan in rewards, (N,), is ignored."""
     grouped = rewards.view(-1, num_generations)
     highest = grouped.nan_to_num(nan=-torch.inf).max(1).values
     lowest = grouped.nan_to_num(nan=torch.inf).min(1).values
@@ -182,7 +177,7 @@ def varied_groups(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
 
 
 def token_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """r = exp(log pi - log pi_old) (B, C), the log-ratio clamped to +-20; 1 where masked, so that no inf * 0 arises."""
+    """Return r = exp(log pi - log pi_old), (B, C), with the log-ratio clamped to +-20; 1 outside the mask."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
@@ -194,10 +189,11 @@ def clipped_policy_loss(
     epsilon_high: float | None = None,
     delta: float | None = None,
 ) -> torch.Tensor:
-    """PPO's clipped loss of each token: -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), (B, C).
+    """Return PPO's clipped token loss (arXiv 1707.06347), (B, C): -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A).
 
-    epsilon_high defaults to epsilon; DAPO's clip-higher sets it larger. delta bounds r from above in the unclipped
-    branch (two-sided clipping), which limits the loss where A < 0 and r is large.
+    Args:
+        epsilon_high: defaults to epsilon; larger in DAPO's clip-higher (arXiv 2503.14476).
+        delta: upper bound of r in the unclipped term, for A < 0 and a large r (two-sided clipping, arXiv 2505.07291).
     """
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     if delta is not None:
@@ -206,9 +202,9 @@ def clipped_policy_loss(
 
 
 def sequence_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """GSPO's ratio of a whole completion, exp(mean of log pi - log pi_old), the same at each of its tokens, (B, C).
+    """Return GSPO's ratio (arXiv 2507.18071), (B, C): exp(mean of log pi - log pi_old) at every token of a completion.
 
-    Its gradient goes through all of them, each with weight 1 / length. 1 where masked.
+    The gradient flows to each token with weight 1 / length. The ratio is 1 outside the mask.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -216,15 +212,18 @@ def sequence_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: tor
 
 
 def cispo_loss(ratio: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor, ceiling: float) -> torch.Tensor:
-    """CISPO: -sg[min(r, ceiling)] A log pi of each token, (B, C): the weight is clipped, no token loses its gradient."""
+    """Return CISPO's token loss (arXiv 2506.13585), (B, C): -sg[min(r, ceiling)] A log pi.
+
+    Only the weight is clipped, so that no token loses its gradient.
+    """
     return -ratio.detach().clamp(max=ceiling) * advantages * logprobs
 
 
 def sapo_loss(
-    ratio: torch.Tensor, advantages: torch.Tensor, positive: float = 1.0, negative: float = 1.05
+    ratio: torch.Tensor, advantages: torch.Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> torch.Tensor:
-    """SAPO: -sigmoid(tau (r - 1)) 4 / tau A of each token, (B, C), a soft gate in place of the clip; tau by the sign of A."""
-    tau = torch.where(advantages > 0, positive, negative)
+    """Return SAPO's token loss (arXiv 2511.20347), (B, C): -sigmoid(tau (r - 1)) 4 / tau A, a soft gate, not a clip."""
+    tau = torch.where(advantages > 0, tau_positive, tau_negative)
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
 
 
@@ -235,32 +234,35 @@ def dpo_loss(
     reference_rejected: torch.Tensor,
     beta: float,
 ) -> torch.Tensor:
-    """DPO: -log sigmoid(beta ((log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected))), (pairs,).
+    """Return DPO's loss (arXiv 2305.18290), (pairs,), from the log-probabilities of whole completions, (pairs,) each.
 
-    Each argument: the summed log-probabilities of a completion, (pairs,).
+    -log sigmoid(beta ((log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected)))
     """
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
     return -torch.nn.functional.logsigmoid(beta * margin)
 
 
 def preference_signs(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """DPO's pairs: 1 for the best completion of each group whose rewards differ, -1 for its worst, 0 for all others, (N,).
+    """Return the signs of DPO's pairs, (N,): 1 for the best completion of a group, -1 for the worst, 0 for the others.
 
-    rewards: (N,), nan where ungraded: such a completion is never chosen.
+    Groups with equal rewards have no pair. Ungraded completions (nan in rewards, (N,)) are never part of a pair.
     """
     signs = torch.zeros(len(rewards))
-    for first in range(0, len(rewards), num_generations):
-        group = rewards[first : first + num_generations]
+    for start in range(0, len(rewards), num_generations):
+        group = rewards[start : start + num_generations]
         best, worst = group.nan_to_num(nan=-torch.inf).argmax(), group.nan_to_num(nan=torch.inf).argmin()
         if group[best] > group[worst]:
-            signs[first + best], signs[first + worst] = 1.0, -1.0
+            signs[start + best], signs[start + worst] = 1.0, -1.0
     return signs
 
 
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float | None = 0.2
 ) -> torch.Tensor:
-    """PPO's value loss of each token, 0.5 max((V - R)^2, (clip(V, V_old +- cliprange) - R)^2), (B, C). None: no clipping."""
+    """Return PPO's token value loss, (B, C): 0.5 max((V - R)^2, (clip(V, V_old +- cliprange) - R)^2).
+
+    R are the returns. Without a cliprange the loss is not clipped.
+    """
     loss = (values - returns).square()
     if cliprange is not None:
         clipped = torch.maximum(torch.minimum(values, old_values + cliprange), old_values - cliprange)
@@ -269,7 +271,7 @@ def clipped_value_loss(
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant."""
+    """Return 1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 no better than a constant."""
     values, returns = values[mask], returns[mask]
     if len(returns) < 2 or returns.var() < VARIANCE_FLOOR:
         return math.nan
@@ -277,16 +279,16 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 
 def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> float:
-    """A KL weight that follows a target (Ziegler et al., arXiv 1909.08593): beta (1 + rate clip(kl / target - 1, -0.2, 0.2))."""
+    """Return the next beta of the adaptive KL controller of Ziegler et al. (arXiv 1909.08593)."""
     return beta * (1 + rate * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each token, (B, C), by the settings `loss_type`, `importance_sampling_level` and the like, and its ratio."""
-    by_sequence = config.importance_sampling_level == "sequence"
-    ratio = (sequence_ratio if by_sequence else token_ratio)(logprobs, old_logprobs, mask)
+    """Return the token loss of the configured `loss_type` and the ratio of `importance_sampling_level`, (B, C) each."""
+    is_sequence_level = config.importance_sampling_level == "sequence"
+    ratio = (sequence_ratio if is_sequence_level else token_ratio)(logprobs, old_logprobs, mask)
     if config.loss_type == "cispo":
         return cispo_loss(ratio, logprobs, advantages, config.epsilon_high), ratio
     if config.loss_type == "sapo":
@@ -297,9 +299,9 @@ def policy_loss(
 def kl_divergence(
     logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor, estimator: str = "k3"
 ) -> torch.Tensor:
-    """An estimate of KL(pi || pi_ref) at each sampled token, (B, C), 0 where masked.
+    """Estimate KL(pi || pi_ref) at each sampled token, (B, C), 0 outside the mask (joschu.net/blog/kl-approx.html).
 
-    k1 = log pi - log pi_ref; k2 = k1^2 / 2; k3 = exp(-k1) + k1 - 1. All are exactly 0 where the two agree.
+    k1 = log pi - log pi_ref; k2 = k1^2 / 2; k3 = exp(-k1) + k1 - 1. All are exactly 0 if pi = pi_ref.
     """
     k1 = torch.where(mask, logprobs - reference_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if estimator == "k1":
@@ -311,23 +313,25 @@ def kl_divergence(
     raise ValueError(f"kl_estimator is {estimator!r}: expected k1, k2 or k3")
 
 
-def truncated_importance_weights(old: torch.Tensor, sampled: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(pi_old / pi_sampler, cap) for each token, (B, C): what the sampler drew too often counts less.
+def truncated_importance_weights(
+    old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """Return min(pi_old / pi_sampler, cap) of each token, (B, C).
 
-    old: log-probabilities by the trainer before the first update, sampled: those of the sampler, whose kernels or rounded
-    weights differ. Truncated importance sampling, as for off-policy actors in IMPALA (arXiv 1802.01561).
+    Truncated importance sampling, as in IMPALA (arXiv 1802.01561), corrects for different kernels or rounded weights of
+    the sampler. old_logprobs are computed by the trainer before the first update.
     """
-    return (old - sampled).clamp(-20, 20).exp().clamp(max=cap)
+    return (old_logprobs - sampler_logprobs).clamp(-20, 20).exp().clamp(max=cap)
 
 
 def token_weights(
     mask: torch.Tensor, loss_type: str, num_tokens: int, num_sequences: int, max_completion_length: int
 ) -> torch.Tensor:
-    """The weight of each token in the loss, (B, C): the loss is sum(weight * token loss), however it is split.
+    """Return the weight of each token in the loss, (B, C): loss = sum(weight * token loss).
 
-    num_tokens and num_sequences belong to the WHOLE optimizer step, not to the micro-batch, so the gradient is the
-    same for every split. dapo, cispo: 1 / num_tokens. grpo, sapo: 1 / (length of the sequence * num_sequences). dr_grpo:
-    1 / (num_sequences * max_completion_length). num_sequences counts masked-out completions, num_tokens does not.
+    dapo, cispo: 1 / num_tokens. grpo, sapo: 1 / (completion length * num_sequences). dr_grpo: 1 / (num_sequences *
+    max_completion_length). Both counts are of the WHOLE optimizer step, so that the gradient does not depend on its
+    micro-batches. num_sequences includes completions that are masked out of the loss, num_tokens does not.
     """
     if loss_type in ("dapo", "cispo"):
         return mask / max(num_tokens, 1)
@@ -341,9 +345,9 @@ def token_weights(
 def clipped_tokens(
     ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of tokens whose gradient the clipping took: (below 1 - epsilon with A < 0, above with A > 0).
+    """Count the tokens whose gradient is clipped: (r < 1 - epsilon and A < 0, r > 1 + epsilon_high and A > 0).
 
-    Of cispo, which takes none: (0, tokens whose weight it holds at the ceiling). sapo clips nothing.
+    For cispo, count the tokens whose weight is at the ceiling: (0, count). sapo does not clip: (0, 0).
     """
     if config.loss_type == "sapo":
         return mask.new_zeros(()), mask.new_zeros(())

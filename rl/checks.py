@@ -1,11 +1,11 @@
-"""Two checks before training: the roll-out samples from the policy that is trained, and the largest batches fit into memory.
+"""Checks before training: the roll-out samples from the trained policy, and the largest batches fit into memory.
 
-Sampler: a LoRA that the roll-out ignores goes unnoticed at the start, where it is zero, and one update moves less than the
-rounding of bf16. So the LoRA's second matrices are filled with noise for a moment, until log-probabilities move by some nats,
-and then three paths have to agree: the sampler, the trainer, and the model's own forward pass.
+Sampler: a roll-out that ignores the LoRA goes unnoticed at first, because a new LoRA is zero and one update moves it
+by less than bf16 rounding. The check fills the LoRA's B matrices with noise until log-probabilities shift by several
+nats, and compares three paths: the sampler, the trainer and the model's own forward pass.
 
-Memory: the largest batches of roll-out, evaluation and update are run once, and batch settings are halved if memory runs
-out, so that what does not fit shows at once and not at step 120. Measured now, the peak is that of the whole run.
+Memory: the largest batches of roll-out, evaluation and update run once, and batch settings are halved on OOM, so that a
+run fails at its start and not at step 120. The peak memory of this check is the peak of the whole run.
 """
 
 import contextlib
@@ -22,60 +22,60 @@ from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
 from rl.update import Updater, prompt_and_completion_ids
 
-PROMPTS, COMPLETIONS, TOKENS = 4, 2, 16  # of the trial roll-out; TOKENS is the greatest length
-SHIFT = 3.0  # nats a token by which the noise is to move the policy; at 1 the rounding of bf16 is up to 7 % of it
-ALLOWED = 0.05  # share of that shift by which two paths may differ
+NUM_PROMPTS, NUM_GENERATIONS, MAX_TOKENS = 4, 2, 16  # size of the trial roll-out
+TARGET_SHIFT = 3.0  # nats per token by which the noise moves the policy; bf16 rounding is up to 7 % of a shift of 1
+MAX_DIFFERENCE = 0.05  # maximum difference between two paths, as a fraction of the shift
 
 
 @dataclass
 class Agreement:
-    """Mean absolute differences of log-probabilities, nats a token, with noise in the LoRA."""
+    """Mean absolute differences of log-probabilities with noise in the LoRA, in nats per token."""
 
-    shift: float  # between LoRA on and off
-    sampler: float  # between sampler and trainer
-    model_forward: float  # between trainer and the model's own forward pass
+    shift: float  # LoRA on vs. off
+    sampler: float  # sampler vs. trainer
+    model_forward: float  # the model's own forward pass vs. trainer
 
     def sampler_agrees(self) -> bool:
-        return self.sampler <= ALLOWED * max(self.shift, 1)  # False for nan
+        return self.sampler <= MAX_DIFFERENCE * max(self.shift, 1)  # False for nan
 
     def trainer_agrees(self) -> bool:
-        return self.model_forward <= ALLOWED * max(self.shift, 1)
+        return self.model_forward <= MAX_DIFFERENCE * max(self.shift, 1)
 
 
 def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
-    """Compare the three paths, and leave the policy as it was.
+    """Check that sampler, trainer and the model's own forward pass agree. The policy's weights are restored.
 
-    If the written-out forward pass disagrees with the model's own, fall back to the model's (`policy.decoder` becomes None).
+    If `policy.decoder` disagrees with the model's own forward pass, it is set to None and the model's own is used.
 
     Raises:
-        ConfigError: the roll-out samples from another policy than the one that is trained.
+        ConfigError: if the roll-out does not sample from the trained policy.
     """
-    prompts = [question.prompt_ids for question in questions[:PROMPTS]]
+    prompts = [question.prompt_ids for question in questions[:NUM_PROMPTS]]
     agreement = compare_paths(policy, prompts)
     if policy.decoder and not (agreement.sampler_agrees() and agreement.trainer_agrees()):
         policy.decoder = None
         policy.fallback_reason = (
-            f"with noise in the LoRA, which moves log-probabilities by {agreement.shift:.2g} nats a token, the written-out one "
-            f"differs from it by {agreement.model_forward:.2g} in the update and by {agreement.sampler:.2g} more in the roll-out"
+            f"with noise in the LoRA (shift {agreement.shift:.2g} nats/token), Ponder's decoder differs from it by "
+            f"{agreement.model_forward:.2g} nats/token, and the sampler from the decoder by {agreement.sampler:.2g}"
         )
         agreement = compare_paths(policy, prompts)
     if not agreement.sampler_agrees():
         raise ConfigError(
-            f"model: the roll-out does not sample from the policy that is trained: log-probabilities differ by "
-            f"{agreement.sampler:.2g} nats a token where the LoRA moves them by {agreement.shift:.2g}; try dtype: float32"
+            f"model: the roll-out does not sample from the trained policy: log-probabilities differ by "
+            f"{agreement.sampler:.2g} nats/token (the LoRA's shift is {agreement.shift:.2g}); try dtype: float32"
         )
     return agreement
 
 
 @torch.no_grad()
 def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
-    """The differences on completions that the policy writes with noise in its LoRA."""
+    """Measure the differences on completions sampled with noise in the LoRA."""
     generator = torch.Generator(policy.device).manual_seed(0)
-    length = min(TOKENS, policy.max_completion_length)
+    length = min(MAX_TOKENS, policy.max_completion_length)
 
     def sample() -> list[Episode]:
         sampling = Sampling(policy.temperature)
-        return rollout(policy, prompts, COMPLETIONS, length, sampling, generator, PROMPTS * COMPLETIONS)
+        return rollout(policy, prompts, NUM_GENERATIONS, length, sampling, generator, NUM_PROMPTS * NUM_GENERATIONS)
 
     def score(episodes: list[Episode]) -> torch.Tensor:
         logprobs, mask, _ = completion_logprobs(policy, *prompt_and_completion_ids(episodes))
@@ -83,18 +83,18 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
 
     def shift(episodes: list[Episode]) -> float:
         with policy.model.disable_adapter():
-            without = score(episodes)
-        return (score(episodes) - without).abs().mean().item()
+            base = score(episodes)
+        return (score(episodes) - base).abs().mean().item()
 
-    with noise_in_lora(policy) as refill:
+    with noise_in_lora(policy) as set_noise:
         episodes = sample()
         best = (0.0, 0.0)  # shift, scale
         for scale in (0.01 * 2 ** (n / 2) for n in range(24)):
-            refill(scale)
+            set_noise(scale)
             best = max(best, (shift(episodes), scale))
-            if best[0] >= SHIFT:
+            if best[0] >= TARGET_SHIFT:
                 break
-        refill(best[1])
+        set_noise(best[1])
         episodes = sample()
         trainer = score(episodes)
         sampler = torch.tensor([p for e in episodes for p in e.sampler_logprobs], device=policy.device)
@@ -113,31 +113,31 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
 
 @contextlib.contextmanager
 def noise_in_lora(policy: Policy):
-    """Yield a function that fills the LoRA's second matrices with seeded noise of a scale; restore them at the end."""
-    second = [p for name, p in policy.model.named_parameters() if "lora_B.default" in name]
-    before = [p.detach().clone() for p in second]
+    """Yield a function that fills the LoRA's B matrices with seeded noise of a given scale. Restore them on exit."""
+    lora_b = [p for name, p in policy.model.named_parameters() if "lora_B.default" in name]
+    saved = [p.detach().clone() for p in lora_b]
 
-    def refill(scale: float) -> None:
+    def set_noise(scale: float) -> None:
         generator = torch.Generator().manual_seed(0)
-        for p in second:
+        for p in lora_b:
             p.copy_(torch.randn(p.shape, generator=generator) * scale)
 
     try:
-        yield refill
+        yield set_noise
     finally:
-        for p, values in zip(second, before):
+        for p, values in zip(lora_b, saved):
             p.copy_(values)
 
 
 def check_memory(updater: Updater, questions: list[Question], held_out: list[Question]) -> None:
-    """Run roll-out, evaluation and update once at full length. Policy and critic stay as they are.
+    """Run roll-out, evaluation and update once at full length, without changing policy or critic.
 
     Raises:
-        ConfigError: not even the smallest batch fits.
+        ConfigError: if even the smallest batch does not fit.
     """
     policy = updater.policy
     config = updater.config
-    if policy.decoder:  # the fallback takes long for a full length, and shows at its first roll-out
+    if policy.decoder:  # the fallback is too slow at full length; its first roll-out is the check
         try_rollout(policy, questions, config.prompts_per_step, config.num_generations, config)
         try_rollout(policy, held_out, len(held_out), 1, config)
     try_update(updater, questions)
@@ -145,7 +145,7 @@ def check_memory(updater: Updater, questions: list[Question], held_out: list[Que
 
 @torch.no_grad()
 def try_rollout(policy: Policy, questions: list[Question], count: int, num_generations: int, config: Config) -> None:
-    """Prefill the longest prompts for as many rows as there will be, and decode one token at the full length."""
+    """Prefill the largest batch for `count` prompts, the longest ones, and decode one token at full length."""
     prompts = sorted((question.prompt_ids for question in questions), key=len, reverse=True)
     prompts = (prompts * -(-count // len(prompts)))[:count]
 
@@ -164,13 +164,13 @@ def try_rollout(policy: Policy, questions: list[Question], count: int, num_gener
 
 
 def try_update(updater: Updater, questions: list[Question]) -> None:
-    """One forward and backward pass of the fullest micro-batch, of policy and critic, beside what the optimizers will hold."""
+    """Run forward and backward of policy and critic on the largest micro-batch, with the optimizer states allocated."""
     policy = updater.policy
     critic = updater.critic
     config = updater.config
     prompts = sorted((question.prompt_ids for question in questions), key=len, reverse=True)
-    filler = next(token for token in range(policy.vocabulary) if token not in policy.eos_ids)
-    completion = [filler] * config.max_completion_length
+    filler_id = next(token for token in range(policy.vocabulary) if token not in policy.eos_ids)
+    completion = [filler_id] * config.max_completion_length
     episodes = [
         Episode(prompt, completion, [], True)
         for prompt in prompts[: config.prompts_per_step]
@@ -178,12 +178,12 @@ def try_update(updater: Updater, questions: list[Question]) -> None:
     ]
     trained = [*policy.trainable_parameters(), *(critic.parameters if critic else ())]
 
-    def size(batch: list[Episode]) -> int:
+    def num_tokens(batch: list[Episode]) -> int:
         return sum(len(episode.prompt_ids) + len(completion) for episode in batch)
 
     def attempt() -> None:
-        batch = max(updater.micro_batches(episodes), key=size)
-        # What a later micro-batch finds allocated: the gradients so far, and AdamW's two moments.
+        batch = max(updater.micro_batches(episodes), key=num_tokens)
+        # Later micro-batches run beside the accumulated gradients and AdamW's two moments.
         allocated = [torch.zeros_like(p) for p in trained for _ in range(3)]
         try:
             with policy.training():

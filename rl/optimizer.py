@@ -1,4 +1,4 @@
-"""AdamW with all that belongs to its step: schedule, clipping, loss scaling, and gradients that are not finite."""
+"""AdamW with learning-rate schedule, gradient clipping, fp16 loss scaling, and skipping of non-finite gradients."""
 
 import math
 import warnings
@@ -12,10 +12,11 @@ from rl.model.policy import Policy
 
 
 class Optimizer:
-    """AdamW with its schedule, gradient clipping and, in fp16, loss scaling, over one set of parameters."""
+    """AdamW over one set of parameters, with schedule, gradient clipping and, in fp16, loss scaling."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float, policy: Policy, config: Config):
-        self.parameters, self.max_grad_norm = parameters, config.max_grad_norm
+        self.parameters = parameters
+        self.max_grad_norm = config.max_grad_norm
         self.adamw = make_adamw(parameters, learning_rate, config)
         updates = config.max_steps * config.num_iterations * config.num_mini_batches
         self.schedule = transformers.get_scheduler(
@@ -24,7 +25,7 @@ class Optimizer:
             math.ceil(config.warmup_ratio * updates),
             updates,
         )
-        # fp16 gradients underflow without scaling; bf16 and fp32 need none.
+        # Only fp16 gradients underflow without scaling.
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
 
     @property
@@ -35,8 +36,7 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def step(self) -> float | None:
-        """Apply the gradients and clear them: their norm before clipping, nan where it is not finite and the step is left
-        out, None where there are none."""
+        """Apply and clear the gradients. Return the unclipped norm: nan if not finite (no update), None without any."""
         norm = None
         if any(p.grad is not None for p in self.parameters):
             self.scaler.unscale_(self.adamw)
@@ -47,9 +47,9 @@ class Optimizer:
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
-                    raise ConfigError(  # some parameters may have been stepped and some not: back to the checkpoint
-                        "out of memory in the optimizer's step: lower lora_r or max_tokens_per_micro_batch, or set optim to "
-                        "adamw_8bit"
+                    raise ConfigError(  # no retry: some parameters may have been updated already
+                        "out of memory in the optimizer's step: lower lora_r or max_tokens_per_micro_batch, or set "
+                        "optim to adamw_8bit"
                     ) from error
             self.scaler.update()
         self.skip_step()
@@ -59,9 +59,9 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def skip_step(self) -> None:
-        """Clear the gradients, and advance the learning-rate schedule."""
+        """Clear the gradients and advance the learning-rate schedule."""
         self.zero_grad()
-        with warnings.catch_warnings():  # torch takes a step that is left out for a mistake
+        with warnings.catch_warnings():  # torch warns if the schedule advances without an optimizer step
             warnings.simplefilter("ignore", UserWarning)
             self.schedule.step()
 
@@ -69,13 +69,13 @@ class Optimizer:
         return {name: getattr(self, name).state_dict() for name in ("adamw", "schedule", "scaler")}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a state; learning rate and weight decay are those of the settings, in case they were changed."""
+        """Restore a state, with the learning rate and weight decay of the current settings, which may have changed."""
         group = self.adamw.param_groups[0]
         settings = {name: group[name] for name in ("initial_lr", "weight_decay")}
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"] | {"base_lrs": self.schedule.base_lrs})
         self.scaler.load_state_dict(state["scaler"])
-        if getattr(self.adamw, "is_paged", False):  # what was loaded is in ordinary memory of the GPU
+        if getattr(self.adamw, "is_paged", False):  # load_state_dict has put the state in unpaged memory
             for p, moments in self.adamw.state.items():
                 for name in ("state1", "state2"):
                     paged = self.adamw.get_state_buffer(p, dtype=moments[name].dtype)
@@ -90,5 +90,5 @@ def make_adamw(parameters: list[torch.nn.Parameter], learning_rate: float, confi
         return torch.optim.AdamW(parameters, **settings)
     import bitsandbytes
 
-    kind = bitsandbytes.optim.AdamW8bit if config.optim == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
-    return kind(parameters, **settings)
+    adamw = bitsandbytes.optim.AdamW8bit if config.optim == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
+    return adamw(parameters, **settings)

@@ -1,8 +1,8 @@
-"""The roll-out: sample completions of the policy, and score them while the others are still being generated.
+"""The roll-out: sample completions from the policy, and score finished ones while others are still being generated.
 
-Sampling is done here, not by the model's `generate`, so nothing of a model's generation_config (a temperature, a top_k)
-interferes: what is sampled is what is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/model/engine.py, other
-architectures through their own `generate`, with our own draw (rl/model/hf_generate.py).
+Sampling ignores the model's generation_config (temperature, top_k, ...), so that completions come from the policy that
+is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/model/engine.py, other architectures through their own
+`generate` with our sampling (rl/model/hf_generate.py).
 """
 
 import math
@@ -28,24 +28,24 @@ from rl.model.sampling import Sampling
 
 @dataclass
 class Episode:
-    """One completion, with everything that scoring and learning add to it. C is the number of its tokens."""
+    """One completion with its score and training data. C is the number of its tokens."""
 
     prompt_ids: list[int]
     completion_ids: list[int]  # including the end-of-sequence token
-    sampler_logprobs: list[float]  # (C,) at the sampling temperature, before top-k and the like
+    sampler_logprobs: list[float]  # (C,), at the sampling temperature, before top-k, top-p and penalties
     truncated: bool  # reached max_completion_length without an end-of-sequence token
-    group: int = 0  # completions of one question have the same number
-    refill: int = 0  # dynamic_sampling: 0, or which refill of the step its question came with
-    completion: Completion | None = None  # as reward functions see it
+    group: int = 0  # index shared by the completions of one question
+    refill: int = 0  # dynamic_sampling: number of the refill that added the group, 0 for the first batch
+    completion: Completion | None = None  # input of the reward functions
     score: Score | None = None
-    reward: float = math.nan  # the reward to learn from: after penalties for length; nan if ungraded
-    has_signal: bool = True  # False if dynamic_sampling leaves out its group: all right, or all wrong
-    in_loss: bool = True  # False if it is masked out of the loss
+    reward: float = math.nan  # training reward, after length penalties; nan if ungraded
+    has_signal: bool = True  # False if dynamic_sampling drops its group: all right or all wrong
+    in_loss: bool = True  # False if masked out of the loss
     advantages: torch.Tensor | None = None  # (C,)
-    old_logprobs: torch.Tensor | None = None  # (C,) under the policy before the first update
+    old_logprobs: torch.Tensor | None = None  # (C,), under the policy before the first update
     reference_logprobs: torch.Tensor | None = None  # (C,)
-    values: torch.Tensor | None = None  # (C + 1,) of the critic: before each token, and after the last one
-    returns: torch.Tensor | None = None  # (C,) targets of the critic
+    values: torch.Tensor | None = None  # (C + 1,), the critic's values before each token and after the last one
+    returns: torch.Tensor | None = None  # (C,), targets of the critic
 
     @property
     def finish_reason(self) -> str:
@@ -68,18 +68,18 @@ def rollout(
     Args:
         prompts: token ids of each prompt.
         rollout_batch_size: number of completions generated at a time.
-        on_finished: called with the completions that have just ended, by their index in the result.
+        on_finished: called with the episodes that have just finished, by their index in the result.
 
     Returns:
-        The episodes, in the order of the prompts; the completions of one prompt stand side by side.
+        The episodes in the order of the prompts, the completions of one prompt side by side.
     """
-    set_mode(policy.model, False, policy.uses_unsloth)  # keeps the KV cache on if training recomputes activations
+    set_mode(policy.model, False, policy.uses_unsloth)  # enables the KV cache, which gradient checkpointing disables
     engine = Engine if policy.decoder else HFGenerate
     sampler = engine(policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size)
     episodes = {}
-    for ended in sampler.run():
+    for outputs in sampler.run():
         finished = {}
-        for index, (ids, logprobs, truncated) in ended.items():
+        for index, (ids, logprobs, truncated) in outputs.items():
             group = index // num_generations
             finished[index] = Episode(prompts[group], ids, logprobs, truncated, group)
         episodes |= finished
@@ -88,7 +88,7 @@ def rollout(
 
 
 class StreamingScorer:
-    """Scores completions as they end, while the roll-out continues with the others."""
+    """Scores completions as they finish, while the roll-out continues with the others."""
 
     def __init__(self, policy: Policy, questions: list[Question], rewards: Rewards, step: int, progress: tqdm):
         self.policy = policy
@@ -98,7 +98,7 @@ class StreamingScorer:
         self.scoring = Scoring(rewards)
 
     def add(self, finished: dict[int, Episode]) -> None:
-        """Start scoring the episodes that have just ended, given by their index in the roll-out."""
+        """Start scoring finished episodes, by their index in the roll-out."""
         for index, episode in finished.items():
             question = self.questions[episode.group]
             episode.completion = Completion(
@@ -114,7 +114,7 @@ class StreamingScorer:
         self.progress.update(len(finished))
 
     def results(self) -> list[Score]:
-        """Wait for all scores, in the order of the roll-out. Raises RewardError if a reward function fails."""
+        """Wait for all scores and return them in roll-out order. Raise RewardError if a reward function fails."""
         return self.scoring.results()
 
 
@@ -129,16 +129,16 @@ def rollout_and_score(
     step: int,
     label: str = "",
 ) -> list[Episode]:
-    """Sample completions and score them. Out of memory, the whole roll-out is repeated with a smaller batch.
+    """Sample completions and score them.
 
-    Repeating only what had not ended would favour short completions.
+    On OOM, the whole roll-out restarts with a smaller batch: keeping the finished completions would favour short ones.
 
     Args:
-        label: text before the progress bar, which appears on a terminal only.
+        label: text before the progress bar, which is shown on a terminal only.
 
     Raises:
-        RewardError: a reward function failed.
-        ConfigError: not even one group fits into memory.
+        RewardError: if a reward function fails.
+        ConfigError: if not even one group fits into memory.
     """
     prompts = [question.prompt_ids for question in questions]
     total = len(questions) * num_generations
@@ -171,17 +171,12 @@ def rollout_and_score(
 
 
 def collect(
-    policy: Policy,
-    questions: QuestionSampler,
-    rewards: Rewards,
-    generator: torch.Generator,
-    config: Config,
-    step: int,
+    policy: Policy, questions: QuestionSampler, rewards: Rewards, generator: torch.Generator, config: Config, step: int
 ) -> list[Episode]:
-    """The episodes of one training step: sampled, scored, and with the rewards to learn from.
+    """Return the episodes of one training step, with scores and training rewards.
 
-    With `dynamic_sampling` (DAPO, arXiv 2503.14476), groups without signal are replaced by groups of new questions, at
-    most that many times. They stay in the result, with `has_signal` False.
+    With `dynamic_sampling` (DAPO, arXiv 2503.14476), groups without signal are replaced by groups of new questions, up
+    to `dynamic_sampling` times per step. The replaced groups stay in the result with `has_signal` False.
     """
     sampling = Sampling.from_config(config)
     episodes = []
@@ -189,13 +184,13 @@ def collect(
     for refill in range(1 + config.dynamic_sampling):
         batch = questions.take(missing, step)
         first_group = len(episodes) // config.num_generations
-        more = rollout_and_score(
+        new_episodes = rollout_and_score(
             policy, batch, config.num_generations, sampling, generator, rewards, config, step, f"step {step}"
         )
-        for episode in more:
+        for episode in new_episodes:
             episode.group += first_group
             episode.refill = refill
-        episodes += more
+        episodes += new_episodes
         signals = groups_with_signal([episode.score for episode in episodes], config.num_generations)
         missing = config.prompts_per_step - sum(signals)
         if missing <= 0:
@@ -208,22 +203,22 @@ def collect(
 
 
 def groups_with_signal(scores: list[Score], num_generations: int) -> list[bool]:
-    """Whether each group has something to learn from: right and wrong completions, with different rewards.
+    """Return for each group whether it has both right and wrong completions, with different rewards.
 
-    If no function says what is right, different rewards are enough. Ungraded completions do not count.
+    Without a reward function that judges correctness, different rewards suffice. Ungraded completions are ignored.
     """
     totals = torch.tensor([score.total for score in scores])
-    varied = algorithms.varied_groups(totals, num_generations)
+    has_signal = algorithms.has_varied_rewards(totals, num_generations)
     if any(score.judge for score in scores):
         right = torch.tensor([float(score.is_right) for score in scores])
-        varied &= algorithms.varied_groups(torch.where(totals.isnan(), torch.nan, right), num_generations)
-    return varied.tolist()
+        has_signal &= algorithms.has_varied_rewards(torch.where(totals.isnan(), torch.nan, right), num_generations)
+    return has_signal.tolist()
 
 
 def set_rewards(episodes: list[Episode], config: Config, step: int) -> None:
-    """Set the rewards to learn from: the scores less the penalties for length, or the control's coin flips.
+    """Set each episode's training reward: its score minus length penalties, or a coin flip in the control run.
 
-    What training on coin flips gains is not skill but an artefact of the model or the algorithm (arXiv 2506.10947).
+    Any gain from training on coin flips is an artefact of the model or the algorithm (arXiv 2506.10947).
     """
     rewards = torch.tensor([episode.score.total for episode in episodes])  # (N,)
     if config.missing_eos_penalty:

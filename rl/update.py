@@ -1,9 +1,8 @@
-"""The update: optimizer steps of policy and critic on the episodes of one roll-out, in micro-batches under a token budget.
+"""The update: optimizer steps of policy and critic on the episodes of one roll-out.
 
-Micro-batches bound the memory and do not change the gradient: the loss is normalised over the whole optimizer step.
-Completions that contribute nothing (all advantages 0, no other term in the loss) are neither run forward nor backward; the
-divisor still counts them. Policy and critic are updated one after the other, each with an optimizer of its own, so that
-no gradient of one reaches the other.
+Micro-batches with a token budget bound the memory without changing the gradient: the loss is normalised over the whole
+optimizer step. Completions without gradient (all advantages 0, no other term in the loss) are skipped, but counted in
+the normalisation. Policy and critic are updated one after the other by separate optimizers and share no gradients.
 """
 
 import math
@@ -23,13 +22,13 @@ from rl.rollout import Episode
 
 
 class Updater:
-    """Owns the optimizers of the policy and, if there is one, of the critic."""
+    """Updates the policy and, if there is one, the critic. Owns their optimizers."""
 
     def __init__(self, policy: Policy, critic: Critic | None, config: Config):
         self.policy = policy
         self.critic = critic
         self.config = config
-        self.uses_pairs = config.algorithm == "dpo"  # the loss compares the best with the worst completion of a group
+        self.uses_pairs = config.algorithm == "dpo"  # pairs of the best and the worst completion of a group
         self.optimizer = Optimizer(policy.trainable_parameters(), config.learning_rate, policy, config)
         if critic:
             learning_rate = config.critic_learning_rate or config.learning_rate
@@ -38,7 +37,7 @@ class Updater:
         self.rollouts = 0
 
     def state_dict(self) -> dict:
-        """Optimizers, the critic's parameters, the generator and the number of roll-outs."""
+        """Return the state of the optimizers and the generator, the critic's parameters and the number of roll-outs."""
         state = {"rollouts": self.rollouts, "generator": self.generator.get_state()}
         state["optimizer"] = self.optimizer.state_dict()
         if self.critic:
@@ -58,13 +57,13 @@ class Updater:
 
     @property
     def corrects_sampler(self) -> bool:
-        """In bf16 and fp16 the kernels of sampler and trainer give different probabilities; in fp32 they differ by rounding."""
+        """True in bf16 and fp16, in which the kernels of sampler and trainer differ by more than fp32 rounding."""
         return self.config.importance_sampling_cap > 0 and self.policy.dtype != torch.float32
 
     def fill_values(self, episodes: list[Episode]) -> None:
-        """Fill each episode's `values`, and with a KL in the reward its `old_logprobs` and `reference_logprobs`.
+        """Set each episode's `values`, and its `old_logprobs` and `reference_logprobs` for a KL in the reward.
 
-        To be called before the advantages are computed. Does nothing without a critic.
+        Call before the advantages are computed. Does nothing without a critic.
         """
         if not self.critic:
             return
@@ -83,13 +82,13 @@ class Updater:
                 self.fill_logprobs(episodes, "reference_logprobs")
 
     def update(self, episodes: list[Episode]) -> dict[str, float]:
-        """Make all optimizer steps of one roll-out.
+        """Run all optimizer steps on the episodes of one roll-out.
 
-        Every episode needs its `advantages`, and with a critic its `values` and `returns`. Fills `old_logprobs`, and
+        Reads each episode's `advantages`, and with a critic `values` and `returns`. Sets `old_logprobs`, and
         `reference_logprobs` if the loss needs them.
 
         Returns:
-            Metrics by TRL's names. Means over tokens are over those of contributing completions, nan if there are none.
+            Metrics under TRL's names. Token means are over the contributing completions, nan if there are none.
         """
         config = self.config
         learning_rate = self.optimizer.learning_rate  # of the first optimizer step
@@ -97,9 +96,7 @@ class Updater:
         frozen = self.critic is not None and self.rollouts <= config.critic_warmup_steps
         contributing = [] if frozen else [e for e in episodes if self.contributes(e)]
         epochs = [list(self.mini_batches(episodes)) for _ in range(config.num_iterations)]
-        if (
-            contributing and not self.uses_pairs
-        ):  # the pass of the first mini-batch itself gives its old log-probabilities
+        if contributing and not self.uses_pairs:  # the first mini-batch gets its old_logprobs in its own forward pass
             later = {id(e) for mini_batch in epochs[0][1:] for e in mini_batch}
             self.fill_logprobs([e for e in contributing if e.old_logprobs is None and id(e) in later], "old_logprobs")
         if config.kl_in_loss or self.uses_pairs:
@@ -118,9 +115,9 @@ class Updater:
         return self.metrics(totals, learning_rate)
 
     def metrics(self, totals: Counter, learning_rate: float) -> dict[str, float]:
-        """Metrics from the sums over one roll-out's optimizer steps."""
+        """Compute the metrics from the sums over all optimizer steps of one roll-out."""
         config = self.config
-        tokens = totals["tokens"] or math.nan  # nan: nothing contributed
+        tokens = totals["tokens"] or math.nan  # nan if no completion contributed
         updates = totals["updates"] or math.nan
         metrics = {
             "loss": totals["loss"] / (totals["mini_batches"] or math.nan),
@@ -150,7 +147,7 @@ class Updater:
         return metrics
 
     def mini_batches(self, episodes: list[Episode]) -> Iterator[list[Episode]]:
-        """Whole groups, shuffled, in num_mini_batches parts."""
+        """Yield num_mini_batches parts of the shuffled groups."""
         config = self.config
         if config.num_mini_batches == 1:
             yield episodes
@@ -165,15 +162,15 @@ class Updater:
         return [episodes[i : i + size] for i in range(0, len(episodes), size)]
 
     def contributes(self, episode: Episode) -> bool:
-        """Whether it has a gradient: a nonzero advantage, or a KL or entropy term in the loss."""
+        """Return True if the episode has a gradient: a nonzero advantage, or a KL or entropy term in the loss."""
         has_other_terms = self.config.kl_in_loss or self.config.entropy_coef
         return episode.in_loss and bool(has_other_terms or episode.advantages.any())
 
     def policy_step(self, episodes: list[Episode], totals: Counter) -> bool:
-        """One optimizer step on these episodes. A gradient that is not finite is skipped and counted.
+        """Make one optimizer step of the policy. Steps with a non-finite gradient are skipped and counted.
 
         Returns:
-            True once KL(old, new) exceeds `target_kl`: the step is left out, and the policy stays as it is.
+            True if KL(old, new) exceeds `target_kl`: the step is skipped, and the policy is not updated any further.
         """
         backward = self.backward_pairs if self.uses_pairs else self.backward
         sums = self.accumulate(self.optimizer, backward, episodes)
@@ -190,7 +187,7 @@ class Updater:
         return False
 
     def accumulate(self, optimizer: Optimizer, backward: Callable, episodes: list[Episode]) -> Counter:
-        """Accumulate the gradient of these episodes, and return the sums of that pass. Starts over when memory runs out."""
+        """Accumulate the gradient over the episodes and return the sums for the metrics. Restarts on OOM."""
 
         def attempt() -> Counter:
             optimizer.zero_grad()
@@ -202,7 +199,7 @@ class Updater:
         return self.retry_on_oom(attempt, episodes)
 
     def backward(self, episodes: list[Episode], totals: Counter) -> None:
-        """Accumulate the gradient of the policy loss over these episodes, the batch of one optimizer step."""
+        """Accumulate the gradient of the policy loss over the episodes of one optimizer step."""
         config = self.config
         num_tokens = sum(len(e.completion_ids) for e in episodes if e.in_loss)
         contributing = [e for e in episodes if self.contributes(e)]
@@ -212,7 +209,7 @@ class Updater:
             )  # (B, C)
             advantages = self.pad([e.advantages for e in batch])
             for episode, row in zip(batch, logprobs.detach()):
-                if episode.old_logprobs is None:  # nothing has been updated since the roll-out
+                if episode.old_logprobs is None:  # first update after the roll-out: pi = pi_old
                     episode.old_logprobs = row[: len(episode.completion_ids)].clone()
             old = self.pad([e.old_logprobs for e in batch])
             loss, ratio = algorithms.policy_loss(logprobs, old, advantages, mask, config)  # (B, C)
@@ -237,7 +234,7 @@ class Updater:
             self.optimizer.backward(loss)
 
             clipped_low, clipped_high = algorithms.clipped_tokens(ratio, advantages, mask, config)
-            approx_kl = algorithms.kl_divergence(old, logprobs.detach(), mask, "k3")  # the old policy drew the tokens
+            approx_kl = algorithms.kl_divergence(old, logprobs.detach(), mask, "k3")  # KL(old, new)
             totals["loss"] += loss.item()
             totals["entropy"] += entropy.sum().item()
             totals["clipped_low"] += clipped_low.sum().item()
@@ -246,7 +243,7 @@ class Updater:
             totals["tokens"] += mask.sum().item()
 
     def backward_pairs(self, episodes: list[Episode], totals: Counter) -> None:
-        """Accumulate the gradient of DPO's loss: each group's best completion (advantage 1) against its worst (-1)."""
+        """Accumulate the gradient of DPO's loss on the best (advantage 1) and worst (-1) completion of each group."""
         config = self.config
         pairs = []
         for group in self.groups(episodes):
@@ -272,7 +269,7 @@ class Updater:
             totals["pairs"] += len(batch)
 
     def critic_step(self, episodes: list[Episode], totals: Counter) -> None:
-        """One optimizer step of the critic on these episodes: the mean value loss over their tokens."""
+        """Make one optimizer step of the critic on the mean value loss over the tokens."""
         with self.critic.active():
             totals.update(self.accumulate(self.critic_optimizer, self.backward_values, episodes))
         norm = self.critic_optimizer.step()
@@ -282,9 +279,9 @@ class Updater:
 
     def backward_values(self, episodes: list[Episode], totals: Counter) -> None:
         """Accumulate the gradient of the value loss."""
-        learning = [e for e in episodes if e.in_loss]
-        num_tokens = sum(len(e.completion_ids) for e in learning)
-        for batch in self.micro_batches(learning):
+        in_loss = [e for e in episodes if e.in_loss]
+        num_tokens = sum(len(e.completion_ids) for e in in_loss)
+        for batch in self.micro_batches(in_loss):
             values, mask = self.critic.values(*prompt_and_completion_ids(batch))  # (B, C + 1), (B, C)
             old = self.pad([e.values[:-1] for e in batch])
             returns = self.pad([e.returns for e in batch])
@@ -295,7 +292,7 @@ class Updater:
 
     @torch.no_grad()
     def fill_logprobs(self, episodes: list[Episode], name: str) -> None:
-        """Store each episode's log-probabilities under the present model in the attribute `name`."""
+        """Set each episode's attribute `name` to its log-probabilities under the current model."""
 
         def fill() -> None:
             for batch in self.micro_batches(episodes):
@@ -309,7 +306,7 @@ class Updater:
         return micro_batches(items, self.config.max_tokens_per_micro_batch, self.policy.shares_prompts)
 
     def retry_on_oom(self, fn: Callable, episodes: list[Episode]):
-        """Return fn(), with fewer tokens in a micro-batch if memory runs out."""
+        """Return fn(). On OOM, halve `max_tokens_per_micro_batch` and retry."""
         longest = max((len(e.prompt_ids) + len(e.completion_ids) for e in episodes), default=0)
         return retry_on_oom(fn, self.config, "max_tokens_per_micro_batch", longest * len(episodes), longest)
 
@@ -318,5 +315,5 @@ class Updater:
 
 
 def prompt_and_completion_ids(episodes: list[Episode]) -> tuple[list[list[int]], list[list[int]]]:
-    """The token ids of their prompts and of their completions."""
+    """Return the token ids of the prompts and of the completions."""
     return [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]

@@ -1,4 +1,4 @@
-"""Shared by the tests: the bundled tiny model as a policy, and small settings."""
+"""Shared fixtures and helpers: the bundled tiny model as a policy, small settings, episodes and run folders."""
 
 import json
 import math
@@ -15,13 +15,13 @@ from grading import Completion, Score, score_all
 from grading.base import RewardFunction
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the network
-if os.environ.get("PYTEST_XDIST_WORKER"):  # two processes, each with a thread: more would wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not download models
+if os.environ.get("PYTEST_XDIST_WORKER"):  # one thread per process: more would compete for the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
-    """Hide the GPU from all tests but those of `pytest -m gpu`."""
+    """Hide the GPU unless tests run with `pytest -m gpu`."""
     selected = config.option.markexpr
     if os.environ.get("GPU_TESTS_ON_CPU") or "gpu" not in selected or "not gpu" in selected:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -41,7 +41,7 @@ def config():
 
 @pytest.fixture
 def policy(config):
-    """The tiny model in fp32 with a LoRA whose second matrix is small noise, so that policy and reference differ."""
+    """The tiny model in fp32. The LoRA's B matrices are small noise, so that policy and reference differ."""
     from rl.model.policy import load_policy
 
     policy = load_policy(config)
@@ -50,8 +50,9 @@ def policy(config):
 
 
 def asked_in_a_run(tmp_path):
-    """A file of five questions, its rows, and the empty folder of a run `mine` that asks them."""
-    questions, folder = tmp_path / "q.jsonl", tmp_path / "runs" / "mine"
+    """Return a file of five questions, its rows, and the empty folder of a run `mine` with these questions."""
+    questions = tmp_path / "q.jsonl"
+    folder = tmp_path / "runs" / "mine"
     rows = [{"id": f"q{i}", "prompt": f"{i} + 1?", "answer": str(i + 1), "task": "t"} for i in range(5)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder.mkdir(parents=True)
@@ -60,7 +61,7 @@ def asked_in_a_run(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A runs folder with a run `a` that was stopped (watching.py)."""
+    """A runs folder with a stopped run `a` (watching.py)."""
     from watching import stopped_run
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -77,7 +78,7 @@ def launcher(folder):
 
 @pytest.fixture
 def served(folder):
-    """Gives clients of the tab Watch over it."""
+    """A function that returns a client of the tab Watch over `folder`."""
     from watching import serving
 
     with serving(folder) as client:
@@ -88,17 +89,17 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def rollouts_of(folder):
-    """The lines of all steps' roll-outs."""
+def read_rollouts(folder):
+    """Return the records of all roll-outs."""
     return [line for file in sorted((folder / "rollouts").iterdir()) for line in lines(file)]
 
 
-def tokens_of(folder):
+def read_tokens(folder):
     return [json.loads(file.read_text()) for file in sorted((folder / "tokens").iterdir())]
 
 
 def copy_of_tiny(folder, **changes):
-    """A copy of the bundled model with changes to its JSON files: file stem -> entries."""
+    """Copy the bundled model, with changes to its JSON files (file stem -> entries)."""
     shutil.copytree("data/tiny", folder)
     for stem, entries in changes.items():
         path = folder / f"{stem}.json"
@@ -107,25 +108,24 @@ def copy_of_tiny(folder, **changes):
 
 
 def completion(text, **row):
-    """A completion of a row without a gold, unless it is given."""
+    """Return a completion. Its row has no gold answer unless given."""
     return Completion(prompt="q", text=text, row={"id": "r1", "task": "t"} | row)
 
 
 def score_one(rewards, completion):
-    """The score of one completion."""
-    (found,) = score_all(rewards, [completion])
-    return found
+    (score,) = score_all(rewards, [completion])
+    return score
 
 
 def write(tmp_path, source):
-    """A reward file with everything of grading imported; its path."""
+    """Write a reward file that imports all of grading, and return its path."""
     path = tmp_path / "rewards.py"
     path.write_text("from grading import *\n" + textwrap.dedent(source))
     return str(path)
 
 
 def bare_policy(model, eos_ids=(1,), **settings):
-    """A policy over a model without a tokenizer, for forward passes on token ids."""
+    """Return a policy over a model without a tokenizer, for forward passes on token ids."""
     import torch
 
     from rl.model.policy import Policy
@@ -146,7 +146,7 @@ def fill_lora(policy, scale, seed=1):
 
 @pytest.fixture
 def episodes(policy):
-    """Sixteen completions of four questions, with advantages that differ; some groups have none."""
+    """Sixteen completions of four questions, with different advantages; all are 0 in the third group."""
     import torch
 
     from rl.model.sampling import Sampling
@@ -174,13 +174,13 @@ def ppo(config):
 
 
 class Rewards:
-    """As much of a reward file as Advantages looks at."""
+    """The part of a reward file that Advantages reads."""
 
     functions = [RewardFunction("correct", None, 1.0), RewardFunction("right_steps", None, 0.5)]
 
 
 def marked(episodes, rewards, process=None):
-    """The episodes, with completions and scores that have these rewards. process: of each, (position, value)."""
+    """Set completions and scores with these rewards. process: (position, value) pairs for each episode."""
     for i, (episode, reward) in enumerate(zip(episodes, rewards)):
         verdict = "ungraded" if math.isnan(reward) else "right" if reward >= 1 else "wrong"
         parts = {"correct": None if math.isnan(reward) else reward}
@@ -199,7 +199,7 @@ def vectors(parameters):
     return torch.cat([p.detach().flatten().clone() for p in parameters])
 
 
-def episodes_of(*lengths, truncated=()):
+def make_episodes(*lengths, truncated=()):
     from rl.rollout import Episode
 
     return [Episode([1], [2] * n, [0.0] * n, i in truncated) for i, n in enumerate(lengths)]
@@ -207,16 +207,17 @@ def episodes_of(*lengths, truncated=()):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The run that nothing happened to, by method, and how long it took."""
+    """A function that returns the folder of an uninterrupted run of a method, and its duration in seconds."""
     runs = {}
 
-    def of(method):
+    def get_run(method):
         if method not in runs:
             from running import finish
 
-            folder, started = tmp_path_factory.mktemp("whole") / method, time.monotonic()
+            folder = tmp_path_factory.mktemp("whole") / method
+            start = time.monotonic()
             assert finish(folder, method) == 0
-            runs[method] = folder, time.monotonic() - started
+            runs[method] = folder, time.monotonic() - start
         return runs[method]
 
-    return of
+    return get_run

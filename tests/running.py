@@ -1,4 +1,4 @@
-"""Short runs in processes of their own, which can be killed in the middle of a call, and what they leave."""
+"""Short runs in separate processes, which can be killed during a given call, and their results."""
 
 import importlib
 import json
@@ -19,9 +19,8 @@ METHODS = {
     "running": "--algorithm reinforce --num-mini-batches 1 --baseline running --control random-reward --curriculum-steps 4 --train-data sums",
 }
 
-processes = multiprocessing.get_context(
-    "forkserver"
-)  # its children have everything imported, and are forked from no threads
+# Children of a fork server start with all modules imported, and are not forked from a process with threads.
+processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     "train rl.advantages rl.critic rl.checks rl.run.session rl.run.commands tqdm matplotlib.pyplot "
     "matplotlib.backends.backend_agg transformers.models.qwen3.modeling_qwen3 pydantic_monty".split()
@@ -29,13 +28,13 @@ processes.set_forkserver_preload(
 
 
 def work(arguments: list[str], faults: dict[str, tuple[int, object]]):
-    """In a process of its own: train, and do something in the nth call of a function, by "module:class:function"."""
+    """Train in this process, with faults in the nth call of functions, each named "module:class:function"."""
     import torch
 
     torch.set_num_threads(1)
     os.setsid()
     for name, (nth, fault) in faults.items():
-        plant(name, nth, fault)
+        inject(name, nth, fault)
     try:
         train.main(arguments)
     except KeyboardInterrupt as error:
@@ -45,13 +44,14 @@ def work(arguments: list[str], faults: dict[str, tuple[int, object]]):
         sys.exit(1)
 
 
-def plant(name: str, nth: int, fault) -> None:
-    """fault: a signal that the process sends to itself, an exception, or a function that is called with the arguments."""
+def inject(name: str, nth: int, fault) -> None:
+    """Replace the nth call. fault: a signal to this process, an exception, or a function that gets the arguments."""
     module, owner, function = name.split(":")
     owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
-    original, calls = getattr(owner, function), []
+    original = getattr(owner, function)
+    calls = []
 
-    def counted(*args, **kwargs):
+    def wrapper(*args, **kwargs):
         calls.append(1)
         if len(calls) == nth:
             if isinstance(fault, signal.Signals):
@@ -62,11 +62,11 @@ def plant(name: str, nth: int, fault) -> None:
                 return fault(*args, **kwargs)
         return original(*args, **kwargs)
 
-    setattr(owner, function, counted)
+    setattr(owner, function, wrapper)
 
 
 def start(folder: Path, method: str, faults=None, resume=False, more: str = ""):
-    """A process that trains into this folder, or goes on there; what it prints is in FOLDER.txt."""
+    """Start a process that trains in this folder, or resumes there. Its output is in FOLDER.txt."""
     arguments = [*SHORT.split(), *METHODS[method].split(), "--output-dir", str(folder), *more.split()]
     if resume:
         arguments = ["--resume", str(folder), *more.split()]
@@ -76,7 +76,7 @@ def start(folder: Path, method: str, faults=None, resume=False, more: str = ""):
 
 
 def into(file: str, arguments: list[str], faults: dict) -> None:
-    """`work`, with what it prints in a file."""
+    """Call `work` with its output in a file."""
     output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -84,27 +84,27 @@ def into(file: str, arguments: list[str], faults: dict) -> None:
 
 
 def finish(folder: Path, method: str, **options) -> int:
-    """The exit status of such a process; less than 0: the signal that killed it."""
+    """Run such a process and return its exit status. Negative: the signal that killed it."""
     process = start(folder, method, **options)
     process.join()
     return process.exitcode
 
 
 def printed(folder: Path) -> str:
-    """What the last process printed."""
+    """Return the output of the last process."""
     return Path(f"{folder}.txt").read_text()
 
 
 def result(folder: Path) -> dict:
-    """All that a run leaves, without times and memory."""
-    timed = ("time", "memory")
+    """Return all results of a run except times and memory."""
+    excluded = ("time", "memory")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("seconds", "peak_memory_mb", "memory"):
         summary.pop(name, None)
     last = folder / "checkpoints/step_000008"
     return {
-        "metrics": [{k: v for k, v in m.items() if not any(t in k for t in timed)} for m in metrics],
+        "metrics": [{k: v for k, v in m.items() if not any(t in k for t in excluded)} for m in metrics],
         "config": (folder / "config.yaml").read_text(),
         "steps": step_files(folder),
         "evaluations": {file.name: file.read_text() for file in folder.glob("eval/*")},
@@ -116,15 +116,16 @@ def result(folder: Path) -> dict:
 
 
 def step_files(folder: Path) -> dict[str, str]:
-    """What the run has written of each step: its roll-outs and tokens."""
+    """Return the roll-out and token files of a run."""
     files = [*folder.glob("rollouts/*"), *folder.glob("tokens/*")]
     return {str(file.relative_to(folder)): file.read_text() for file in files}
 
 
 def assert_same(folder: Path, expected: Path):
-    found, wanted = result(folder), result(expected)
+    actual = result(folder)
+    wanted = result(expected)
     for part in wanted:
-        assert found[part] == wanted[part], part
+        assert actual[part] == wanted[part], part
 
 
 def steps_logged(folder):
@@ -137,7 +138,7 @@ def last(folder):
 
 
 def refused(folder, more="", resume=None):
-    """What --resume says where it refuses; the folder stays as it was."""
+    """Return the message of a refused --resume, and check that the folder is unchanged."""
 
     def contents():
         return {

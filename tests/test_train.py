@@ -1,4 +1,4 @@
-"""The whole script: what a run leaves behind, that it learns, and how it fails."""
+"""The whole script train.py: the files of a run, its learning, and its errors."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import yaml
-from conftest import lines, rollouts_of, tokens_of
+from conftest import lines, read_rollouts, read_tokens
 
 import train
 
@@ -23,22 +23,22 @@ def run(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """One short run on the tiny model, with its console output."""
+    """The folder and the console output of one short run on the tiny model."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     command = [sys.executable, "train.py", *SMALL.split(), "--output-dir", str(folder), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""  # nothing that looks like a warning
-    return folder, done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert process.stderr == ""  # no warnings
+    return folder, process.stdout
 
 
-def test_the_run_folder_holds_what_other_programs_read(small_run):
+def test_run_folder_has_the_documented_files(small_run):
     folder, _ = small_run
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     expected = "config.yaml rewards.py metrics.jsonl rollouts/000003.jsonl tokens/000003.json summary.json curve.png checkpoints/last"
     expected += " eval/before.jsonl eval/after.jsonl eval/step_000002.jsonl"
     for step in (2, 3):
-        names_of_checkpoint = "adapter_config.json adapter_model.safetensors README.md tokenizer.json chat_template.jinja trainer_state.json"
-        expected += "".join(f" checkpoints/step_00000{step}/{name}" for name in names_of_checkpoint.split())
+        checkpoint_files = "adapter_config.json adapter_model.safetensors README.md tokenizer.json chat_template.jinja trainer_state.json"
+        expected += "".join(f" checkpoints/step_00000{step}/{name}" for name in checkpoint_files.split())
     assert set(expected.split()) <= names
     assert not [name for name in names if "unfinished" in name]
     assert (folder / "checkpoints/last").read_text() == "step_000003\n"
@@ -46,7 +46,7 @@ def test_the_run_folder_holds_what_other_programs_read(small_run):
     assert yaml.safe_load((folder / "config.yaml").read_text())["prompts_per_step"] == 6
 
 
-def test_summary_has_the_promised_names(small_run):
+def test_summary_has_the_documented_fields(small_run):
     summary = json.loads((small_run[0] / "summary.json").read_text())
     assert summary["algorithm"] == "grpo" and summary["model"] == "data/tiny" and summary["steps"] == 3
     assert summary["control"] == "none" and summary["alarms"] == {}
@@ -66,7 +66,7 @@ def test_summary_has_the_promised_names(small_run):
 
 
 def test_metrics_have_trls_names_and_agree_with_the_rollouts(small_run):
-    metrics, rollouts = lines(small_run[0] / "metrics.jsonl"), rollouts_of(small_run[0])
+    metrics, rollouts = lines(small_run[0] / "metrics.jsonl"), read_rollouts(small_run[0])
     assert [m["step"] for m in metrics] == [1, 2, 3] and len(rollouts) == 72
     names = "reward reward_std frac_reward_zero_std rewards/correct/mean rewards/format/mean completions/mean_length "
     names += (
@@ -74,15 +74,15 @@ def test_metrics_have_trls_names_and_agree_with_the_rollouts(small_run):
     )
     assert set(names.split()) <= set(metrics[0])
     assert all(m["alarms"] == [] and 0 < sum(v for k, v in m.items() if "outcomes/" in k) <= 1 for m in metrics)
-    assert metrics[0]["kl"] == 0.0 < metrics[2]["kl"]  # the LoRA starts as nothing
+    assert metrics[0]["kl"] == 0.0 < metrics[2]["kl"]  # the LoRA starts at zero
     assert all(m["sampling/sampling_logp_difference/max"] < 1e-3 for m in metrics)
     assert "eval/accuracy" in metrics[1] and "eval/accuracy" not in metrics[0]
     for m in metrics:
-        of_step = [r for r in rollouts if r["step"] == m["step"]]
-        assert m["reward"] == pytest.approx(sum(r["reward"] for r in of_step) / 24)
-        assert m["accuracy"] == pytest.approx(sum(r["verdict"] == "right" for r in of_step) / 24)
-        assert m["completions/mean_length"] == pytest.approx(sum(r["tokens"] for r in of_step) / 24)
-        for group in (of_step[i : i + 4] for i in range(0, 24, 4)):
+        step_rows = [r for r in rollouts if r["step"] == m["step"]]
+        assert m["reward"] == pytest.approx(sum(r["reward"] for r in step_rows) / 24)
+        assert m["accuracy"] == pytest.approx(sum(r["verdict"] == "right" for r in step_rows) / 24)
+        assert m["completions/mean_length"] == pytest.approx(sum(r["tokens"] for r in step_rows) / 24)
+        for group in (step_rows[i : i + 4] for i in range(0, 24, 4)):
             assert len({r["prompt_id"] for r in group}) == 1
             assert sum(r["advantage"] for r in group) == pytest.approx(0, abs=1e-4)
     assert set(rollouts[0]) >= {
@@ -96,15 +96,15 @@ def test_metrics_have_trls_names_and_agree_with_the_rollouts(small_run):
     }
 
 
-def test_tokens_are_of_one_group_and_spell_its_completions(small_run):
-    tokens, rollouts = tokens_of(small_run[0]), rollouts_of(small_run[0])
+def test_token_files_contain_the_completions_of_one_group(small_run):
+    tokens, rollouts = read_tokens(small_run[0]), read_rollouts(small_run[0])
     assert [t["step"] for t in tokens] == [1, 2, 3]
     for t in tokens:
         texts = [r["completion"] for r in rollouts if (r["step"], r["prompt_id"]) == (t["step"], t["prompt_id"])]
         assert ["".join(c["tokens"]).removesuffix("<|end|>") for c in t["completions"]] == texts
 
 
-def test_evaluations_have_one_line_a_question(small_run):
+def test_evaluations_have_one_line_per_question(small_run):
     before, after = (lines(small_run[0] / f"eval/{name}.jsonl") for name in ("before", "after"))
     assert [r["question"] for r in before] == [r["question"] for r in after] and len(before) == 12
     assert set(before[0]) >= {"question", "expected", "completion", "verdict", "sampled"}
@@ -119,7 +119,7 @@ def test_evaluations_have_one_line_a_question(small_run):
     assert sum(r["sampled"]["verdict"] == "right" for r in before) / 12 == summary["before"]["accuracy_sampled"]
 
 
-def test_the_console_says_what_matters(small_run):
+def test_console_output(small_run):
     out = small_run[1]
     for part in (
         "CPU cores",
@@ -135,24 +135,26 @@ def test_the_console_says_what_matters(small_run):
 
 
 def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
-    again, other = run(tmp_path / "again"), run(tmp_path / "other", "--seed", 1)
+    again = run(tmp_path / "again")
+    other = run(tmp_path / "other", "--seed", 1)
 
-    def comparable(folder):
-        timed = ("time", "memory")
-        rows = [{k: v for k, v in m.items() if not any(t in k for t in timed)} for m in lines(folder / "metrics.jsonl")]
-        return rows, rollouts_of(folder), (folder / "eval/after.jsonl").read_text()
+    def results(folder):
+        excluded = ("time", "memory")
+        rows = [
+            {k: v for k, v in m.items() if not any(t in k for t in excluded)} for m in lines(folder / "metrics.jsonl")
+        ]
+        return rows, read_rollouts(folder), (folder / "eval/after.jsonl").read_text()
 
-    assert comparable(small_run[0]) == comparable(again)
-    assert comparable(small_run[0])[1] != comparable(other)[1]
+    assert results(small_run[0]) == results(again)
+    assert results(small_run[0])[1] != results(other)[1]
     weights = "checkpoints/step_000003/adapter_model.safetensors"
     assert (small_run[0] / weights).read_bytes() == (again / weights).read_bytes()
 
 
 def test_a_saved_adapter_can_be_evaluated(small_run, tmp_path, capsys):
     checkpoint = small_run[0] / "checkpoints/step_000003"
-    train.main(
-        ["--eval-only", "--adapter", str(checkpoint), "--output-dir", str(tmp_path / "eval")]
-    )  # its own settings
+    # The settings come from the adapter's run.
+    train.main(["--eval-only", "--adapter", str(checkpoint), "--output-dir", str(tmp_path / "eval")])
     evaluated = tmp_path / "eval"
     table = small_run[1][small_run[1].index("held-out questions   ") :].partition("\n\n")[0]
     assert table in capsys.readouterr().out  # the same table as at the end of the run
@@ -164,7 +166,7 @@ def test_a_saved_adapter_can_be_evaluated(small_run, tmp_path, capsys):
 
 
 def test_it_learns(tmp_path):
-    """A few steps on one family, at a rate that shows: a habit of the base model (blurting) is unlearnt."""
+    """A few steps at a high learning rate make the base model think before it answers."""
     settings = "--train-data words --max-steps 12 --prompts-per-step 16 --num-generations 8 --eval-questions 60 --eval-steps 0 --learning-rate 3e-3 --train-questions 1000"
     train.main([*settings.split(), "--output-dir", str(tmp_path / "run"), "--device", "cpu"])
     result = json.loads((tmp_path / "run/summary.json").read_text())["eval"]
@@ -189,10 +191,10 @@ def test_settings_run(tmp_path, arguments):
     assert any(m["grad_norm"] > 0 for m in metrics)
 
 
-# --- a person's own questions and rewards
+# --- custom questions and rewards
 
 
-def own_files(tmp_path):
+def write_custom_files(tmp_path):
     rows = [{"question": f"What is {i} + {j}?", "gold": i + j} for i in range(1, 7) for j in range(1, 7)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "my_rewards.py").write_text(
@@ -213,10 +215,10 @@ def own_files(tmp_path):
     return ["--train-data", tmp_path / "questions.jsonl", "--rewards-file", tmp_path / "my_rewards.py"]
 
 
-def test_own_questions_with_own_rewards(tmp_path, capsys):
-    folder = run(tmp_path / "run", *own_files(tmp_path))
+def test_custom_questions_and_rewards(tmp_path, capsys):
+    folder = run(tmp_path / "run", *write_custom_files(tmp_path))
     assert "24 questions to train on, 6 held out" in capsys.readouterr().out
-    first = rollouts_of(folder)[0]
+    first = read_rollouts(folder)[0]
     assert set(first["rewards"]) == {"correct", "short"} and "tokens" in first["reasons"]["short"]
     assert first["task"] == "questions"
 
@@ -246,9 +248,9 @@ def test_own_questions_with_own_rewards(tmp_path, capsys):
         (["--max-seq-length", "5000"], "max_completion_length"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
-    """One line that names the file, line or key and what to do; no run folder."""
-    own_files(tmp_path)
+def test_errors_are_one_line_and_leave_no_files(tmp_path, arguments, message):
+    """The error is one line that names the file, line or key and the remedy. No run folder is created."""
+    write_custom_files(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "nocolumn.jsonl").write_text('{"text": "a"}\n')
@@ -264,15 +266,15 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
     assert not [path for path in sorted(tmp_path.rglob("*")) if path not in before and "__pycache__" not in str(path)]
 
 
-def test_a_mistake_is_one_line_on_the_terminal(tmp_path):
+def test_errors_are_one_line_on_the_terminal(tmp_path):
     command = [sys.executable, "train.py", "--model", "data/tinny", "--output-dir", str(tmp_path / "run")]
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stdout == "" and not (tmp_path / "run").exists()
-    assert failed.stderr.startswith("error: model: data/tinny cannot be loaded") and failed.stderr.count("\n") == 1
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == "" and not (tmp_path / "run").exists()
+    assert process.stderr.startswith("error: model: data/tinny cannot be loaded") and process.stderr.count("\n") == 1
 
 
-def test_an_adapter_that_reads_back_differently_is_an_error(tmp_path, monkeypatch):
-    """The check at the end of a run sees an adapter whose file does not hold what is in memory."""
+def test_adapter_that_loads_differently_is_an_error(tmp_path, monkeypatch):
+    """The check at the end of a run detects an adapter file that differs from the weights in memory."""
     import rl.model.policy
     import rl.run.checkpoint
 
@@ -295,8 +297,8 @@ def test_an_adapter_that_reads_back_differently_is_an_error(tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_main_job_learns_to_think(tmp_path, seed):
-    """The promise of the README, for three seeds: held-out accuracy and thinking before and after."""
+def test_default_run_learns_to_think(tmp_path, seed):
+    """The results in the README, for three seeds: held-out accuracy and thinking before and after."""
     train.main(["--output-dir", str(tmp_path / "run"), "--seed", str(seed)])
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     before, after = summary["eval"]["before"], summary["eval"]["after"]
@@ -309,8 +311,8 @@ def test_the_main_job_learns_to_think(tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ppo_learns_to_think_and_its_critic_knows_something(tmp_path, seed):
-    """Explained variance is that before each update, over the steps in which there is most to explain."""
+def test_ppo_learns_to_think_with_a_useful_critic(tmp_path, seed):
+    """The critic explains variance before updates, in steps with an accuracy between 20 and 80 %."""
     train.main(["--config", "configs/tiny_ppo.yaml", "--output-dir", str(tmp_path / "run"), "--seed", str(seed)])
     after = json.loads((tmp_path / "run/summary.json").read_text())["eval"]["after"]
     metrics = lines(tmp_path / "run/metrics.jsonl")
@@ -320,8 +322,8 @@ def test_ppo_learns_to_think_and_its_critic_knows_something(tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_long_sums_are_learnt_and_not_only_a_habit(tmp_path, seed):
-    """Among completions that think, which most do from the start: sums of a length that pretraining had none of."""
+def test_long_sums_learns_more_than_to_think(tmp_path, seed):
+    """Most completions think from the start, and their accuracy rises on sums longer than in pretraining."""
     train.main(["--config", "configs/long_sums.yaml", "--output-dir", str(tmp_path / "run"), "--seed", str(seed)])
     result = json.loads((tmp_path / "run/summary.json").read_text())["eval"]
     before, after = (result[when]["tasks"]["long_sums"] for when in ("before", "after"))
@@ -332,7 +334,7 @@ def test_long_sums_are_learnt_and_not_only_a_habit(tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_the_main_job_learns_in_4_bit(tmp_path):
+def test_default_run_learns_in_4_bit(tmp_path):
     train.main(["--output-dir", str(tmp_path / "run"), "--load-in-4bit"])
     result = json.loads((tmp_path / "run/summary.json").read_text())["eval"]
     assert result["after"]["accuracy_sampled"] >= result["before"]["accuracy_sampled"] + 0.4

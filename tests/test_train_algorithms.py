@@ -1,7 +1,7 @@
-"""Whole runs of every algorithm; dynamic sampling, the curriculum, and settings that do not go together."""
+"""Whole runs of every algorithm, dynamic sampling, the curriculum, and incompatible settings."""
 
 import pytest
-from conftest import lines, rollouts_of, tokens_of
+from conftest import lines, read_rollouts, read_tokens
 
 import train
 from data import highest_level
@@ -11,24 +11,24 @@ SMALL = "--max-steps 3 --prompts-per-step 6 --num-generations 4 --eval-questions
 
 
 def test_dynamic_sampling_is_capped_and_counted(tmp_path):
-    """No group without variance enters an update; refills are at most what is allowed; what was left out is logged."""
+    """Groups without variance are not trained on, but logged. The number of refills is limited."""
     train.main(
         [*SMALL.split(), "--dynamic-sampling", "2", "--train-data", "sums", "--output-dir", str(tmp_path / "run")]
     )
-    rollouts = rollouts_of(tmp_path / "run")
+    rollouts = read_rollouts(tmp_path / "run")
     for metrics in lines(tmp_path / "run/metrics.jsonl"):
-        of_step = [r for r in rollouts if r["step"] == metrics["step"]]
-        groups = [of_step[i : i + 4] for i in range(0, len(of_step), 4)]
-        took_part = [g for g in groups if g[0]["advantage"] is not None]
-        assert all(len({r["verdict"] for r in g}) == 2 for g in took_part) and len(took_part) <= 6
-        assert len(groups) - len(took_part) == metrics["dynamic_sampling/groups_left_out"]
-        assert len(took_part) == 6 or metrics["dynamic_sampling/refills"] == 2
+        step_rows = [r for r in rollouts if r["step"] == metrics["step"]]
+        groups = [step_rows[i : i + 4] for i in range(0, len(step_rows), 4)]
+        trained_groups = [g for g in groups if g[0]["advantage"] is not None]
+        assert all(len({r["verdict"] for r in g}) == 2 for g in trained_groups) and len(trained_groups) <= 6
+        assert len(groups) - len(trained_groups) == metrics["dynamic_sampling/groups_left_out"]
+        assert len(trained_groups) == 6 or metrics["dynamic_sampling/refills"] == 2
         assert 0 <= metrics["dynamic_sampling/refills"] <= 2 and len(groups) >= 6
     assert any(m["dynamic_sampling/refills"] for m in lines(tmp_path / "run/metrics.jsonl"))
 
 
-def test_a_step_without_anything_to_learn_goes_by(tmp_path):
-    """Every group is all wrong: with dynamic sampling nothing is left, the policy stays, and the run goes on."""
+def test_steps_without_signal_are_skipped(tmp_path):
+    """If all groups are all wrong, dynamic sampling leaves none: the policy is not updated, and the run continues."""
     rewards = tmp_path / "rewards.py"
     rewards.write_text("from grading import reward\n\n@reward\ndef never(completion):\n    return 0.0\n")
     arguments = [*SMALL.split(), "--rewards-file", str(rewards), "--dynamic-sampling", "1"]
@@ -38,11 +38,11 @@ def test_a_step_without_anything_to_learn_goes_by(tmp_path):
     assert all(m["dynamic_sampling/groups_left_out"] == 12 for m in metrics)
 
 
-def test_the_curriculum_begins_with_what_is_easy(tmp_path):
+def test_curriculum_starts_with_easy_questions(tmp_path):
     arguments = "--train-data big_sums long_sums --curriculum-steps 3"
     train.main([*SMALL.split(), *arguments.split(), "--output-dir", str(tmp_path / "run")])
     terms = {}
-    for line in rollouts_of(tmp_path / "run"):
+    for line in read_rollouts(tmp_path / "run"):
         terms.setdefault(line["step"], set()).add(line["prompt"].count(" + ") + line["prompt"].count(" - ") + 1)
     assert terms[1] <= {2, 3} and terms[2] <= {2, 3, 4} and max(terms[3]) == 5
     assert [highest_level([1, 1, 2, 5], step, 6) for step in (1, 2, 3, 4, 5, 6, 60)] == [1, 1, 2, 2, 5, 5, 5]
@@ -69,7 +69,7 @@ def test_the_curriculum_begins_with_what_is_easy(tmp_path):
         ({"dynamic_sampling": 1, "control": "random-reward"}, "the control must not know"),
     ],
 )
-def test_settings_that_do_not_go_together(settings, message):
+def test_incompatible_settings(settings, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")):
         Config(**settings).check()
     Config(algorithm="ppo", num_generations=1).check()
@@ -96,8 +96,8 @@ def test_every_algorithm_runs(tmp_path, arguments):
     train.main([*SMALL.split(), "--max-steps", "2", *arguments.split(), "--output-dir", str(tmp_path / "run")])
     metrics = lines(tmp_path / "run/metrics.jsonl")
     assert len(metrics) == 2 and all(m["skipped_updates"] == 0 for m in metrics) and metrics[1]["grad_norm"] > 0
-    rollouts = rollouts_of(tmp_path / "run")
+    rollouts = read_rollouts(tmp_path / "run")
     assert ("learned_reward" in rollouts[0]) == ("penalty" in arguments or "punish" in arguments)
-    tokens = tokens_of(tmp_path / "run")[1]["completions"][0]
+    tokens = read_tokens(tmp_path / "run")[1]["completions"][0]
     assert ("values" in tokens) == ("ppo" in arguments or "a2c" in arguments)
     assert len(tokens.get("values", tokens["advantages"])) == len(tokens["tokens"])

@@ -1,4 +1,4 @@
-"""What a run does where a reward function fails, and what it says of its rewards: control, warnings, best completions."""
+"""Runs with failing reward functions, and output about rewards: control run, warnings, best completions."""
 
 import json
 import subprocess
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import episodes_of, lines, marked, rollouts_of
-from test_train import SMALL, own_files, run
+from conftest import lines, make_episodes, marked, read_rollouts
+from test_train import SMALL, run, write_custom_files
 
 import train
 from data import QuestionSampler, load_questions
@@ -22,15 +22,15 @@ from rl.run import report
 
 
 def coin_flips(n, seed, step):
-    """The rewards that a control learns from."""
-    episodes = marked(episodes_of(*[1] * n), [0.0] * n)
+    """Return the training rewards of a control run."""
+    episodes = marked(make_episodes(*[1] * n), [0.0] * n)
     set_rewards(episodes, Config(control="random-reward", seed=seed), step)
     return [episode.reward for episode in episodes]
 
 
-def raising_on_one_row(tmp_path, held_out=False):
-    """The files of a person whose reward fails on one question: one asked in step 2, or one that is held out."""
-    arguments = [str(argument) for argument in own_files(tmp_path)]
+def write_failing_reward(tmp_path, held_out=False):
+    """Write questions and a reward function that fails on one of them: one of step 2, or a held-out one."""
+    arguments = [str(argument) for argument in write_custom_files(tmp_path)]
     settings = Config(train_data=[arguments[1]], train_questions=30, eval_questions=12)
     train_rows, eval_rows, _ = load_questions(settings)
     questions = [SimpleNamespace(row=row) for row in train_rows]
@@ -42,47 +42,47 @@ def raising_on_one_row(tmp_path, held_out=False):
     return arguments, row
 
 
-def test_a_reward_that_raises_in_training(tmp_path):
-    """The run stops with function, line and row, keeps what it has, and says how to see the failure again."""
-    arguments, row = raising_on_one_row(tmp_path)
+def test_reward_error_in_training(tmp_path):
+    """The run stops with function, line and row, keeps its results, and prints how to reproduce the failure."""
+    arguments, row = write_failing_reward(tmp_path)
     command = [sys.executable, "train.py", *SMALL.split(), *arguments, "--output-dir", str(tmp_path / "run")]
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 1 and f"'rare' (my_rewards.py:15), row {row['id']}: ZeroDivisionError" in failed.stderr
-    assert failed.stderr.count("\n") == 1
-    assert len(lines(tmp_path / "run/metrics.jsonl")) == 1  # what was done is kept, whole
-    assert len(rollouts_of(tmp_path / "run")) == 24
-    assert "Stopped after step 1 of 3" in failed.stdout and "To resume: python train.py" in failed.stdout
-    (kept,) = lines(tmp_path / "run/failed.jsonl")
-    assert (kept["step"], kept["prompt_id"], kept["row"]["gold"]) == (2, row["id"], row["gold"])
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and f"'rare' (my_rewards.py:15), row {row['id']}: ZeroDivisionError" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert len(lines(tmp_path / "run/metrics.jsonl")) == 1  # the finished step is complete
+    assert len(read_rollouts(tmp_path / "run")) == 24
+    assert "step 1 of 3" in result.stdout and "python train.py" in result.stdout
+    (record,) = lines(tmp_path / "run/failed.jsonl")
+    assert (record["step"], record["prompt_id"], record["row"]["gold"]) == (2, row["id"], row["gold"])
 
-    again = failed.stderr.strip().rpartition(" python ")[2].split()
+    rescore = result.stderr.strip().rpartition(": python ")[2].split()
     assert (
-        again
+        rescore
         == "-m grading self-test MY --rescore RUN/failed.jsonl".replace("MY", arguments[3])
         .replace("RUN", str(tmp_path / "run"))
         .split()
     )
-    seen = subprocess.run([sys.executable, *again], capture_output=True, text=True)
-    assert seen.returncode == 1 and "'rare' (my_rewards.py:15)" in seen.stderr
+    rescored = subprocess.run([sys.executable, *rescore], capture_output=True, text=True)
+    assert rescored.returncode == 1 and "'rare' (my_rewards.py:15)" in rescored.stderr
 
-    mended = tmp_path / "my_rewards.py"
-    mended.write_text(mended.read_text().replace("return 1 / (", "return 1 * ("))
+    path = tmp_path / "my_rewards.py"
+    path.write_text(path.read_text().replace("return 1 / (", "return 1 * ("))
     train.main(["--resume", str(tmp_path / "run"), "--accept-changes"])
     assert [m["step"] for m in lines(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_reward_that_raises_in_an_evaluation(tmp_path):
-    arguments, row = raising_on_one_row(tmp_path, held_out=True)
+def test_reward_error_in_an_evaluation(tmp_path):
+    arguments, row = write_failing_reward(tmp_path, held_out=True)
     with pytest.raises(RewardError, match=f"row {row['id']}: ZeroDivisionError.* --rescore .*failed.jsonl"):
         run(tmp_path / "run", *arguments)
     assert lines(tmp_path / "run/failed.jsonl")[0]["prompt_id"] == row["id"]
 
 
-def test_reward_errors_skip_goes_on(tmp_path, capsys):
-    """The completions of that row take no part in learning, are counted, and an alarm says so."""
-    arguments, row = raising_on_one_row(tmp_path)
+def test_reward_errors_skip_continues(tmp_path, capsys):
+    """The completions of the failing row are excluded from training, counted, and reported by an alarm."""
+    arguments, row = write_failing_reward(tmp_path)
     folder = run(tmp_path / "run", *arguments, "--reward-errors", "skip")
-    metrics, rollouts = lines(folder / "metrics.jsonl"), rollouts_of(folder)
+    metrics, rollouts = lines(folder / "metrics.jsonl"), read_rollouts(folder)
     assert [m["reward_errors"] for m in metrics] == [0, 4, 0] and "reward_errors" in metrics[1]["alarms"]
     assert metrics[1]["outcomes/reward_error"] == pytest.approx(4 / 24)
     left_out = [r for r in rollouts if r["prompt_id"] == row["id"]]
@@ -95,9 +95,9 @@ def test_reward_errors_skip_goes_on(tmp_path, capsys):
     assert not (folder / "failed.jsonl").exists()
 
 
-def test_trl_functions_see_groups_together_and_their_logs_are_kept(tmp_path):
-    """Completions end in any order; a TRL function gets them in the order of the questions, as in TRL."""
-    arguments = [str(argument) for argument in own_files(tmp_path)]
+def test_trl_functions_get_groups_in_order_and_their_logs_are_saved(tmp_path):
+    """Completions end in any order, but a TRL function gets them in the order of the questions, as in TRL."""
+    arguments = [str(argument) for argument in write_custom_files(tmp_path)]
     path = tmp_path / "my_rewards.py"
     trl = """
         @reward(weight=0.1)
@@ -109,34 +109,35 @@ def test_trl_functions_see_groups_together_and_their_logs_are_kept(tmp_path):
         """
     path.write_text(path.read_text() + textwrap.dedent(trl))
     folder = run(tmp_path / "run", *arguments)
-    metrics, rollouts = lines(folder / "metrics.jsonl"), rollouts_of(folder)
+    metrics, rollouts = lines(folder / "metrics.jsonl"), read_rollouts(folder)
     assert [m["metrics/together/mean"] for m in metrics] == [1, 1, 1]
     assert [r["extra"]["ids"] for r in rollouts] == [r["tokens"] for r in rollouts]
 
 
-# --- what a run says of itself
+# --- output
 
 
-def test_the_control_learns_from_coin_flips_alone(tmp_path, capsys):
-    """Reproducible; advantages come from the flips; accuracy and evaluations stay real."""
+def test_control_run_learns_from_coin_flips(tmp_path, capsys):
+    """The run is reproducible. Advantages come from the flips, accuracy and evaluations from the real rewards."""
     settings = "--control random-reward --max-steps 2 --log-completions-steps 2".split()
-    first, again = run(tmp_path / "first", *settings), run(tmp_path / "again", *settings)
+    first = run(tmp_path / "first", *settings)
+    again = run(tmp_path / "again", *settings)
     out = capsys.readouterr().out
     assert out.count("CONTROL: learning from random rewards") == 2 * (1 + 2 + 1)  # at the start, each step, at the end
     assert out.count("highest rewards of step 2:") == 2
-    rollouts = rollouts_of(first)
-    assert rollouts == rollouts_of(again)
+    rollouts = read_rollouts(first)
+    assert rollouts == read_rollouts(again)
     weights = "checkpoints/step_000002/adapter_model.safetensors"
     assert (first / weights).read_bytes() == (again / weights).read_bytes()
     for step in (1, 2):
-        of_step = [r for r in rollouts if r["step"] == step]
+        step_rows = [r for r in rollouts if r["step"] == step]
         flips = coin_flips(24, 0, step)
-        assert [r["learned_reward"] for r in of_step] == flips and set(flips) == {0.0, 1.0}
+        assert [r["learned_reward"] for r in step_rows] == flips and set(flips) == {0.0, 1.0}
         advantages = group_advantages(torch.tensor(flips), 4).tolist()
-        assert [r["advantage"] for r in of_step] == pytest.approx(advantages)
-        assert [r["reward"] for r in of_step] != flips  # the file's own reward is kept beside
+        assert [r["advantage"] for r in step_rows] == pytest.approx(advantages)
+        assert [r["reward"] for r in step_rows] != flips  # the reward of the file is logged separately
         assert all(
-            r["reward"] == pytest.approx(r["rewards"]["format"] * 0.1 + (r["verdict"] == "right")) for r in of_step
+            r["reward"] == pytest.approx(r["rewards"]["format"] * 0.1 + (r["verdict"] == "right")) for r in step_rows
         )
     assert coin_flips(1000, 0, 1) != coin_flips(1000, 1, 1)
     assert 420 < sum(coin_flips(1000, 0, 1)) < 580
@@ -144,19 +145,19 @@ def test_the_control_learns_from_coin_flips_alone(tmp_path, capsys):
     assert yaml.safe_load((first / "config.yaml").read_text())["control"] == "random-reward"
 
 
-def test_unprotected_code_stands_in_every_line(tmp_path, capsys, monkeypatch):
-    given = {}
-    monkeypatch.setattr(train.sandbox, "start", lambda *settings: given.update(settings=settings))
+def test_unprotected_code_is_warned_of_in_every_line(tmp_path, capsys, monkeypatch):
+    calls = {}
+    monkeypatch.setattr(train.sandbox, "start", lambda *settings: calls.update(settings=settings))
     monkeypatch.setattr(train.sandbox, "available", lambda: ("monty", "unprotected"))
     settings = "--train-data sums --max-steps 1 --code-timeout 2.5 --unsafe-run-model-code"
     run(tmp_path / "run", *settings.split())
-    assert given["settings"] == (2.5, True)
+    assert calls["settings"] == (2.5, True)
     warned = [line for line in capsys.readouterr().out.split("\n") if "UNSAFE: model-written code" in line]
     assert len(warned) == 3 and "step 1/1" in warned[1]
 
 
-def test_the_two_highest_rewards_are_printed_short_and_safe():
-    """Different texts, whatever else is tied; nothing of a model's text reaches the terminal's controls."""
+def test_highest_rewards_are_printed_shortened_and_sanitised():
+    """The texts differ, even if rewards are tied. Control characters of the model do not reach the terminal."""
     texts = ["a", "a", "\x1b[2Jb\nc", "z" * 5000, "ungraded"]
     totals = [1.0, 1.0, 1.1, 0.5, float("nan")]
     completions = [Completion("What?", text, {}, tokens=len(text)) for text in texts]

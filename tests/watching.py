@@ -1,4 +1,4 @@
-"""Run folders with made-up contents, and the tab Watch over them."""
+"""Run folders with synthetic contents, and the tab Watch over them."""
 
 import contextlib
 import itertools
@@ -38,14 +38,14 @@ def rollouts_of(steps, prompts=3, size=2, text="\\boxed{4}"):
 
 
 def write_rollouts(run, records):
-    """Write rollouts/000001.jsonl and so on; records: completions in the order of their steps."""
+    """Write rollouts/000001.jsonl etc. records: completions in the order of their steps."""
     (run / "rollouts").mkdir(exist_ok=True)
     for step, completions in itertools.groupby(records, key=lambda record: record["step"]):
         (run / f"rollouts/{step:06d}.jsonl").write_text(lines_of(completions))
 
 
 def write_tokens(run, records):
-    """Write tokens/000001.json and so on; records: one a step."""
+    """Write tokens/000001.json etc. records: one per step."""
     (run / "tokens").mkdir(exist_ok=True)
     for record in records:
         (run / f"tokens/{record['step']:06d}.json").write_text(json.dumps(record))
@@ -74,7 +74,7 @@ def real_metrics(steps, **more):
 
 
 def stopped_run(tmp_path):
-    """The runs folder: a run `a` that was stopped after 10 of 20 steps of 3 x 2 completions."""
+    """Return a runs folder with a run `a` that stopped after 10 of 20 steps of 3 x 2 completions."""
     run = tmp_path / "runs/a"
     (run / "eval").mkdir(parents=True)
     (run / "config.yaml").write_text("num_generations: 2\nprompts_per_step: 3\nmax_steps: 20\neval_steps: 5\n")
@@ -98,7 +98,7 @@ def build(folder, editable=True):
 
 @contextlib.contextmanager
 def serving(folder):
-    """Gives clients of the page over `folder`; the page is one."""
+    """Yield a function that returns clients of one page over `folder`."""
     from gradio_client import Client
 
     pages = []
@@ -124,7 +124,7 @@ def watched(client, name=None, visible=True):
 
 def until(client, condition, seconds=60):
     end = time.monotonic() + seconds
-    while not condition(found := watched(client)):
-        assert time.monotonic() < end, found
+    while not condition(values := watched(client)):
+        assert time.monotonic() < end, values
         time.sleep(0.2)
-    return found
+    return values

@@ -1,4 +1,4 @@
-"""From rewards to the advantages of episodes, by each algorithm, and what the updater makes of them."""
+"""Advantages of episodes for each algorithm, and the updates made from them."""
 
 import math
 from collections import Counter
@@ -17,42 +17,42 @@ from rl.update import Updater
 NAN = math.nan
 
 
-# --- advantages of episodes
+# --- advantages
 
 
-def test_advantages_of_actor_and_critic_by_hand(policy, ppo):
-    """Two completions with gamma 0.5, lam 1, KL in the reward, a truncated one without and with its last value."""
+def test_actor_critic_advantages_by_hand(policy, ppo):
+    """gamma 0.5, lam 1, a KL in the reward, and a truncated completion with and without bootstrapping."""
     ppo.gamma, ppo.beta = 0.5, 2.0
-    for bootstrap, last in ((False, 0.0), (True, 0.5 * 8.0)):
+    for bootstrap, last_value in ((False, 0.0), (True, 0.5 * 8.0)):
         ppo.bootstrap_truncated = bootstrap
         episodes = episodes_of(2, 1, truncated=(1,))
         for e, values in zip(episodes, ([0.5, 1.0, 9.0], [0.25, 8.0])):
             e.values = torch.tensor(values)
             e.old_logprobs = torch.full((len(e.completion_ids),), -1.0)
-            e.reference_logprobs = torch.full((len(e.completion_ids),), -1.1)  # k1 = 0.1 a token
+            e.reference_logprobs = torch.full((len(e.completion_ids),), -1.1)  # k1 = 0.1 per token
         metrics = Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0]))
-        expected = [[-0.2 + 0.5 * 0.8, 0.8], [-0.2 + last]]
+        expected = [[-0.2 + 0.5 * 0.8, 0.8], [-0.2 + last_value]]
         for e, returns in zip(episodes, expected):
             assert e.returns.tolist() == pytest.approx(returns, abs=1e-6)
-        raw = torch.tensor([0.2 - 0.5, 0.8 - 1.0, -0.2 + last - 0.25])
+        raw = torch.tensor([0.2 - 0.5, 0.8 - 1.0, -0.2 + last_value - 0.25])
         whitened = (raw - raw.mean()) / (raw.std() + 1e-8)
         torch.testing.assert_close(torch.cat([e.advantages for e in episodes]), whitened, atol=1e-5, rtol=0)
         assert metrics["kl"] == pytest.approx(0.1) and metrics["beta"] == 2.0
 
 
-def test_ungraded_completions_teach_neither(policy, ppo):
+def test_ungraded_completions_are_left_out_of_the_loss(policy, ppo):
     episodes = episodes_of(2, 2, 3, 1)
     for e in episodes:
         e.values = torch.zeros(len(e.completion_ids) + 1)
     Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, NAN, 0.0, 1.0]))
     assert [e.in_loss for e in episodes] == [True, False, True, True]
-    counted = torch.cat([e.advantages for e in episodes if e.in_loss])
-    assert counted.mean() == pytest.approx(0, abs=1e-6) and counted.std() == pytest.approx(1, abs=1e-5)
+    advantages = torch.cat([e.advantages for e in episodes if e.in_loss])
+    assert advantages.mean() == pytest.approx(0, abs=1e-6) and advantages.std() == pytest.approx(1, abs=1e-5)
     assert not episodes[1].advantages.any()
 
 
-def test_process_rewards_reach_their_tokens(policy, ppo, config):
-    """In PPO they are paid where the step ends; in GRPO they count for the tokens up to it, the outcome without them."""
+def test_process_rewards_by_hand(policy, ppo, config):
+    """PPO adds them to the reward of the step's last token, GRPO to the advantages of all tokens up to that one."""
     process = [[(2, 1.0), (4, -1.0)], []]
     episodes = episodes_of(4, 3)
     for e in episodes:
@@ -69,40 +69,40 @@ def test_process_rewards_reach_their_tokens(policy, ppo, config):
     torch.testing.assert_close(episodes[1].advantages, outcome[1].expand(3), atol=1e-6, rtol=0)
 
 
-def test_steps_are_found_in_the_text_whatever_the_tokens(policy, config):
+def test_process_rewards_are_aligned_to_tokens(policy, config):
     text = "<think>1+1=2\n2+2=5</think>4"
     ids = policy.tokenizer.encode(text, add_special_tokens=False) + [min(policy.eos_ids)]
     episode = Episode([1], ids, [0.0] * len(ids), False)
     episode.completion = completion(text)
-    teacher = Advantages(policy, Rewards, config)
-    places = teacher.place(episode, [(text.index("\n"), 1.0), (text.index("</think>"), -1.0)])
-    decoded = [policy.decode(ids[: token + 1]) for token, _ in places]
-    assert decoded == ["<think>1+1=2", "<think>1+1=2\n2+2=5"] and [v for _, v in places] == [1.0, -1.0]
-    opened = Episode([1], ids[1:], [0.0] * (len(ids) - 1), False)  # the template had written <think>
-    opened.completion = completion(text)
-    assert [t for t, _ in teacher.place(opened, [(text.index("\n"), 1.0)])] == [places[0][0] - 1]
-    assert teacher.place(episode, [(0, 1.0), (len(text), 1.0)]) == [(0, 1.0), (len(ids) - 2, 1.0)]
+    estimator = Advantages(policy, Rewards, config)
+    steps = estimator.align_to_tokens(episode, [(text.index("\n"), 1.0), (text.index("</think>"), -1.0)])
+    decoded = [policy.decode(ids[: token + 1]) for token, _ in steps]
+    assert decoded == ["<think>1+1=2", "<think>1+1=2\n2+2=5"] and [v for _, v in steps] == [1.0, -1.0]
+    prefixed = Episode([1], ids[1:], [0.0] * (len(ids) - 1), False)  # <think> belongs to the prompt
+    prefixed.completion = completion(text)
+    assert [t for t, _ in estimator.align_to_tokens(prefixed, [(text.index("\n"), 1.0)])] == [steps[0][0] - 1]
+    assert estimator.align_to_tokens(episode, [(0, 1.0), (len(text), 1.0)]) == [(0, 1.0), (len(ids) - 2, 1.0)]
 
 
 def test_reinforce_baselines(policy, config):
     config.algorithm, config.num_generations = "reinforce", 2
     rewards = [1.0, 0.0, NAN, 1.0]
 
-    def advantages(teacher):
+    def compute(estimator):
         episodes = episodes_of(2, 1, 3, 2)
-        teacher.compute(marked(episodes, rewards))
+        estimator.compute(marked(episodes, rewards))
         return [e.advantages.tolist() for e in episodes]
 
     config.baseline = "none"
-    assert advantages(Advantages(policy, Rewards, config)) == [[1.0, 1.0], [0.0], [0.0] * 3, [1.0, 1.0]]
+    assert compute(Advantages(policy, Rewards, config)) == [[1.0, 1.0], [0.0], [0.0] * 3, [1.0, 1.0]]
     config.baseline = "group"
-    assert advantages(Advantages(policy, Rewards, config)) == [[0.5, 0.5], [-0.5], [0.0] * 3, [0.0, 0.0]]
+    assert compute(Advantages(policy, Rewards, config)) == [[0.5, 0.5], [-0.5], [0.0] * 3, [0.0, 0.0]]
     config.baseline = "running"
-    teacher = Advantages(policy, Rewards, config)
-    assert advantages(teacher)[0] == [1.0, 1.0]  # nothing is known before the first step
-    torch.testing.assert_close(torch.tensor(advantages(teacher)[1]), torch.tensor([-2 / 3]))
+    estimator = Advantages(policy, Rewards, config)
+    assert compute(estimator)[0] == [1.0, 1.0]  # the running mean starts at 0
+    torch.testing.assert_close(torch.tensor(compute(estimator)[1]), torch.tensor([-2 / 3]))
     config.baseline, config.gamma = "none", 0.5
-    assert advantages(Advantages(policy, Rewards, config))[0] == [0.5, 1.0]
+    assert compute(Advantages(policy, Rewards, config))[0] == [0.5, 1.0]
 
 
 def test_length_penalties(config):
@@ -118,45 +118,46 @@ def test_length_penalties(config):
 
 def test_adaptive_beta_follows_its_target(policy, ppo):
     ppo.beta, ppo.beta_target_kl = 0.1, 0.05
-    teacher = Advantages(policy, Rewards, ppo)
-    for expected in (0.1, 0.1 * 1.02):  # a KL of 0.2 a completion is far above 0.05: the error is clipped at 0.2
+    estimator = Advantages(policy, Rewards, ppo)
+    for expected in (0.1, 0.1 * 1.02):  # the KL, 0.2 per completion, is far above 0.05: the error is clipped to 0.2
         episodes = episodes_of(2, 2)
         for e in episodes:
             e.values = torch.zeros(3)
             e.old_logprobs, e.reference_logprobs = torch.zeros(2), torch.full((2,), -0.1)
-        assert teacher.compute(marked(episodes, [1.0, 0.0]))["beta"] == pytest.approx(expected)
+        assert estimator.compute(marked(episodes, [1.0, 0.0]))["beta"] == pytest.approx(expected)
 
 
-# --- the rest of the family, through the updater
+# --- updates
 
 
-def test_dpo_moves_best_and_worst_apart(policy, episodes, config):
+def test_dpo_increases_the_margin(policy, episodes, config):
     config.algorithm, config.beta, config.learning_rate = "dpo", 0.1, 5e-4
-    teacher, updater = Advantages(policy, Rewards, config), Updater(policy, None, config)
+    estimator = Advantages(policy, Rewards, config)
+    updater = Updater(policy, None, config)
     marked(episodes, [0.0, 1.0, 0.5, 0.5, *[0.3] * 4, 1.0, 0.0, 1.0, 0.0, NAN, NAN, 1.0, 0.0])
     margins = []
     for _ in range(4):
-        teacher.compute(episodes)
+        estimator.compute(episodes)
         metrics = updater.update(episodes)
         margins.append(metrics["rewards/margins"])
     assert margins[-1] > margins[0] + 0.05
     for e in episodes:
         e.reference_logprobs = None
     fill_lora(policy, 0.0)
-    teacher.compute(episodes)
-    assert updater.update(episodes)["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference agree
+    estimator.compute(episodes)
+    assert updater.update(episodes)["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy = reference
     assert sum(e.reference_logprobs is not None for e in episodes) == 6
 
 
-def test_dpo_pairs_only_what_is_in_the_loss(policy, config):
+def test_dpo_pairs_exclude_masked_completions(policy, config):
     config.algorithm, config.num_generations, config.mask_truncated_completions = "dpo", 4, True
     episodes = episodes_of(2, 2, 2, 2, truncated=(1,))
     Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0, 0.1, 0.1]))
     assert [e.advantages[0].item() for e in episodes] == [1.0, 0.0, -1.0, 0.0]
 
 
-def test_dpo_prefers_by_the_whole_reward(policy, config):
-    """Process rewards are part of what is compared, and do not change the signs that mark a pair."""
+def test_dpo_compares_rewards_with_process_rewards(policy, config):
+    """The compared rewards include process rewards, which do not change the signs of a pair."""
     config.algorithm, config.num_generations = "dpo", 3
     episodes = episodes_of(2, 2, 2)
     Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []]))
@@ -164,17 +165,17 @@ def test_dpo_prefers_by_the_whole_reward(policy, config):
 
 
 @pytest.mark.parametrize("budget", [1, 100, 10**6])
-def test_dpo_gradient_does_not_depend_on_the_split(policy, episodes, config, budget):
+def test_dpo_gradient_does_not_depend_on_micro_batches(policy, episodes, config, budget):
     config.algorithm, config.beta, config.max_tokens_per_micro_batch = "dpo", 0.1, budget
     Advantages(policy, Rewards, config).compute(marked(episodes, [0.0, 1.0, 0.5, 0.5] * 4))
     updater = Updater(policy, None, config)
     with policy.reference():
         updater.fill_logprobs(episodes, "reference_logprobs")
     updater.backward_pairs(episodes, Counter())
-    got = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    result = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
     policy.model.zero_grad()
     loss = 0.0
-    for i in range(0, 16, 4):  # the definition, pair by pair
+    for i in range(0, 16, 4):  # the definition, one pair at a time
         best, worst = (
             completion_logprobs(policy, [e.prompt_ids], [e.completion_ids])[0].sum()
             for e in (episodes[i + 1], episodes[i])
@@ -183,7 +184,7 @@ def test_dpo_gradient_does_not_depend_on_the_split(policy, episodes, config, bud
         loss = loss + torch.log1p(torch.exp(-0.1 * margin)) / 4
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_the_entropy_bonus_raises_entropy(config, episodes):
@@ -196,12 +197,12 @@ def test_the_entropy_bonus_raises_entropy(config, episodes):
     assert entropies[-1] > entropies[0] * 1.1
 
 
-def test_groups_that_teach():
+def test_groups_with_signal():
     episodes = marked(episodes_of(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
     scores = [episode.score for episode in episodes]
     assert groups_with_signal(scores, 2) == [True, False, False, False, False]
-    scores[4].total = 0.1  # shaping differs, right or wrong does not
+    scores[4].total = 0.1  # rewards differ, but both completions are wrong
     assert groups_with_signal(scores, 2)[2] is False
     for score in scores:
-        score.judge = None  # nothing says what is right: a difference is enough
+        score.judge = None  # without a judge, different rewards suffice
     assert groups_with_signal(scores, 2)[2] is True

@@ -1,4 +1,4 @@
-"""Settings: YAML types, overrides, and errors that name the key and what to write instead."""
+"""Settings: YAML types, overrides, and errors that name the key and its valid values."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def test_yaml_types_and_overrides(tmp_path):
         ("train_data: []", "train_data is empty"),
     ],
 )
-def test_mistakes_are_one_line_with_the_key(tmp_path, text, message):
+def test_errors_are_one_line_with_the_key(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         from_yaml(tmp_path, text)
     assert "\n" not in str(error.value)
@@ -79,12 +79,12 @@ def test_settings_of_trl_and_unsloth_name_their_equivalent(tmp_path):
         from_yaml(tmp_path, "", "--max-seq-length", "2048")
     renamed = yaml.safe_load(RENAMED_SETTINGS.read_text())
     assert all(isinstance(hint, str) for hint in renamed.values())
-    assert not set(renamed) & set(vars(Config()))  # none of them exists here after all
+    assert not set(renamed) & set(vars(Config()))  # no existing setting is listed
     with pytest.raises(ConfigError, match="Did you mean .max_steps"):
         from_yaml(tmp_path, "", "--max_step=3")
 
 
-def test_every_bound_is_of_a_number():
+def test_all_bounds_apply_to_numbers():
     names = [*AT_LEAST_1, *AT_MOST_1, *BELOW_1, *ABOVE_0]
     assert all(isinstance(getattr(Config(), name), (int, float, type(None))) for name in names)
     with pytest.raises(ConfigError, match="beta is inf, but must be a finite number"):
@@ -110,7 +110,7 @@ def test_a_wrong_type_on_the_command_line_names_the_flag(capfd):
     assert "--lora-r" in capfd.readouterr().err
 
 
-def test_samplers_that_change_the_policy_are_noted():
+def test_notes_mention_sampling_settings_that_change_the_policy():
     assert not Config().notes()
     assert "top_k 20" in Config(top_k=20).notes()[0]
 
@@ -140,7 +140,7 @@ def test_recipes_are_valid_and_show_their_command(path):
     assert yaml.safe_load(text)
 
 
-def test_columns_are_pairs_in_either_form(tmp_path):
+def test_columns_accept_both_forms(tmp_path):
     file = tmp_path / "empty.yaml"
     file.write_text("{}")
     for form in (["--columns", "answer=gold", "id=n"], ["--columns", "answer", "gold", "id", "n"]):
@@ -159,7 +159,7 @@ def test_columns_are_pairs_in_either_form(tmp_path):
         (["--early-stopping-patience", "3"], "use early_stopping"),
     ],
 )
-def test_what_is_for_the_command_line_alone(tmp_path, arguments, message):
+def test_command_line_settings(tmp_path, arguments, message):
     (tmp_path / "mine.yaml").write_text("dry_run: true\n")
     arguments = [a.replace("FILE", str(tmp_path / "mine.yaml")) for a in arguments]
     with pytest.raises(ConfigError) as error:

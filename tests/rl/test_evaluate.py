@@ -1,4 +1,4 @@
-"""Intervals against published values and by simulation, and what an evaluation writes."""
+"""Confidence intervals against published values and by simulation, and the records of an evaluation."""
 
 import random
 
@@ -31,13 +31,15 @@ def test_paired_gain_by_hand():
     # (2 + 1) / 6 and (1 + 1) / 6: difference 1/6, half width 1.96 sqrt((5/6 - 1/36) / 6)
     half = 1.959964 * ((5 / 6 - 1 / 36) / 6) ** 0.5
     assert gain["ci95"] == pytest.approx([1 / 6 - half, 1 / 6 + half])
-    same = paired_gain(verdicts([1] * 50), verdicts([1] * 50))
-    assert same["accuracy"] == 0 and same["ci95"][0] < 0 < same["ci95"][1]
+    unchanged = paired_gain(verdicts([1] * 50), verdicts([1] * 50))
+    assert unchanged["accuracy"] == 0 and unchanged["ci95"][0] < 0 < unchanged["ci95"][1]
 
 
-def test_the_paired_interval_covers_the_truth():
-    """In 95 of 100 repeated experiments, near enough: before 30 %, after 80 %, the two dependent."""
-    rng, covered, n = random.Random(0), 0, 120
+def test_paired_interval_coverage():
+    """About 95 % of repeated experiments: accuracy 30 % before and 80 % after, on dependent answers."""
+    rng = random.Random(0)
+    covered = 0
+    n = 120
     for _ in range(600):
         hardness = [rng.random() for _ in range(n)]
         gain = paired_gain(verdicts([h < 0.3 for h in hardness]), verdicts([h < 0.8 for h in hardness]))
@@ -46,29 +48,29 @@ def test_the_paired_interval_covers_the_truth():
     assert 0.92 <= covered / 600 <= 0.99
 
 
-def test_completions_are_scored_as_they_end_in_the_order_of_the_roll_out(policy, episodes):
+def test_streamed_scores_are_in_the_order_of_the_roll_out(policy, episodes):
     rows = [{"id": f"r{i}", "task": "t", "prompt": q, "answer": "12"} for i, q in enumerate(["a", "b", "c", "d"])]
     rewards = load_rewards("rewards.py")
     questions = [Question(row, [4]) for row in rows]
     progress = tqdm(total=16, disable=True)
-    finished = []
-    progress.update = finished.append
+    counts = []
+    progress.update = counts.append
     scorer = StreamingScorer(policy, questions, rewards, 3, progress)
-    places = random.Random(0).sample(range(16), 16)
-    for first in range(0, 16, 5):
-        scorer.add({place: episodes[place] for place in places[first : first + 5]})
+    order = random.Random(0).sample(range(16), 16)
+    for start in range(0, 16, 5):
+        scorer.add({index: episodes[index] for index in order[start : start + 5]})
     scores = scorer.results()
     completions = [episode.completion for episode in episodes]
-    assert finished == [5, 5, 5, 1]
+    assert counts == [5, 5, 5, 1]
     for completion, episode in zip(completions, episodes, strict=True):
         assert completion.row == rows[episode.group] and completion.token_ids == episode.completion_ids
         assert (completion.text, completion.step) == (policy.decode(episode.completion_ids), 3)
-    alone = score_all(rewards, completions)
-    assert [(s.total, s.parts, s.reasons) for s in scores] == [(s.total, s.parts, s.reasons) for s in alone]
+    expected = score_all(rewards, completions)
+    assert [(s.total, s.parts, s.reasons) for s in scores] == [(s.total, s.parts, s.reasons) for s in expected]
     assert len({s.total for s in scores}) > 1
 
 
-def test_gain_over_an_earlier_evaluation():
+def test_gain_over():
     before = Evaluation(verdicts([1, 0, 0, 0]), verdicts([0, 0, 0, 0]))
     after = Evaluation(verdicts([0, 1, 1, 0]), verdicts([1, 1, 1, 0]))
     gain = after.gain_over(before)
@@ -79,9 +81,11 @@ def test_gain_over_an_earlier_evaluation():
 def test_rates_and_gains_need_no_texts():
     records = [answer("right", True) | {"completion": "2"}, answer("wrong", False) | {"completion": "3"}]
     evaluation = Evaluation(records, records[::-1])
-    short = evaluation.without_texts()
-    assert short.summary() == evaluation.summary() and short.gain_over(evaluation) == evaluation.gain_over(short)
-    assert "completion" not in short.greedy[0] and "completion" in evaluation.greedy[0]
+    shortened = evaluation.without_texts()
+    assert shortened.summary() == evaluation.summary() and shortened.gain_over(evaluation) == evaluation.gain_over(
+        shortened
+    )
+    assert "completion" not in shortened.greedy[0] and "completion" in evaluation.greedy[0]
 
 
 def answer(verdict, thinks, tokens=10, reward=1.0, task="sums"):

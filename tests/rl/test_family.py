@@ -1,4 +1,4 @@
-"""Advantages and losses beyond GRPO: values worked out by hand, limits, and properties."""
+"""rl/algorithms.py (algorithms beyond GRPO) against values computed by hand, limiting cases and properties."""
 
 import math
 
@@ -24,10 +24,10 @@ def test_leave_one_out_by_hand():
     close(
         alg.leave_one_out_advantages(torch.tensor([3.0, 1.0, NAN, NAN, 5.0, NAN]), 3), [2.0, -2.0, 0.0, 0.0, 0.0, 0.0]
     )
-    assert alg.leave_one_out_advantages(torch.tensor([0.1] * 8), 8).abs().max() == 0  # exactly
+    assert alg.leave_one_out_advantages(torch.tensor([0.1] * 8), 8).abs().max() == 0  # exactly 0
 
 
-def test_leave_one_out_is_the_centred_reward_scaled():
+def test_leave_one_out_is_the_scaled_centred_reward():
     rewards = torch.randn(24)
     expected = alg.group_advantages(rewards, 8, "none") * 8 / 7
     close(alg.leave_one_out_advantages(rewards, 8), expected.tolist())
@@ -64,8 +64,8 @@ def test_whitening_by_hand():
     close(alg.whiten(values, torch.tensor([[True, False, False]])), [[1.0, 0.0, 0.0]])
 
 
-def test_whitening_leaves_rounding_noise_alone():
-    """Equal advantages stay about 0, though their sum in fp32 is not exact: else all-right answers would be punished."""
+def test_whitening_does_not_amplify_rounding_noise():
+    """Equal advantages stay near 0 despite an inexact fp32 mean, so that all-right batches are not punished."""
     constant, mask = torch.full((1, 5000), 1.1), torch.ones(1, 5000, dtype=torch.bool)
     assert alg.whiten(constant, mask).abs().max() < 0.01
     lengths = torch.full((100,), 50)
@@ -73,7 +73,7 @@ def test_whitening_leaves_rounding_noise_alone():
 
 
 def test_whitening_by_token_by_hand():
-    """Tokens 1, 1, 1, -1: mean 0.5, deviation 1; the completion that is not counted keeps 0."""
+    """Tokens 1, 1, 1, -1: mean 0.5, standard deviation 1. The completion outside the mask keeps 0."""
     advantages, lengths = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([3, 1, 2])
     close(alg.whiten_by_token(advantages, lengths, torch.tensor([True, True, False])), [0.5, -1.5, 0.0])
     close(alg.whiten_by_token(torch.zeros(3), lengths, torch.tensor([True, True, True])), [0.0, 0.0, 0.0])
@@ -99,7 +99,7 @@ def random_episodes(seed, rows=5, width=9):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
 def test_gae_is_the_double_sum(seed, gamma, lam):
-    """A_t = sum over l of (gamma lam)^l delta_{t+l}, the definition, and what stands in masked places does not matter."""
+    """By definition A_t = sum over l of (gamma lam)^l delta_{t+l}. Values outside the mask have no effect."""
     rewards, values, mask, lengths = random_episodes(seed)
     advantages, returns = alg.generalised_advantages(rewards, values, mask, gamma, lam)
     for i, n in enumerate(lengths.tolist()):
@@ -113,12 +113,12 @@ def test_gae_is_the_double_sum(seed, gamma, lam):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6))
 def test_gae_limits(seed):
-    """lam 0 is the TD error, lam 1 the return minus the value; gamma 1 and lam 1 with one reward: every return is it."""
+    """lam 0 gives the TD error, lam 1 the return minus the value."""
     rewards, values, mask, lengths = random_episodes(seed)
-    following = torch.cat([values[:, 1:], torch.zeros(5, 1)], 1)
-    following[torch.arange(5), lengths - 1] = 0.0
+    next_values = torch.cat([values[:, 1:], torch.zeros(5, 1)], 1)
+    next_values[torch.arange(5), lengths - 1] = 0.0
     td, _ = alg.generalised_advantages(rewards, values, mask, 0.9, 0.0)
-    torch.testing.assert_close(td, torch.where(mask, rewards + 0.9 * following - values, 0.0))
+    torch.testing.assert_close(td, torch.where(mask, rewards + 0.9 * next_values - values, 0.0))
     advantages, _ = alg.generalised_advantages(rewards, values, mask, 0.9, 1.0)
     returns = alg.discounted_returns(rewards, mask, 0.9)
     torch.testing.assert_close(advantages, torch.where(mask, returns - values, 0.0))
@@ -126,15 +126,15 @@ def test_gae_limits(seed):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 4))
-def test_gae_is_unchanged_by_padding(seed, before, after):
+def test_gae_does_not_depend_on_padding(seed, before, after):
     rewards, values, mask, _ = random_episodes(seed)
     padded = [torch.nn.functional.pad(x, (before, after)) for x in (rewards, values, mask)]
     expected = alg.generalised_advantages(rewards, values, mask, 0.9, 0.8)
-    for result, plain in zip(alg.generalised_advantages(*padded, 0.9, 0.8), expected):
-        torch.testing.assert_close(result[:, before : before + 9], plain)
+    for result, unpadded in zip(alg.generalised_advantages(*padded, 0.9, 0.8), expected):
+        torch.testing.assert_close(result[:, before : before + 9], unpadded)
 
 
-def test_a_cut_episode_may_go_on_in_its_value():
+def test_gae_bootstraps_from_last_values():
     rewards, values, mask = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
     advantages, _ = alg.generalised_advantages(rewards, values, mask, 0.5, 1.0, last_values=torch.tensor([4.0]))
     close(advantages, [[1.0, 2.0]])
@@ -146,8 +146,8 @@ def test_process_advantages_by_hand():
     first, second = alg.process_advantages(steps, [5, 2], 2)
     close(first, [high + low, high + low, low, low, 0.0], 1e-5)
     close(second, [high, 0.0], 1e-5)
-    same, _ = alg.process_advantages([[(1, 0.1)], [(1, 0.1)]], [2, 2], 2)
-    close(same, [0.0, 0.0])  # equal steps say nothing
+    equal, _ = alg.process_advantages([[(1, 0.1)], [(1, 0.1)]], [2, 2], 2)
+    close(equal, [0.0, 0.0])  # equal rewards give no signal
     close(alg.process_advantages([[], []], [2, 1], 2)[0], [0.0, 0.0])
 
 
@@ -178,7 +178,7 @@ def test_sapo_by_hand():
     close(loss, [-2.0, 2 / 1.05, -4 / (1 + math.exp(-1))])
     ratio = torch.tensor([1.0], requires_grad=True)
     alg.sapo_loss(ratio, torch.tensor([1.0])).backward()
-    close(ratio.grad, [-1.0])  # at r = 1 its gradient is that of -r A
+    close(ratio.grad, [-1.0])  # at r = 1 the gradient equals the gradient of -r A
 
 
 def test_dpo_by_hand():
@@ -203,12 +203,12 @@ def test_explained_variance():
     assert alg.explained_variance(returns, returns, mask) == 1.0
     assert alg.explained_variance(torch.full((4,), 0.3), returns, mask) == pytest.approx(0, abs=1e-6)
     noise = 1.1 + 1e-7 * torch.tensor([1.0, -1.0, 1.0, 0.0])
-    assert math.isnan(alg.explained_variance(torch.rand(4), noise, mask))  # nothing to explain
+    assert math.isnan(alg.explained_variance(torch.rand(4), noise, mask))  # returns without variance
     assert math.isnan(alg.explained_variance(returns, returns, torch.tensor([True, False, False, False])))
     assert math.isnan(alg.explained_variance(returns, torch.ones(4), mask))
 
 
-def test_beta_follows_its_target():
+def test_adapted_beta_by_hand():
     assert alg.adapted_beta(0.1, kl=0.2, target=0.1) == pytest.approx(0.102)
     assert alg.adapted_beta(0.1, kl=0.0, target=0.1) == pytest.approx(0.098)
     assert alg.adapted_beta(0.1, kl=0.1, target=0.1) == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""PPO: one base model for actor, critic and reference, and whose gradients go where."""
+"""PPO: actor, critic and reference on one base model, and the separation of their gradients."""
 
 import math
 from collections import Counter
@@ -14,11 +14,11 @@ from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy, save_adapter
 from rl.update import Updater, prompt_and_completion_ids
 
-# --- one set of weights
+# --- shared base weights
 
 
-def test_actor_critic_and_reference_are_one_base_model(ppo):
-    """Base once, two adapters, one head."""
+def test_actor_critic_and_reference_share_one_base_model(ppo):
+    """The parameters are one base model, two adapters and one head."""
     policy = load_policy(ppo)
     lora = sum(p.numel() for p in policy.trainable_parameters())
     base = sum(p.numel() for p in policy.model.parameters()) - lora
@@ -31,7 +31,7 @@ def test_actor_critic_and_reference_are_one_base_model(ppo):
     assert names and all(".default." in name for name in names)
 
 
-def test_the_head_alone_adds_its_weights_only(ppo):
+def test_critic_head_adds_only_its_own_weights(ppo):
     ppo.critic = "head"
     policy = load_policy(ppo)
     before = sum(p.numel() for p in policy.model.parameters())
@@ -41,26 +41,26 @@ def test_the_head_alone_adds_its_weights_only(ppo):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "head"])
-def test_gradients_of_policy_and_critic_stay_apart(policy, episodes, ppo, kind):
+def test_gradients_of_policy_and_critic_are_separate(policy, episodes, ppo, kind):
     ppo.critic = kind
     critic = Critic(policy, ppo)
     updater = Updater(policy, critic, ppo)
     updater.fill_values(episodes)
     Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
-    of_policy, of_critic = policy.trainable_parameters(), critic.parameters
-    before = vectors(of_policy), vectors(of_critic)
+    policy_parameters, critic_parameters = policy.trainable_parameters(), critic.parameters
+    before = vectors(policy_parameters), vectors(critic_parameters)
     updater.critic_step(episodes, Counter())
-    assert torch.equal(vectors(of_policy), before[0]) and all(p.grad is None for p in of_policy)
-    assert not torch.equal(vectors(of_critic), before[1])
-    before = vectors(of_policy), vectors(of_critic)
+    assert torch.equal(vectors(policy_parameters), before[0]) and all(p.grad is None for p in policy_parameters)
+    assert not torch.equal(vectors(critic_parameters), before[1])
+    before = vectors(policy_parameters), vectors(critic_parameters)
     updater.policy_step(episodes, Counter())
-    assert not torch.equal(vectors(of_policy), before[0])
-    assert torch.equal(vectors(of_critic), before[1]) and all(p.grad is None for p in of_critic)
-    assert [p.requires_grad for p in of_policy] == [True] * len(of_policy)
+    assert not torch.equal(vectors(policy_parameters), before[0])
+    assert torch.equal(vectors(critic_parameters), before[1]) and all(p.grad is None for p in critic_parameters)
+    assert [p.requires_grad for p in policy_parameters] == [True] * len(policy_parameters)
 
 
-def test_the_critic_learns_on_layers_that_the_policys_lora_leaves_out(policy, episodes, ppo, tmp_path):
-    """A run that goes on from a LoRA on two of the matrices: the critic's is on all of them, and every one is trained."""
+def test_critic_learns_on_layers_without_a_policy_lora(policy, episodes, ppo, tmp_path):
+    """If the starting adapter covers two of the matrices, the critic's LoRA still covers and trains all of them."""
     import peft
 
     base = policy.model.unload()
@@ -77,18 +77,19 @@ def test_the_critic_learns_on_layers_that_the_policys_lora_leaves_out(policy, ep
         assert all(
             p.grad is not None and p.grad.any() for name, p in policy.model.named_parameters() if ".critic." in name
         )
-        decoder, policy.decoder = policy.decoder, None
+        decoder = policy.decoder
+        policy.decoder = None
         expected, _ = critic.values(*prompt_and_completion_ids(episodes))
         policy.decoder = decoder
     torch.testing.assert_close(values[:, :-1][mask], expected[:, :-1][mask], atol=1e-3, rtol=1e-3)
 
 
-def test_the_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
-    """With another critic the policy's and the reference's log-probabilities are the same to the bit, and KL at step 0 is 0."""
-    fill_lora(policy, 0.0)  # as at step 0
+def test_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
+    """The critic's weights do not change a bit of the log-probabilities of policy and reference. KL at step 0 is 0."""
+    fill_lora(policy, 0.0)  # the state at step 0
     ids = prompt_and_completion_ids(episodes)
     with torch.no_grad():
-        plain = completion_logprobs(policy, *ids)[0]
+        before = completion_logprobs(policy, *ids)[0]
     critic = Critic(policy, ppo)
     with critic.active():
         fill_lora(policy, 0.5)
@@ -98,15 +99,15 @@ def test_the_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
     updater = Updater(policy, critic, ppo)
     updater.fill_values(episodes)
     with torch.no_grad():
-        assert torch.equal(completion_logprobs(policy, *ids)[0], plain)
+        assert torch.equal(completion_logprobs(policy, *ids)[0], before)
     metrics = Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     assert metrics["kl"] == 0.0
     assert all(torch.equal(e.old_logprobs, e.reference_logprobs) for e in episodes)
     assert all(e.values.abs().max() > 0.1 for e in episodes)
 
 
-def test_values_are_read_before_each_token(policy, episodes, ppo):
-    """V_t depends on the tokens before t alone; row by row, unpadded, from the model's own hidden states."""
+def test_values_depend_only_on_earlier_tokens(policy, episodes, ppo):
+    """Compare V_t with the head on the model's own hidden states of each unpadded row, and change later tokens."""
     critic = Critic(policy, ppo)
     torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
     with critic.active(), torch.no_grad():
@@ -125,43 +126,45 @@ def test_values_are_read_before_each_token(policy, episodes, ppo):
     assert mask.sum() == sum(len(e.completion_ids) for e in episodes)
 
 
-def test_values_begin_at_zero_and_are_learnt(policy, episodes, ppo):
+def test_values_start_at_zero_and_are_learnt(policy, episodes, ppo):
     ppo.critic_learning_rate = 1e-2
     critic = Critic(policy, ppo)
-    updater, teacher = Updater(policy, critic, ppo), Advantages(policy, Rewards, ppo)
+    updater = Updater(policy, critic, ppo)
+    estimator = Advantages(policy, Rewards, ppo)
     marked(episodes, [1.0 if i < 8 else 0.0 for i in range(16)])
     losses, explained = [], []
     for _ in range(20):
         updater.fill_values(episodes)
-        explained.append(teacher.compute(episodes)["explained_variance"])
+        explained.append(estimator.compute(episodes)["explained_variance"])
         totals = Counter()
         updater.critic_step(episodes, totals)
         losses.append(totals["value_loss"])
-    assert explained[0] == 0.0 and losses[0] == pytest.approx(0.5 * returns_squared(episodes))
+    assert explained[0] == 0.0 and losses[0] == pytest.approx(0.5 * mean_squared_return(episodes))
     assert explained[-1] > 0.9 and losses[-1] < losses[0] / 10
 
 
-def returns_squared(episodes):
+def mean_squared_return(episodes):
     return torch.cat([e.returns for e in episodes]).square().mean().item()
 
 
-def test_warm_up_leaves_the_policy_alone(policy, episodes, ppo):
+def test_critic_warmup_does_not_update_the_policy(policy, episodes, ppo):
     ppo.critic_warmup_steps = 2
     critic = Critic(policy, ppo)
-    updater, teacher = Updater(policy, critic, ppo), Advantages(policy, Rewards, ppo)
-    moved = []
+    updater = Updater(policy, critic, ppo)
+    estimator = Advantages(policy, Rewards, ppo)
+    is_updated = []
     for _ in range(3):
         updater.fill_values(episodes)
-        teacher.compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+        estimator.compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
         before = vectors(policy.trainable_parameters()), vectors(critic.parameters)
         metrics = updater.update(episodes)
-        moved.append(not torch.equal(vectors(policy.trainable_parameters()), before[0]))
+        is_updated.append(not torch.equal(vectors(policy.trainable_parameters()), before[0]))
         assert not torch.equal(vectors(critic.parameters), before[1])
-    assert moved == [False, False, True] and metrics["updates"] == 1
+    assert is_updated == [False, False, True] and metrics["updates"] == 1
 
 
-def test_warm_up_is_the_critics_alone(policy, episodes, config):
-    """Without a critic the setting is of no effect; with one it may not take the whole run."""
+def test_critic_warmup_needs_a_critic(policy, episodes, config):
+    """Without a critic the setting has no effect. With one it must leave steps for the policy."""
     config.critic_warmup_steps = 2
     assert Updater(policy, None, config).update(episodes)["updates"] == 1
     with pytest.raises(ConfigError, match="critic_warmup_steps .2. must be less than max_steps .2."):
@@ -169,7 +172,7 @@ def test_warm_up_is_the_critics_alone(policy, episodes, config):
 
 
 @pytest.mark.parametrize("budget", [1, 100])
-def test_the_critics_gradient_does_not_depend_on_the_split(policy, episodes, ppo, budget):
+def test_critic_gradient_does_not_depend_on_micro_batches(policy, episodes, ppo, budget):
     critic = Critic(policy, ppo)
     torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
     updater = Updater(policy, critic, ppo)
@@ -192,10 +195,10 @@ def test_fp16_with_a_critic_and_fewer_groups_than_mini_batches(ppo, episodes):
     policy = load_policy(ppo)
     critic = Critic(policy, ppo)
     updater = Updater(policy, critic, ppo)
-    few = episodes[:8]
-    updater.fill_values(few)
-    Advantages(policy, Rewards, ppo).compute(marked(few, [1.0, 0.0, 0.0, 1.0] * 2))
-    metrics = updater.update(few)
+    subset = episodes[:8]
+    updater.fill_values(subset)
+    Advantages(policy, Rewards, ppo).compute(marked(subset, [1.0, 0.0, 0.0, 1.0] * 2))
+    metrics = updater.update(subset)
     assert metrics["updates"] == 2 and metrics["skipped_updates"] == 0 and metrics["critic_grad_norm"] > 0
 
 
@@ -212,8 +215,8 @@ def test_target_kl_ends_the_epochs(policy, episodes, ppo):
     assert updater.update(episodes)["updates"] == 6
 
 
-def test_the_distance_from_the_old_policy_is_that_of_its_own_tokens(policy, episodes, ppo):
-    """KL(old || new) estimated on tokens of the old policy: r - 1 - log r, which a token that became unlikely hardly moves."""
+def test_approx_kl_uses_tokens_of_the_old_policy(policy, episodes, ppo):
+    """KL(old || new) is estimated by r - 1 - log r, which is linear in log r for tokens that become unlikely."""
     ppo.num_iterations = 2
     updater = Updater(policy, Critic(policy, ppo), ppo)
     for e in episodes:
@@ -225,20 +228,21 @@ def test_the_distance_from_the_old_policy_is_that_of_its_own_tokens(policy, epis
     assert totals["approx_kl"] == pytest.approx(math.exp(-10) - 1 + 10, abs=1e-3)
 
 
-def test_going_on_from_an_adapter_with_ppo(policy, episodes, ppo, tmp_path):
-    """The adapter that a run starts from, frozen, is its reference: the KL is exactly 0 at its first step."""
+def test_ppo_from_a_saved_adapter(policy, episodes, ppo, tmp_path):
+    """The reference is a frozen copy of the starting adapter, so that the KL is exactly 0 at the first step."""
     save_adapter(policy, tmp_path / "saved")
     ppo.adapter, ppo.beta = str(tmp_path / "saved"), 0.1
-    again = load_policy(ppo)
-    critic = Critic(again, ppo)
-    updater, teacher = Updater(again, critic, ppo), Advantages(again, Rewards, ppo)
-    frozen = {n: p.clone() for n, p in again.model.named_parameters() if ".reference." in n}
+    loaded = load_policy(ppo)
+    critic = Critic(loaded, ppo)
+    updater = Updater(loaded, critic, ppo)
+    estimator = Advantages(loaded, Rewards, ppo)
+    frozen = {n: p.clone() for n, p in loaded.model.named_parameters() if ".reference." in n}
     kls = []
     for _ in range(2):
         updater.fill_values(episodes)
-        kls.append(teacher.compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))["kl"])
+        kls.append(estimator.compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))["kl"])
         updater.update(episodes)
         for e in episodes:
             e.old_logprobs = e.reference_logprobs = None
     assert kls[0] == 0.0 != kls[1]
-    assert frozen and all(torch.equal(p, frozen[n]) for n, p in again.model.named_parameters() if n in frozen)
+    assert frozen and all(torch.equal(p, frozen[n]) for n, p in loaded.model.named_parameters() if n in frozen)

@@ -1,4 +1,4 @@
-"""The roll-out samples from the policy's own distribution, stops where it should, and keeps what it sampled."""
+"""The roll-out samples from the policy's distribution, ends completions correctly and records log-probabilities."""
 
 import collections
 
@@ -14,9 +14,9 @@ from rl.model.sampling import Sampling, draw_by_inversion, draw_by_race, sample
 from rl.rollout import rollout
 
 
-@pytest.fixture(params=["written out", "hf generate"])
+@pytest.fixture(params=["engine", "hf generate"])
 def policy(policy, request):
-    """The tiny model on the engine, and as if its architecture were not known."""
+    """The tiny model, on the engine and through generate as for an unsupported architecture."""
     if request.param == "hf generate":
         policy.decoder = None
     return policy
@@ -37,7 +37,7 @@ QUESTIONS = [
 
 
 def chi_square(counts, probabilities, n):
-    """Pearson's statistic over the tokens expected at least five times, the rest in one cell; and its cells."""
+    """Return Pearson's statistic and degrees of freedom. Tokens with an expected count below 5 share one cell."""
     common = [i for i, p in enumerate(probabilities) if p * n >= 5]
     observed = [counts.get(i, 0) for i in common]
     expected = [probabilities[i] * n for i in common]
@@ -45,8 +45,8 @@ def chi_square(counts, probabilities, n):
     return sum((o - e) ** 2 / e for o, e in cells if e > 1e-9), len(common)
 
 
-def test_a_qwen_like_generation_config_does_not_change_what_is_sampled(tmp_path, config):
-    """temperature 0.7 and top_k 20 in the model's folder: frequencies still follow the raw softmax."""
+def test_generation_config_does_not_change_the_distribution(tmp_path, config):
+    """Token frequencies follow the raw softmax, whatever the model folder's generation_config."""
     qwen = {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.3}
     config.model = copy_of_tiny(tmp_path / "m", generation_config=qwen)
     policy = load_policy(config)
@@ -57,10 +57,10 @@ def test_a_qwen_like_generation_config_does_not_change_what_is_sampled(tmp_path,
     episodes = rollout(policy, [prompt], n, 1, Sampling(), torch.Generator().manual_seed(0), rollout_batch_size=n)
     counts = collections.Counter(e.completion_ids[0] for e in episodes)
     statistic, freedom = chi_square(counts, probabilities, n)
-    assert freedom >= 3 and statistic < 3 * freedom + 12  # far out in the tail; top_k 2 would give thousands
-    greedier = torch.tensor(probabilities) ** (1 / 0.7)
-    wrong, _ = chi_square(counts, (greedier / greedier.sum()).tolist(), n)
-    assert wrong > 3 * freedom + 12  # the test would see a temperature of 0.7
+    assert freedom >= 3 and statistic < 3 * freedom + 12  # a generous bound; top_k 2 would give thousands
+    sharpened = torch.tensor(probabilities) ** (1 / 0.7)
+    wrong, _ = chi_square(counts, (sharpened / sharpened.sum()).tolist(), n)
+    assert wrong > 3 * freedom + 12  # the test would detect a temperature of 0.7
 
 
 def test_greedy_equals_generate(policy):
@@ -71,7 +71,7 @@ def test_greedy_equals_generate(policy):
         assert episode.completion_ids == generated[0, ids.shape[1] :].tolist()
 
 
-def test_completions_end_at_the_first_end_token_or_are_truncated(policy):
+def test_completions_end_at_the_first_eos_or_are_truncated(policy):
     (eos,) = policy.eos_ids
     episodes = roll(policy, QUESTIONS, n=8, length=24)
     assert len(episodes) == 32
@@ -85,23 +85,23 @@ def test_completions_end_at_the_first_end_token_or_are_truncated(policy):
 
 
 @pytest.mark.parametrize("rows", [64, 16])
-def test_completions_are_handed_on_as_they_end(policy, rows):
-    """Each once, whole, at its place in the result: by the engine the short ones first, by `generate` batch by batch."""
-    handed = []
-    episodes = roll(policy, QUESTIONS, n=8, length=24, rows=rows, on_finished=handed.append)
-    assert {i: e for finished in handed for i, e in finished.items()} == dict(enumerate(episodes))
-    assert sum(map(len, handed)) == 32
+def test_on_finished_is_called_as_completions_end(policy, rows):
+    """Each episode is reported once with its index: by the engine in order of length, by `generate` in batches."""
+    calls = []
+    episodes = roll(policy, QUESTIONS, n=8, length=24, rows=rows, on_finished=calls.append)
+    assert {i: e for finished in calls for i, e in finished.items()} == dict(enumerate(episodes))
+    assert sum(map(len, calls)) == 32
     if not policy.decoder:
-        assert [list(finished) for finished in handed] == [list(range(32))[i : i + rows] for i in range(0, 32, rows)]
+        assert [list(finished) for finished in calls] == [list(range(32))[i : i + rows] for i in range(0, 32, rows)]
         return
-    assert len(handed) > 3
-    first_batch = [e for finished in handed for i, e in finished.items() if i < rows]
+    assert len(calls) > 3
+    first_batch = [e for finished in calls for i, e in finished.items() if i < rows]
     lengths = [len(e.completion_ids) for e in first_batch]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
 
 
 def test_several_end_tokens(tmp_path, config):
-    """Any of them ends a completion: here the digit 1 is one."""
+    """Any of the end-of-sequence tokens ends a completion; here the digit 1 is one of them."""
     one = 8 + 1 + ord("1") - ord(" ")
     config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [1, one]})
     policy = load_policy(config)
@@ -111,12 +111,12 @@ def test_several_end_tokens(tmp_path, config):
     assert last == {1, one} and all(one not in e.completion_ids[:-1] for e in episodes)
 
 
-def test_batches_of_any_size_keep_the_order_and_greedy_answers(policy):
-    together = roll(policy, QUESTIONS, sampling=Sampling(0), rows=64)
+def test_batch_size_changes_neither_order_nor_greedy_answers(policy):
+    expected = roll(policy, QUESTIONS, sampling=Sampling(0), rows=64)
     for rows in (1, 3):
-        apart = roll(policy, QUESTIONS, sampling=Sampling(0), rows=rows)
-        assert [e.completion_ids for e in apart] == [e.completion_ids for e in together]
-        assert [e.group for e in apart] == [0, 1, 2, 3]
+        episodes = roll(policy, QUESTIONS, sampling=Sampling(0), rows=rows)
+        assert [e.completion_ids for e in episodes] == [e.completion_ids for e in expected]
+        assert [e.group for e in episodes] == [0, 1, 2, 3]
 
 
 def test_the_same_seed_gives_the_same_completions(policy):
@@ -124,8 +124,8 @@ def test_the_same_seed_gives_the_same_completions(policy):
     assert [e.completion_ids for e in first] == [e.completion_ids for e in again] != [e.completion_ids for e in other]
 
 
-def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch):
-    """Training mode would switch the cache off; each step would then see nothing of the text before it."""
+def test_kv_cache_is_used_with_gradient_checkpointing(config, monkeypatch):
+    """Training mode would disable the cache, and each decode step would see only its own token."""
     expected = roll(load_policy(config), QUESTIONS, sampling=Sampling(0))
     config.gradient_checkpointing = True
     policy = load_policy(config)
@@ -146,22 +146,22 @@ def test_the_cache_is_used_also_with_gradient_checkpointing(config, monkeypatch)
 
 
 def test_a_repetition_penalty_sees_prompt_and_completion(policy, monkeypatch):
-    """So strong that no token comes twice, nor one of the prompt, wherever the row lives and however often rows move."""
-    for module in (engine, hf_generate):  # all logits negative, so that the penalty takes a token's whole probability
-        monkeypatch.setattr(module, "sample", lambda logits, *how: sample(logits - 1000, *how))
+    """With a very strong penalty no token of prompt or completion occurs again, even if rows move between slots."""
+    for module in (engine, hf_generate):  # negative logits, so that the penalty removes all probability of a token
+        monkeypatch.setattr(module, "sample", lambda logits, *args: sample(logits - 1000, *args))
     episodes = roll(policy, QUESTIONS, n=4, length=30, rows=6, sampling=Sampling(repetition_penalty=1e6))
     for episode in episodes:
-        ids = episode.prompt_ids + episode.completion_ids[:-1]  # the end may stand in the prompt's template
+        ids = episode.prompt_ids + episode.completion_ids[:-1]  # the prompt may contain the end token
         new = ids[len(episode.prompt_ids) :]
         assert len(set(new)) == len(new) and not set(new) & set(episode.prompt_ids)
 
 
-# --- through the model's own `generate`
+# --- the fallback to `generate`
 
 
 @pytest.mark.parametrize("policy", ["hf generate"], indirect=True)
-def test_a_batch_has_no_more_rows_than_the_limit(policy, monkeypatch):
-    """Also if that splits a group."""
+def test_batches_do_not_exceed_rollout_batch_size(policy, monkeypatch):
+    """Even if a group is split."""
     sizes = []
     complete = hf_generate.HFGenerate.complete
 
@@ -175,8 +175,8 @@ def test_a_batch_has_no_more_rows_than_the_limit(policy, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["hf generate"], indirect=True)
-def test_nothing_of_a_generation_config_changes_what_generate_draws(policy, config, tmp_path):
-    """Neither its way of sampling, nor tokens that it forces or forbids, nor where it would stop."""
+def test_generation_config_does_not_change_generate(policy, config, tmp_path):
+    """Settings for sampling, forced or suppressed tokens and stopping criteria have no effect."""
     expected = roll(policy, QUESTIONS, n=4)
     drawn = sorted({token for episode in expected for token in episode.completion_ids} - {1, 9})
     hostile = {
@@ -212,7 +212,7 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size"
 LINEAR = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
 LINEAR |= {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
 LINEAR |= {"head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-FAMILIES = {  # learned positions; a sliding window and a soft cap; recurrent layers, the first of which read padding
+FAMILIES = {  # learned positions; sliding window and soft cap; recurrent layers, which may read padding
     "GPT2LMHeadModel": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "eos_token_id": 1},
     "Gemma2ForCausalLM": SIZES | HEADS | {"head_dim": 16, "sliding_window": 8},
     "RecurrentGemmaForCausalLM": SIZES | HEADS | {"lru_width": 32},
@@ -222,8 +222,8 @@ FAMILIES = {  # learned positions; a sliding window and a soft cap; recurrent la
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_other_families_sample_what_is_trained(tmp_path, config, name):
-    """Prompts of different lengths together: the log-probabilities are those of each row alone, and of the trainer."""
+def test_other_families_sample_from_the_trained_policy(tmp_path, config, name):
+    """For prompts of different lengths, log-probabilities agree with unpadded single rows and with the trainer."""
     family = getattr(transformers, name)
     torch.manual_seed(0)
     model = family(family.config_class(**FAMILIES[name]))
@@ -238,21 +238,21 @@ def test_other_families_sample_what_is_trained(tmp_path, config, name):
     fill_lora(policy, 0.2)
     episodes = roll(policy, [QUESTIONS[i] for i in (0, 2, 3, 1)], n=3, length=12)
     assert len({len(e.prompt_ids) for e in episodes}) == 3 and len(episodes) == 12
-    assert [e.group for e in episodes] == [place // 3 for place in range(12)]
+    assert [e.group for e in episodes] == [index // 3 for index in range(12)]
     sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
-    alone = []
+    single = []
     with torch.no_grad():
         for e in episodes:
             logits = policy.model(input_ids=torch.tensor([e.prompt_ids + e.completion_ids]), use_cache=False).logits[0]
             logprobs = logits[len(e.prompt_ids) - 1 : -1].log_softmax(-1)
-            alone.append(logprobs.gather(1, torch.tensor(e.completion_ids)[:, None]).squeeze(1))
+            single.append(logprobs.gather(1, torch.tensor(e.completion_ids)[:, None]).squeeze(1))
         trained, mask, _ = completion_logprobs(policy, *zip(*((e.prompt_ids, e.completion_ids) for e in episodes)))
-    torch.testing.assert_close(sampled, torch.cat(alone), atol=2e-4, rtol=0)
+    torch.testing.assert_close(sampled, torch.cat(single), atol=2e-4, rtol=0)
     torch.testing.assert_close(sampled, trained[mask], atol=2e-4, rtol=0)
     assert sampled.std() > 0.1
 
 
-# --- drawing one token
+# --- sampling one token
 
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
@@ -262,7 +262,7 @@ def frequencies(sampling, n=4000, seen=None):
     generator = torch.Generator().manual_seed(0)
     tokens, logprobs = sample(LOGITS.repeat(n, 1), sampling, generator, seen)
     raw = (LOGITS[0] / (sampling.temperature or 1)).log_softmax(-1)
-    torch.testing.assert_close(logprobs, raw[tokens])  # the recorded one is that of the whole distribution
+    torch.testing.assert_close(logprobs, raw[tokens])  # log-probabilities are of the full distribution
     return (torch.bincount(tokens, minlength=4) / n).tolist()
 
 
@@ -273,18 +273,18 @@ def frequencies(sampling, n=4000, seen=None):
         (Sampling(temperature=0), [1, 0, 0, 0]),
         (Sampling(temperature=0.5), [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
         (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
-        (Sampling(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),  # 0.5 does not reach 0.7; 0.25 crosses it and stays
+        (Sampling(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),  # 0.5 is below 0.7; the token that crosses it is kept
         (Sampling(top_p=0.4), [1, 0, 0, 0]),
         (Sampling(min_p=0.25), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
     ],
 )
-def test_drawing_follows_the_settings(sampling, expected):
+def test_sampling_settings(sampling, expected):
     assert frequencies(sampling) == pytest.approx(expected, abs=0.025)
 
 
 @pytest.mark.parametrize("draw", [draw_by_inversion, draw_by_race])
-def test_tokens_are_drawn_as_often_as_they_are_likely(draw):
-    """Chi-square, for a peaked and a flat distribution; what has no probability is never drawn, first and last included."""
+def test_frequencies_match_probabilities(draw):
+    """Chi-square test for a peaked and a flat distribution. Tokens of probability 0 are never drawn."""
     generator = torch.Generator().manual_seed(0)
     for peak in (4.0, 0.3):
         probabilities = (peak * torch.randn(300, generator=generator)).softmax(-1)
@@ -297,7 +297,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(draw):
         assert freedom > 20 and statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_repetition_penalty_makes_seen_tokens_rarer():
+def test_repetition_penalty_by_hand():
     # log 0.5 = -0.693 becomes -1.386, so 0.5 becomes 0.25: (0.25, 0.25, 0.15, 0.1) / 0.75
     assert frequencies(
         Sampling(repetition_penalty=2.0), seen=torch.tensor([[True, False, False, False]])

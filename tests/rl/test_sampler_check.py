@@ -1,9 +1,9 @@
-"""The check before a run that the roll-out samples from the policy that is trained: it passes, and it can fail."""
+"""The check before a run that the roll-out samples from the trained policy: it passes, and it detects differences."""
 
 import pytest
 import torch
 
-from rl.checks import ALLOWED, SHIFT, check_sampler
+from rl.checks import MAX_DIFFERENCE, TARGET_SHIFT, check_sampler
 from rl.config import ConfigError
 from rl.model import decoder
 from rl.model.hf_generate import HFGenerate
@@ -12,72 +12,75 @@ from rl.model.policy import Question, load_policy
 QUESTIONS = ["What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "1 + 1 = ?"]
 
 
-def checked(policy, max_completion_length=24):
+def run_check(policy, max_completion_length=24):
     policy.max_completion_length = max_completion_length
     return check_sampler(policy, [Question({}, policy.encode_prompt(question)) for question in QUESTIONS])
 
 
-def lora(policy):
+def lora_weights(policy):
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if "lora_" in name}
 
 
 @pytest.mark.parametrize("start", ["new", "noise"])
-@pytest.mark.parametrize("dtype, within", [("float32", 1e-5), ("bfloat16", ALLOWED)])
-def test_it_passes_and_leaves_the_policy_as_it_was(policy, config, dtype, within, start):
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", MAX_DIFFERENCE)])
+def test_passes_and_restores_the_policy(policy, config, dtype, tolerance, start):
     config.dtype = dtype
     if start == "new":
         policy = load_policy(config)
-    before, written_out = lora(policy), policy.decoder
-    found = checked(policy)
-    assert found.shift >= SHIFT and max(found.sampler, found.model_forward) <= within * found.shift
-    assert policy.decoder is written_out
-    assert all(torch.equal(p, before[name]) for name, p in lora(policy).items())
+    before = lora_weights(policy)
+    before_decoder = policy.decoder
+    agreement = run_check(policy)
+    assert agreement.shift >= TARGET_SHIFT
+    assert max(agreement.sampler, agreement.model_forward) <= tolerance * agreement.shift
+    assert policy.decoder is before_decoder
+    assert all(torch.equal(p, before[name]) for name, p in lora_weights(policy).items())
     assert all(p.requires_grad for name, p in policy.model.named_parameters() if "lora_" in name)
 
 
-def test_a_run_of_one_token(policy):
-    assert checked(policy, max_completion_length=1).shift >= SHIFT and policy.decoder
+def test_completions_of_one_token(policy):
+    assert run_check(policy, max_completion_length=1).shift >= TARGET_SHIFT and policy.decoder
 
 
 def test_4_bit_weights(config):
     config.load_in_4bit = True
     policy = load_policy(config)
-    assert checked(policy).sampler < 1e-4 and policy.decoder
+    assert run_check(policy).sampler < 1e-4 and policy.decoder
 
 
 def without_loras(module):
     return iter(())
 
 
-def test_a_roll_out_that_leaves_out_the_lora_is_noticed(policy, monkeypatch):
-    """As in well-known trainers, silently: here the engine is given up for the model's own forward."""
+def test_detects_a_roll_out_without_the_lora(policy, monkeypatch):
+    """The policy falls back to the model's own forward pass."""
     folded_weight = decoder.folded_weight
 
-    def base_alone(module, dtype):
+    def without_lora(module, dtype):
         with monkeypatch.context() as patch:
             patch.setattr(decoder, "active_loras", without_loras)
             return folded_weight(module, dtype)
 
-    monkeypatch.setattr(decoder, "folded_weight", base_alone)
-    assert checked(policy).sampler < 1e-4 and policy.decoder is None
+    monkeypatch.setattr(decoder, "folded_weight", without_lora)
+    assert run_check(policy).sampler < 1e-4 and policy.decoder is None
 
 
-def test_a_forward_pass_that_is_not_the_models_is_given_up(policy, monkeypatch):
-    """Sampler and trainer agree with each other, and are wrong together."""
+def test_falls_back_if_the_forward_pass_is_wrong(policy, monkeypatch):
+    """Sampler and trainer agree with each other, but not with the model."""
     monkeypatch.setattr(decoder, "rotate", lambda x, cos, sin: x)
-    assert checked(policy).model_forward < 1e-4 and policy.decoder is None
-    assert "the written-out one differs from it by" in policy.fallback_reason
+    assert run_check(policy).model_forward < 1e-4 and policy.decoder is None
+    assert "differs from it by" in policy.fallback_reason
 
 
-def test_where_no_path_samples_from_the_policy_the_run_stops(policy, monkeypatch):
+def test_stops_if_no_path_samples_from_the_policy(policy, monkeypatch):
     complete = HFGenerate.complete
 
-    def base_alone(self, prompts):
+    def without_lora(self, prompts):
         with policy.model.disable_adapter():
             return complete(self, prompts)
 
-    policy.decoder, before = None, lora(policy)
-    monkeypatch.setattr(HFGenerate, "complete", base_alone)
-    with pytest.raises(ConfigError, match="does not sample from the policy that is trained: .* nats a token"):
-        checked(policy)
-    assert all(torch.equal(p, before[name]) for name, p in lora(policy).items())
+    policy.decoder = None
+    before = lora_weights(policy)
+    monkeypatch.setattr(HFGenerate, "complete", without_lora)
+    with pytest.raises(ConfigError, match="does not sample from the trained policy: .* nats/token"):
+        run_check(policy)
+    assert all(torch.equal(p, before[name]) for name, p in lora_weights(policy).items())

@@ -1,4 +1,4 @@
-"""The example of a process reward, rewards.right_steps: positions and values worked out by hand, and hostile texts."""
+"""The example process reward, rewards.right_steps: positions and values computed by hand, and hostile texts."""
 
 import time
 
@@ -15,31 +15,31 @@ def steps(text):
     return right_steps(completion(text))
 
 
-def test_a_line_that_the_length_limit_cut_is_not_judged():
-    cut = completion("<think>2+5=7\n7+6=1")
-    assert right_steps(cut) == [(18, -1.0)]
-    cut.truncated = True
-    assert right_steps(cut) == [(12, 0.0)]
+def test_truncated_lines_are_not_judged():
+    sample = completion("<think>2+5=7\n7+6=1")
+    assert right_steps(sample) == [(18, -1.0)]
+    sample.truncated = True
+    assert right_steps(sample) == [(12, 0.0)]
 
 
 @pytest.mark.parametrize(
     "text, expected",
     [
         ("<think>2+5=7\n7+6=13</think>\\boxed{13}", [(19, 0.0)]),  # 7 + 5 characters, a newline, 6 more
-        ("<think>2+5=8\n8+6=14</think>\\boxed{14}", [(12, -1.0)]),  # after the first error nothing is judged
+        ("<think>2+5=8\n8+6=14</think>\\boxed{14}", [(12, -1.0)]),  # lines after the first error are not judged
         ("<think>2+5=7\n7+6=14\n1+1=3</think>\\boxed{14}", [(19, -1.0)]),
-        ("<think>\n  2 + 5 = 7  \n</think>x", [(19, 0.0)]),  # the thinking ends where it is stripped
+        ("<think>\n  2 + 5 = 7  \n</think>x", [(19, 0.0)]),  # the thinking is stripped
         ("<think>\n  2 + 5 = 7  \n1+1=2\n</think>x", [(27, 0.0)]),
         ("<think>\n  2 + 5 = 8  \n1+1=2\n</think>x", [(21, -1.0)]),  # a line ends at its newline
         ("<think>-5+7=2</think>", [(13, 0.0)]),
         ("<think>-5+7=-2</think>", [(14, -1.0)]),
         ("<think>2-5=-3\r\n3*4=12\r\n</think>", [(21, 0.0)]),
         ("<think>3*4=13</think>", [(13, -1.0)]),
-        ("<think>So:\n2+5=7\nwell, 1+1=3\n1+1=3 no", [(16, 0.0)]),  # cut off; only whole lines are of the form
-        ("2+5=7</think>7", [(5, 0.0)]),  # the template has opened the thinking
-        ("1+1=2<think>1+1=2</think>", [(17, 0.0)]),  # the same text stands outside too
-        ("<think>1+1=2</think>1+1=3", [(12, 0.0)]),  # the answer is not judged here
-        ("<think>1+1=2</think><think>1+1=3</think>", None),  # no such lines: tags stand in them
+        ("<think>So:\n2+5=7\nwell, 1+1=3\n1+1=3 no", [(16, 0.0)]),  # truncated; only whole lines are judged
+        ("2+5=7</think>7", [(5, 0.0)]),  # <think> is part of the prompt
+        ("1+1=2<think>1+1=2</think>", [(17, 0.0)]),  # the same text also occurs outside
+        ("<think>1+1=2</think>1+1=3", [(12, 0.0)]),  # the answer is not a step
+        ("<think>1+1=2</think><think>1+1=3</think>", None),  # lines with tags are not steps
         ("\\boxed{7}", None),
         ("2+5=8", None),
         ("", None),
@@ -69,7 +69,7 @@ def test_values_and_positions(text, expected):
     ],
     ids=range(10),
 )
-def test_hostile_lines_are_not_of_the_form(line):
+def test_hostile_lines_are_not_steps(line):
     start = time.perf_counter()
     assert steps(f"<think>{line}\n1+1=2</think>") == [(7 + len(line) + 6, 0.0)]
     assert time.perf_counter() - start < 1
@@ -91,18 +91,18 @@ def test_ten_thousand_lines_give_one_value():
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "1+1=2", "1+1=3", "\n", " ", "-5*2 = -10", "é", "a"]), max_size=12)
 )
-def test_positions_lie_in_the_text_at_the_end_of_a_line(pieces):
+def test_positions_are_at_the_end_of_a_line(pieces):
     text = "".join(pieces)
-    found = steps(text)
-    if found is None:
+    result = steps(text)
+    if result is None:
         return
-    ((position, value),) = found
+    ((position, value),) = result
     line = text[:position].rpartition("\n")[2].rpartition(">")[2].strip()
     assert value == {"1+1=2": 0, "-5*2 = -10": 0, "1+1=3": -1}[line]
     assert (text[position:].lstrip(" ") + "\n")[0] in "\n<"
 
 
-def test_it_counts_where_it_is_named_and_nowhere_else():
+def test_counts_only_if_named_in_reward_funcs():
     text = "<think>2+5=7\n7+6=14</think>\\boxed{13}"
     assert "right_steps" not in score_one(load_rewards("rewards.py"), completion(text, answer="13")).parts
     rewards = load_rewards("rewards.py", ["correct", "format", "right_steps"], {"right_steps": 0.2})

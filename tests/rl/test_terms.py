@@ -1,4 +1,4 @@
-"""docs/terms.md against the code: what it names exists, the settings it shows are valid, and no term or function is missing."""
+"""docs/terms.md against the code: references exist, settings are valid, and no term or function is missing."""
 
 import ast
 import functools
@@ -14,7 +14,7 @@ from rl.config import Config, ConfigError
 from rl.run.read_config import coerce
 
 DOCUMENT = Path("docs/terms.md").read_text(encoding="utf-8")
-PARTS = ("Formula", "Settings", "Code")  # the list of an entry, in this order
+PARTS = ("Formula", "Settings", "Code")  # the list items of an entry, in this order
 TERMS = """state, action, policy, episode, trajectory, return, advantage, credit assignment, REINFORCE, baseline, RLOO, GRPO,
 whitening, REINFORCE++, loss normalisation, Dr. GRPO, sample efficiency, on-policy, off-policy, importance ratio, PPO clip, DAPO,
 clip-higher, dynamic sampling, overlong punishment, GSPO, CISPO, SAPO, value function, Bellman equation, TD error, critic,
@@ -24,10 +24,10 @@ generalisation, forgetting"""
 
 
 def entries(text: str) -> dict[str, str]:
-    """The entries by their headings."""
-    found = re.findall(r"^### (.+)\n((?:(?!#).*\n)*)", text + "\n", re.M)
-    assert len(dict(found)) == len(found), "two entries have the same heading"
-    return dict(found)
+    """Return the entries by heading."""
+    matches = re.findall(r"^### (.+)\n((?:(?!#).*\n)*)", text + "\n", re.M)
+    assert len(dict(matches)) == len(matches), "two entries have the same heading"
+    return dict(matches)
 
 
 def lines(text: str, part: str) -> list[str]:
@@ -39,8 +39,8 @@ def quoted(text: str) -> list[str]:
 
 
 @functools.cache
-def defined(path: str) -> dict[str, bool]:
-    """The functions, classes and methods (Class.method) that a file defines, and whether each is a public function."""
+def definitions(path: str) -> dict[str, bool]:
+    """Return the functions, classes and methods (Class.method) of a file, and whether each is a public function."""
     names = {}
     for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -52,7 +52,7 @@ def defined(path: str) -> dict[str, bool]:
 
 
 def check_structure(text: str) -> None:
-    """Each entry: sentences, then its list, which ends in the code."""
+    """Each entry consists of sentences and a list that ends with the code."""
     for heading, body in entries(text).items():
         sentences, *rest = body.strip().split("\n* ")
         assert sentences.endswith(".") and not sentences.startswith("* "), f"{heading} has no sentences"
@@ -62,31 +62,32 @@ def check_structure(text: str) -> None:
 
 
 def check_code(text: str) -> set[str]:
-    """Every reference leads to a definition. Returns them."""
+    """Check that every reference has a definition. Return the references."""
     by_line = [quoted(line) for line in lines(text, "Code")]
-    assert by_line and all(by_line), "a line of code names nothing"
+    assert by_line and all(by_line), "a line of code has no reference"
     references = set(itertools.chain(*by_line))
     for reference in references:
         path, _, name = reference.partition(":")
         assert Path(path).is_file(), f"{reference}: there is no such file"
-        assert name in defined(path), f"{reference}: {path} does not define {name}"
+        assert name in definitions(path), f"{reference}: {path} does not define {name}"
     return references
 
 
-def check_settings(shown: list[str]) -> None:
-    """Each is a setting, alone or as `name: value | other value`, and the values shown together are valid together."""
-    hints, values = typing.get_type_hints(Config), {}
-    for setting in shown:
-        name, given, value = setting.partition(": ")
+def check_settings(texts: list[str]) -> None:
+    """Check that all settings (`name` or `name: value | other value`) exist and that every combination is valid."""
+    hints = typing.get_type_hints(Config)
+    values = {}
+    for setting in texts:
+        name, has_value, value = setting.partition(": ")
         assert name in hints, f"there is no setting {name}"
-        if given:
+        if has_value:
             values[name] = [coerce(yaml.safe_load(v), hints[name]) for v in value.split(" | ")]
     for combination in itertools.product(*values.values()):
         Config(**dict(zip(values, combination))).check()
 
 
 def table(text: str) -> dict[str, list[str]]:
-    """The table "algorithm -> settings"."""
+    """Return the settings of each row of the table of algorithms."""
     head, _, rows = text.partition("| algorithm |")
     rows = re.findall(r"^\| (.+?) \| (.+) \|$", rows.partition("\n\n")[0], re.M)
     return {name: quoted(settings) for name, settings in rows}
@@ -99,15 +100,15 @@ def check_all_settings(text: str) -> None:
 
 
 def check_terms(text: str) -> None:
-    """Each term has one heading, alone or beside another: "State and action"."""
-    named = [term.lower() for heading in entries(text) for term in re.split(r", | and ", heading)]
+    """Each term has exactly one heading, alone or with another term: "State and action"."""
+    headings = [term.lower() for heading in entries(text) for term in re.split(r", | and ", heading)]
     for term in re.split(r",\s+", TERMS):
-        assert named.count(term.lower()) == 1, f"{term} has {named.count(term.lower())} entries"
+        assert headings.count(term.lower()) == 1, f"{term} has {headings.count(term.lower())} entries"
 
 
 def check_algorithms(text: str) -> None:
-    """Every public function of the mathematics is explained somewhere."""
-    public = {f"rl/algorithms.py:{name}" for name, is_public in defined("rl/algorithms.py").items() if is_public}
+    """Every public function of rl/algorithms.py is explained."""
+    public = {f"rl/algorithms.py:{name}" for name, is_public in definitions("rl/algorithms.py").items() if is_public}
     missing = public - check_code(text)
     assert not missing, f"not explained: {', '.join(sorted(missing))}"
 
@@ -116,15 +117,15 @@ CHECKS = [check_structure, check_code, check_all_settings, check_terms, check_al
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_document(check):
+def test_document(check):
     check(DOCUMENT)
 
 
 def test_every_algorithm_and_loss_is_in_the_table():
-    shown = {setting for settings in table(DOCUMENT).values() for setting in settings}
+    listed = {setting for settings in table(DOCUMENT).values() for setting in settings}
     hints = typing.get_type_hints(Config)
     for name in ("algorithm", "loss_type", "baseline"):
-        assert {f"{name}: {value}" for value in typing.get_args(hints[name])} <= shown
+        assert {f"{name}: {value}" for value in typing.get_args(hints[name])} <= listed
     assert len(DOCUMENT.splitlines()) <= 300
 
 
@@ -143,7 +144,7 @@ def test_every_algorithm_and_loss_is_in_the_table():
         (check_code, "`rl/critic.py:Critic.values`", "`rl/critic.py:values`", "rl/critic.py does not define values"),
         (check_code, "`rl/critic.py:Critic.values`", "`rl/critic.py:Critic.value`", "does not define Critic.value"),
         (check_code, "`rl/critic.py:Critic.values`", "`rl/critic.py`", "rl/critic.py does not define"),
-        (check_code, "* Code: `rl/model/sampling.py:sample`", "* Code: sample", "names nothing"),
+        (check_code, "* Code: `rl/model/sampling.py:sample`", "* Code: sample", "has no reference"),
         (check_all_settings, "`algorithm: rloo` |", "`algorithm: rlo` |", "one of grpo, rloo"),
         (check_all_settings, "`loss_type: sapo` |", "`losstype: sapo` |", "no setting losstype"),
         (check_all_settings, "`algorithm: dpo`, `beta: 0.1` |", "`algorithm: dpo` |", "dpo needs it"),
@@ -160,7 +161,7 @@ def test_every_algorithm_and_loss_is_in_the_table():
         ),
     ],
 )
-def test_what_is_broken_is_found(check, old, new, message):
+def test_checks_detect_errors(check, old, new, message):
     assert old in DOCUMENT
     with pytest.raises((AssertionError, ConfigError, ValueError), match=message):
         check(DOCUMENT.replace(old, new, 1))

@@ -1,14 +1,13 @@
-"""What is learned from equals what TRL computes: its trainers' own methods and ours on the same random numbers, in fp64.
+"""Advantages, losses and gradients against TRL: its trainers' methods and ours on the same random numbers, in fp64.
 
-TRL's formulas stand inside its trainers, so its methods are called on a stand-in for the trainer that has only the
-attributes they read, and ours (`Updater.backward`) with a policy that returns given log-probabilities. TRL has nothing
-to compare with for GAE, whitening, the value loss and the adaptive KL weight (1.15 has no PPO), nor for REINFORCE,
-REINFORCE++, the process rewards, and the estimators k1 and k2 in the loss: those are worked out by hand in test_family.py
-and test_algorithms.py.
+TRL's formulas are inside its trainers. Its methods are therefore called on a stub trainer with only the attributes that
+they read, and ours (`Updater.backward`) with a policy that returns given log-probabilities. TRL 1.15 has no PPO (GAE,
+whitening, value loss, adaptive KL weight), REINFORCE, REINFORCE++, process rewards, nor the estimators k1 and k2 in the
+loss. test_family.py and test_algorithms.py check these against values computed by hand.
 
-Where the two differ on purpose: at sequence level TRL counts clipped sequences (here: tokens), its metric `kl` holds the
-corrected estimate (here: the estimate), and its entropy bonus is a mean over the tokens of a micro-batch (here: weighted
-as the loss).
+Intended differences: at sequence level TRL counts clipped sequences (here: tokens), its metric `kl` is the corrected
+estimate (here: the uncorrected one), and its entropy bonus is a mean over the tokens of a micro-batch (here: weighted
+like the loss).
 """
 
 from collections import Counter, defaultdict
@@ -39,8 +38,8 @@ ACCELERATOR = SimpleNamespace(
 )
 
 
-def stand_in(metrics=None, **attributes) -> SimpleNamespace:
-    """A trainer with these attributes and those that every method reads."""
+def stub_trainer(metrics=None, **attributes) -> SimpleNamespace:
+    """Return a trainer with these attributes and the ones that every method reads."""
     model = torch.nn.Identity()  # in training mode
     model.is_gradient_checkpointing = False
     return SimpleNamespace(
@@ -59,19 +58,19 @@ def close(result, expected, tolerance=1e-6):
 
 @dataclass
 class Numbers:
-    """Of one optimizer step, each (ROWS, WIDTH) but the advantages; what stands behind a completion's end is random too."""
+    """Inputs of one optimizer step, (ROWS, WIDTH) if not stated otherwise. Padding is filled with random values."""
 
     logprobs: torch.Tensor
     old: torch.Tensor
     reference: torch.Tensor
     entropies: torch.Tensor
     mask: torch.Tensor
-    advantages: torch.Tensor  # (ROWS,), or (ROWS, WIDTH) one for each token
-    truncated: torch.Tensor  # (ROWS,) left out of the loss, with mask_truncated_completions
+    advantages: torch.Tensor  # (ROWS,), or (ROWS, WIDTH) with one for each token
+    truncated: torch.Tensor  # (ROWS,), completions that mask_truncated_completions removes from the loss
 
 
 def draw(seed: int, drift=0.4, by_token=False, mask_truncated=False) -> Numbers:
-    """drift: the spread of log pi - log pi_old; the ratios go both ways beyond what is clipped."""
+    """Draw random inputs. drift: standard deviation of log pi - log pi_old; ratios exceed both clipping bounds."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -93,14 +92,15 @@ def draw(seed: int, drift=0.4, by_token=False, mask_truncated=False) -> Numbers:
     )
 
 
-def of_trl(numbers: Numbers, config: Config, micro_batches: int):
-    """TRL's loss of a step, its gradient with regard to log-probabilities and entropies, and its metrics of the last part."""
-    leaf, entropies = numbers.logprobs.clone().requires_grad_(), numbers.entropies.clone().requires_grad_()
+def run_trl(numbers: Numbers, config: Config, micro_batches: int):
+    """Return TRL's loss, gradients w.r.t. log-probabilities and entropies, and metrics of the last micro-batch."""
+    leaf = numbers.logprobs.clone().requires_grad_()
+    entropies = numbers.entropies.clone().requires_grad_()
     mask = (numbers.mask & ~numbers.truncated[:, None]).long()
     metrics = defaultdict(lambda: defaultdict(list))
     total = 0.0
     for part in torch.arange(ROWS).chunk(micro_batches):
-        trainer = stand_in(
+        trainer = stub_trainer(
             metrics,
             args=SimpleNamespace(
                 delta=config.delta,
@@ -139,9 +139,10 @@ def of_trl(numbers: Numbers, config: Config, micro_batches: int):
     return total, leaf.grad, entropies.grad, {name: values[-1] for name, values in metrics["train"].items()}
 
 
-def of_ours(numbers: Numbers, config: Config):
-    """The same of the project's update, and its sums over tokens."""
-    leaf, entropies = numbers.logprobs.clone().requires_grad_(), numbers.entropies.clone().requires_grad_()
+def run_ours(numbers: Numbers, config: Config):
+    """Return the loss of our update, the same gradients, and the sums over tokens."""
+    leaf = numbers.logprobs.clone().requires_grad_()
+    entropies = numbers.entropies.clone().requires_grad_()
     by_token = numbers.advantages.view(ROWS, -1).expand(ROWS, WIDTH)
     episodes = [
         Episode(
@@ -149,13 +150,13 @@ def of_ours(numbers: Numbers, config: Config):
             prompt_ids=[i],
             completion_ids=[0] * n,
             sampler_logprobs=[],
-            truncated=cut,
-            in_loss=not cut,
+            truncated=is_truncated,
+            in_loss=not is_truncated,
             advantages=by_token[i, :n],
             old_logprobs=numbers.old[i, :n],
             reference_logprobs=numbers.reference[i, :n],
         )
-        for i, (n, cut) in enumerate(zip(numbers.mask.sum(1).tolist(), numbers.truncated.tolist()))
+        for i, (n, is_truncated) in enumerate(zip(numbers.mask.sum(1).tolist(), numbers.truncated.tolist()))
     ]
 
     def logprobs(policy, prompts, completions, with_entropy=False):
@@ -175,15 +176,15 @@ def of_ours(numbers: Numbers, config: Config):
 
 
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.03, "epsilon_high": 0.04}
-CASES = {  # settings, and how the numbers are drawn
+CASES = {  # settings, and arguments of `draw`
     "grpo": ({"loss_type": "grpo"}, {}),
     "grpo, kl": ({"loss_type": "grpo", "beta": 0.1}, {}),
     "dapo, clip-higher": ({"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28}, {}),
     "dapo, kl uncorrected": ({"loss_type": "dapo", "beta": 0.3, "use_bias_correction_kl": False}, {}),
     "dapo, truncated masked": ({"loss_type": "dapo", "beta": 0.1}, {"mask_truncated": True}),
     "grpo, truncated masked": ({"loss_type": "grpo"}, {"mask_truncated": True}),
-    "one update a roll-out": ({"loss_type": "dapo", "beta": 0.1, "num_iterations": 1}, {"drift": 0.0}),
-    "an advantage a token": ({"loss_type": "dapo"}, {"by_token": True}),  # ppo, process rewards
+    "one update per roll-out": ({"loss_type": "dapo", "beta": 0.1, "num_iterations": 1}, {"drift": 0.0}),
+    "one advantage per token": ({"loss_type": "dapo"}, {"by_token": True}),  # ppo, process rewards
     "two-sided clipping": ({"loss_type": "dapo", "delta": 1.5}, {}),
     "dr_grpo": ({"loss_type": "dr_grpo", "max_completion_length": 2 * WIDTH}, {"mask_truncated": True}),
     "gspo": ({"loss_type": "grpo"} | SEQUENCE, {"drift": 0.1}),
@@ -200,17 +201,17 @@ CASES = {  # settings, and how the numbers are drawn
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_losses(case, parts):
-    """Every loss type with its gradient and metrics. TRL's micro-batches are rows in order, ours by length and tokens."""
-    settings, how = CASES[case]
+    """Every loss type with its gradient and metrics. TRL splits micro-batches by row, Ponder by length and tokens."""
+    settings, draw_arguments = CASES[case]
     config = Config(**{"num_iterations": 2, "max_tokens_per_micro_batch": 25 if parts > 1 else 8192} | settings)
     config.check()
     for seed in range(3):
-        numbers = draw(seed, **how)
-        loss, gradient, _, metrics = of_trl(numbers, config, parts)
-        ours, our_gradient, _, totals = of_ours(numbers, config)
-        assert ours == pytest.approx(loss, abs=1e-6)
+        numbers = draw(seed, **draw_arguments)
+        loss, gradient, _, metrics = run_trl(numbers, config, parts)
+        our_loss, our_gradient, _, totals = run_ours(numbers, config)
+        assert our_loss == pytest.approx(loss, abs=1e-6)
         close(our_gradient, gradient)
-        assert gradient.abs().max() > 1e-3  # something was compared
+        assert gradient.abs().max() > 1e-3  # the comparison is not trivial
         if parts == 1 and config.importance_sampling_level == "token":
             tokens = (numbers.mask & ~numbers.truncated[:, None]).sum().item()
             for name, key in (("clipped_low", "clip_ratio/low_mean"), ("clipped_high", "clip_ratio/high_mean")):
@@ -224,15 +225,15 @@ def test_losses(case, parts):
 def test_entropy_bonus():
     config = Config(num_iterations=2, loss_type="dapo", entropy_coef=0.02)
     numbers = draw(2, mask_truncated=True)
-    loss, *gradients, _ = of_trl(numbers, config, 1)
-    ours, *our_gradients, _ = of_ours(numbers, config)
-    assert ours == pytest.approx(loss, abs=1e-6)
-    for our_gradient, gradient in zip(our_gradients, gradients):  # with regard to log-probabilities and entropies
+    loss, *gradients, _ = run_trl(numbers, config, 1)
+    our_loss, *our_gradients, _ = run_ours(numbers, config)
+    assert our_loss == pytest.approx(loss, abs=1e-6)
+    for our_gradient, gradient in zip(our_gradients, gradients):  # w.r.t. log-probabilities and entropies
         close(our_gradient, gradient)
 
 
 def test_dpo():
-    """The sigmoid loss of each group's best completion against its worst, and its gradient."""
+    """The sigmoid loss of the best and the worst completion of each group, and its gradient."""
     config = Config(algorithm="dpo", beta=0.3, num_generations=2)
     for seed in range(3):
         numbers = draw(seed)
@@ -242,10 +243,10 @@ def test_dpo():
         zeros = torch.zeros(ROWS, WIDTH)
 
         def model(values, zeros=zeros, numbers=numbers, order=order):
-            kept = torch.where(numbers.mask, values, 0.0)[order]  # TRL's head gives 0 where there is no label
-            return lambda **_: SimpleNamespace(log_probs=kept, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+            masked = torch.where(numbers.mask, values, 0.0)[order]  # TRL returns 0 at positions without label
+            return lambda **_: SimpleNamespace(log_probs=masked, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
 
-        trainer = stand_in(
+        trainer = stub_trainer(
             ref_model=model(numbers.reference),
             args=SimpleNamespace(gradient_checkpointing_kwargs=None),
             beta=config.beta,
@@ -258,29 +259,31 @@ def test_dpo():
             _total_train_tokens=0,
             _tp_size=1,
         )
-        mask = torch.cat([torch.zeros(ROWS, 1), numbers.mask[order]], 1).long()  # behind one token of a prompt
+        mask = torch.cat([torch.zeros(ROWS, 1), numbers.mask[order]], 1).long()  # after one prompt token
         inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
         loss = trl.DPOTrainer._compute_loss(trainer, model(leaf), inputs, return_outputs=False)
         loss.backward()
-        ours, our_gradient, _, totals = of_ours(numbers, config)
-        assert ours == pytest.approx(loss.item(), abs=1e-6)
+        our_loss, our_gradient, _, totals = run_ours(numbers, config)
+        assert our_loss == pytest.approx(loss.item(), abs=1e-6)
         close(our_gradient, leaf.grad)
         assert totals["margin"] / totals["pairs"] == pytest.approx(trainer._metrics["train"]["rewards/margins"][0])
 
 
-def scored(trainer_class, rewards: torch.Tensor, numbers: Numbers | None = None, **settings):
-    """What TRL makes of a roll-out with these rewards: its output, and its metrics. nan: no reward function applied.
+def score_rollout(trainer_class, rewards: torch.Tensor, numbers: Numbers | None = None, **settings):
+    """Return TRL's output and metrics of a roll-out with these rewards. nan: no reward function applied.
 
-    A completion is its length in tokens 5 and, if it was not truncated, the end-of-sequence token 1 as the last one.
+    Completions consist of the token 5 and, unless truncated, of the end-of-sequence token 1 at the end.
     """
     rows = len(rewards)
     lengths = numbers.mask.sum(1).tolist() if numbers else [3] * rows
     truncated = numbers.truncated.tolist() if numbers else [False] * rows
-    ids = [[5] * (n - 1) + [5 if cut else 1] for n, cut in zip(lengths, truncated)]
-    rloo, rest = trainer_class is trl.RLOOTrainer, (None, {}, None, None)
+    ids = [[5] * (n - 1) + [5 if is_truncated else 1] for n, is_truncated in zip(lengths, truncated)]
+    is_rloo = trainer_class is trl.RLOOTrainer
+    rest = (None, {}, None, None)
     zeros = torch.zeros(rows, max(lengths))
-    scores = iter([numbers.old, numbers.reference] if numbers else [zeros])  # TRL asks for the one, then for the other
-    trainer = stand_in(
+    # TRL first reads the old, then the reference log-probabilities.
+    scores = iter([numbers.old, numbers.reference] if numbers else [zeros])
+    trainer = stub_trainer(
         ref_model=object(),
         args=SimpleNamespace(
             per_device_train_batch_size=rows,
@@ -303,7 +306,9 @@ def scored(trainer_class, rewards: torch.Tensor, numbers: Numbers | None = None,
         normalize_advantages=False,
         num_generations=GROUP,
         num_iterations=1,
-        _generate=lambda _: ([[7]] * rows, ids, [""] * rows) if rloo else ([[7]] * rows, ids, None, [""] * rows, *rest),
+        _generate=lambda _: (
+            ([[7]] * rows, ids, [""] * rows) if is_rloo else ([[7]] * rows, ids, None, [""] * rows, *rest)
+        ),
         _calculate_rewards=lambda *_: rewards[:, None].clone(),
         _get_per_token_logps_and_entropies=lambda *_, **__: (next(scores), None, None),
         _logs=defaultdict(list) | {"rewards": defaultdict(list)},
@@ -316,9 +321,10 @@ def scored(trainer_class, rewards: torch.Tensor, numbers: Numbers | None = None,
 
 
 def draw_rewards(seed: int, ungraded: bool) -> torch.Tensor:
-    """Six groups of rewards, some of them all the same, one of 0 and 1 only; with ungraded ones a group of one and of none."""
+    """Draw six groups of rewards: one equal, one binary; if ungraded, others with one graded reward and with none."""
     rewards = torch.randn(6, GROUP, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rewards[1], rewards[2] = 0.1, torch.tensor([1.0, 0.0, 0.0, 1.0])
+    rewards[1] = 0.1
+    rewards[2] = torch.tensor([1.0, 0.0, 0.0, 1.0])
     if ungraded:
         rewards[0, 2] = rewards[3, :3] = rewards[4] = torch.nan
     return rewards.view(-1)
@@ -329,27 +335,27 @@ def draw_rewards(seed: int, ungraded: bool) -> torch.Tensor:
 def test_group_advantages(scale, ungraded):
     for seed in range(3):
         rewards = draw_rewards(seed, ungraded)
-        output, metrics = scored(trl.GRPOTrainer, rewards, scale_rewards=scale)
+        output, metrics = score_rollout(trl.GRPOTrainer, rewards, scale_rewards=scale)
         close(alg.group_advantages(rewards, GROUP, scale), output["advantages"])
         if scale != "batch" and not ungraded:
-            without = 1 - alg.varied_groups(rewards, GROUP).float().mean().item()
-            assert metrics["frac_reward_zero_std"] == pytest.approx(without)
+            zero_std = 1 - alg.has_varied_rewards(rewards, GROUP).float().mean().item()
+            assert metrics["frac_reward_zero_std"] == pytest.approx(zero_std)
 
 
 @pytest.mark.parametrize("ungraded", [False, True])
 def test_leave_one_out_advantages(ungraded):
     for seed in range(3):
         rewards = draw_rewards(seed, ungraded)
-        output, _ = scored(trl.RLOOTrainer, rewards)
+        output, _ = score_rollout(trl.RLOOTrainer, rewards)
         close(alg.leave_one_out_advantages(rewards, GROUP), output["advantages"])
 
 
 def test_kl_in_the_reward():
-    """PPO's token rewards sum to RLOO's reward of a completion, R - beta * sum of k1; TRL's RLOO is what has it."""
+    """PPO's token rewards add up to the completion reward of TRL's RLOO, R - beta * sum of k1."""
     for seed in range(3):
         numbers = draw(seed)
         outcome = draw_rewards(seed, False)[:ROWS]
-        output, metrics = scored(trl.RLOOTrainer, outcome, numbers, beta=0.2)
+        output, metrics = score_rollout(trl.RLOOTrainer, outcome, numbers, beta=0.2)
         kl = alg.kl_divergence(numbers.old, numbers.reference, numbers.mask, "k1")
         rewards = alg.token_rewards(outcome, [[]] * ROWS, numbers.mask, kl, 0.2)
         returns = alg.discounted_returns(rewards, numbers.mask)[:, 0]
@@ -357,12 +363,12 @@ def test_kl_in_the_reward():
         assert metrics["kl"] == pytest.approx((kl.sum() / numbers.mask.sum()).item())
 
 
-def test_rloo_loss_on_the_policy_itself():
-    """TRL's is the clipped loss of whole sequences; before any step its gradient is that of dr_grpo, but for L_max."""
+def test_rloo_loss_on_policy():
+    """TRL clips the loss of whole sequences. Before the first update its gradient is the one of dr_grpo times L_max."""
     config = Config(algorithm="rloo", loss_type="dr_grpo", max_completion_length=WIDTH)
     numbers = draw(0, drift=0.0)
     leaf = numbers.logprobs.clone().requires_grad_()
-    trainer = stand_in(
+    trainer = stub_trainer(
         epsilon_low=0.2,
         epsilon_high=0.2,
         _get_per_token_logps_and_entropies=lambda *_, **__: (leaf, numbers.entropies, None),
@@ -372,18 +378,18 @@ def test_rloo_loss_on_the_policy_itself():
     inputs["completion_mask"] = numbers.mask.long()
     inputs["old_logps"] = (numbers.logprobs * numbers.mask).sum(1)
     trl.RLOOTrainer._compute_loss(trainer, None, inputs | {"advantages": numbers.advantages}).backward()
-    _, our_gradient, _, _ = of_ours(numbers, config)
+    _, our_gradient, _, _ = run_ours(numbers, config)
     close(our_gradient * WIDTH, leaf.grad)
 
 
-def test_truncated_completions_leave_the_loss():
-    """The mask and the number of tokens that TRL makes with mask_truncated_completions are those of `draw`."""
+def test_mask_truncated_completions():
+    """TRL's mask and number of tokens with mask_truncated_completions agree with `draw`."""
     numbers = draw(0, mask_truncated=True)
     assert 0 < numbers.truncated.sum() < ROWS
-    output, _ = scored(trl.GRPOTrainer, draw_rewards(0, False)[:ROWS], numbers, mask_truncated_completions=True)
-    kept = numbers.mask & ~numbers.truncated[:, None]
-    assert torch.equal(output["completion_mask"].bool(), kept)
-    assert output["num_items_in_batch"] == kept.sum()
+    output, _ = score_rollout(trl.GRPOTrainer, draw_rewards(0, False)[:ROWS], numbers, mask_truncated_completions=True)
+    mask = numbers.mask & ~numbers.truncated[:, None]
+    assert torch.equal(output["completion_mask"].bool(), mask)
+    assert output["num_items_in_batch"] == mask.sum()
 
 
 def test_overlong_penalty():
@@ -394,12 +400,13 @@ def test_overlong_penalty():
 
 
 def test_logprobs_and_entropies(policy):
-    """Of the tiny model at temperature 0.7: a padded batch against TRL's functions on the logits of each row alone."""
+    """A padded batch of the tiny model at temperature 0.7 against TRL's functions on the logits of single rows."""
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
     policy.temperature = 0.7
-    policy.model.double()  # so that a row's numbers do not depend on the batch it is in; logprobs() itself works in fp32
-    prompts, completions = [[5, 6, 7, 8, 9], [10], [11, 12]], [[20, 21], [22, 23, 24, 25, 26, 27], [28]]
+    policy.model.double()  # so that a row does not depend on its batch; completion_logprobs computes in fp32
+    prompts = [[5, 6, 7, 8, 9], [10], [11, 12]]
+    completions = [[20, 21], [22, 23, 24, 25, 26, 27], [28]]
     with torch.no_grad():
         logprobs, mask, entropies = completion_logprobs(policy, prompts, completions, with_entropy=True)
         for i, (prompt, completion) in enumerate(zip(prompts, completions)):

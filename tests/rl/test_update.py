@@ -1,4 +1,4 @@
-"""The update: gradients do not depend on the split, nothing contributes that should not, and learning goes uphill."""
+"""The update: gradients do not depend on micro-batches, masks work, and rewarded completions become likelier."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ from rl.update import Updater
 
 
 def gradient(policy, episodes, config):
-    """The gradient of one optimizer step as a flat vector, and the totals."""
+    """Return the gradient of one optimizer step as a flat vector, and the totals."""
     policy.model.zero_grad()
     updater = Updater(policy, None, config)
     totals = Counter()
@@ -36,7 +36,7 @@ def gradient(policy, episodes, config):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_gradients_are_equal_for_every_split_into_micro_batches(policy, episodes, config, loss_type, beta):
+def test_gradient_does_not_depend_on_micro_batches(policy, episodes, config, loss_type, beta):
     config.loss_type, config.beta, config.max_tokens_per_micro_batch = loss_type, beta, 10**6
     whole, totals = gradient(policy, episodes, config)
     assert whole.abs().max() > 1e-4
@@ -48,8 +48,8 @@ def test_gradients_are_equal_for_every_split_into_micro_batches(policy, episodes
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_the_loss_is_the_papers(policy, episodes, config, loss_type):
-    """Against a slow reference, row by row, from the definitions."""
+def test_loss_matches_the_papers(policy, episodes, config, loss_type):
+    """Against a slow implementation of the definitions, one completion at a time."""
     config.loss_type = loss_type
     vector, _ = gradient(policy, episodes, config)
     policy.model.zero_grad()
@@ -71,8 +71,8 @@ def test_the_loss_is_the_papers(policy, episodes, config, loss_type):
     torch.testing.assert_close(vector, expected, atol=1e-6, rtol=0)
 
 
-def test_completions_that_contribute_nothing_are_skipped_but_counted(policy, episodes, config, monkeypatch):
-    """Advantage 0 and no KL: not forwarded; the gradient is the same as with them, since the divisor counts them."""
+def test_completions_without_gradient_are_skipped_but_counted(policy, episodes, config, monkeypatch):
+    """Completions with advantage 0 and no KL skip the forward pass, but the divisor counts them: same gradient."""
     forwarded = []
 
     def spy(policy, prompts, completions, with_entropy=False):
@@ -82,39 +82,39 @@ def test_completions_that_contribute_nothing_are_skipped_but_counted(policy, epi
     monkeypatch.setattr("rl.update.completion_logprobs", spy)
     vector, _ = gradient(policy, episodes, config)
     assert len(forwarded) == 12  # the third group has advantage 0
-    slightly = copy.deepcopy(episodes)
-    for episode in slightly[8:12]:
+    nonzero = copy.deepcopy(episodes)
+    for episode in nonzero[8:12]:
         episode.advantages = torch.full_like(episode.advantages, 1e-12)
-    with_them, _ = gradient(policy, slightly, config)
+    complete, _ = gradient(policy, nonzero, config)
     assert len(forwarded) == 12 + 16
-    torch.testing.assert_close(vector, with_them, atol=1e-7, rtol=0)
+    torch.testing.assert_close(vector, complete, atol=1e-7, rtol=0)
     config.beta = 0.1
     forwarded.clear()
     gradient(policy, episodes, config)
-    assert len(forwarded) == 32  # with a KL term every completion counts: reference pass and update
+    assert len(forwarded) == 32  # with a KL term all completions contribute: reference pass and update
 
 
-def test_masked_out_completions_leave_tokens_but_not_sequences(policy, episodes, config):
-    """mask_truncated_completions: dapo divides by the tokens that are left, grpo still by all sequences."""
-    cut = copy.deepcopy(episodes)
-    for episode in cut[4:]:
+def test_masked_completions_count_as_sequences_but_not_as_tokens(policy, episodes, config):
+    """With mask_truncated_completions, dapo divides by the remaining tokens, and grpo by all sequences."""
+    truncated = copy.deepcopy(episodes)
+    for episode in truncated[4:]:
         episode.in_loss = False
     config.loss_type = "dapo"
-    alone, _ = gradient(policy, cut[:4], config)
-    masked, _ = gradient(policy, cut, config)
-    torch.testing.assert_close(masked, alone, atol=1e-6, rtol=0)
+    unmasked, _ = gradient(policy, truncated[:4], config)
+    masked, _ = gradient(policy, truncated, config)
+    torch.testing.assert_close(masked, unmasked, atol=1e-6, rtol=0)
     config.loss_type = "grpo"
-    alone, _ = gradient(policy, cut[:4], config)
-    masked, _ = gradient(policy, cut, config)
-    torch.testing.assert_close(masked, alone / 4, atol=1e-6, rtol=0)
-    for episode in cut:
+    unmasked, _ = gradient(policy, truncated[:4], config)
+    masked, _ = gradient(policy, truncated, config)
+    torch.testing.assert_close(masked, unmasked / 4, atol=1e-6, rtol=0)
+    for episode in truncated:
         episode.in_loss = False
-    nothing, totals = gradient(policy, cut, config)
-    assert not nothing.any() and totals["loss"] == 0.0
+    empty, totals = gradient(policy, truncated, config)
+    assert not empty.any() and totals["loss"] == 0.0
 
 
 def test_kl_is_exactly_zero_at_step_0(episodes, config):
-    policy = load_policy(config)  # the LoRA's second matrix is zero
+    policy = load_policy(config)  # the LoRA's B matrices are zero
     config.beta = 0.1
     updater = Updater(policy, None, config)
     with policy.reference():
@@ -125,27 +125,24 @@ def test_kl_is_exactly_zero_at_step_0(episodes, config):
     assert totals["kl"] == 0.0
 
 
-def test_old_logprobs_are_those_before_the_first_update(policy, episodes, config):
-    """With several epochs the ratio leaves 1 after the first update, and clipping sets in; on-policy it stays 1."""
+def test_old_logprobs_precede_the_first_update(policy, episodes, config):
+    """With several epochs the ratio differs from 1 after the first update, and clipping starts."""
     config.num_iterations, config.learning_rate = 4, 0.02
     metrics = Updater(policy, None, config).update(episodes)
-    assert [e.old_logprobs is None for e in episodes] == 8 * [False] + 4 * [True] + 4 * [
-        False
-    ]  # nothing to learn there
+    expected = 8 * [False] + 4 * [True] + 4 * [False]  # the third group has advantage 0
+    assert [e.old_logprobs is None for e in episodes] == expected
     episodes = episodes[:8] + episodes[12:]
-    now, _, _ = completion_logprobs(policy, [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes])
+    current, _, _ = completion_logprobs(policy, [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes])
     old = torch.cat([e.old_logprobs for e in episodes])
     sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
     torch.testing.assert_close(old, sampled, atol=1e-4, rtol=0)
-    assert (torch.cat([row[: len(e.completion_ids)] for row, e in zip(now, episodes)]) - old).abs().max() > 0.05
+    assert (torch.cat([row[: len(e.completion_ids)] for row, e in zip(current, episodes)]) - old).abs().max() > 0.05
     assert metrics["clip_ratio/region_mean"] > 0
 
 
 @pytest.mark.parametrize("num_mini_batches", [1, 2])
-def test_what_is_exactly_on_policy_needs_no_pass_for_old_logprobs(
-    policy, episodes, config, num_mini_batches, monkeypatch
-):
-    """The first mini-batch of a roll-out gets them from its own forward pass; only later ones are forwarded twice."""
+def test_on_policy_needs_no_extra_pass_for_old_logprobs(policy, episodes, config, num_mini_batches, monkeypatch):
+    """The first mini-batch gets its old_logprobs from its own forward pass. Only later ones need two passes."""
     forwarded = []
 
     def spy(policy, prompts, completions, with_entropy=False):
@@ -156,23 +153,24 @@ def test_what_is_exactly_on_policy_needs_no_pass_for_old_logprobs(
     config.num_mini_batches = num_mini_batches
     updater = Updater(policy, None, config)
     metrics = updater.update(episodes)
-    later = [] if num_mini_batches == 1 else list(mini_batches_of(episodes, config))[1]
-    learning = [e for e in episodes if e.advantages.any()]
-    assert len(forwarded) == len(learning) + sum(any(e is other for other in later) for e in learning)
-    assert all(e.old_logprobs is not None for e in learning)
+    later = [] if num_mini_batches == 1 else list(first_mini_batches(episodes, config))[1]
+    contributing = [e for e in episodes if e.advantages.any()]
+    assert len(forwarded) == len(contributing) + sum(any(e is other for other in later) for e in contributing)
+    assert all(e.old_logprobs is not None for e in contributing)
     if num_mini_batches == 1:
         assert metrics["clip_ratio/region_mean"] == 0
     assert metrics["grad_norm"] > 0
 
 
-def mini_batches_of(episodes, config):
-    """As the first roll-out's epoch has them."""
+def first_mini_batches(episodes, config):
+    """Return the mini-batches of the first epoch."""
     updater = object.__new__(Updater)
-    updater.config, updater.generator = config, torch.Generator().manual_seed(config.seed)
+    updater.config = config
+    updater.generator = torch.Generator().manual_seed(config.seed)
     return updater.mini_batches(episodes)
 
 
-def test_mini_batches_are_whole_groups_and_cover_everything(policy, episodes, config):
+def test_mini_batches_are_whole_groups_and_cover_all_episodes(policy, episodes, config):
     config.num_mini_batches = 3
     parts = list(Updater(policy, None, config).mini_batches(episodes))
     assert sorted(len(part) for part in parts) == [4, 4, 8]
@@ -180,7 +178,7 @@ def test_mini_batches_are_whole_groups_and_cover_everything(policy, episodes, co
     assert all(len({e.group for e in part[i : i + 4]}) == 1 for part in parts for i in range(0, len(part), 4))
 
 
-def test_one_step_makes_the_rewarded_completion_likelier(policy, config):
+def test_one_step_makes_rewarded_completions_likelier(policy, config):
     prompt = policy.encode_prompt("What is 3 + 4 + 5?")
     good, bad = ([*policy.tokenizer.encode(text, add_special_tokens=False)] for text in ("yes", "no!"))
     episodes = []
@@ -200,7 +198,7 @@ def test_one_step_makes_the_rewarded_completion_likelier(policy, config):
     assert change[0] > 0.01 and change[0] > change[1]
 
 
-def test_a_gradient_that_is_not_finite_is_skipped(policy, episodes, config):
+def test_non_finite_gradient_is_skipped(policy, episodes, config):
     before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
     broken = copy.deepcopy(episodes)
     broken[0].advantages = torch.full_like(broken[0].advantages, math.inf)
@@ -213,7 +211,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(policy, episodes, config):
 
 
 def test_fp16_trains_with_a_scaled_loss(config, episodes):
-    """Tiny gradients that fp16 would flush to zero arrive, at their true size."""
+    """Gradients that would underflow in fp16 keep their size."""
     exact = load_policy(config)
     fill_lora(exact, 0.02)
     config.dtype = "float16"
@@ -227,25 +225,25 @@ def test_fp16_trains_with_a_scaled_loss(config, episodes):
     assert metrics["grad_norm"] == pytest.approx(before["grad_norm"], rel=0.1)
 
 
-def test_what_the_sampler_drew_too_often_counts_less(policy, episodes, config):
-    """Truncated importance weights: min(pi_old / pi_sampler, cap) for each token. In fp32 they stay out."""
-    plain, _ = gradient(policy, episodes, config)
+def test_truncated_importance_weights(policy, episodes, config):
+    """The loss is weighted by min(pi_old / pi_sampler, cap) of each token, except in fp32."""
+    uncorrected, _ = gradient(policy, episodes, config)
     for episode in episodes:
         logprobs, _, _ = completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])
         episode.sampler_logprobs = (logprobs[0].detach() - math.log(1.5)).tolist()  # pi_old is 1.5 times the sampler's
-    torch.testing.assert_close(gradient(policy, episodes, config)[0], plain)
-    policy.dtype = torch.bfloat16  # as if: the weights stay, and so the figures are exact
+    torch.testing.assert_close(gradient(policy, episodes, config)[0], uncorrected)
+    policy.dtype = torch.bfloat16  # the model stays in fp32, so that values are exact
     for cap, factor in ((2.0, 1.5), (1.2, 1.2), (0.0, 1.0)):
         config.importance_sampling_cap = cap
         corrected, totals = gradient(policy, episodes, config)
-        torch.testing.assert_close(corrected, factor * plain, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(corrected, factor * uncorrected, atol=1e-6, rtol=1e-4)
         if cap:
             metrics = Updater(policy, None, config).metrics(totals, 0.0)
             assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(factor, rel=1e-4)
             assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(1.5), abs=1e-4)
 
 
-def test_the_greatest_mismatch_is_that_of_all_optimizer_steps(policy, episodes, config):
+def test_max_logp_difference_is_over_all_optimizer_steps(policy, episodes, config):
     policy.dtype, config.num_mini_batches, config.learning_rate = torch.bfloat16, 2, 0.0
     for i, episode in enumerate(episodes):
         logprobs, _, _ = completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])
@@ -264,7 +262,7 @@ def test_gradients_are_clipped_and_the_schedule_warms_up(policy, episodes, confi
     assert [updater.update(episodes)["learning_rate"] for _ in range(4)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
-def test_micro_batches_stay_within_the_budget_and_lose_nobody():
+def test_micro_batches_stay_within_the_budget_and_are_complete():
     rows = [Episode([1] * p, [2] * c, [], False) for p, c in [(3, 9), (5, 1), (2, 2), (8, 8), (30, 30), (1, 1)]]
     for budget in (1, 16, 40, 1000):
         batches = list(micro_batches(rows, budget, shares_prompts=False))
@@ -277,23 +275,23 @@ def test_micro_batches_stay_within_the_budget_and_lose_nobody():
 
 def test_micro_batches_count_a_shared_prompt_once_and_keep_groups_together():
     groups = [[Episode([g] * 20, [2] * n, [], False) for n in lengths] for g, lengths in enumerate([(3, 9), (4, 4)])]
-    rows = [e for pair in zip(*groups) for e in pair]  # not side by side
+    rows = [e for pair in zip(*groups) for e in pair]  # interleaved
     (batch,) = micro_batches(rows, 4 * 9 + 2 * 20, shares_prompts=True)  # four completions and two prompts
     assert [e.prompt_ids[0] for e in batch] == [1, 1, 0, 0]
     assert [len(b) for b in micro_batches(rows, 4 * 9 + 2 * 20 - 1, shares_prompts=True)] == [3, 1]
     assert [len(b) for b in micro_batches(rows, 2 * 9 + 20, shares_prompts=True)] == [2, 2]
     assert len(list(micro_batches(rows, 2 * 9 + 20, shares_prompts=False))) == 4
-    # A long prompt counts once, but its keys and values stand before each completion: those are bounded, too.
-    long = [Episode([1] * 1000, [2] * 10, [], False) for _ in range(64)]
-    assert max(len(batch) for batch in micro_batches(long, 4000, shares_prompts=True)) == 2 * 4000 // 1010
+    # A long prompt counts once, but its keys and values are needed for each completion, which limits the rows, too.
+    long_prompts = [Episode([1] * 1000, [2] * 10, [], False) for _ in range(64)]
+    assert max(len(batch) for batch in micro_batches(long_prompts, 4000, shares_prompts=True)) == 2 * 4000 // 1010
 
 
-def test_inspect_gives_one_value_a_token(policy, episodes, config):
-    config.max_tokens_per_micro_batch = 60  # more than one forward pass, and the order is kept
+def test_inspect_tokens_returns_one_value_per_token(policy, episodes, config):
+    config.max_tokens_per_micro_batch = 60  # several forward passes; the order is preserved
     for episode in episodes[4:8]:
         episode.advantages = 2 * episode.advantages
     rows = inspect_tokens(Updater(policy, None, config), marked(episodes, [0.0] * 16))["completions"]
-    assert len(rows) == 4  # those of the group with the largest advantages
+    assert len(rows) == 4  # the group with the largest advantages
     for row, episode in zip(rows, episodes[4:8]):
         assert {len(row[name]) for name in ("tokens", "logprobs", "advantages", "entropy", "kl")} == {
             len(episode.completion_ids)
@@ -303,38 +301,38 @@ def test_inspect_gives_one_value_a_token(policy, episodes, config):
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported")
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
-def test_an_optimizer_goes_on_from_its_state_exactly(policy, config, optim):
-    """Through a file, and with the schedule; learning rate and weight decay are those of the settings."""
+def test_optimizer_resumes_exactly(policy, config, optim):
+    """The state is saved to a file, with the schedule. Learning rate and weight decay follow the settings."""
     config.optim, config.lr_scheduler_type, config.warmup_ratio = optim, "cosine", 0.2
 
     def parameters():
         generator = torch.Generator().manual_seed(1)
         return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 128), (32, 8))]
 
-    def steps(optimizer, first, last):
-        for step in range(first, last):
+    def steps(optimizer, start, end):
+        for step in range(start, end):
             generator = torch.Generator().manual_seed(step)
             for p in optimizer.parameters:
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
 
-    whole = Optimizer(parameters(), 1e-2, policy, config)
-    steps(whole, 0, 10)
-    first = Optimizer(parameters(), 1e-2, policy, config)
-    steps(first, 0, 5)
+    uninterrupted = Optimizer(parameters(), 1e-2, policy, config)
+    steps(uninterrupted, 0, 10)
+    interrupted = Optimizer(parameters(), 1e-2, policy, config)
+    steps(interrupted, 0, 5)
     file = io.BytesIO()
-    torch.save(first.state_dict(), file)
+    torch.save(interrupted.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    again = Optimizer([torch.nn.Parameter(p.detach().clone()) for p in first.parameters], 1e-2, policy, config)
-    again.load_state_dict(state)
-    assert again.learning_rate == first.learning_rate
-    steps(again, 5, 10)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters, whole.parameters, strict=True))
-    assert again.learning_rate == whole.learning_rate
+    resumed = Optimizer([torch.nn.Parameter(p.detach().clone()) for p in interrupted.parameters], 1e-2, policy, config)
+    resumed.load_state_dict(state)
+    assert resumed.learning_rate == interrupted.learning_rate
+    steps(resumed, 5, 10)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, uninterrupted.parameters, strict=True))
+    assert resumed.learning_rate == uninterrupted.learning_rate
 
     config.weight_decay = 0.1
     changed = Optimizer(parameters(), 2e-2, policy, config)
     changed.load_state_dict(state)
-    assert changed.learning_rate == pytest.approx(2 * first.learning_rate)
+    assert changed.learning_rate == pytest.approx(2 * interrupted.learning_rate)
     assert changed.adamw.param_groups[0]["weight_decay"] == 0.1
