@@ -22,7 +22,7 @@ GYM = reasoning-gym==0.1.25  # not in requirements: a dependency needs a C compi
 PY = .venv/bin/python
 PIP = -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 QUICK = tests/rl/test_algorithms.py tests/rl/test_family.py tests/rl/test_config.py tests/rl/test_terms.py tests/test_docs.py \
-	tests/grading/test_answers.py tests/grading/test_rewards.py tests/grading/test_scoring.py tests/test_rooms.py
+	tests/grading/test_answers.py tests/grading/test_rewards.py tests/grading/test_scoring.py tests/test_layers.py
 
 .PHONY: train ui quick test test-all lint compare bench test-gpu test-unsloth screenshots clean
 

@@ -1,4 +1,4 @@
-"""docs/terms.md against the code: references exist, settings are valid, and no term or function is missing."""
+"""docs/algorithms.md against the code: references exist, settings are valid, and no term or function is missing."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ import yaml
 from rl.config import Config, ConfigError
 from rl.run.read_config import coerce
 
-DOCUMENT = Path("docs/terms.md").read_text(encoding="utf-8")
+DOCUMENT = Path("docs/algorithms.md").read_text(encoding="utf-8")
 PARTS = ("Formula", "Settings", "Code")  # the list items of an entry, in this order
 TERMS = """state, action, policy, episode, trajectory, return, advantage, credit assignment, REINFORCE, baseline, RLOO, GRPO,
 whitening, REINFORCE++, loss normalisation, Dr. GRPO, sample efficiency, on-policy, off-policy, importance ratio, PPO clip, DAPO,
@@ -133,7 +133,7 @@ def test_every_algorithm_and_loss_is_in_the_table():
     "check, old, new, message",
     [
         (check_structure, "* Code: `rl/model/sampling.py:sample`\n", "", "State and action names no code"),
-        (check_structure, "What an episode earns", "* Formula: `1`\nWhat an episode earns", "Return has no sentences"),
+        (check_structure, "The return is the", "* Formula: `1`\nThe return is the", "Return has no sentences"),
         (
             check_code,
             "`rl/model/sampling.py:sample`",
