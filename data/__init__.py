@@ -106,9 +106,7 @@ def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
     for source in config.train_data:
         rows = load_at_most(source, config.train_questions, "train", config.seed, "used (train_questions)")
         if tasks := {row["task"] for row in rows} & EVALUATION_ONLY:
-            notes.append(
-                f"{source}: {', '.join(tasks)} is made for evaluation: after training on it, its scores mean nothing"
-            )
+            notes.append(f"{source}: {', '.join(tasks)} is made for evaluation: training on it invalidates its scores")
         held_out_source = None if config.eval_data else _held_out_source(source)
         if held_out_source:
             eval_rows += load_at_most(held_out_source, num_eval, "eval", EVAL_SEED, "held out (eval_questions)")

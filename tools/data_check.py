@@ -132,7 +132,7 @@ def _grade_mutants(row: dict) -> tuple[int, Result]:
             num_passed += 1
         else:
             not_passed.append(result)
-        if result.reason.startswith("failed"):  # crashes and endless loops are not enough
+        if result.reason.startswith("failed"):  # a crash or an endless loop does not count
             break
     failed = [result for result in not_passed if result.score == 0]
     if failed or not_passed:  # an ungraded mutant may also be wrong

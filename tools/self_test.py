@@ -144,7 +144,7 @@ def _examples(rewards: Rewards) -> list[tuple[dict, probes.Probe]]:
 def _gold_notes(source: str, trials: list[Trial]) -> list[str]:
     """Return notes on rows without a gold, or with an ungraded gold."""
     if not any(t.probe.is_right for t in trials):
-        return [f"{source}: no gold answers (answer, solution): most checks are skipped, unless the file has examples"]
+        return [f"{source}: no gold answers (answer, solution), so few checks are possible: add examples to the file"]
     ungraded = [t for t in trials if t.probe.name == probes.RIGHT and t.score.verdict == "ungraded"]
     return [f"{t.row['id']}: the gold is ungraded ({'; '.join(t.score.reasons.values())})" for t in ungraded]
 

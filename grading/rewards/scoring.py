@@ -281,7 +281,7 @@ class Scoring:
         if any(name in score.parts for name in entry.ungraded):
             score.verdict = "ungraded"
             score.total = math.nan
-        elif not applied:  # a reward of 0 would be trained on
+        elif not applied:  # not a reward of 0, which would be trained on
             score.verdict = "ungraded"
             score.total = math.nan
             score.reasons.setdefault(
@@ -296,7 +296,7 @@ class Scoring:
 
 
 class _InvalidValue(Exception):
-    """A function returned something that a reward function may not return."""
+    """The result of a reward function is invalid."""
 
 
 def parse_result(result, length: int) -> tuple[float | None, str, list[tuple[int, float]] | None]:
