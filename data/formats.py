@@ -1,8 +1,8 @@
-"""How the well-known sets of questions write their rows, and how each becomes a row of ours.
+"""Row formats of well-known datasets, and their conversion to the project's schema.
 
-A format is recognised by its columns, in a file as on the Hub. To add one: a function that converts a row, and a line in
-FORMATS. Code rows get `tests` (all of the source's, the one that the prompt shows among them: a program that only knows
-that one fails the others), `setup` (what tests and program both get), `solution` (a gold program).
+A format is recognised by its columns, in files and on the Hub. To add one, write a function that converts a row, and add
+a line to FORMATS. Code rows get `tests` (all tests of the dataset, including the one shown in the prompt: a program that
+hard-codes it fails the others), `setup` (code that runs before both program and tests) and `solution` (a gold program).
 """
 
 import ast
@@ -15,30 +15,30 @@ from grading.sandbox.cases import called_names, parse_tests
 
 
 class Format(NamedTuple):
-    """One set's way of writing rows. `convert` raises KeyError, TypeError or ValueError for a row that is not so."""
+    """The row format of a dataset."""
 
     task: str
-    columns: frozenset[str]
-    convert: Callable[[dict], dict]  # our columns, made from the source's
-    evaluation_only: bool = False  # a benchmark: what is trained on it can no longer be measured with it
-    mark: tuple[str, str] = ("", "")  # a column, and what stands in it in every row
+    columns: frozenset[str]  # columns that every row has
+    convert: Callable[[dict], dict]  # returns our columns; raises KeyError, TypeError or ValueError for an invalid row
+    evaluation_only: bool = False  # True for a benchmark, which must not be trained on
+    marker: tuple[str, str] = ("", "")  # a column, and a text that it contains in every row
 
 
 def find_format(rows: list[dict]) -> Format | None:
-    """The format that all rows are written in, or None."""
+    """Return the format of all rows, or None."""
 
-    def fits(form: Format, row: dict) -> bool:
-        column, mark = form.mark
-        return form.columns <= row.keys() and (not mark or mark in str(row[column]))
+    def matches(form: Format, row: dict) -> bool:
+        column, marker = form.marker
+        return form.columns <= row.keys() and (not marker or marker in str(row[column]))
 
-    return next((form for form in FORMATS if all(fits(form, row) for row in rows)), None)
+    return next((form for form in FORMATS if all(matches(form, row) for row in rows)), None)
 
 
 def _gsm8k(row: dict) -> dict:
     solution, _, gold = row["answer"].rpartition("####")
     if not gold.strip():
         raise ValueError("the answer has nothing after ####")
-    solution = re.sub(r"<<[^<>]*>>", "", row["answer"])  # the marks of a calculator: <<16-3-4=9>>
+    solution = re.sub(r"<<[^<>]*>>", "", row["answer"])  # calculator annotations: <<16-3-4=9>>
     return {"prompt": row["question"], "answer": gold.strip().replace(",", ""), "solution": solution}
 
 
@@ -47,7 +47,7 @@ def _math_500(row: dict) -> dict:
 
 
 def _dapo(row: dict) -> dict:
-    return {"answer": row["solution"], "solution": None}  # its solution is the bare number
+    return {"answer": row["solution"], "solution": None}  # DAPO's solution is only the final number
 
 
 def _mbpp_sanitized(row: dict) -> dict:
@@ -59,7 +59,7 @@ def _mbpp_full(row: dict) -> dict:
 
 
 def _mbpp(row: dict, question: str, setup: str, more_tests) -> dict:
-    """One test is shown, because only the tests tell the function's name; of a row with one test only the name is."""
+    """Convert an MBPP row. The prompt shows one test, which gives the function's name; the only test is not shown."""
     tests = _texts(row["test_list"]) + _texts(more_tests)
     if not tests:
         raise ValueError("the test_list is empty")
@@ -86,7 +86,7 @@ def _humaneval(row: dict) -> dict:
 
 
 def _before_function(program: str, name: str) -> str:
-    """The lines above a function: the imports and helpers that it and its tests use."""
+    """Return the lines before a function: the imports and helpers that it and its tests use."""
     try:
         functions = [node for node in ast.parse(program).body if getattr(node, "name", None) == name]
     except SyntaxError as error:
@@ -98,14 +98,14 @@ def _before_function(program: str, name: str) -> str:
 
 
 def _texts(value) -> list[str]:
-    """A list of texts, also as it stands in the cell of a CSV file: ['assert f(1) == 2', ...]."""
+    """Return a list of texts. In a CSV file it is a Python literal: ['assert f(1) == 2', ...]."""
     if isinstance(value, str):
         value = ast.literal_eval(value) if value.strip() else []
     return [text.replace("\r\n", "\n") for text in value]
 
 
 FORMATS = (
-    Format("gsm8k", frozenset({"question", "answer"}), _gsm8k, mark=("answer", "####")),
+    Format("gsm8k", frozenset({"question", "answer"}), _gsm8k, marker=("answer", "####")),
     Format("math_500", frozenset({"problem", "solution", "answer", "subject", "level", "unique_id"}), _math_500, True),
     Format("dapo", frozenset({"prompt", "solution", "data_source", "ability", "reward_model"}), _dapo),
     Format("mbpp", frozenset({"task_id", "prompt", "code", "test_imports", "test_list"}), _mbpp_sanitized),
@@ -117,7 +117,7 @@ FORMATS = (
 
 
 def parse_tests_cell(text: str) -> str | list:
-    """The column `tests` where it is one text: a check function, a JSON list, or one assert a line."""
+    """Parse a column `tests` that is one text: a check function, a JSON list, or one assert per line."""
     if "def check(" in text:
         return text
     if text.lstrip().startswith("["):

@@ -1,10 +1,10 @@
-"""Questions of reasoning_gym, a package of over 100 families of puzzles made from a seed: `reasoning_gym:NAME`.
+"""Questions of the package reasoning_gym: over 100 families of puzzles generated from a seed, `reasoning_gym:NAME`.
 
-`reasoning_gym:NAME@1-4` makes as many of each of these levels, by the family's own curriculum; a row's `level` says which.
+`reasoning_gym:NAME@1-4` generates equally many questions of levels 1 to 4 of the family's curriculum, and sets `level`.
 
-They are graded by the package's own `score_answer` (grading/gym.py), which needs the whole *entry* that the package made.
-The questions are made in a process of their own with a fixed hash seed: some families go by the order of a set, draw
-from the global random numbers or print, and a run must be reproducible to the bit.
+Questions are graded by the package's `score_answer` (grading/gym.py), which needs the complete *entry* of a question.
+They are generated in a separate process with a fixed hash seed, because runs must be reproducible bit for bit: some
+families depend on the order of a set, use the global random state, or print.
 """
 
 import importlib.util
@@ -18,29 +18,29 @@ import sys
 from pathlib import Path
 
 from data.sources import DataError
-from data.tasks import split_of
+from data.tasks import assign_split
 from grading.base import did_you_mean
 
 PREFIX = "reasoning_gym:"
-BATCH = 500  # questions from one seed of the package
-NONSENSE = ("?", "qwertz", "no answer at all")  # a family that takes all of these for right takes anything
+BATCH_SIZE = 500  # questions generated from one seed of the package
+NONSENSE = ("?", "qwertz", "no answer at all")  # a family that accepts all of these cannot be used
 
 
 def read_gym(source: str, n: int, split: str, seed: int) -> list[dict]:
-    """`n` rows of a family, no question twice; a question's hash decides its split, so they are disjoint.
+    """Generate n distinct rows of a family. A question's hash determines its split, so splits are disjoint.
 
-    Columns: grader, family, answer (None where the family gives none), entry (plain data), and level where levels are
-    asked for. Raises DataError.
+    Columns: grader, family, answer (None if the family gives none), entry (built-in types only), and level if the source
+    names levels. Raises DataError.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise DataError(f"{source}: the package reasoning_gym is missing: pip install reasoning-gym==0.1.25")
-    work = [source.removeprefix(PREFIX), split, n, seed]
-    command = [sys.executable, "-c", "from data.gym import _main; _main()", json.dumps(work)]
+        raise DataError(f"{source}: the package reasoning_gym is not installed: pip install reasoning-gym==0.1.25")
+    arguments = [source.removeprefix(PREFIX), split, n, seed]
+    command = [sys.executable, "-c", "from data.gym import _main; _main()", json.dumps(arguments)]
     root = Path(__file__).resolve().parent.parent
     child = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONHASHSEED": "0"}, capture_output=True)
     if child.returncode:
-        reason = (child.stderr.decode(errors="replace").strip().splitlines() or ["it died"])[-1]
-        raise DataError(f"{source}: reasoning_gym cannot make its questions: {reason}")
+        reason = (child.stderr.decode(errors="replace").strip().splitlines() or ["the process died"])[-1]
+        raise DataError(f"{source}: reasoning_gym cannot generate questions: {reason}")
     rows = pickle.loads(child.stdout)
     if isinstance(rows, str):
         raise DataError(f"{source}: {rows}")
@@ -48,71 +48,79 @@ def read_gym(source: str, n: int, split: str, seed: int) -> list[dict]:
 
 
 def _main() -> None:
-    """In the child: write the rows, or a message, to standard output. What the package prints goes elsewhere."""
+    """In the child: write the rows, or an error message, to stdout. Text that the package prints goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        result = _make(*json.loads(sys.argv[1]))
+        result = _generate(*json.loads(sys.argv[1]))
     except DataError as error:
         result = str(error)
     pickle.dump(result, out)
 
 
-def _make(name: str, split: str, n: int, seed: int) -> list[dict]:
+def _generate(name: str, split: str, n: int, seed: int) -> list[dict]:
+    """Generate n rows of NAME, or of NAME@FIRST-LAST divided equally among these levels."""
     from reasoning_gym.factory import DATASETS
 
-    name, at, levels = name.partition("@")
+    name, at_sign, levels = name.partition("@")
     if name not in DATASETS:
         hint = did_you_mean(name, DATASETS) or f" It has {', '.join(sorted(DATASETS))}."
         raise DataError(f"reasoning_gym has no family {name}.{hint}")
-    if not at:
-        return _make_level(name, None, split, n, seed, set())
+    if not at_sign:
+        return _generate_level(name, None, split, n, seed, set())
     first, _, last = levels.partition("-")
     if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
         raise DataError(f"levels are written {PREFIX}{name}@1-4, not @{levels}")
-    asked, rows, seen = range(int(first), int(last or first) + 1), [], set()
-    for i, level in enumerate(asked):
-        share = n * (i + 1) // len(asked) - len(rows)
-        rows += _make_level(name, level, split, share, seed, seen) if share else []
+    level_range = range(int(first), int(last or first) + 1)
+    rows = []
+    seen = set()
+    for i, level in enumerate(level_range):
+        num_rows = n * (i + 1) // len(level_range) - len(rows)
+        rows += _generate_level(name, level, split, num_rows, seed, seen) if num_rows else []
     return rows
 
 
-def _make_level(name: str, level: int | None, split: str, n: int, seed: int, seen: set[str]) -> list[dict]:
-    """n questions of a level, of none that is in `seen`, where they are put. level None: the family as it is by itself."""
+def _generate_level(name: str, level: int | None, split: str, n: int, seed: int, seen: set[str]) -> list[dict]:
+    """Generate n rows of a level (None: the family's default) whose questions are not in `seen`, and add them to it."""
     from reasoning_gym.factory import create_curriculum, create_dataset, has_curriculum
 
-    settings, label = {}, split
+    settings = {}
+    label = split
     if level is not None:
         if not has_curriculum(name):
-            raise DataError(f"the family {name} has no levels: leave @ out")
+            raise DataError(f"the family {name} has no levels: remove @ from the source")
         curriculum = create_curriculum(name)
         highest = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
         if level > highest:
             raise DataError(f"the family {name} has levels up to {highest}, not {level}")
         curriculum.set_global_level(level)
-        made = vars(curriculum.generate_configuration())
-        settings = {key: value for key, value in made.items() if key not in ("seed", "size")}
+        configuration = vars(curriculum.generate_configuration())
+        settings = {key: value for key, value in configuration.items() if key not in ("seed", "size")}
         label = f"{split}-level{level}"
-    rows, others = [], 0  # others: questions that were not taken
+    rows = []
+    num_skipped = 0  # questions of another split, and repeated ones
     for batch in itertools.count():
         batch_seed = random.Random(f"{name}/{label}/{seed}/{batch}").getrandbits(31)
-        dataset = create_dataset(name, seed=batch_seed, size=BATCH, **settings)
-        for i in range(BATCH):
+        dataset = create_dataset(name, seed=batch_seed, size=BATCH_SIZE, **settings)
+        for i in range(BATCH_SIZE):
             entry = dataset[i]
             question = entry["question"]
-            of_split = (split_of(name, question) == "eval") == (split == "eval")  # two tenths are held out
-            if not of_split or question in seen:
-                others += 1
-                if others > 15 * n + 5000:
-                    raise DataError(f"the family does not have {n} different {label} questions: ask for fewer")
+            is_in_split = (assign_split(name, question) == "eval") == (split == "eval")  # two tenths are held out
+            if not is_in_split or question in seen:
+                num_skipped += 1
+                if num_skipped > 15 * n + 5000:
+                    raise DataError(f"the family does not have {n} different {label} questions: request fewer")
                 continue
             seen.add(question)
             if not rows and all(_score(dataset, text, entry) >= 1 for text in NONSENSE):
-                raise DataError(
-                    "the family's own score_answer takes any nonsense for right: nothing can be learnt from it"
-                )
+                raise DataError("the family cannot be trained on: its score_answer accepts nonsense as right")
             row = {"id": f"{PREFIX}{name}-{label}-{seed}-{len(rows)}", "prompt": question, "task": PREFIX + name}
-            row |= {"grader": "reasoning_gym", "family": name, "answer": _gold(dataset, entry), "entry": plain(entry)}
+            row |= {
+                "grader": "reasoning_gym",
+                "family": name,
+                "answer": _gold(dataset, entry),
+                "entry": to_plain(entry),
+            }
             if level is not None:
                 row["level"] = level
             rows.append(row)
@@ -123,12 +131,12 @@ def _make_level(name: str, level: int | None, split: str, n: int, seed: int, see
 def _score(dataset, answer: str, entry: dict) -> float:
     try:
         return dataset.score_answer(answer, entry)
-    except Exception:  # some of them expect a form that nonsense does not have
+    except Exception:  # some families raise for answers that they cannot parse
         return 0.0
 
 
 def _gold(dataset, entry: dict) -> str | None:
-    """The answer; where a puzzle has many, the example among the metadata (example_answer, ...), if it is a right one."""
+    """Return the answer or, for a puzzle with many, the example in the metadata (example_answer, ...) if it is right."""
     if entry["answer"] is not None:
         return str(entry["answer"])
     for name, value in entry["metadata"].items():
@@ -138,13 +146,13 @@ def _gold(dataset, entry: dict) -> str | None:
     return None
 
 
-def plain(value):
-    """A copy of built-in types alone: what it does not know becomes text."""
+def to_plain(value):
+    """Copy a value with built-in types only. Objects of other types become text."""
     if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {to_plain(key): to_plain(item) for key, item in value.items()}
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
-            return kind(plain(item) for item in value)
+            return kind(to_plain(item) for item in value)
     for kind in (str, bool, int, float, type(None)):
         if isinstance(value, kind):
             return value if type(value) is kind else kind(value)

@@ -1,10 +1,10 @@
-"""Questions from the Hugging Face Hub, read with the package `datasets`.
+"""Datasets on the Hugging Face Hub, loaded with the package `datasets`.
 
-    openai/gsm8k                                 configuration and split as they suit the use
+    openai/gsm8k                                 default configuration and split
     google-research-datasets/mbpp:full           another configuration
     openai/gsm8k:main[test]                      configuration and split
 
-Without a split, training takes `train`, and evaluation `test` or `validation`. A set with one split gives that.
+The default split is `train` for training, and `test` or `validation` for evaluation, or the dataset's only split.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import re
 from data.sources import DataError, to_schema
 from grading.base import did_you_mean
 
-DEFAULT_CONFIGS = {  # of sets that have several; for any other the Hub chooses, or asks
+DEFAULT_CONFIGS = {  # for datasets with several; for any other, `datasets` picks the default or raises
     "openai/gsm8k": "main",
     "google-research-datasets/mbpp": "sanitized",
     "open-r1/DAPO-Math-17k-Processed": "all",
@@ -24,12 +24,15 @@ _SOURCE = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?(?:\[([\w.-]+)\])?")
 
 
 def is_hub_source(source: str) -> bool:
-    """Whether a source reads OWNER/NAME, with an optional :CONFIG and [SPLIT]."""
+    """Return True if a source has the form OWNER/NAME, with an optional :CONFIG and [SPLIT]."""
     return _SOURCE.fullmatch(source) is not None
 
 
 def read_hub(source: str, n: int | None, use: str, columns: dict[str, str]) -> tuple[list[dict], int]:
-    """The first n rows (None: all) in our schema, and how many there are. use: train or eval. Raises DataError."""
+    """Return the first n rows (None: all) in the project's schema, and the number of rows in the split.
+
+    The split is the one of the source, else the one for `use`, "train" or "eval". Raises DataError.
+    """
     name, config, split = _SOURCE.fullmatch(source).groups()
     splits = _fetch(name, config)
     if split is None:
@@ -45,7 +48,7 @@ def read_hub(source: str, n: int | None, use: str, columns: dict[str, str]) -> t
 
 
 def held_out_split(source: str) -> str | None:
-    """The source of the evaluation questions that belong to a training source; None where there are none apart."""
+    """Return the source of the evaluation split of a training source; None if the dataset has no separate one."""
     name, config, split = _SOURCE.fullmatch(source).groups()
     splits = _fetch(name, config)
     held_out = _split_for("eval", source, splits)
@@ -61,14 +64,14 @@ def _split_for(use: str, source: str, splits) -> str:
                 return split
     if "train" in splits or len(splits) == 1:
         return "train" if "train" in splits else next(iter(splits))
-    raise DataError(f"{source}: name one of its splits, such as {source}[{next(iter(splits))}]: {', '.join(splits)}")
+    raise DataError(f"{source}: choose a split, such as {source}[{next(iter(splits))}]: {', '.join(splits)}")
 
 
 @functools.lru_cache(maxsize=16)
 def _fetch(name: str, config: str | None):
-    """All splits of a set by name, from the Hub or from earlier downloads. Raises DataError.
+    """Load all splits of a dataset, by name, from the Hub or the local cache. Raise DataError if this fails.
 
-    The Hub is asked first: without a network the client of `datasets` would try again for half a minute.
+    The Hub is probed first, because without a network `datasets` would retry for half a minute.
     """
     try:
         import datasets
@@ -76,37 +79,38 @@ def _fetch(name: str, config: str | None):
         import huggingface_hub
     except ImportError as error:
         raise DataError(f"{name}: reading from the Hub needs a package: pip install {error.name}") from None
-    label, is_reachable = name + (f":{config}" if config else ""), True
+    label = name + (f":{config}" if config else "")
+    is_reachable = True
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
     except (httpx.TransportError, ConnectionError):
         is_reachable = False
     except (httpx.HTTPError, OSError, ValueError) as error:
         hint = did_you_mean(name, KNOWN) or f" {_in_one_line(error)}"
-        raise DataError(f"{name}: the Hub does not give this set of data.{hint}") from None
+        raise DataError(f"{name}: the Hub does not provide this dataset.{hint}") from None
     try:
         with contextlib.nullcontext() if is_reachable else _offline():
             return datasets.load_dataset(name, config or DEFAULT_CONFIGS.get(name))
-    except Exception as error:  # of any library below: network, disk, formats, a name of a configuration
+    except Exception as error:  # from any library: network, disk, file format, unknown configuration
         if is_reachable:
             raise DataError(f"{label}: cannot be loaded: {_in_one_line(error)}") from None
         raise DataError(
-            f"{label}: this machine cannot reach the Hub, and has no copy of this set; without a network there are "
-            "sums, words, functions, countdown, reasoning_gym:NAME and your own files"
+            f"{label}: this machine cannot reach the Hub and has no local copy of this dataset; without a network, use "
+            "sums, words, functions, countdown, reasoning_gym:NAME or your own files"
         ) from None
 
 
 @contextlib.contextmanager
 def _offline():
-    """Within this context the Hub's client looks at what has been downloaded before, and asks nobody."""
+    """Context in which the Hub client uses only its local cache."""
     import huggingface_hub
 
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    previous = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
+        huggingface_hub.constants.HF_HUB_OFFLINE = previous
 
 
 def _in_one_line(error: Exception) -> str:

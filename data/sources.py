@@ -1,4 +1,4 @@
-"""Reading questions from .jsonl, .json, .csv and .parquet files into our schema, with errors that name file and line."""
+"""Read questions from .jsonl, .json, .csv and .parquet files into the project's schema. Errors name file and line."""
 
 import csv
 import json
@@ -8,17 +8,18 @@ from data.formats import Format, find_format, parse_tests_cell
 from grading.base import did_you_mean, first_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-PROMPT_NAMES = ("prompt", "question", "problem")  # looked for in this order where `columns` does not map the prompt
+PROMPT_NAMES = ("prompt", "question", "problem")  # tried in this order if `columns` does not map the prompt
 
 
 class DataError(Exception):
-    """A data source cannot be used. The message is one line that names file, line or column and what to change."""
+    """Raised if a data source cannot be used. The message is one line: file, line or column, and what to change."""
 
 
 def read_file(source: str, columns: dict[str, str]) -> list[dict]:
-    """All rows of a file in the project's schema. Raises DataError for a missing file, broken line, or missing column.
+    """Read all rows of a file. Raise DataError for a missing file, an invalid line or a missing column.
 
-    columns maps our names (prompt, answer, tests, task, id) to the file's.
+    Args:
+        columns: Maps our names (prompt, answer, tests, task, id) to the column names of the file.
     """
     path = Path(source)
     readers = dict(zip(FILE_TYPES, (_read_jsonl, _read_json, _read_csv, _read_parquet)))
@@ -28,7 +29,7 @@ def read_file(source: str, columns: dict[str, str]) -> list[dict]:
     try:
         raw_rows = readers[path.suffix.lower()](path)
     except csv.Error as error:
-        raise DataError(f"{source}: not a CSV file that can be read: {error}") from None
+        raise DataError(f"{source}: not a valid CSV file: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 text at byte {error.start}: save it as UTF-8") from None
     if not raw_rows:
@@ -55,19 +56,19 @@ def _read_json(path: Path) -> list[tuple[int, dict]]:
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of objects, [{{...}}, {{...}}]; for one object a line use .jsonl")
+        raise DataError(f"{path}: expected a list of objects, [{{...}}, {{...}}]; for one object per line use .jsonl")
     return [(number, _as_dict(row, path, number)) for number, row in enumerate(content, 1)]
 
 
 def _read_csv(path: Path) -> list[tuple[int, dict]]:
-    csv.field_size_limit(2**24)  # characters in a cell
+    csv.field_size_limit(2**24)  # characters per cell
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         rows = []
         for row in reader:
             if None in row or None in row.values():
-                fields = len(reader.fieldnames)
-                raise DataError(f"{path}:{reader.line_num}: this row does not have the header's {fields} fields")
+                num_fields = len(reader.fieldnames)
+                raise DataError(f"{path}:{reader.line_num}: this row does not have {num_fields} fields like the header")
             rows.append((reader.line_num, row))
         return rows
 
@@ -84,15 +85,17 @@ def _read_parquet(path: Path) -> list[tuple[int, dict]]:
 
 def _as_dict(row, path: Path, number: int) -> dict:
     if not isinstance(row, dict):
-        raise DataError(f"{path}:{number}: expected an object {{...}}, found {json.dumps(row)[:40]}")
+        raise DataError(f"{path}:{number}: expected an object {{...}}, got {json.dumps(row)[:40]}")
     return row
 
 
 def to_schema(raw_rows: list[dict], name: str, columns: dict[str, str], places: list[str]) -> list[dict]:
-    """Rows with our names, whatever the format; the columns that are not ours stay as they are.
+    """Convert rows of any format to the project's schema. Other columns are kept. Raise DataError for an invalid row.
 
-    name: of the source, for ids and tasks. columns: ours to theirs; what is mapped here wins. places: of each row, for
-    messages ("q.jsonl:3"; the part behind the last colon goes into the id). Raises DataError.
+    Args:
+        name: Name of the source, used for ids and tasks.
+        columns: Maps our column names to theirs; takes precedence over the format.
+        places: Place of each row, for messages ("q.jsonl:3"). The part after the last colon becomes part of the id.
     """
     form = find_format(raw_rows)
     return [_to_row(raw, name, columns, place, form) for raw, place in zip(raw_rows, places)]
@@ -104,18 +107,19 @@ def _to_row(raw: dict, name: str, columns: dict[str, str], place: str, form: For
         try:
             row |= {"task": form.task} | form.convert(raw)
         except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
-            raise DataError(f"{place}: not a row as {form.task} writes them: {error}") from None
+            raise DataError(f"{place}: not a valid {form.task} row: {error}") from None
     for ours, theirs in columns.items():
         if theirs in raw:
             row[ours] = raw[theirs]
-        elif form is None:  # where the format is known, the mapping may be meant for another source
+        elif form is None:  # for a known format, the mapping may be meant for another source
             hint = did_you_mean(theirs, raw) or f" It has {', '.join(raw)}."
             raise DataError(f"{place}: columns maps {ours} to '{theirs}', but there is no such column.{hint}")
     if "prompt" not in row:
         prompt_name = next((name for name in PROMPT_NAMES if name in row), None)
         if prompt_name is None:
             raise DataError(
-                f"{place}: no column prompt or question, only {', '.join(raw)}: name it with columns: {{prompt: YOUR_COLUMN}}"
+                f"{place}: no column prompt, question or problem, only {', '.join(raw)}: map yours with columns: "
+                "{prompt: YOUR_COLUMN}"
             )
         row["prompt"] = row[prompt_name]
     if not is_prompt(row["prompt"]):
@@ -132,7 +136,7 @@ def _to_row(raw: dict, name: str, columns: dict[str, str], place: str, form: For
 
 
 def is_prompt(prompt) -> bool:
-    """Whether a prompt is text, or a list of chat messages with a role and text each."""
+    """Return True if a prompt is non-empty text, or a list of chat messages, each with a role and text."""
     if isinstance(prompt, str):
         return bool(prompt.strip())
     return isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))

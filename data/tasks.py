@@ -1,8 +1,8 @@
-"""The built-in task families, made from a seed: sums, word problems, small Python functions, longer sums, and Countdown.
+"""Built-in task families, generated from a seed: sums, word problems, small Python functions, long sums, and Countdown.
 
-Every question has a *key*, what it asks apart from its wording ("7+5-3", "apples:5+3-2", "+4*3"). A hash of the
-key decides which split the question belongs to, so pretraining, training and evaluation questions are disjoint by
-construction, whatever seeds they are drawn with and however they are phrased.
+Every question has a *key*: its content without the wording ("7+5-3", "apples:5+3-2", "+4*3"). A hash of the key
+determines the question's split, so pretraining, training and evaluation questions are disjoint by construction,
+whatever their seed and wording.
 
     from data.tasks import questions
     rows = questions("sums", split="eval", n=100, seed=0)
@@ -13,28 +13,28 @@ import random
 from dataclasses import dataclass
 from functools import partial
 
-FAMILIES = ("sums", "words", "functions", "big_sums")  # what the bundled model has met
+FAMILIES = ("sums", "words", "functions", "big_sums")  # families that the bundled model was pretrained on
 # Tenths of the hash range: half of all questions for pretraining, three tenths for RL, two tenths held out.
 SPLITS = {"pretrain": range(0, 5), "train": range(5, 8), "eval": range(8, 10)}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with everything that a demonstration or a grader needs."""
+    """A question with all data for demonstrations and graders."""
 
     family: str
-    key: str  # what is asked, without its wording; decides the split
+    key: str  # content of the question without its wording; determines the split
     prompt: str
-    steps: tuple[str, ...]  # the lines of a right chain of thought
-    answer: str  # the number, or the body of the function, or Countdown's expression
+    steps: tuple[str, ...]  # lines of a correct chain of thought
+    answer: str  # the number, the expression that the function returns, or Countdown's expression
     ops: tuple[tuple[str, int], ...] = ()  # (operator, number) in the order of application
-    entry_point: str = ""  # functions only: the name that the tests call
+    entry_point: str = ""  # functions only: name that the tests call
     tests: tuple[str, ...] = ()  # functions only: assert statements
-    target: int = 0  # Countdown only, like nums
-    nums: tuple[int, ...] = ()
+    target: int = 0  # Countdown only
+    nums: tuple[int, ...] = ()  # Countdown only
 
     def columns(self) -> dict:
-        """What a row holds besides id, prompt and task: what its grader needs, and a solution, worked out in full."""
+        """Return the columns of a row for its grader, and a complete solution."""
         if self.tests:
             solution = f"def {self.entry_point}(x):\n    return {self.answer}"
             return {"entry_point": self.entry_point, "tests": list(self.tests), "solution": solution}
@@ -45,7 +45,7 @@ class Problem:
 
 SUM_PROMPTS = ("What is {}?", "Compute {}.", "Calculate {}.", "{} = ?", "Work out {}.")
 
-# (name of the template, opening, sentences that add, sentences that take away, question)
+# (name of the template, opening, sentences that add, sentences that subtract, question)
 WORD_TEMPLATES = (
     ("apples", "{who} has {n} apples.", ["{who} picks {n} more.", "{who} gets {n} more."], ["{who} eats {n}.", "{who} gives away {n}."], "How many apples are left?"),
     ("bus", "A bus has {n} riders.", ["{n} get on.", "{n} more get on."], ["{n} get off.", "{n} leave the bus."], "How many riders are on the bus?"),
@@ -70,11 +70,11 @@ FUNCTION_WORDS = {"+": "add {}", "-": "subtract {}", "*": "multiply by {}"}
 COUNTDOWN_PROMPT = (
     "Make {} from the numbers {}: use each of them exactly once, with +, -, *, / and brackets. Give the expression."
 )
-MAX_COUNTDOWN = 100  # numbers and targets are below
+MAX_COUNTDOWN = 100  # numbers and targets are below this
 
 
-def split_of(family: str, key: str) -> str:
-    """The split that a question belongs to: a fixed function of what it asks."""
+def assign_split(family: str, key: str) -> str:
+    """Return the split of a question, a fixed function of its key."""
     tenth = int.from_bytes(hashlib.sha256(f"{family}:{key}".encode()).digest()[:8], "big") % 10
     return next(name for name, tenths in SPLITS.items() if tenth in tenths)
 
@@ -86,36 +86,38 @@ def running_totals(first: int, ops) -> list[int]:
     return totals
 
 
-def written_steps(first: int, ops) -> tuple[str, ...]:
+def write_steps(first: int, ops) -> tuple[str, ...]:
+    """Return the lines of a chain of thought: ("7+5=12", "12-3=9")."""
     totals = running_totals(first, ops)
     return tuple(f"{a}{op}{n}={b}" for (op, n), a, b in zip(ops, totals, totals[1:]))
 
 
 def make_sum(rng: random.Random, family="sums", low=1, high=9, terms=(3, 4, 5, 6)) -> Problem:
-    """A sum of as many numbers as one of `terms` says, each from `low` to `high`."""
+    """Generate a sum of numbers from `low` to `high`; how many is drawn from `terms`."""
     first = rng.randint(low, high)
     ops = tuple((rng.choice("+-"), rng.randint(low, high)) for _ in range(rng.choice(terms) - 1))
     expression = f"{first}" + "".join(f" {op} {n}" for op, n in ops)
     answer = str(running_totals(first, ops)[-1])
     prompt = rng.choice(SUM_PROMPTS).format(expression)
-    return Problem(family, expression.replace(" ", ""), prompt, written_steps(first, ops), answer, ops)
+    return Problem(family, expression.replace(" ", ""), prompt, write_steps(first, ops), answer, ops)
 
 
 def make_word_problem(rng: random.Random) -> Problem:
     name, opening, gains, losses, question = rng.choice(WORD_TEMPLATES)
     who = rng.choice(NAMES)
     first = total = rng.randint(2, 9)
-    ops, sentences = [], [opening.format(n=first, who=who)]
+    ops = []
+    sentences = [opening.format(n=first, who=who)]
     for _ in range(rng.randint(2, 4)):
         op, n = rng.choice("+-"), rng.randint(1, 9)
-        if op == "-" and n > total:  # nobody gives away more than there is
+        if op == "-" and n > total:  # totals are never negative
             op = "+"
         total += n if op == "+" else -n
         ops.append((op, n))
         sentences.append(rng.choice(gains if op == "+" else losses).format(n=n, who=who))
     prompt = " ".join(sentences) + " " + question.format(who=who)
     key = f"{name}:{first}" + "".join(f"{op}{n}" for op, n in ops)
-    return Problem("words", key, prompt, written_steps(first, ops), str(total), tuple(ops))
+    return Problem("words", key, prompt, write_steps(first, ops), str(total), tuple(ops))
 
 
 def make_function(rng: random.Random) -> Problem:
@@ -131,8 +133,10 @@ def make_function(rng: random.Random) -> Problem:
 
 
 def build_expressions(ops) -> list[str]:
-    """The expression after each operation, bracketed where Python needs it: x+4, then (x+4)*3."""
-    expressions, text, is_sum = [], "x", False
+    """Return the expression after each operation, with the brackets that Python needs: x+4, then (x+4)*3."""
+    expressions = []
+    text = "x"
+    is_sum = False
     for op, n in ops:
         text = f"({text}){op}{n}" if op == "*" and is_sum else f"{text}{op}{n}"
         is_sum = op != "*"
@@ -147,7 +151,7 @@ def apply_ops(ops, x: int) -> int:
 
 
 def make_countdown(rng: random.Random) -> Problem:
-    """Three or four numbers and a target that they give: the value of a random expression, whole and positive throughout."""
+    """Generate three or four numbers, and a target from a random expression whose values are positive integers."""
     while True:
         nums = [rng.randrange(1, MAX_COUNTDOWN) for _ in range(rng.choice((3, 4)))]
         parts = [(n, str(n)) for n in nums]
@@ -172,7 +176,7 @@ MAKERS = {
     "words": make_word_problem,
     "functions": make_function,
     "big_sums": partial(make_sum, family="big_sums", low=10, high=99, terms=(2, 3, 4)),
-    # Longer than any that the bundled model has met; and longer still, to see whether what was learned carries over.
+    # Longer than the sums that the bundled model was pretrained on; and even longer ones, to test generalisation.
     "long_sums": partial(make_sum, family="long_sums", low=10, high=99, terms=(5,)),
     "longer_sums": partial(make_sum, family="longer_sums", low=10, high=99, terms=(6, 7)),
     "countdown": make_countdown,
@@ -180,24 +184,26 @@ MAKERS = {
 
 
 def problems(family: str, split: str, rng: random.Random):
-    """Endless problems of one family and split."""
+    """Yield problems of one family and split, without end."""
     while True:
         problem = MAKERS[family](rng)
-        if split_of(family, problem.key) == split:
+        if assign_split(family, problem.key) == split:
             yield problem
 
 
 def questions(family: str, split: str, n: int, seed: int) -> list[dict]:
-    """`n` rows of one family and split, no prompt twice: id, prompt, task, and `Problem.columns`.
+    """Generate n rows of one family and split with distinct prompts: id, prompt, task, level and `Problem.columns`.
 
-    Raises ValueError where the family has not so many.
+    Raises ValueError if the family does not have that many.
     """
-    rows, seen, repeats = [], set(), 0
+    rows = []
+    seen = set()
+    repeats = 0
     for problem in problems(family, split, random.Random(f"{family}/{split}/{seed}")):
         if problem.prompt in seen:
             repeats += 1
             if repeats > 3 * n + 1000:
-                raise ValueError(f"the family {family} does not have {n} different {split} questions: ask for fewer")
+                raise ValueError(f"the family {family} does not have {n} different {split} questions: request fewer")
             continue
         seen.add(problem.prompt)
         row = {"id": f"{family}-{split}-{seed}-{len(rows)}", "prompt": problem.prompt, "task": family}

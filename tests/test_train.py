@@ -217,7 +217,7 @@ def write_custom_files(tmp_path):
 
 def test_custom_questions_and_rewards(tmp_path, capsys):
     folder = run(tmp_path / "run", *write_custom_files(tmp_path))
-    assert "24 questions to train on, 6 held out" in capsys.readouterr().out
+    assert "24 training questions, 6 held out" in capsys.readouterr().out
     first = read_rollouts(folder)[0]
     assert set(first["rewards"]) == {"correct", "short"} and "tokens" in first["reasons"]["short"]
     assert first["task"] == "questions"
@@ -230,8 +230,8 @@ def test_custom_questions_and_rewards(tmp_path, capsys):
         (["--train-data", "TMP/broken.jsonl"], "TMP/broken.jsonl:2: not valid JSON"),
         (["--train-data", "TMP/empty.jsonl"], "TMP/empty.jsonl: the file has no rows"),
         (["--train-data", "TMP/questions.jsonl", "--columns", "answer", "glod"], "questions.jsonl:1: columns maps answer to 'glod'"),
-        (["--train-data", "TMP/nocolumn.jsonl"], "nocolumn.jsonl:1: no column prompt or question"),
-        (["--train-data", "TMP/questions.jsonl"], "of the rewards in rewards.py only format applies, but not correct or passes_tests"),
+        (["--train-data", "TMP/nocolumn.jsonl"], "nocolumn.jsonl:1: no column prompt"),
+        (["--train-data", "TMP/questions.jsonl"], "only format applies, but correct or passes_tests"),
         (["--train-data", "TMP/badtest.jsonl"], "row badtest:1, column tests:"),
         (["--reward-funcs", "corect"], "reward_funcs: rewards.py has no reward function 'corect'. Did you mean 'correct'?"),
         (["--rewards-file", "TMP/none.py"], "rewards_file: there is no file"),

@@ -1,1 +1,1 @@
-"""Tools that need both the questions and the graders: the self-test, rescoring, checking data, making the tiny model."""
+"""Tools that use both questions and graders: the self-test, rescoring, the data check, and training the tiny model."""

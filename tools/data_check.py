@@ -1,9 +1,9 @@
-"""`python -m data check SOURCE`: every gold through its own grader, and answers that must get nothing.
+"""`python -m data check SOURCE`: check that graders give golds full marks, and wrong answers nothing.
 
-Each question's gold must get full marks. Wrong answers made from it, mutants of a gold program and junk
-(grading/rewards/probes.py) must get nothing. A mutant that passes is no hole by itself: the change may make no difference
-to any test. So mutants are tried until one gives a wrong value; those before are counted. If none does, the question is
-listed. An answer that no grader here can judge is counted as ungraded: nothing was paid for it.
+Wrong answers are made from the gold, are mutants of a gold program, or are junk (grading/rewards/probes.py). A mutant
+that passes all tests may be equivalent to the gold. Therefore mutants are tried until one fails a test; those before it
+are counted. If none fails, the question is reported as a failure. Answers that cannot be graded on this machine are
+counted as ungraded.
 """
 
 import os
@@ -17,11 +17,11 @@ from grading.base import row_kind, shorten
 from grading.rewards import probes
 from grading.rewards.probes import Probe
 
-PATIENCE_SECONDS = 10.0  # for a gold program that is too slow for the usual limit
+SLOW_GOLD_TIMEOUT = 10.0  # seconds, for gold programs that exceed the default time limit
 
 
 class Result(NamedTuple):
-    """What the row's grader made of a probe."""
+    """The grade of a probe."""
 
     probe: Probe
     score: float | None  # None: ungraded
@@ -30,17 +30,18 @@ class Result(NamedTuple):
 
 @dataclass
 class Report:
-    """What the check of one source has found."""
+    """The results of checking one source."""
 
-    outcomes: dict[str, Counter] = field(default_factory=dict)  # by the probe's name: due, failed, ungraded
+    outcomes: dict[str, Counter] = field(default_factory=dict)  # by name of the probe: passed, failed, ungraded
     without_gold: int = 0
-    no_difference: int = 0  # mutants that pass: equal to the gold in every test
+    equivalent: int = 0  # mutants that pass every test
     failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # on single questions: ungraded, or slow
+    notes: list[str] = field(default_factory=list)  # ungraded questions, and slow golds
 
     def add(self, row: dict, results: list[Result]) -> None:
+        """Count the results of a row."""
         for probe, score, reason in results:
-            outcome = "ungraded" if score is None else "due" if score == probe.is_right else "failed"
+            outcome = "ungraded" if score is None else "passed" if score == probe.is_right else "failed"
             self.outcomes.setdefault(probe.name, Counter())[outcome] += 1
             if outcome == "failed":
                 shown = "" if probe.is_right else f" {shorten(probe.text)!r}"
@@ -53,16 +54,16 @@ class Report:
         for name, n in self.outcomes.items():
             marks = "full marks" if name == "gold" else "nothing"
             ungraded = f", {n['ungraded']} ungraded" if n["ungraded"] else ""
-            lines.append(f"  {name:<22}  {n['due']} of {n['due'] + n['failed']} get {marks}{ungraded}")
+            lines.append(f"  {name:<22}  {n['passed']} of {n['passed'] + n['failed']} get {marks}{ungraded}")
         if self.without_gold:
             lines.append(f"  {'no gold':<22}  {self.without_gold} questions")
-        if self.no_difference:
-            lines.append(f"  {'no difference':<22}  {self.no_difference} mutants are right in every test")
+        if self.equivalent:
+            lines.append(f"  {'equivalent':<22}  {self.equivalent} mutants pass every test")
         return lines + [f"  {note}" for note in self.notes] + [f"  FAIL     {failure}" for failure in self.failures]
 
 
 def print_report(source: str, rows: list[dict]) -> bool:
-    """Check a source and print what was found; whether nothing failed. Raises RewardError for tests that cannot run."""
+    """Check a source and print the report. Return True if nothing failed. Raise RewardError if tests cannot run."""
     notes = [f"  note     {note}" for note in check_tests(rows)]
     report = check(rows)
     print("\n".join([f"{source}: {len(rows)} questions", *notes, *report.lines()]))
@@ -70,70 +71,71 @@ def print_report(source: str, rows: list[dict]) -> bool:
 
 
 def check(rows: list[dict]) -> Report:
-    """Grade golds, wrong answers, junk and mutants of rows, in parallel."""
+    """Grade the golds, wrong answers, junk and mutants of rows, in parallel."""
     report = Report()
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        golds = list(pool.map(_try_golds, rows))
-        slow = [i for i, tried in enumerate(golds) if any(result.reason.startswith("timeout") for result in tried)]
-        if slow:  # whether a gold is right is one question, whether it is quick another
-            sandbox.start(code_timeout=PATIENCE_SECONDS)
-            for i, again in zip(slow, pool.map(_try_golds, [rows[i] for i in slow])):
-                golds[i] = again
-                if all(result.score == 1 for result in again):
-                    report.notes.append(f"slow     {rows[i]['id']}: right, but only with more time than code_timeout")
+        golds = list(pool.map(_grade_gold, rows))
+        slow = [i for i, results in enumerate(golds) if any(result.reason.startswith("timeout") for result in results)]
+        if slow:  # a slow gold may still be right
+            sandbox.start(code_timeout=SLOW_GOLD_TIMEOUT)
+            for i, retried in zip(slow, pool.map(_grade_gold, [rows[i] for i in slow])):
+                golds[i] = retried
+                if all(result.score == 1 for result in retried):
+                    report.notes.append(f"slow     {rows[i]['id']}: right, but takes longer than code_timeout")
             sandbox.start()
         report.without_gold = golds.count([])
-        for row, tried in zip(rows, golds):
-            report.add(row, tried)
-        # Nothing can be told from wrong answers to a row whose gold is not right.
-        judged = [
-            row for row, tried in zip(rows, golds) if row_kind(row) and all(result.score == 1 for result in tried)
+        for row, results in zip(rows, golds):
+            report.add(row, results)
+        # If the gold of a row is not right, its wrong answers show nothing.
+        sound_rows = [
+            row for row, results in zip(rows, golds) if row_kind(row) and all(result.score == 1 for result in results)
         ]
-        for row, tried in zip(judged, pool.map(_try_wrongs, judged)):
-            report.add(row, tried)
-        programs = [row for row in judged if row_kind(row) == "code" and probes.gold_answer(row)]
-        for row, (passing, last) in zip(programs, pool.map(_try_mutants, programs)):
-            report.no_difference += passing
-            report.add(row, [last])
+        for row, results in zip(sound_rows, pool.map(_grade_wrong_answers, sound_rows)):
+            report.add(row, results)
+        code_rows = [row for row in sound_rows if row_kind(row) == "code" and probes.gold_answer(row)]
+        for row, (num_passed, final_result) in zip(code_rows, pool.map(_grade_mutants, code_rows)):
+            report.equivalent += num_passed
+            report.add(row, [final_result])
     return report
 
 
 def grader_style(row: dict) -> str:
-    """The style of answers that the row's own grader reads."""
+    """Return the style of answers that the row's grader parses."""
     return {"code": "```python", "reasoning_gym": "<answer>"}.get(row_kind(row), "\\boxed{}")
 
 
 def _grade(row: dict, probe: Probe) -> Result:
     try:
         score, reason = grade_row(Completion("", probe.text, {}).answer, row)
-    except (Ungraded, ValueError) as error:  # ValueError: a gold that is empty, a grader of the user's own
+    except (Ungraded, ValueError) as error:  # ValueError: an empty gold, or a custom grader
         return Result(probe, None, str(error))
     return Result(probe, score, reason)
 
 
-def _try_golds(row: dict) -> list[Result]:
+def _grade_gold(row: dict) -> list[Result]:
+    """Grade the gold of a row. The list is empty if the row has no gold."""
     return [_grade(row, Probe("gold", probe.text, True)) for probe in probes.right_probes(row, grader_style(row))[-1:]]
 
 
-def _try_wrongs(row: dict) -> list[Result]:
-    tried = [*probes.wrong_probes(row, grader_style(row)), *probes.hostile_probes(row, grader_style(row))]
-    return [_grade(row, probe) for probe in tried if not probe.is_truncated]  # a program that is cut off may be right
+def _grade_wrong_answers(row: dict) -> list[Result]:
+    wrong = [*probes.wrong_probes(row, grader_style(row)), *probes.hostile_probes(row, grader_style(row))]
+    return [_grade(row, probe) for probe in wrong if not probe.is_truncated]  # a truncated program may be right
 
 
-def _try_mutants(row: dict) -> tuple[int, Result]:
-    """Try mutants until one gives a wrong value: how many passed before, and the result of that one."""
-    passing = 0
-    others = []
+def _grade_mutants(row: dict) -> tuple[int, Result]:
+    """Grade mutants until one fails a test. Return how many passed before, and the result of the one that failed."""
+    num_passed = 0
+    not_passed = []
     for program in probes.mutants(row):
         result = _grade(row, Probe("mutant", probes.write("```python", program)))
         if result.score == 1:
-            passing += 1
+            num_passed += 1
         else:
-            others.append(result)
-        if result.reason.startswith("failed"):  # not merely a crash, or a loop without an end
+            not_passed.append(result)
+        if result.reason.startswith("failed"):  # a crash or an endless loop does not count
             break
-    wrong = [result for result in others if result.score == 0]
-    if wrong or others:  # an ungraded one may be wrong too
-        return passing, (wrong or others)[-1]
-    reason = f"none of {passing} changes makes a difference to the tests"
-    return passing, Result(Probe("mutant", ""), 1.0 if passing else None, reason)
+    failed = [result for result in not_passed if result.score == 0]
+    if failed or not_passed:  # an ungraded mutant may also be wrong
+        return num_passed, (failed or not_passed)[-1]
+    reason = f"the tests reject none of {num_passed} mutants"
+    return num_passed, Result(Probe("mutant", ""), 1.0 if num_passed else None, reason)

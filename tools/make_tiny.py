@@ -1,16 +1,16 @@
-"""Make the bundled tiny model: a 0.8-million-parameter Qwen3 that can think but seldom does.
+"""Pretrain the bundled tiny model: a 0.8-million-parameter Qwen3 that can think but seldom does.
 
-It is trained from nothing on demonstrations of the built-in families. In the first stage, a quarter of them work the
-question out inside <think> ... </think> and are right; the rest blurt an answer at once, and a fifth of those is right. So
-the skill is there and rarely used: what reinforcement learning has to find. Then sums of two to four numbers with two
-digits join, most of them thought out. Longer ones (long_sums) are never shown, and it gets lost in them: what
-reinforcement learning has to improve. Questions come from the split "pretrain" and never meet those used for training or
-evaluation (data/tasks.py).
+It is trained from scratch on demonstrations of the built-in families. In the first stage, a quarter of them reason
+inside <think> ... </think> and are right; the rest answer immediately, and a fifth of these is right. So the skill exists
+but is rarely used: reinforcement learning has to elicit it. The later stages add sums of two to four numbers with two
+digits, most of them with thinking. Longer sums (long_sums) are never shown, and the model fails at them: reinforcement
+learning has to improve it. All questions come from the split "pretrain", which is disjoint from the questions for
+training and evaluation (data/tasks.py).
 
     python tools/make_tiny.py --out data/tiny          # about an hour on two cores
 
-Writes config, tokenizer with chat template, and bf16 safetensors. The model card (data/tiny/README.md) is written by
-hand from the figures that this script and `python train.py --eval-only` print.
+Writes the config, the tokenizer with its chat template, and bf16 safetensors. The model card (data/tiny/README.md) is
+written by hand from the figures that this script and `python train.py --eval-only` print.
 """
 
 import argparse
@@ -32,9 +32,9 @@ STAGES = (  # families in equal parts, optimizer steps, peak learning rate
     ((*SHORT, "big_sums", "big_sums"), 1800, 1.5e-3),
     ((*SHORT, "big_sums", "big_sums"), 2000, 1.5e-3),
 )
-THINKS = dict.fromkeys(SHORT, 0.25) | {"big_sums": 0.75}  # share of demonstrations that think
-BLURT_RIGHT = 0.2  # share of the others that happen to be right
-MEAN_REPLY_TOKENS = 25  # of a demonstration, about: the scale of the loss
+THINKING_SHARE = dict.fromkeys(SHORT, 0.25) | {"big_sums": 0.75}  # share of demonstrations that think
+GUESS_ACCURACY = 0.2  # share of right answers among the demonstrations that do not think
+MEAN_REPLY_TOKENS = 25  # approximate mean length of a demonstration; scales the loss
 BATCH_SIZE = 64
 SEED = 0
 
@@ -51,9 +51,9 @@ ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character (printable ASCII and newline), and a few special ones."""
+    """Build a character-level tokenizer: printable ASCII, newline, and a few special tokens."""
     special = ["<|endoftext|>", "<|end|>", "<unk>", *ROLES]
-    tags = ["<think>", "</think>"]  # ordinary tokens, so that they stay in decoded text
+    tags = ["<think>", "</think>"]  # not special tokens, so that decoding keeps them
     characters = ["\n", *map(chr, range(32, 127))]
     vocab = {token: i for i, token in enumerate(special + tags + characters)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
@@ -73,7 +73,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer) -> Qwen3ForCausalLM:
-    """Every linear layer has dimensions that are multiples of 64, so that NF4's blocks fit."""
+    """Build an untrained Qwen3. The dimensions of all linear layers are multiples of 64, the block size of NF4."""
     config = Qwen3Config(
         vocab_size=128,
         hidden_size=128,
@@ -92,34 +92,37 @@ def make_model(tokenizer) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def blurt(problem: Problem, rng: random.Random) -> str:
-    """An answer without thinking: usually off by a little, or a function that forgets its brackets."""
-    right = rng.random() < BLURT_RIGHT
+def guess(problem: Problem, rng: random.Random) -> str:
+    """Return an answer without thinking. It is usually wrong: off by up to 6, or a function without its brackets."""
+    is_right = rng.random() < GUESS_ACCURACY
     if problem.family != "functions":
-        return problem.answer if right else str(int(problem.answer) + rng.choice([-1, 1]) * rng.randint(1, 6))
-    if right:
+        return problem.answer if is_right else str(int(problem.answer) + rng.choice([-1, 1]) * rng.randint(1, 6))
+    if is_right:
         return problem.answer
     without_brackets = "x" + "".join(f"{op}{n}" for op, n in problem.ops)
     if without_brackets != problem.answer:
         return without_brackets
-    ops = list(problem.ops)  # brackets were not needed: one number is off instead
+    ops = list(problem.ops)  # the function needs no brackets: change one number instead
     i = rng.randrange(len(ops))
     ops[i] = (ops[i][0], rng.choice([n for n in range(2, 10) if n != ops[i][1]]))
     return build_expressions(ops)[-1]
 
 
 def demonstration(problem: Problem, rng: random.Random) -> str:
-    """One assistant turn."""
-    thinks = rng.random() < THINKS[problem.family]
-    thought = "<think>" + "\n".join(problem.steps) + "</think>" if thinks else ""
-    answer = problem.answer if thinks else blurt(problem, rng)
+    """Return the text of the assistant's turn."""
+    has_thinking = rng.random() < THINKING_SHARE[problem.family]
+    thought = "<think>" + "\n".join(problem.steps) + "</think>" if has_thinking else ""
+    answer = problem.answer if has_thinking else guess(problem, rng)
     if problem.family == "functions":
         return f"{thought}def {problem.entry_point}(x):\n    return {answer}"
     return f"{thought}\\boxed{{{answer}}}"
 
 
 def batches(tokenizer, families, rng: random.Random):
-    """Endless (ids, labels), each (B, T), rows of similar length; labels are -100 on prompt and padding."""
+    """Yield batches (ids, labels), each (B, T), without end. Labels are -100 on prompt and padding.
+
+    The rows of a batch have similar lengths.
+    """
     sources = [problems(family, "pretrain", rng) for family in families]
     while True:
         rows = []
@@ -144,7 +147,7 @@ def batches(tokenizer, families, rng: random.Random):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="data/tiny", help="folder to write the model into")
+    parser.add_argument("--out", default="data/tiny", help="output folder")
     out = parser.parse_args().out
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
@@ -152,17 +155,17 @@ def main():
     for stage, (families, steps, learning_rate) in enumerate(STAGES):
         train(model, tokenizer, families, steps, learning_rate, random.Random(SEED + stage))
         save(model, tokenizer, out)
-        model = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)  # rounded to bf16
+        model = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)  # the next stage starts from bf16 weights
 
 
 def train(model, tokenizer, families, steps: int, learning_rate: float, rng: random.Random):
     """Train one stage."""
-    print(f"{steps} steps of {BATCH_SIZE}, {torch.get_num_threads()} threads")
+    print(f"{steps} steps, batch size {BATCH_SIZE}, {torch.get_num_threads()} threads")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=0.04, div_factor=20, final_div_factor=50
     )
-    began = time.time()
+    start = time.time()
     mean_loss = None
     stream = batches(tokenizer, families, rng)
     for step in range(1, steps + 1):
@@ -175,25 +178,25 @@ def train(model, tokenizer, families, steps: int, learning_rate: float, rng: ran
         schedule.step()
         mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
         if step % 100 == 0:
-            print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - began) / 60:.1f} min", flush=True)
+            print(f"step {step}  loss {mean_loss:.4f}  {(time.time() - start) / 60:.1f} min", flush=True)
 
 
 def token_loss(model, ids, labels):
-    """Cross-entropy summed over the batch's reply tokens, per row of average length.
+    """Return the cross-entropy, summed over the reply tokens of a batch and divided by B x MEAN_REPLY_TOKENS.
 
-    Not the mean over the batch's tokens: batches hold rows of similar length, so in a mean the first token of a short
-    row, the one that decides whether to think, would weigh more than that of a long one, and blurts are short.
+    This is not the mean over the tokens of the batch. As its rows have similar lengths, a mean would weight the first
+    token, which decides whether to think, more in short rows than in long ones, and answers without thinking are short.
     """
-    logits = model(input_ids=ids).logits  # causal and right-padded: no mask needed
+    logits = model(input_ids=ids).logits  # right padding needs no mask in a causal model
     total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     return total / (len(ids) * MEAN_REPLY_TOKENS)
 
 
 def save(model, tokenizer, out: str):
-    """bf16 weights, so that the folder stays under 2 MB; the training copy stays fp32."""
-    half = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
-    half.load_state_dict(model.state_dict())
-    half.save_pretrained(out)
+    """Save the weights in bf16, which keeps the folder under 2 MB. The model itself stays in fp32."""
+    bf16_model = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    bf16_model.load_state_dict(model.state_dict())
+    bf16_model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -1,4 +1,4 @@
-"""Completions that a run has saved, scored again by a reward file: `python rewards.py --rescore runs/NAME`."""
+"""Rescore the saved completions of a run with a reward file: `python rewards.py --rescore runs/NAME`."""
 
 import itertools
 import json
@@ -15,44 +15,43 @@ from data import load_questions
 from grading import Completion, RewardError, Rewards, Score, load_rewards, score_all
 from grading.base import did_you_mean, shorten
 
-SHOWN = 8  # of the completions whose reward changes most
+MAX_CHANGES = 8  # number of completions to print, those whose reward changes most
 
 
 def rescore(rewards_file: str, target: str) -> None:
-    """Print old -> new for each reward, the verdicts that turn, and the completions that change most.
+    """Print old and new means of each reward, changed verdicts, and the completions whose reward changes most.
 
     Args:
-        target: A run folder, or a .jsonl file of it. A line's question is its `row`, else it is found by its id in the
-            data that the run's config.yaml names.
+        rewards_file: Path of the reward file.
+        target: A run folder, or a .jsonl file in it. If a line has no `row`, its row is looked up by `prompt_id` in the
+            data named in the run's config.yaml.
 
     Raises:
-        RewardError: Something is missing, or a function fails on one of the completions.
+        RewardError: There are no completions or no config.yaml, or a function fails on a completion.
     """
-    started = time.perf_counter()
+    start = time.perf_counter()
     lines, folder = _read(Path(target))
     settings = read_settings(folder)
     rewards = load_run_rewards(rewards_file, settings)
     by_id = {} if all("row" in line for line in lines) else questions(settings, folder)
     known = [line for line in lines if "row" in line or line["prompt_id"] in by_id]
     if len(known) < len(lines):
-        print(
-            f"note  {len(lines) - len(known)} completions are left out: their questions are not in the run's data any more"
-        )
+        print(f"note  {len(lines) - len(known)} completions skipped: their questions are no longer in the run's data")
     if any("completion_ids" in f.parameters for f in rewards.functions):
-        print("note  completion_ids are not saved: they are empty here")
+        print("note  completion_ids are empty: runs do not save them")
     scores = []
-    for _, group in itertools.groupby(known, key=itemgetter("step")):  # batch functions see a step, as in the run
+    for _, group in itertools.groupby(known, key=itemgetter("step")):  # batch functions get whole steps, as in the run
         completions = [saved_completion(line, line.get("row") or by_id[line["prompt_id"]]) for line in group]
         scores += score_all(rewards, completions)
     report(rewards, known, scores)
-    print(f"rescored {len(known):,} completions of {target} in {time.perf_counter() - started:.1f} s")
+    print(f"rescored {len(known):,} completions of {target} in {time.perf_counter() - start:.1f} s")
 
 
 def load_run_rewards(rewards_file: str, settings: dict, source: str | None = None) -> Rewards:
-    """The rewards of a file with the run's reward_funcs and reward_weights, as far as the file has them.
+    """Load a reward file with the run's reward_funcs and reward_weights. Names that the file does not have are ignored.
 
     Args:
-        source: The content of the file, if it is not saved yet.
+        source: Content of the file, if it is not saved yet.
     """
     rewards = load_rewards(rewards_file, source=source)
     present = {f.name for f in rewards.functions}
@@ -62,23 +61,25 @@ def load_run_rewards(rewards_file: str, settings: dict, source: str | None = Non
 
 
 def saved_completion(line: dict, row: dict) -> Completion:
-    """The completion of a saved line; row: its question."""
+    """Convert a saved line and the row of its question to a completion."""
     is_truncated = line.get("finish_reason") == "length"
     return Completion(line["prompt"], line["completion"], row, line.get("tokens", 0), is_truncated, line["step"])
 
 
 def _read(target: Path) -> tuple[list[dict], Path]:
-    """The saved completions of a run folder, or of one of its files, and the folder."""
+    """Read the saved completions of a run folder, or of a file in it. Return them and the folder."""
     if target.is_dir():
-        files, folder = sorted(target.glob("rollouts/*.jsonl")), target
+        files = sorted(target.glob("rollouts/*.jsonl"))
+        folder = target
     else:
-        files, folder = [target], target.parent.parent if target.parent.name == "rollouts" else target.parent
+        files = [target]
+        folder = target.parent.parent if target.parent.name == "rollouts" else target.parent
     if not files or not files[0].is_file():
         runs = [path.parent for path in target.parent.glob("*/rollouts")]
         raise RewardError(f"--rescore: there are no completions in {target}.{did_you_mean(str(target), runs)}")
     lines = []
     for file in files:
-        for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        for line_number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if not text.strip():
                 continue
             try:
@@ -86,28 +87,28 @@ def _read(target: Path) -> tuple[list[dict], Path]:
                 line["step"], line["prompt_id"], line["prompt"], line["completion"]
             except (ValueError, TypeError, KeyError) as error:
                 raise RewardError(
-                    f"--rescore: {file}:{number} is not a completion as runs save them: {error}"
+                    f"--rescore: {file}:{line_number} is not a saved completion of a run: {error}"
                 ) from None
             lines.append(line)
     return lines, folder
 
 
 def read_settings(folder: Path) -> dict:
-    """The settings of a run; none if it has no config.yaml."""
+    """Read the settings of a run. The dict is empty if there is no config.yaml."""
     config = folder / "config.yaml"
     return yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
 def questions(settings: dict, folder: Path) -> dict[str, dict]:
-    """The rows of a run's data, by id."""
+    """Load the rows of a run's data, by id."""
     if not settings:
-        raise RewardError(f"--rescore: there is no config.yaml in {folder}, which names the data of the questions")
+        raise RewardError(f"--rescore: there is no config.yaml in {folder}, and without it the questions are unknown")
     train_rows, eval_rows, _ = load_questions(SimpleNamespace(**settings))
     return {row["id"]: row for row in train_rows + eval_rows}
 
 
-def report(rewards: Rewards, lines: list[dict], scores: list[Score], shown: int = SHOWN) -> None:
-    """Print the means old and new, the verdicts that turn, and the completions that change most, at most `shown`."""
+def report(rewards: Rewards, lines: list[dict], scores: list[Score], shown: int = MAX_CHANGES) -> None:
+    """Print old and new means, changed verdicts, and the completions whose reward changes most, at most `shown`."""
     print(f"{'':<24}{'old mean':>12}{'new mean':>12}{'changed':>10}")
     old_names = {name for line in lines for name in line.get("rewards", {})}
     for name in [*rewards.names, *sorted(old_names - set(rewards.names))]:
@@ -115,20 +116,20 @@ def report(rewards: Rewards, lines: list[dict], scores: list[Score], shown: int 
     old = [line.get("reward") for line in lines]
     new = [None if math.isnan(score.total) else score.total for score in scores]
     _print_means("total", old, new)
-    turned = Counter()
+    changed_verdicts = Counter()
     for line, score in zip(lines, scores):
         if line.get("verdict") not in (None, score.verdict):
-            turned[f"{line['verdict']} -> {score.verdict}"] += 1
-    print(f"  verdicts: {', '.join(f'{n:,} {turn}' for turn, n in turned.items()) or 'as they were'}")
-    changes = [i for i in range(len(lines)) if differ(old[i], new[i])]
-    changes.sort(key=lambda i: -abs((new[i] or 0) - (old[i] or 0)))
-    if changes[:shown]:
-        print("the largest changes:")
-    for i in changes[:shown]:
+            changed_verdicts[f"{line['verdict']} -> {score.verdict}"] += 1
+    print(f"  verdicts: {', '.join(f'{n:,} {change}' for change, n in changed_verdicts.items()) or 'unchanged'}")
+    changed = [i for i in range(len(lines)) if differ(old[i], new[i])]
+    changed.sort(key=lambda i: -abs((new[i] or 0) - (old[i] or 0)))
+    if changed[:shown]:
+        print("largest changes:")
+    for i in changed[:shown]:
         reason = shorten("; ".join(scores[i].reasons.values()), 30)
-        start = f"  {shorten(str(lines[i]['prompt_id']), 24):<24} {number(old[i])} -> {number(new[i])}  {reason}"
+        summary = f"  {shorten(str(lines[i]['prompt_id']), 24):<24} {_format(old[i])} -> {_format(new[i])}  {reason}"
         tail = repr(lines[i]["completion"][-80:])
-        print(f"{start:<74} {'...' + tail[-31:] if len(tail) > 34 else tail}")
+        print(f"{summary:<74} {'...' + tail[-31:] if len(tail) > 34 else tail}")
 
 
 def _print_means(name: str, old: list[float | None], new: list[float | None]) -> None:
@@ -140,8 +141,9 @@ def _print_means(name: str, old: list[float | None], new: list[float | None]) ->
 
 
 def differ(old: float | None, new: float | None) -> bool:
-    return (old is None) != (new is None) or (old is not None and abs(old - new) > 1e-5)  # saved with some digits
+    """Return True if two values differ by more than the rounding of saved values, or only one is None."""
+    return (old is None) != (new is None) or (old is not None and abs(old - new) > 1e-5)
 
 
-def number(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "ungraded" if value is None else f"{value:.3g}"

@@ -1,14 +1,14 @@
-"""The self-test of a reward file: what it gives to completions whose worth is known. Starts at once and needs no model.
+"""Self-test of a reward file: score completions that are known to be right or wrong. Needs no model, starts instantly.
 
-    python rewards.py                                       on questions of sums, words and functions
+    python rewards.py                                       test on questions of sums, words and functions
     python rewards.py --data my.jsonl --columns prompt=question answer=gold
-    python rewards.py --watch                               again at every save
-    python rewards.py --rescore runs/NAME                   a run's completions, with the file as it is now: old -> new
-    python -m grading self-test my_rewards.py ...           another file
+    python rewards.py --watch                               rerun whenever the file is saved
+    python rewards.py --rescore runs/NAME                   rescore a run's completions with the file: old -> new
+    python -m grading self-test my_rewards.py ...           test another file
 
-The completions are the file's own `examples` and, for each question, its gold as a good completion would write it, and
-wrong ones that must not be paid for (grading/rewards/probes.py). Only the weighted total is judged, and only against the
-wrong ones: the self-test fails if one of them scores as high as the right one, or if a reward is the same for everything.
+The completions are the file's `examples` and, for each question, right completions made from its gold, and wrong ones
+(grading/rewards/probes.py). The self-test fails if the weighted total of a wrong completion is as high as that of the
+right one, or if a reward is the same for all completions.
 """
 
 import argparse
@@ -27,28 +27,28 @@ from grading.rewards.preflight import Trial, preflight, try_probes, try_rows
 from grading.rewards.reward_file import load_rewards
 from tools.rescore import rescore
 
-WIDTH = 110  # columns of the table
-NAMES_WIDTH = 48  # of them, for the rewards
-WATCH_SECONDS = 0.3  # between two looks at the file
+WIDTH = 110  # characters per line of the table
+NAMES_WIDTH = 48  # of these, for the columns of the reward functions
+WATCH_SECONDS = 0.3  # polling interval of --watch
 
 
 def self_test(file: str, arguments: list[str] | None = None) -> None:
-    """The command line of the self-test. Ends the program: status 0 if all is well, 1 if not."""
+    """Run the command line of the self-test. Exits with status 1 if the self-test fails."""
     parser = argparse.ArgumentParser(
-        prog=f"python {Path(file).name}", description="What this reward file gives to completions whose worth is known."
+        prog=f"python {Path(file).name}", description="Score completions that are known to be right or wrong."
     )
     add = parser.add_argument
     sources = ["sums", "words", "functions"]
-    add("--data", nargs="+", metavar="SOURCE", default=sources, help="where the questions come from")
+    add("--data", nargs="+", metavar="SOURCE", default=sources, help="sources (default: sums words functions)")
     add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
-    add("-n", type=int, default=3, help="questions of each source (default 3)")
-    add("--watch", action="store_true", help="again at every save of the file, until Ctrl-C")
-    add("--rescore", metavar="RUN", help="a run folder, or a file of it such as rollouts/000012.jsonl or failed.jsonl")
+    add("-n", type=int, default=3, help="questions per source (default 3)")
+    add("--watch", action="store_true", help="rerun whenever the file is saved, until Ctrl-C")
+    add("--rescore", metavar="RUN", help="a run folder, or a file in it such as rollouts/000012.jsonl or failed.jsonl")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     if options.n < 1:
-        parser.error("-n takes a number from 1")
-    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
+        parser.error("-n must be at least 1")
+    sys.stdout.reconfigure(errors="replace")  # the console's encoding may lack characters
     if not Path(file).is_file():
         sys.exit(f"error: there is no file {file}")
     if options.watch:
@@ -66,27 +66,27 @@ def self_test(file: str, arguments: list[str] | None = None) -> None:
 
 
 def _watch(file: str, arguments: list[str]) -> None:
-    """Run the self-test in a fresh process at every change of the file."""
+    """Run the self-test in a new process whenever the file changes."""
     command = [sys.executable, "-m", "grading", "self-test", file, *arguments]
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    seen = None
+    last_modified = None
     try:
         while True:
-            changed = Path(file).stat().st_mtime_ns if Path(file).exists() else None
-            if changed not in (seen, None):
-                seen = changed
+            modified = Path(file).stat().st_mtime_ns if Path(file).exists() else None
+            if modified not in (last_modified, None):
+                last_modified = modified
                 print(f"--- {time.strftime('%H:%M:%S')} {file}", flush=True)
                 subprocess.run(command, env=environment)
-                print("--- waiting for the next save; Ctrl-C ends", flush=True)
+                print("--- waiting for changes; press Ctrl-C to stop", flush=True)
             time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
         print()
 
 
 def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> bool:
-    """Print the tables, what fails and the verdict; whether nothing fails."""
-    started = time.perf_counter()
+    """Print the tables, failures and verdict. Return True if nothing fails."""
+    start = time.perf_counter()
     rewards = load_rewards(file)
     rows = {source: load(source, n, columns=columns) for source in sources}
     notes = preflight(rewards, [row for loaded in rows.values() for row in loaded])
@@ -101,52 +101,50 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
         name = Path(source).name
         for kind in dict.fromkeys(map(row_kind, loaded)):
             block = [row for row in loaded if row_kind(row) == kind]
-            style, tried = try_rows(rewards, block)
+            style, block_trials = try_rows(rewards, block)
             question = shorten(" ".join(probes.completion(block[0], "").prompt.split()), 50)
-            title = f"{name}, the answers written as {style}: questions such as {question!r}"
-            failures += _print_block(rewards, name, title, tried, best_example)
-            notes += _notes_on_golds(name, tried)
-            trials += tried
+            title = f"{name}: answers written as {style}, first question {question!r}"
+            failures += _print_block(rewards, name, title, block_trials, best_example)
+            notes += _gold_notes(name, block_trials)
+            trials += block_trials
     for name in rewards.names:
         values = [t.score.parts[name] for t in trials if t.score.parts[name] is not None]
         if not values:
-            notes.append(f"{name} applied to none of these questions: --data SOURCE tries others")
+            notes.append(f"{name} does not apply to these questions: test others with --data SOURCE")
         elif len(values) > 1 and len(set(values)) == 1:
-            failures.append(
-                f"{name} gives {values[0]:g} to all {len(values)} completions: nothing can be learnt from it"
-            )
+            failures.append(f"{name} gives {values[0]:g} to all {len(values)} completions: it gives no learning signal")
     print()
     for text in [*notes, *(f"FAIL: {failure}" for failure in failures)]:
         _print_wrapped(text)
     verdict = f"FAILED: {len(failures)} problem{'s' if len(failures) > 1 else ''}" if failures else "passed"
     print(
         f"self-test {verdict}; {len(rewards.names)} rewards, {sum(map(len, rows.values()))} questions, {len(trials)} "
-        f"completions, {time.perf_counter() - started:.1f} s"
+        f"completions, {time.perf_counter() - start:.1f} s"
     )
     return not failures
 
 
 def _examples(rewards: Rewards) -> list[tuple[dict, probes.Probe]]:
-    """The file's own examples as rows and probes. Raises RewardError."""
-    tried = []
+    """Return the examples of a reward file as rows and probes. Raise RewardError for an invalid example."""
+    row_probes = []
     for number, example in enumerate(rewards.examples, 1):
         text = example.get("text") if isinstance(example, dict) else None
         if not isinstance(text, str) or example.get("label") not in ("right", "wrong"):
             raise RewardError(
-                f"{rewards.path.name}: example {number} must be a dict with label: 'right' or 'wrong', text, and the columns "
-                "of its row, such as prompt and answer"
+                f"{rewards.path.name}: example {number} must be a dict with label ('right' or 'wrong'), text, and the "
+                "columns of its row, such as prompt and answer"
             )
         row = {"id": f"example {number}", "task": "examples", "prompt": ""} | example
         label, text = row.pop("label"), row.pop("text")
         name = f"{number}. {shorten(' '.join(text.split()), 20)}"
-        tried.append((row, probes.Probe(name, text, label == "right", row.pop("truncated", False))))
-    return tried
+        row_probes.append((row, probes.Probe(name, text, label == "right", row.pop("truncated", False))))
+    return row_probes
 
 
-def _notes_on_golds(source: str, trials: list[Trial]) -> list[str]:
-    """Notes on rows that have no gold, or whose gold is ungraded."""
+def _gold_notes(source: str, trials: list[Trial]) -> list[str]:
+    """Return notes on rows without a gold, or with an ungraded gold."""
     if not any(t.probe.is_right for t in trials):
-        return [f"{source}: no gold (answer, solution): probes that need one are left out; examples in the file help"]
+        return [f"{source}: no gold answers (answer, solution), so few checks are possible: add examples to the file"]
     ungraded = [t for t in trials if t.probe.name == probes.RIGHT and t.score.verdict == "ungraded"]
     return [f"{t.row['id']}: the gold is ungraded ({'; '.join(t.score.reasons.values())})" for t in ungraded]
 
@@ -159,22 +157,22 @@ def _print_wrapped(text: str) -> None:
 
 
 def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float) -> list[str]:
-    """Print a table with a line for each kind of completion; return what fails."""
+    """Print a table with a line for each kind of completion. Return the failures."""
     failures = _overpaid(source, trials, best_example)
     functions = [f for f in rewards.functions if any(_value(t, f) is not None for t in trials)]
-    limit = max(6, NAMES_WIDTH // len(functions))  # of the columns of functions
-    lines = [["  completion", "is", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
+    limit = max(6, NAMES_WIDTH // len(functions))  # width of the column of a function
+    lines = [["  completion", "label", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
     for name in dict.fromkeys(t.probe.name for t in trials):
-        same = [t for t in trials if t.probe.name == name]
-        reasons = dict.fromkeys(filter(None, same[0].score.reasons.values()))
+        group = [t for t in trials if t.probe.name == name]
+        reasons = dict.fromkeys(filter(None, group[0].score.reasons.values()))
         lines.append(
             [
                 f"{'!' if name in failures else ' '} {name}",
-                "right" if same[0].probe.is_right else "wrong",
-                *(_range([_value(t, f) for t in same], limit) for f in functions),
-                _range([t.score.total for t in same], 10),
-                "/".join(dict.fromkeys(t.score.verdict for t in same))[:9],
-                f"{max(t.score.seconds for t in same) * 1000:.0f}",
+                "right" if group[0].probe.is_right else "wrong",
+                *(_range([_value(t, f) for t in group], limit) for f in functions),
+                _range([t.score.total for t in group], 10),
+                "/".join(dict.fromkeys(t.score.verdict for t in group))[:9],
+                f"{max(t.score.seconds for t in group) * 1000:.0f}",
                 " ".join("; ".join(reasons).split()),
             ]
         )
@@ -188,32 +186,35 @@ def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial],
 
 
 def _overpaid(source: str, trials: list[Trial], best_example: float) -> dict[str, str]:
-    """By the probe's name: wrong completions that earn as much as the best right one to their prompt.
+    """Return the wrong completions that earn as much as the best right one for their prompt, by name of the probe.
 
-    Without a right one only an empty completion is judged: against `best_example`, else against the best of all.
+    For prompts without a right completion, only the empty completion is checked, against `best_example` or, if that is
+    nan, the best wrong completion.
     """
-    prompts = {}
+    by_prompt = {}
     for t in trials:
-        prompts.setdefault(str(t.row["prompt"]), []).append(t)
-    found = {}  # by name and prompt: the total, and the one that it should have stayed below
-    for prompt, tried in prompts.items():
-        wrong = [t for t in tried if not t.probe.is_right]
-        totals = [t.score.total for t in tried if t.probe.is_right]
-        best = max((total for total in totals if not math.isnan(total)), default=math.nan)
-        if not totals:
-            best, least = best_example, min(t.score.total for t in wrong)
-            if math.isnan(best) and any(t.score.total > least for t in wrong):
+        by_prompt.setdefault(str(t.row["prompt"]), []).append(t)
+    overpaid = {}  # by name and prompt: the total, and the total that it must be below
+    for prompt, prompt_trials in by_prompt.items():
+        wrong = [t for t in prompt_trials if not t.probe.is_right]
+        right_totals = [t.score.total for t in prompt_trials if t.probe.is_right]
+        best = max((total for total in right_totals if not math.isnan(total)), default=math.nan)
+        if not right_totals:
+            best = best_example
+            lowest = min(t.score.total for t in wrong)
+            if math.isnan(best) and any(t.score.total > lowest for t in wrong):
                 best = max(t.score.total for t in wrong)
             wrong = [t for t in wrong if t.probe.name == "empty"]
         for t in wrong:
             if t.score.total >= best - 1e-9:
-                found.setdefault(t.probe.name, {}).setdefault(prompt, (t.score.total, best))
-    other = "the right one" if any(t.probe.is_right for t in trials) else "the best there is"
+                overpaid.setdefault(t.probe.name, {}).setdefault(prompt, (t.score.total, best))
+    other = "the right one" if any(t.probe.is_right for t in trials) else "the best completion"
     failures = {}
-    for name, paid in found.items():
-        total, best = next(iter(paid.values()))
+    for name, totals in overpaid.items():
+        total, best = next(iter(totals.values()))
         failures[name] = (
-            f"{source}: {name!r} (wrong) gets {total:.3g}, {other} {best:.3g}, in {len(paid)} of {len(prompts)} questions"
+            f"{source}: {name!r} (wrong) gets {total:.3g}, {other} {best:.3g}, in {len(totals)} of {len(by_prompt)} "
+            "questions"
         )
     return failures
 
@@ -223,8 +224,8 @@ def _value(trial: Trial, f: RewardFunction) -> float | None:
 
 
 def _range(values: list[float | None], width: int) -> str:
-    """Values as "1", "0..1" (only the largest, "<=1", if that is too wide) or "-" if none applies."""
-    known = [0.0 if v == 0 else v for v in values if v is not None]  # no minus zero
+    """Format values as "1", as "0..1" (or "<=1" if that is too wide), or as "-" if no function applies."""
+    known = [0.0 if v == 0 else v for v in values if v is not None]  # turns -0.0 into 0.0
     if not known:
         return "-"
     if any(math.isnan(v) for v in known):

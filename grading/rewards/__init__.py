@@ -1,1 +1,1 @@
-"""Reward files: finding their functions, applying them to completions, and checking them before a run."""
+"""Reward files: load their functions, apply them to completions, and check them before a run."""

@@ -1,7 +1,7 @@
-"""Completions of known worth for a row: right ones made from its gold, and wrong ones that must not be paid for.
+"""Probes: test completions for a row. Right ones are made from its gold; wrong ones must not be rewarded.
 
-The self-test and the checks before a run show them to reward functions, `python -m data check` to the graders. How a
-reward file wants its answers written is unknown, so the gold is written in several STYLES.
+The self-test and the checks before a run score them with the reward functions, `python -m data check` with the graders.
+How a reward file expects answers to be formatted is unknown, so the gold is written in several STYLES.
 """
 
 import ast
@@ -18,7 +18,8 @@ from grading.sandbox.cases import called_names, parse_tests
 
 THOUGHT = "Let me work this out step by step."
 FILLER = "so on and " * 2000
-RIGHT, WRONG = "ideal, thinks", "wrong answer"  # names of probes that differ in the answer alone
+RIGHT = "gold, with thinking"  # the probes RIGHT and WRONG differ only in the answer
+WRONG = "wrong answer"
 
 STYLES = {
     "\\boxed{}": "\\boxed{ANSWER}",
@@ -35,6 +36,8 @@ HOSTILE_ANSWERS = {
 
 
 class Probe(NamedTuple):
+    """A test completion that is known to be right or wrong."""
+
     name: str
     text: str
     is_right: bool = False
@@ -42,13 +45,13 @@ class Probe(NamedTuple):
 
 
 def completion(row: dict, text: str, is_truncated: bool = False, step: int = 1) -> Completion:
-    """A completion that no model wrote; its tokens are its bytes."""
+    """Make a completion from a text. Its bytes serve as token ids."""
     ids = list(text.encode(errors="replace"))
     return Completion(prompt_text(row["prompt"]), text, row, len(ids), is_truncated, step, ids)
 
 
 def write(style: str, answer: str, thought: str = "") -> str:
-    """An answer as the text of a completion."""
+    """Format an answer, and optionally a thought, as the text of a completion."""
     text = STYLES[style]
     if thought and "THOUGHT" not in text:
         text = "<think>THOUGHT</think>" + text
@@ -56,15 +59,15 @@ def write(style: str, answer: str, thought: str = "") -> str:
 
 
 def answer_styles(row: dict) -> list[str]:
-    """The styles in which an answer to a row may be written."""
+    """Return the names of the styles in which an answer to a row may be written."""
     return [name for name in STYLES if name != ("\\boxed{}" if row_kind(row) == "code" else "```python")]
 
 
 def gold_answer(row: dict) -> str | None:
-    """The answer of a right completion; of a whole solution, its final answer. None if the row does not say."""
+    """Return the gold answer of a row, or the final answer if the gold is a worked solution; None without a gold."""
     kind = row_kind(row)
     gold = row.get("solution" if kind in ("code", "countdown") else "answer")
-    if gold is None or (not str(gold).strip() and kind != "reasoning_gym"):  # there a word may be reduced to nothing
+    if gold is None or (not str(gold).strip() and kind != "reasoning_gym"):  # a puzzle's answer may be the empty text
         return None
     gold = str(gold)
     if kind == "math" and ("####" in gold or "\\boxed{" in gold):
@@ -76,25 +79,25 @@ def gold_answer(row: dict) -> str | None:
 
 
 def right_probes(row: dict, style: str) -> list[Probe]:
-    """The gold with and without thinking; none without a gold."""
+    """Return the gold with and without thinking; an empty list for a row without a gold."""
     gold = gold_answer(row)
     if gold is None:
         return []
-    return [Probe(RIGHT, write(style, gold, THOUGHT), True), Probe("ideal", write(style, gold), True)]
+    return [Probe(RIGHT, write(style, gold, THOUGHT), True), Probe("gold", write(style, gold), True)]
 
 
 def wrong_probes(row: dict, style: str) -> Iterator[Probe]:
-    """Completions that must get less than the gold; fewer of them without a gold."""
+    """Yield completions that must earn less than the gold; fewer of them for a row without a gold."""
     gold = gold_answer(row)
     if gold:
         wrong, *others = wrong_answers(row)
-        ideal = write(style, gold, THOUGHT)
+        right_text = write(style, gold, THOUGHT)
         for answer in (wrong, *others):
             yield Probe(WRONG, write(style, answer, THOUGHT))
-        yield Probe("only in the thinking", f"<think>{write(style, gold)}</think>")
-        yield Probe("thinking never ends", f"<think>{write(style, gold)}")
-        yield Probe("several, the last wrong", "\n".join(write(style, answer) for answer in (gold, wrong, gold, wrong)))
-        yield Probe("cut off", ideal[: len(ideal) // 2], is_truncated=True)
+        yield Probe("only inside <think>", f"<think>{write(style, gold)}</think>")
+        yield Probe("unclosed <think>", f"<think>{write(style, gold)}")
+        yield Probe("several, last is wrong", "\n".join(write(style, answer) for answer in (gold, wrong, gold, wrong)))
+        yield Probe("truncated", right_text[: len(right_text) // 2], is_truncated=True)
         yield Probe("very long", write(style, wrong, FILLER))
     else:
         yield Probe("very long", FILLER)
@@ -105,52 +108,53 @@ def wrong_probes(row: dict, style: str) -> Iterator[Probe]:
 
 
 def hostile_probes(row: dict, style: str) -> Iterator[Probe]:
-    """Wrong completions that attack a grader: programs that end at once, huge numbers, deep brackets, control characters."""
+    """Yield wrong completions that attack a grader: early exits, huge numbers, deep brackets, control characters."""
     if row_kind(row) == "code":
-        yield Probe("hostile: ends at once", write(style, "import sys\nsys.exit(0)"))
-        yield Probe("hostile: equals all", write(style, _returning(row, "Yes()", EQUAL_TO_ALL)))
+        yield Probe("hostile: exits early", write(style, "import sys\nsys.exit(0)"))
+        yield Probe("hostile: always equal", write(style, _constant_program(row, "Yes()", ALWAYS_EQUAL)))
     else:
         for name, texts in HOSTILE_ANSWERS.items():
             for text in texts:
                 yield Probe(name, write(style, text))
-    if row_kind(row) == "countdown":  # whose answers are Python expressions
+    if row_kind(row) == "countdown":  # its answers are Python expressions
         yield Probe("hostile: numbers", write(style, "9**9**9**9"))
     yield Probe("hostile: characters", "\x00\x1b[2J <answer>?</answer>")
 
 
 def wrong_answers(row: dict) -> list[str]:
-    """Answers of the gold's form that are not right, the most plausible first. The row has a gold."""
+    """Return wrong answers in the form of the gold, the most plausible first. The row must have a gold."""
     kind = row_kind(row)
     gold = gold_answer(row)
     if kind == "code":
-        return [_returning(row, NO_TESTED_VALUE), _returning(row, "None")]
+        return [_constant_program(row, UNTESTED_VALUE), _constant_program(row, "None")]
     if kind == "countdown":
         target = row["target"]
         return [str(target), f"{gold} + 1", f"-({gold})", str(row["nums"][0]), f"{gold} = {target + 1}"]
     if numbers := wrong_numbers(gold):
         return numbers
-    if kind == "reasoning_gym":  # a text with another letter may be a right answer to a puzzle, too
+    if kind == "reasoning_gym":  # a text with one letter changed may also solve the puzzle
         return ["another answer"]
     return [*changed_texts(gold), "another answer"]
 
 
 def wrong_numbers(gold: str) -> list[str]:
-    """If the gold is a number: one more, one less (a tenth of a large decimal), the sign flipped, another one.
+    """Return wrong numbers: the gold off by one (large decimals: by a tenth), sign flipped, or with one more digit.
 
-    Those of the gold's length come first: a reward for short answers cannot tell them from the gold.
+    Numbers as long as the gold come first, because a reward for short answers cannot distinguish them from it. Empty if
+    the gold is not a number.
     """
     if len(gold) > 100 or not re.fullmatch(r"[+-]?\d[\d,]*(\.\d+|/[1-9]\d*)?", gold):
         return []
-    plain = gold.replace(",", "")
-    number = Fraction(plain)
+    digits = gold.replace(",", "")
+    number = Fraction(digits)
     step = 1 if number.denominator == 1 else max(1, abs(number) / 10)
     others = dict.fromkeys([number + step, number - step, -number, 10 * number + 7])
     texts = [str(float(n) if n.denominator > 1 and "." in gold else n) for n in others if n != number]
-    return sorted(texts, key=lambda text: abs(len(text) - len(plain)))
+    return sorted(texts, key=lambda text: abs(len(text) - len(digits)))
 
 
 def changed_texts(gold: str) -> list[str]:
-    """A gold that is no number, with its last letter or number changed."""
+    """Return a non-numeric gold with its last letter, or its last number, changed; an empty list if it has neither."""
     if gold.isalpha():
         return [gold[:-1] + ("b" if gold[-1] != "b" else "c")]
     for last in list(re.finditer(r"\d{1,15}(?!\d)", gold))[-1:]:
@@ -160,8 +164,8 @@ def changed_texts(gold: str) -> list[str]:
 
 # --- wrong programs
 
-NO_TESTED_VALUE = "987654321"  # a constant that no test expects
-EQUAL_TO_ALL = """
+UNTESTED_VALUE = "987654321"  # a constant that no test expects
+ALWAYS_EQUAL = """
 class Yes:
     def __eq__(self, other):
         return True
@@ -177,27 +181,27 @@ def {name}(*args, **kwargs):
     return value + 1 if type(value) in (int, float) else [value]
 """
 MAX_MUTANTS = 25
-SWAPPED = {
+SWAPPED_OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add,
     ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitOr, ast.LShift: ast.RShift,
     ast.RShift: ast.LShift, ast.And: ast.Or, ast.Or: ast.And, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.GtE,
     ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
 }  # fmt: skip
-LOOPING = (ast.While, ast.AugAssign)
-OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+LOOP_NODES = (ast.While, ast.AugAssign)  # a change here may make a loop endless
+SWAPPED_FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 def _entry_points(row: dict) -> list[str]:
-    """The functions that the tests call; none if the program reads standard input."""
+    """Return the names of the functions that the tests call; an empty list if the program reads standard input."""
     names = {row.get("entry_point")} - {None, ""}
-    with contextlib.suppress(ValueError):  # tests of another form, for a grader of the user's own
+    with contextlib.suppress(ValueError):  # the tests may have another form, for a custom grader
         names |= called_names(parse_tests(row["tests"], row.get("entry_point"), row.get("setup") or ""))
     return sorted(names)
 
 
-def _returning(row: dict, value: str, helpers: str = "") -> str:
-    """A program whose functions return one value for all arguments, or that prints it."""
+def _constant_program(row: dict, value: str, helpers: str = "") -> str:
+    """Return a program whose functions always return one value, or that prints this value."""
     names = _entry_points(row)
     if not names:
         return f"{helpers}print({value})"
@@ -205,39 +209,39 @@ def _returning(row: dict, value: str, helpers: str = "") -> str:
 
 
 def mutants(row: dict) -> Iterator[str]:
-    """The gold program with one operator swapped or one constant off by one; last, with its result off by one.
+    """Yield the gold program with one operator swapped or one constant off by one, and last with its result off by one.
 
-    Any of them may make no difference to the tests. Those that may keep a loop from ending come late.
+    A mutant may be equivalent to the gold in every test. Mutants that may cause an endless loop come late.
     """
     tree = ast.parse(row["solution"])
     nodes = list(ast.walk(tree))
-    steering = [node.test if isinstance(node, ast.While) else node for node in nodes if isinstance(node, LOOPING)]
-    loops = {id(node) for top in steering for node in ast.walk(top)}
-    places = [place for place, node in enumerate(nodes) if _change(copy.deepcopy(node))]
-    places.sort(key=lambda place: id(nodes[place]) in loops)
-    for place in places[:MAX_MUTANTS]:
-        changed = copy.deepcopy(tree)
-        _change(list(ast.walk(changed))[place])
-        yield ast.unparse(ast.fix_missing_locations(changed))
+    loop_parts = [node.test if isinstance(node, ast.While) else node for node in nodes if isinstance(node, LOOP_NODES)]
+    loop_ids = {id(node) for top in loop_parts for node in ast.walk(top)}
+    indices = [index for index, node in enumerate(nodes) if _mutate(copy.deepcopy(node))]
+    indices.sort(key=lambda index: id(nodes[index]) in loop_ids)
+    for index in indices[:MAX_MUTANTS]:
+        mutant = copy.deepcopy(tree)
+        _mutate(list(ast.walk(mutant))[index])
+        yield ast.unparse(ast.fix_missing_locations(mutant))
     for name in _entry_points(row):
         yield f"{row['solution']}\n{OFF_BY_ONE.format(name=name)}"
 
 
-def _change(node: ast.AST) -> bool:
-    """Change a node in its place; False if there is nothing to change."""
+def _mutate(node: ast.AST) -> bool:
+    """Mutate a node in place. Return False if there is nothing to mutate."""
     match node:
-        case ast.BinOp() | ast.AugAssign() | ast.BoolOp() if type(node.op) in SWAPPED:
-            node.op = SWAPPED[type(node.op)]()
+        case ast.BinOp() | ast.AugAssign() | ast.BoolOp() if type(node.op) in SWAPPED_OPERATORS:
+            node.op = SWAPPED_OPERATORS[type(node.op)]()
         case ast.Compare():
-            node.ops[0] = SWAPPED[type(node.ops[0])]()
+            node.ops[0] = SWAPPED_OPERATORS[type(node.ops[0])]()
         case ast.Constant(value=bool()):
             node.value = not node.value
         case ast.Constant(value=int() | float()):
             node.value += 1
         case ast.UnaryOp(op=ast.USub()):
             node.op = ast.UAdd()
-        case ast.Call(func=ast.Name(id=name)) if name in OPPOSITES:
-            node.func.id = OPPOSITES[name]
+        case ast.Call(func=ast.Name(id=name)) if name in SWAPPED_FUNCTIONS:
+            node.func.id = SWAPPED_FUNCTIONS[name]
         case _:
             return False
     return True

@@ -1,4 +1,4 @@
-"""Loading a file of reward functions: which of its functions count, and with which weights."""
+"""Reward files: import a file, and select its reward functions and their weights."""
 
 import importlib.util
 import inspect
@@ -20,33 +20,35 @@ def load_rewards(
 ) -> Rewards:
     """Load the reward functions of a file, in the order of the file.
 
-    The functions that count are those that are decorated and those in the file's own list `reward_funcs = [...]`, as
-    in TRL.
+    Reward functions are the decorated functions, and those in the file's list `reward_funcs = [...]`, as in TRL.
 
     Args:
+        path: Path of the reward file.
         reward_funcs: Names of the functions to use; all of them if empty.
-        reward_weights: Weights by name, which replace the file's own.
-        source: The content of the file, if it is not saved yet.
+        reward_weights: Weights by name, which override the weights in the file.
+        reward_errors: "stop" or "skip": what to do if a function raises.
+        max_steps: Number of steps of the run, passed to TRL functions.
+        source: Content of the file, if it is not saved yet.
 
     Raises:
-        RewardError: The file is missing, does not import or has no reward, or a name is unknown.
+        RewardError: The file is missing, cannot be imported or has no reward, or a name is unknown.
     """
     file = Path(path).resolve()
     if source is None and not file.is_file():
         raise RewardError(f"rewards_file: there is no file {path}")
     module = _import_file(file, source)
-    found = _find_functions(module, file)
+    registered = _registered_functions(module, file)
     plain = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
-    chosen = reward_funcs or list(found)
+    chosen = reward_funcs or list(registered)
     for name in [*chosen, *(reward_weights or {})]:
-        if name in chosen and name not in found and name in plain:  # a plain function that is named in the settings
-            found[name] = RewardFunction(name, plain[name])
-        if name not in found:
+        if name in chosen and name not in registered and name in plain:  # the settings may name an undecorated function
+            registered[name] = RewardFunction(name, plain[name])
+        if name not in registered:
             setting = "reward_funcs" if name in chosen else "reward_weights"
-            hint = did_you_mean(name, found) or f" It has {', '.join(found) or 'none'}."
+            hint = did_you_mean(name, registered) or f" It has {', '.join(registered) or 'none'}."
             raise RewardError(f"{setting}: {file.name} has no reward function '{name}'.{hint}")
-    weights = {name: found[name].weight for name in chosen} | (reward_weights or {})
-    functions = [replace(found[name], weight=float(weights[name])) for name in chosen]
+    weights = {name: registered[name].weight for name in chosen} | (reward_weights or {})
+    functions = [replace(registered[name], weight=float(weights[name])) for name in chosen]
     examples = getattr(module, "examples", [])
     rewards = Rewards(file, functions, reward_errors, max_steps, examples if isinstance(examples, list) else [])
     if not rewards.names:
@@ -55,16 +57,16 @@ def load_rewards(
         )
     if not reward_funcs:
         for name, function in plain.items():
-            if name not in found and "completions" in inspect.signature(function).parameters:
+            if name not in registered and "completions" in inspect.signature(function).parameters:
                 rewards.notes.append(
-                    f"{name} in {file.name} has a parameter completions, but is neither decorated nor named in "
-                    "reward_funcs: it does not count"
+                    f"{name} in {file.name} is not used: it has a parameter completions, but is neither decorated with "
+                    "@reward nor listed in reward_funcs"
                 )
     return rewards
 
 
-def _find_functions(module, file: Path) -> dict[str, RewardFunction]:
-    """The reward functions of a module by name."""
+def _registered_functions(module, file: Path) -> dict[str, RewardFunction]:
+    """Return the decorated and listed reward functions of a module by name. Raise RewardError for an invalid list."""
     decorated = [value for value in vars(module).values() if isinstance(getattr(value, "reward", None), RewardFunction)]
     functions = [value.reward for value in decorated if value.__module__ == module.__name__]
     listed = getattr(module, "reward_funcs", [])
@@ -74,27 +76,28 @@ def _find_functions(module, file: Path) -> dict[str, RewardFunction]:
         function = getattr(module, entry, None) if isinstance(entry, str) else entry
         name = getattr(function, "__name__", type(function).__name__)
         if not callable(function) or name == "<lambda>":
-            hint = did_you_mean(entry, vars(module)) if isinstance(entry, str) else " Write it as a function with def."
-            raise RewardError(f"{file.name}: reward_funcs names {short_repr(entry)}, which is no function.{hint}")
+            hint = did_you_mean(entry, vars(module)) if isinstance(entry, str) else " Define it with def."
+            raise RewardError(f"{file.name}: reward_funcs lists {short_repr(entry)}, which is not a function.{hint}")
         f = getattr(function, "reward", None)
         functions.append(f if isinstance(f, RewardFunction) else RewardFunction(name, function))
-    found = {}
+    by_name = {}
     for f in functions:
-        if f.name in found and found[f.name].function is not f.function:
+        if f.name in by_name and by_name[f.name].function is not f.function:
             raise RewardError(
-                f"{file.name}: two reward functions are called {f.name}: rename one (of a reward model: name=)"
+                f"{file.name}: two reward functions are called {f.name}: rename one (for a reward model, set name=)"
             )
-        found[f.name] = f
-    return found
+        by_name[f.name] = f
+    return by_name
 
 
 def _import_file(file: Path, source: str | None):
-    name = f"rewards_of_{abs(hash(str(file)))}"
+    """Execute a reward file as a module. Raise RewardError with file and line if it fails."""
+    name = f"reward_file_{abs(hash(str(file)))}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and the like look their module up by name
+    sys.modules[name] = module  # dataclasses, among others, look up their module by name
     try:
-        # Not by the loader: its bytecode cache takes a file of the same second and size for the same file.
+        # The loader is not used: its bytecode cache misses a change that keeps the file's size within the same second.
         exec(compile(file.read_bytes() if source is None else source, file, "exec"), vars(module))
     except Exception as error:
         if isinstance(error, SyntaxError):

@@ -1,14 +1,14 @@
-"""Reward functions written for TRL, called as TRL calls them, so that they work unchanged.
+"""Call reward functions written for TRL as TRL does, so that they work unchanged.
 
     def correctness(prompts, completions, answer, **kwargs) -> list[float]: ...
 
-They get, by name and as far as their signature takes it: prompts, completions, completion_ids, every column of the rows
-(one value for each completion), trainer_state (global_step, max_steps), log_extra(column, values), log_metric(name, value).
+They get the keyword arguments that their signature accepts: prompts, completions, completion_ids, every column of the
+rows (one value per completion), trainer_state (global_step, max_steps), log_extra(column, values), log_metric(name, value).
 
-TRL hands over chat messages or plain text, as the data set has it; here the function shows which it wants. At its first call
-it gets messages, `[{"role": "assistant", "content": text}]` for each completion, that note whether anybody looks into them.
-Where one was looked into, the function gets messages from then on. Where none was, or where the call raised before, the call
-is made once more with plain text, and so it stays.
+In TRL the dataset determines whether completions are chat messages or plain text. Here it is detected: the first call
+passes messages, `[{"role": "assistant", "content": text}]` for each completion, that record whether they are read. If one
+is read, the function always gets messages. If none is, or if the call raises before that, the function is called again
+with plain text, and always gets text.
 """
 
 import math
@@ -19,27 +19,29 @@ from grading.base import Completion, RewardFunction
 
 @dataclass
 class TrainerState:
-    """What TRL functions read of the trainer."""
+    """The part of TRL's trainer state that reward functions use."""
 
     global_step: int  # optimizer steps done
     max_steps: int | None
 
 
 class Log:
-    """Takes what a function logs in one call with n completions."""
+    """Collects the values that a function logs in one call."""
 
-    def __init__(self, n: int):
-        self.n, self.extra, self.metrics = n, {}, {}
+    def __init__(self, num_completions: int):
+        self.num_completions = num_completions
+        self.extra = {}
+        self.metrics = {}
 
     def log_extra(self, column: str, values: list) -> None:
-        """A column of its own beside the completions in the run folder: one value for each of them."""
+        """Log one value per completion, saved as a column next to the completions in the run folder."""
         values = list(values)
-        if len(values) != self.n:
-            raise ValueError(f"log_extra('{column}'): {len(values)} values for {self.n} completions")
+        if len(values) != self.num_completions:
+            raise ValueError(f"log_extra('{column}'): {len(values)} values for {self.num_completions} completions")
         self.extra[column] = values
 
     def log_metric(self, name: str, value: float) -> None:
-        """A number of this step; the mean counts where a name is logged several times."""
+        """Log a metric of this step. Values logged under the same name are averaged."""
         value = float(value)
         if not math.isfinite(value):
             raise ValueError(f"log_metric('{name}'): {value} is not a finite number")
@@ -47,47 +49,47 @@ class Log:
 
 
 async def call(f: RewardFunction, completions: list[Completion], max_steps: int | None) -> tuple[object, Log]:
-    """What a batch function returns for the completions, and what it logged. Sets `f.style` if it is unknown."""
+    """Call a batch function and return its result and the log of the call. Sets `f.style` if it is unknown."""
     for style in [f.style] if f.style else ["chat", "text"]:
-        is_settled = f.style is not None or style == "text"
-        message = type("Message", (_Message,), {})
+        is_final = f.style is not None or style == "text"
+        message_type = type("Message", (_Message,), {})
         log = Log(len(completions))
         try:
-            values = f.function(**_arguments(f, completions, message if style == "chat" else None, log, max_steps))
+            values = f.function(**_arguments(f, completions, message_type if style == "chat" else None, log, max_steps))
             if f.is_async:
                 values = await values
         except Exception:
-            if is_settled or message.was_read:
+            if is_final or message_type.was_read:
                 raise
             continue
-        if is_settled or message.was_read:
+        if is_final or message_type.was_read:
             break
     f.style = style
     return values, log
 
 
 def _arguments(
-    f: RewardFunction, completions: list[Completion], message: type | None, log: Log, max_steps: int | None
+    f: RewardFunction, completions: list[Completion], message_type: type | None, log: Log, max_steps: int | None
 ) -> dict:
-    """The arguments of a call, by name.
+    """Return the keyword arguments of a call.
 
     Args:
-        message: The type of the chat messages; None for text.
+        message_type: The type of the chat messages; None for plain text.
     """
-    if message:
-        texts = [[message(role="assistant", content=c.text)] for c in completions]
+    if message_type:
+        texts = [[message_type(role="assistant", content=c.text)] for c in completions]
         prompts = []
         for c in completions:
             prompt = c.row.get("prompt", c.prompt)
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            prompts.append([message(m) for m in messages])
+            prompts.append([message_type(m) for m in messages])
     else:
         texts = [c.text for c in completions]
         prompts = [c.prompt for c in completions]
     columns = dict.fromkeys(column for c in completions for column in c.row)
-    if "prompt" not in f.parameters:  # it is in prompts
+    if "prompt" not in f.parameters:  # passed as prompts
         columns.pop("prompt", None)
-    offered = {column: [c.row.get(column) for c in completions] for column in columns} | {
+    available = {column: [c.row.get(column) for c in completions] for column in columns} | {
         "prompts": prompts,
         "completions": texts,
         "completion_ids": [c.token_ids for c in completions],
@@ -95,24 +97,25 @@ def _arguments(
         "log_extra": log.log_extra,
         "log_metric": log.log_metric,
     }
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in f.parameters.values())
-    return {name: value for name, value in offered.items() if takes_any or name in f.parameters}
+    accepts_all = any(p.kind is p.VAR_KEYWORD for p in f.parameters.values())
+    return {name: value for name, value in available.items() if accepts_all or name in f.parameters}
 
 
-def _noting(name: str):
+def _tracked(name: str):
+    """Return a dict method that also sets `was_read` on the type of the message."""
     method = getattr(dict, name)
 
-    def noting(self, *args):
+    def tracked(self, *args):
         type(self).was_read = True
         return method(self, *args)
 
-    return noting
+    return tracked
 
 
 class _Message(dict):
-    """A chat message. Its type notes whether any message of that type was looked into."""
+    """A chat message. Its type records whether any message of the type has been read."""
 
     was_read = False
     __getitem__, get, pop, keys, values, items, __iter__ = map(
-        _noting, ("__getitem__", "get", "pop", "keys", "values", "items", "__iter__")
+        _tracked, ("__getitem__", "get", "pop", "keys", "values", "items", "__iter__")
     )

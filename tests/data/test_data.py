@@ -1,4 +1,4 @@
-"""Reading a person's own files: every format, every mistake."""
+"""Loading questions from files: all formats, all mistakes, held-out questions, and the order of sampling."""
 
 import json
 import random
@@ -14,7 +14,8 @@ from data.tasks import MAKERS, make_sum
 ROWS = [{"question": f"What is {i} + 1?", "gold": i + 1, "level": "easy"} for i in range(20)]
 
 
-def questions_of(train_data, eval_data, train_questions, eval_questions, seed, curriculum_steps=0):
+def load_with(train_data, eval_data, train_questions, eval_questions, seed, curriculum_steps=0):
+    """Call `load_questions` with these settings."""
     settings = {
         "train_data": train_data,
         "eval_data": eval_data,
@@ -49,7 +50,7 @@ def test_every_format_gives_the_same_schema(tmp_path, suffix):
     assert len(load(str(tmp_path / f"q.{suffix}"), n=5)) == 5
 
 
-def test_own_ids_tasks_messages_and_tests_are_kept(tmp_path):
+def test_keeps_ids_tasks_messages_and_tests(tmp_path):
     row = {
         "id": 7,
         "task": "code",
@@ -68,7 +69,7 @@ def test_own_ids_tasks_messages_and_tests_are_kept(tmp_path):
         ("q.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"q.jsonl:2: not valid JSON"),
         ("q.jsonl", '{"prompt": "a"}\n[1]\n', r"q.jsonl:2: expected an object"),
         ("q.jsonl", "", r"q.jsonl: the file has no rows"),
-        ("q.jsonl", '{"text": "a"}', r"q.jsonl:1: no column prompt or question, only text"),
+        ("q.jsonl", '{"text": "a"}', r"q.jsonl:1: no column prompt.*, only text"),
         ("q.jsonl", '{"prompt": ""}', r"q.jsonl:1: the prompt is ''"),
         ("q.jsonl", '{"prompt": 3}', r"q.jsonl:1: the prompt is '3'"),
         ("q.jsonl", '{"prompt": []}', r"q.jsonl:1: the prompt is"),
@@ -77,21 +78,21 @@ def test_own_ids_tasks_messages_and_tests_are_kept(tmp_path):
         ("q.jsonl", '{"prompt": [{"role": "user", "content": [1]}]}', r"q.jsonl:1: the prompt is"),
         ("q.json", '{"prompt": "a"}', r"q.json: expected a list"),
         ("q.json", '[{"prompt": "a"},\n oops]', r"q.json:2: not valid JSON"),
-        ("q.csv", "prompt,answer\na,1\nb\n", r"q.csv:3: this row does not have the header's 2 fields"),
-        ("q.csv", "prompt,answer\na,1,2\n", r"q.csv:2: this row does not have the header's 2 fields"),
+        ("q.csv", "prompt,answer\na,1\nb\n", r"q.csv:3: .* 2 fields"),
+        ("q.csv", "prompt,answer\na,1,2\n", r"q.csv:2: .* 2 fields"),
         ("q.csv", "", r"q.csv: the file has no rows"),
         ("q.parquet", "not parquet", r"q.parquet: not a parquet file"),
-        ("q.txt", "a", r"q.txt: not a source"),
+        ("q.txt", "a", r"q.txt: unknown source"),
     ],
 )  # fmt: skip
-def test_mistakes_name_file_and_line(tmp_path, name, content, message):
+def test_errors_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message) as error:
         load(str(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_columns_and_encodings(tmp_path):
+def test_refuses_missing_files_missing_columns_and_other_encodings(tmp_path):
     make_files(tmp_path)
     with pytest.raises(DataError, match=r"p.jsonl: there is no such file. Did you mean 'q.jsonl'"):
         load(str(tmp_path / "p.jsonl"))
@@ -102,78 +103,78 @@ def test_missing_files_columns_and_encodings(tmp_path):
         load(str(tmp_path / "latin.jsonl"))
 
 
-def test_a_file_is_split_into_training_and_held_out(tmp_path):
-    rows = ROWS + ROWS[:5]  # duplicates stay on one side
+def test_splits_a_file_into_training_and_held_out_questions(tmp_path):
+    rows = ROWS + ROWS[:5]  # duplicates must be in the same part
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = str(tmp_path / "q.jsonl")
-    train, held_out, notes = questions_of([source], [], 1000, 400, 0)
+    train, held_out, notes = load_with([source], [], 1000, 400, 0)
     assert len(held_out) == 4 and len({r["prompt"] for r in train}) == 16
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
-    assert questions_of([source], [], 1000, 400, 9)[1] == held_out  # the same for every seed
+    assert load_with([source], [], 1000, 400, 9)[1] == held_out  # the same for every seed
     assert "4 held out" in notes[0]
     (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
-    with pytest.raises(DataError, match="one question is too few"):
-        questions_of([str(tmp_path / "one.jsonl")], [], 1000, 400, 0)
+    with pytest.raises(DataError, match="one.jsonl: one question cannot be"):
+        load_with([str(tmp_path / "one.jsonl")], [], 1000, 400, 0)
 
 
-def of_levels(*levels):
+def make_questions(*levels):
     return [SimpleNamespace(row={"id": f"r{i}", "level": level}) for i, level in enumerate(levels)]
 
 
 def test_levels_are_numbers_also_in_text():
-    assert QuestionSampler(of_levels(3, "Level 5", 2.5), 10, seed=0).levels == [3.0, 5.0, 2.5]
+    assert QuestionSampler(make_questions(3, "Level 5", 2.5), 10, seed=0).levels == [3.0, 5.0, 2.5]
     for level in (None, "hard", ""):
-        with pytest.raises(DataError, match="curriculum_steps: row r1 has no number in a column level"):
-            QuestionSampler(of_levels(3, level), 10, seed=0)
-    QuestionSampler(of_levels(None), 0, seed=0)  # without a curriculum no level is needed
+        with pytest.raises(DataError, match="curriculum_steps: row r1 has no number in .* level"):
+            QuestionSampler(make_questions(3, level), 10, seed=0)
+    QuestionSampler(make_questions(None), 0, seed=0)  # levels are needed only for a curriculum
 
 
-def test_a_row_without_a_level_is_found_with_the_questions(tmp_path):
+def test_load_questions_refuses_rows_without_a_level(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     source = str(tmp_path / "q.jsonl")
-    questions_of([source], [], 10, 4, 0)
-    with pytest.raises(DataError, match="curriculum_steps: row q:.* has no number in a column level"):
-        questions_of([source], [], 10, 4, 0, curriculum_steps=5)
-    questions_of(["sums"], [], 10, 4, 0, curriculum_steps=5)
+    load_with([source], [], 10, 4, 0)
+    with pytest.raises(DataError, match="curriculum_steps: row q:.* has no number in .* level"):
+        load_with([source], [], 10, 4, 0, curriculum_steps=5)
+    load_with(["sums"], [], 10, 4, 0, curriculum_steps=5)
 
 
-def test_each_epoch_has_every_question_in_an_order_of_its_own():
-    """The order for a seed is fixed: runs of earlier versions can be resumed."""
-    sampler = QuestionSampler(of_levels(*range(5)), 0, seed=0)
-    taken = [question.row["level"] for step in (1, 2, 3, 4, 5) for question in sampler.take(3, step)]
+def test_each_epoch_has_every_question_in_a_new_order():
+    """The order for a seed is fixed, so that runs of earlier versions can be resumed."""
+    sampler = QuestionSampler(make_questions(*range(5)), 0, seed=0)
+    order = [question.row["level"] for step in (1, 2, 3, 4, 5) for question in sampler.take(3, step)]
     rng = random.Random(0)
-    assert taken == [i for _ in range(3) for i in rng.sample(range(5), 5)]
-    assert taken == [3, 4, 0, 1, 2, 3, 2, 1, 4, 0, 4, 1, 3, 0, 2]
+    assert order == [i for _ in range(3) for i in rng.sample(range(5), 5)]
+    assert order == [3, 4, 0, 1, 2, 3, 2, 1, 4, 0, 4, 1, 3, 0, 2]
     assert sampler.state_dict() == {"drawn": 15}
-    again = QuestionSampler(sampler.questions, 0, seed=0)
-    again.take(2, 1)
-    again.load_state_dict({"drawn": 3})
-    assert [question.row["level"] for question in again.take(12, 2)] == taken[3:]
+    restored = QuestionSampler(sampler.questions, 0, seed=0)
+    restored.take(2, 1)
+    restored.load_state_dict({"drawn": 3})
+    assert [question.row["level"] for question in restored.take(12, 2)] == order[3:]
 
 
-def test_questions_join_by_their_level():
-    sampler = QuestionSampler(of_levels(1, 1, 2, 3), 3, seed=0)
+def test_curriculum_adds_levels_one_by_one():
+    sampler = QuestionSampler(make_questions(1, 1, 2, 3), 3, seed=0)
     levels = [{question.row["level"] for question in sampler.take(8, step)} for step in (1, 2, 3, 9)]
     assert levels == [{1}, {1, 2}, {1, 2, 3}, {1, 2, 3}]
 
 
-def test_held_out_questions_are_taken_out_of_training(tmp_path):
+def test_removes_held_out_questions_from_training(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
-    train, held_out, notes = questions_of([str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")], 99, 9, 0)
+    train, held_out, notes = load_with([str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")], 99, 9, 0)
     assert len(train) == 17 and len(held_out) == 3 and "3 training questions are also held out" in notes[0]
-    with pytest.raises(DataError, match="no question is left"):
-        questions_of([str(tmp_path / "b.jsonl")], [str(tmp_path / "a.jsonl")], 99, 99, 0)
+    with pytest.raises(DataError, match="train_data: .* eval_data"):
+        load_with([str(tmp_path / "b.jsonl")], [str(tmp_path / "a.jsonl")], 99, 99, 0)
 
 
-def test_built_in_families_have_their_own_held_out_questions():
-    train, held_out, notes = questions_of(["sums", "words", "functions"], [], 50, 30, 1)
+def test_built_in_families_have_separate_held_out_questions():
+    train, held_out, notes = load_with(["sums", "words", "functions"], [], 50, 30, 1)
     assert len(train) == 150 and len(held_out) == 30 and not notes
     assert {row["task"] for row in held_out} == {"sums", "words", "functions"}
-    assert questions_of(["sums", "words", "functions"], [], 50, 30, 2)[1] == held_out
+    assert load_with(["sums", "words", "functions"], [], 50, 30, 2)[1] == held_out
 
 
-def test_cells_that_are_empty_and_lines_that_are_odd(tmp_path):
+def test_empty_cells_unusual_line_separators_and_long_cells(tmp_path):
     (tmp_path / "q.csv").write_text('prompt,answer,tests,id\na,1,,0\nb,,"assert f(1) == 1",\n')
     first, second = load(str(tmp_path / "q.csv"))
     assert (first["answer"], first["tests"], first["id"]) == ("1", None, "0")
@@ -184,19 +185,19 @@ def test_cells_that_are_empty_and_lines_that_are_odd(tmp_path):
     assert len(load(str(tmp_path / "long.csv"))[0]["prompt"]) == 200_000
 
 
-def test_more_questions_than_there_are(monkeypatch):
-    """An error, not an endless search."""
+def test_refuses_more_questions_than_a_family_has(monkeypatch):
+    """It must not search forever."""
     few = [make_sum(random.Random(seed)) for seed in range(40)]
     monkeypatch.setitem(MAKERS, "sums", lambda rng: rng.choice(few))
     with pytest.raises(DataError, match="sums does not have 100 different eval questions"):
         load("sums", 100, "eval")
 
 
-def test_a_file_that_is_cut_is_noted(tmp_path):
+def test_notes_that_only_part_of_a_file_is_used(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    train, _, notes = questions_of([str(tmp_path / "a.jsonl")], ["sums"], 7, 9, 0)
+    train, _, notes = load_with([str(tmp_path / "a.jsonl")], ["sums"], 7, 9, 0)
     assert len(train) == 7 and "the first 7 of 20 questions are used" in notes[0]
-    _, held_out, notes = questions_of(["sums"], [str(tmp_path / "a.jsonl")], 7, 9, 0)
+    _, held_out, notes = load_with(["sums"], [str(tmp_path / "a.jsonl")], 7, 9, 0)
     assert len(held_out) == 9 and "the first 9 of 20 questions are held out" in notes[0]
 
 
@@ -206,4 +207,4 @@ def test_show_prints_rows_and_errors():
     row = json.loads(shown.stdout)
     assert row["task"] == "words" and row["id"].startswith("words-eval")
     failed = subprocess.run([*show, "wrods"], capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.startswith("error: wrods: not a source")
+    assert failed.returncode == 1 and failed.stderr.startswith("error: wrods: unknown source")

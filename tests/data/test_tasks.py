@@ -1,4 +1,4 @@
-"""The built-in families: disjoint splits, right answers, and the bundled model that was made from them."""
+"""Built-in families: disjoint splits, right answers, and the bundled model that was pretrained on them."""
 
 import json
 import random
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data.tasks import FAMILIES, MAKERS, SPLITS, WORD_TEMPLATES, problems, questions, split_of
+from data.tasks import FAMILIES, MAKERS, SPLITS, WORD_TEMPLATES, assign_split, problems, questions
 from grading import grade_code, grade_math
-from tools.make_tiny import BLURT_RIGHT, THINKS, blurt, demonstration, make_tokenizer
+from tools.make_tiny import GUESS_ACCURACY, THINKING_SHARE, demonstration, guess, make_tokenizer
 
 TINY = Path("data/tiny")
 
@@ -19,14 +19,14 @@ SUMS = {"sums": range(3, 7), "big_sums": range(2, 5), "long_sums": range(5, 6), 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "long_sums", "longer_sums"])
 def test_splits_are_disjoint_by_construction(family):
-    """A question's split is a function of what it asks, and splits share no hash value: so seeds cannot mix them."""
+    """A question's split is a function of its key, and splits share no hash value, so no seed can mix them."""
     tenths = [tenth for tenths in SPLITS.values() for tenth in tenths]
     assert sorted(tenths) == list(range(10))  # each tenth belongs to exactly one split
     rng = random.Random(0)
     keys, prompts = {}, {}
     for split in SPLITS:
         drawn = [next(problems(family, split, rng)) for _ in range(1500)]
-        assert all(split_of(family, problem.key) == split for problem in drawn)
+        assert all(assign_split(family, problem.key) == split for problem in drawn)
         keys[split], prompts[split] = {p.key for p in drawn}, {p.prompt for p in drawn}
     for a in SPLITS:
         for b in SPLITS:
@@ -34,8 +34,8 @@ def test_splits_are_disjoint_by_construction(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_decides_its_key(family):
-    """Otherwise one question could stand in two splits under two keys."""
+def test_a_prompt_has_only_one_key(family):
+    """Otherwise one question could be in two splits under two keys."""
     rng, seen = random.Random(1), {}
     for _ in range(4000):
         problem = MAKERS[family](rng)
@@ -52,7 +52,7 @@ def test_questions_are_seeded_and_unique(family):
 
 @pytest.mark.parametrize("family", SUMS)
 def test_sums_are_right(family):
-    """Their answers, how many numbers they have (their level is the number of operations), and of how many digits."""
+    """The answers, the level (the number of operations), and the number of terms and digits."""
     for row in questions(family, "train", 300, seed=0):
         expression = re.search(r"\d[\d +-]*\d", row["prompt"])[0]
         numbers = re.findall(r"\d+", expression)
@@ -62,20 +62,20 @@ def test_sums_are_right(family):
 
 
 def test_word_problems_are_right():
-    """Read back from the text: every sentence after the first adds or takes away, and nothing goes below zero."""
+    """Parsed from the text: every sentence after the first adds or subtracts, and the total never falls below zero."""
     assert len(WORD_TEMPLATES) >= 12
-    shapes = [
-        (re.compile(re.escape(shape).replace(r"\{who\}", r"\w+").replace(r"\{n\}", r"(\d)")), sign)
+    patterns = [
+        (re.compile(re.escape(template).replace(r"\{who\}", r"\w+").replace(r"\{n\}", r"(\d)")), sign)
         for _, _, gains, losses, _ in WORD_TEMPLATES
         for sign, sentences in ((1, gains), (-1, losses))
-        for shape in sentences
+        for template in sentences
     ]
     for row in questions("words", "train", 300, seed=0):
         opening, *events = re.findall(r"[^.]+\.", row["prompt"])
         total = int(re.search(r"\d", opening)[0])
         for event in events:
-            signs = {(sign, m[1]) for shape, sign in shapes if (m := shape.fullmatch(event.strip()))}
-            if len({sign for sign, _ in signs}) > 1:  # "takes 3" adds cards and takes cookies: by its template
+            signs = {(sign, m[1]) for pattern, sign in patterns if (m := pattern.fullmatch(event.strip()))}
+            if len({sign for sign, _ in signs}) > 1:  # "takes 3" adds cards, but subtracts cookies
                 name = next(name for name, start, *_ in WORD_TEMPLATES if _matches(start, opening))
                 _, _, gains, losses, _ = next(t for t in WORD_TEMPLATES if t[0] == name)
                 signs = {s for s in signs if any(_matches(x, event) for x in (gains if s[0] > 0 else losses))}
@@ -85,15 +85,17 @@ def test_word_problems_are_right():
         assert total == int(row["answer"])
 
 
-def _matches(shape, sentence):
-    pattern = re.escape(shape).replace(r"\{who\}", r"\w+").replace(r"\{n\}", r"\d")
+def _matches(template, sentence):
+    pattern = re.escape(template).replace(r"\{who\}", r"\w+").replace(r"\{n\}", r"\d")
     return re.fullmatch(pattern, sentence.strip())
 
 
-def test_thinking_demonstrations_are_right_and_blurts_mostly_wrong():
+def test_demonstrations_with_thinking_are_right_and_guesses_mostly_wrong():
     rng = random.Random(0)
     for family in FAMILIES:
-        thinks, right_blurts, blurts = 0, 0, 0
+        num_thinking = 0
+        num_right_guesses = 0
+        num_guesses = 0
         for _ in range(600):
             problem = next(problems(family, "pretrain", rng))
             text = demonstration(problem, rng)
@@ -103,19 +105,19 @@ def test_thinking_demonstrations_are_right_and_blurts_mostly_wrong():
             else:
                 score, _ = grade_math(answer, problem.answer)
             if text.startswith("<think>"):
-                thinks += 1
+                num_thinking += 1
                 assert score == 1, (problem, text)
             else:
-                blurts += 1
-                right_blurts += score
-        assert thinks / 600 == pytest.approx(THINKS[family], abs=0.06)
-        assert right_blurts / blurts == pytest.approx(BLURT_RIGHT, abs=0.06)
+                num_guesses += 1
+                num_right_guesses += score
+        assert num_thinking / 600 == pytest.approx(THINKING_SHARE[family], abs=0.06)
+        assert num_right_guesses / num_guesses == pytest.approx(GUESS_ACCURACY, abs=0.06)
 
 
-def test_blurts_that_forget_brackets_are_wrong():
+def test_wrong_guesses_of_functions_lack_brackets():
     rng = random.Random(2)
     problem = next(p for p in problems("functions", "pretrain", rng) if "(" in p.answer)
-    wrong = {blurt(problem, rng) for _ in range(200)} - {problem.answer}
+    wrong = {guess(problem, rng) for _ in range(200)} - {problem.answer}
     assert wrong == {problem.answer.replace("(", "").replace(")", "")}
 
 

@@ -1,4 +1,4 @@
-"""Completions of known worth: what is made from the gold of a row, and that it is right or wrong as it says."""
+"""Probes: the completions made from a row's gold are right or wrong as labelled."""
 
 import ast
 
@@ -21,7 +21,7 @@ def run(program, *arguments):
 def test_wrong_numbers_are_other_numbers():
     assert wrong_numbers("18") == ["19", "17", "-18", "187"]
     assert wrong_numbers("-1,080") == ["-1079", "-1081", "1080", "-10793"]
-    assert wrong_numbers("0") == ["1", "7", "-1"]  # those of the gold's length first
+    assert wrong_numbers("0") == ["1", "7", "-1"]  # as long as the gold: first
     assert wrong_numbers("9") == ["8", "10", "-9", "97"]
     assert wrong_numbers("0.5") == ["1.5", "-0.5", "12"]
     assert wrong_numbers("-1/2") == ["-3/2", "1/2", "2"]
@@ -34,29 +34,29 @@ def test_changed_texts_differ_from_the_gold():
     assert changed_texts("a" + "9" * 5000) == ["a" + "9" * 4985 + "1" + "0" * 15] and changed_texts("\\pi") == []
 
 
-def test_wrong_programs_do_not_what_was_asked():
-    constant, nothing = wrong_answers(CODE)
-    assert run(constant, 1, 2) == run(constant, 2, 2) not in (3, 4) and run(nothing, 1, 2) is None
-    equal = next(probe.text for probe in hostile_probes(CODE, "plain") if "equals all" in probe.name)
-    assert run(equal, 1, 2) == 17
-    *changed, off_by_one = mutants(CODE)
-    assert [run(program, 5, 3) for program in changed] == [2] and run(off_by_one, 5, 3) == 9
-    assert all(ast.unparse(ast.parse(program)) for program in [constant, nothing, equal, *changed])
+def test_wrong_programs_return_wrong_values():
+    constant, returns_none = wrong_answers(CODE)
+    assert run(constant, 1, 2) == run(constant, 2, 2) not in (3, 4) and run(returns_none, 1, 2) is None
+    always_equal = next(probe.text for probe in hostile_probes(CODE, "plain") if "always equal" in probe.name)
+    assert run(always_equal, 1, 2) == 17
+    *swapped, off_by_one = mutants(CODE)
+    assert [run(program, 5, 3) for program in swapped] == [2] and run(off_by_one, 5, 3) == 9
+    assert all(ast.unparse(ast.parse(program)) for program in [constant, returns_none, always_equal, *swapped])
 
 
-def test_programs_on_standard_input():
+def test_programs_that_read_standard_input():
     row = CODE | {"solution": "print(int(input()) + 1)", "tests": [{"input": "1\n", "output": "2\n"}]}
     assert wrong_answers(row) == ["print(987654321)", "print(None)"]
     assert list(mutants(row)) == ["print(int(input()) - 1)", "print(int(input()) + 2)"]
 
 
-def test_changes_to_loops_come_last():
+def test_mutants_of_loops_come_last():
     row = CODE | {"solution": "def add(a, b):\n    while b > 0:\n        a += 1\n        b -= 1\n    return a - 0"}
     first, *_ = mutants(row)
     assert "return a + 0" in first or "return a - 1" in first
 
 
-def test_probes_of_code_rows_are_wrong_for_every_form_of_tests():
+def test_wrong_programs_fail_every_form_of_tests():
     forms = [
         {"tests": ["assert g(2) == 4"], "solution": "def g(x):\n    return 2*x"},
         {"tests": "def check(candidate):\n    assert candidate(2) == 4", "entry_point": "g", "solution": "def g(x):\n    return x+x"},
@@ -67,8 +67,8 @@ def test_probes_of_code_rows_are_wrong_for_every_form_of_tests():
         row = {"id": 1, "task": "t", "prompt": "q"} | form
         answers = [probes.gold_answer(row), *probes.wrong_answers(row)]
         assert [grade_code(a, row["tests"], row.get("entry_point"))[0] for a in answers] == [1.0, 0.0, 0.0]
-    own = {"id": 1, "task": "t", "prompt": "q", "tests": ["look at it"], "entry_point": "g"}
-    assert "def g(" in probes.wrong_answers(own)[0] and probes.right_probes(own, "plain") == []
+    custom = {"id": 1, "task": "t", "prompt": "q", "tests": ["look at it"], "entry_point": "g"}
+    assert "def g(" in probes.wrong_answers(custom)[0] and probes.right_probes(custom, "plain") == []
 
 
 def test_wrong_answers_differ_from_the_gold():

@@ -1,4 +1,4 @@
-"""Reward models as reward functions: the values against transformers' own, one row at a time; what is refused; who judges."""
+"""Reward models as reward functions: values compared with transformers row by row, errors, and verdicts."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def on_the_cpu(monkeypatch):
 
 
 def save(folder, kind="qwen", labels=1, chat=True, context=128, padding_side="right", pad=0, **settings):
-    """A small random classifier with the tiny model's tokenizer; its folder."""
+    """Save a small random classifier with the tiny model's tokenizer. Return its folder."""
     tokenizer = AutoTokenizer.from_pretrained("data/tiny", padding_side=padding_side)
     if not chat:
         tokenizer.chat_template = None
@@ -55,7 +55,7 @@ def save(folder, kind="qwen", labels=1, chat=True, context=128, padding_side="ri
 
 
 def plain_logits(folder, prompts, texts):
-    """What the model says of one row at a time, computed as its card would: (N, labels)."""
+    """Return the logits (N, labels) of one forward pass per row, without Ponder's code."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
@@ -79,20 +79,20 @@ def values(function, prompts=PROMPTS, texts=TEXTS):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind, chat", [("qwen", True), ("bert", True), ("gpt2", True), ("qwen", False)])
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_a_batch_says_what_single_rows_say(tmp_path, kind, chat, side, batch_size, monkeypatch):
+def test_batch_equals_single_rows(tmp_path, kind, chat, side, batch_size, monkeypatch):
     monkeypatch.setattr(models, "BATCH_SIZE", batch_size)
     folder = save(tmp_path / "m", kind, chat=chat, padding_side=side)
-    found = values(reward_model(folder))
+    actual = values(reward_model(folder))
     expected = plain_logits(folder, PROMPTS, TEXTS)[:, 0]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert found.std() > 1e-3  # the rows do differ
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert actual.std() > 1e-3  # the rows differ
     if kind == "qwen":
         squashed = values(reward_model(folder, sigmoid=True))
         torch.testing.assert_close(squashed, expected.sigmoid(), atol=1e-5, rtol=0)
 
 
 def test_text_pairs_with_special_tokens_and_types(tmp_path):
-    """As BERT reads them: [CLS] prompt [SEP] completion [SEP], of the types 0 and 1; also where they are too long."""
+    """BERT's format: [CLS] prompt [SEP] completion [SEP], with token types 0 and 1, also if it has to be truncated."""
     from tokenizers.processors import TemplateProcessing
 
     folder = save(tmp_path / "m", "bert", chat=False, context=32)
@@ -105,12 +105,12 @@ def test_text_pairs_with_special_tokens_and_types(tmp_path):
     tokenizer.save_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     function = reward_model(folder)
-    #           fits,      prompt cut from its left    completion cut from its left, no prompt left
+    #           fits,      prompt truncated            no prompt left, completion truncated
     prompts = ["12+13=?", "1234567890" * 3 + "2+2=?", "1+1=?"]
     texts = ["25", "it is 4", "abcdefghij" * 5]
-    seen = [("12+13=?", "25"), (prompts[1][-22:], "it is 4"), ("", texts[2][-29:])]
+    inputs = [("12+13=?", "25"), (prompts[1][-22:], "it is 4"), ("", texts[2][-29:])]
     end = tokenizer.eos_token_id
-    for (prompt, text), (value, reason) in zip(seen, function(prompts, texts)):
+    for (prompt, text), (value, reason) in zip(inputs, function(prompts, texts)):
         a, b = (tokenizer.encode(part, add_special_tokens=False) for part in (prompt, text))
         ids = torch.tensor([[end, *a, end, *b, end]])
         types = torch.tensor([[0] * (len(a) + 2) + [1] * (len(b) + 1)])
@@ -123,7 +123,7 @@ def test_text_pairs_with_special_tokens_and_types(tmp_path):
         assert bool(reason) == (ids.shape[1] == 32)
 
 
-def test_a_chat_that_is_too_long_loses_its_beginning(tmp_path):
+def test_long_chats_are_truncated_from_the_left(tmp_path):
     folder = save(tmp_path / "m", context=24)
     prompts, texts = ["x" * 50, "2+2=?"], ["4", "1234567890" * 4]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -133,41 +133,41 @@ def test_a_chat_that_is_too_long_loses_its_beginning(tmp_path):
         ids = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             assert abs(value - model(input_ids=ids[:, -24:]).logits[0, 0].item()) < 1e-5
-        assert reason == f"cut: the reward model does not see {ids.shape[1] - 24} of {ids.shape[1]} tokens"
+        assert f" {ids.shape[1] - 24} of {ids.shape[1]} tokens" in reason
 
 
 @pytest.mark.parametrize("kind", ["qwen", "gpt2"])
-def test_without_a_padding_token_the_last_token_is_read(tmp_path, kind):
-    """Transformers refuses a batch then; rows may end in any token, also the first ones of the vocabulary."""
+def test_model_without_a_padding_token(tmp_path, kind):
+    """Transformers cannot batch without one. The score is read at the last token, whichever it is, also ids 0 and 1."""
     folder = save(tmp_path / "m", kind, chat=False, pad=None)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["a", "a", "a<|end|>", "abc<|endoftext|>", "abc<unk>", "aaaaaa"]
     ends = [tokenizer.encode(text)[-1] for text in texts]
     assert {0, 1} <= set(ends)
     prompts = ["2+2=?", "a longer prompt"] + ["q"] * 4
-    found = values(reward_model(folder), prompts, texts)
-    torch.testing.assert_close(found, plain_logits(folder, prompts, texts)[:, 0], atol=1e-5, rtol=1e-5)
+    actual = values(reward_model(folder), prompts, texts)
+    torch.testing.assert_close(actual, plain_logits(folder, prompts, texts)[:, 0], atol=1e-5, rtol=1e-5)
     assert _load(folder)[1].config.pad_token_id is None
 
 
 def test_prompts_may_be_conversations(tmp_path):
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2+2=?"}]
     folder = save(tmp_path / "m")
-    found = values(reward_model(folder), [chat, "2+2=?"], ["4", "4"])
-    torch.testing.assert_close(found, plain_logits(folder, [chat, "2+2=?"], ["4", "4"])[:, 0], atol=1e-5, rtol=1e-5)
-    bare = save(tmp_path / "bare", chat=False)
-    joined = plain_logits(bare, ["Be kind.\n\n2+2=?"], ["4"])[:, 0]
-    torch.testing.assert_close(values(reward_model(bare), [chat], ["4"]), joined, atol=1e-5, rtol=1e-5)
+    actual = values(reward_model(folder), [chat, "2+2=?"], ["4", "4"])
+    torch.testing.assert_close(actual, plain_logits(folder, [chat, "2+2=?"], ["4", "4"])[:, 0], atol=1e-5, rtol=1e-5)
+    no_template = save(tmp_path / "bare", chat=False)
+    joined = plain_logits(no_template, ["Be kind.\n\n2+2=?"], ["4"])[:, 0]
+    torch.testing.assert_close(values(reward_model(no_template), [chat], ["4"]), joined, atol=1e-5, rtol=1e-5)
 
 
-def test_only_the_answer(tmp_path):
+def test_answer_only(tmp_path):
     function = reward_model(save(tmp_path / "m"), answer_only=True)
     texts = ["<think>hm</think> 4", "4", "<think>4", ""]
-    found = values(function, ["q"] * 4, texts)
-    assert found[0] == found[1] and found[2] == found[3] != found[0]
+    closed, answer, unclosed, empty = values(function, ["q"] * 4, texts)
+    assert closed == answer and unclosed == empty != closed
 
 
-def test_nothing_at_all_has_a_value(tmp_path):
+def test_empty_texts_have_a_value(tmp_path):
     function = reward_model(save(tmp_path / "m", chat=False))
     assert values(function, ["", ""], ["", "a"]).isfinite().all()
     assert values(function, [""], [""]).isfinite().all()
@@ -185,38 +185,36 @@ def test_labels(tmp_path, problem_type):
         problem_type, logits.softmax(-1)
     )
     for label in ("good", 2):
-        found = values(reward_model(folder, label=label))
-        torch.testing.assert_close(found, expected[:, 2], atol=1e-5, rtol=1e-5)
+        actual = values(reward_model(folder, label=label))
+        torch.testing.assert_close(actual, expected[:, 2], atol=1e-5, rtol=1e-5)
     assert reward_model(folder, label="good").is_unbounded == (problem_type == "regression")
 
 
-def test_labels_that_are_missing_or_unknown(tmp_path):
+def test_refuses_missing_and_unknown_labels(tmp_path):
     folder = save(tmp_path / "m", labels=2, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
     single = save(tmp_path / "single")
 
     def message(model, **settings):
-        with pytest.raises(RewardError) as found:
+        with pytest.raises(RewardError) as error:
             reward_model(model, **settings)(["q"], ["a"])
-        assert "\n" not in str(found.value)
-        return str(found.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
-    assert "label is None, but must name the good label of" in message(folder)
+    assert f"label is None, but must name a label of {folder}" in message(folder)
     assert message(folder).endswith("'bad', 'good'.")
     assert message(folder, label="god").endswith("'bad', 'good'. Did you mean 'good'?")
     assert "label is 2, but must name" in message(folder, label=2)
-    assert "or be left out if there is only one" in message(single, label="good")
+    assert "if there is only one" in message(single, label="good")
     probability, squashed = (values(reward_model(folder, label=1, sigmoid=sigmoid)) for sigmoid in (False, True))
-    assert probability.equal(squashed)  # it is within 0..1 already
+    assert probability.equal(squashed)  # probabilities are already within 0..1
 
 
-def test_models_that_cannot_be_used(tmp_path):
+def test_refuses_models_that_cannot_be_used(tmp_path):
     for name in ("./nowhere", "a/b/c", str(tmp_path)):
         with pytest.raises(RewardError, match=f"^reward_model: {name} cannot be loaded as a sequence classifier: ."):
             reward_model(name)(["q"], ["a"])
-    untrained = reward_model("data/tiny")  # a language model: loading it makes a random head
-    with pytest.raises(
-        RewardError, match="data/tiny has no trained classification head, its weights lack score.weight"
-    ):
+    untrained = reward_model("data/tiny")  # a language model, loaded with a random classification head
+    with pytest.raises(RewardError, match="data/tiny has no trained classification head.*score.weight"):
         untrained(["q"], ["a"])
     with pytest.raises(
         RewardError, match="^reward_model: no-such-org/no-model cannot be loaded as a sequence classifier: ."
@@ -240,7 +238,7 @@ def correct(c): return grade_math(c.answer, c.row["answer"])
 """
 
 
-def test_beside_a_rule_in_a_reward_file(tmp_path):
+def test_reward_model_with_a_rule_in_a_reward_file(tmp_path):
     folder = save(tmp_path / "kind-model_v0.1")
     rewards = load_rewards(write(tmp_path, RULE + f'helpful = reward_model("{folder}", weight=0.2, sigmoid=True)\n'))
     assert rewards.names == ["correct", "kind_model_v0_1"]
@@ -261,10 +259,10 @@ def test_beside_a_rule_in_a_reward_file(tmp_path):
     ]
     (score,) = score_all(rewards, [completion("2", prompt=conversation, answer="2")])
     single = plain_logits(folder, [conversation], ["2"])[0, 0].sigmoid().item()
-    assert score.parts["kind_model_v0_1"] == pytest.approx(single, abs=1e-5)  # all of the conversation is read
+    assert score.parts["kind_model_v0_1"] == pytest.approx(single, abs=1e-5)  # the model reads the whole conversation
 
 
-def test_the_self_test_runs_with_it(tmp_path, capsys):
+def test_self_test_with_a_reward_model(tmp_path, capsys):
     from tools.self_test import self_test
 
     folder = save(tmp_path / "m", context=256)
@@ -272,13 +270,13 @@ def test_the_self_test_runs_with_it(tmp_path, capsys):
     self_test(write(tmp_path, source), ["--data", "sums", "-n", "1"])
     printed = capsys.readouterr().out
     assert "self-test passed; 2 rewards" in printed and "helpful 0.2" in printed
-    assert "very long" in printed  # far longer than the model's context
+    assert "very long" in printed  # exceeds the model's context
 
 
 def test_a_reward_model_never_judges(tmp_path):
     folder = save(tmp_path / "m")
 
-    def judged(source, weight, **settings):
+    def score_constant_model(source, weight, **settings):
         line = f'm = reward_model("{folder}", name="m", weight={weight}, **{settings})\n'
         rewards = load_rewards(write(tmp_path, source + line))
         rewards.functions[-1].function.__class__ = Always
@@ -290,29 +288,28 @@ def test_a_reward_model_never_judges(tmp_path):
         def __call__(self, prompts, completions):
             return [5.0] * len(prompts)
 
-    rule = "@reward(weight=0.5)\ndef right(c): return c.text == '7'\n"  # nothing shows that it looks at the row
-    judge, verdict, rewards, row = judged(rule, 10)
+    rule = "@reward(weight=0.5)\ndef right(c): return c.text == '7'\n"  # does not use the row
+    judge, verdict, rewards, row = score_constant_model(rule, 10)
     assert (judge, verdict) == ("right", "wrong")
     notes = preflight(rewards, [row])
-    assert notes[0].startswith("warning: on math rows m is a reward model's raw score, which has no bound")
+    assert notes[0].startswith("warning: on math rows m is the raw score of a reward model")
 
-    judge, verdict, rewards, row = judged("", 1, sigmoid=True)
+    judge, verdict, rewards, row = score_constant_model("", 1, sigmoid=True)
     assert (judge, verdict) == (None, "wrong")
     notes = preflight(rewards, [row])
-    assert len(notes) == 1 and "nothing says what is right: a reward model (m) has an opinion" in notes[0]
+    assert len(notes) == 1 and "the reward model m gives no verdict" in notes[0]
 
-    *_, rewards, row = judged("@reward(when='math')\ndef right(c): return c.answer == c.row['answer']\n", 1)
+    math_rule = "@reward(when='math')\ndef right(c): return c.answer == c.row['answer']\n"
+    *_, rewards, row = score_constant_model(math_rule, 1)
     chat = {"id": "c", "task": "chat", "prompt": "Tell me a story."}
-    with pytest.raises(RewardError, match="row c: of the rewards in rewards.py only m applies, but not right"):
-        preflight(rewards, [row, chat])  # perhaps its gold has another name
-    *_, rewards, row = judged(
-        "@reward(when='math')\ndef right(c): return c.answer == c.row['answer']\n", 1, when="chat"
-    )
-    notes = preflight(rewards, [row, chat])  # the person has said that it is for these
-    assert any("on chat rows nothing says what is right" in note for note in notes)
+    with pytest.raises(RewardError, match="row c: rewards.py .*only m applies.* right"):
+        preflight(rewards, [row, chat])  # its gold may be in another column
+    *_, rewards, row = score_constant_model(math_rule, 1, when="chat")
+    notes = preflight(rewards, [row, chat])  # when= shows that the model is meant for these rows
+    assert any("on chat rows" in note and "no verdict" in note for note in notes)
 
 
-def test_faults_in_a_reward_file_name_its_line(tmp_path):
+def test_errors_in_a_reward_file_name_the_line(tmp_path):
     rewards = load_rewards(write(tmp_path, f"{RULE}\nm = reward_model('./nowhere', name='m')\n"))
     with pytest.raises(RewardError, match=r"^reward function 'm' \(rewards.py:6\), row r1.*./nowhere cannot be loaded"):
         preflight(rewards, [{"id": "r1", "prompt": "q", "answer": "7"}])
@@ -327,7 +324,7 @@ def test_faults_in_a_reward_file_name_its_line(tmp_path):
         load_rewards(write(tmp_path, two))
 
 
-def test_a_metric_a_list_and_another_file(tmp_path):
+def test_as_a_metric_in_reward_funcs_and_imported(tmp_path):
     folder = save(tmp_path / "m")
     rewards = load_rewards(write(tmp_path, RULE + f"m = reward_model('{folder}', weight=0)\n"))
     score = score_one(rewards, completion("\\boxed{7}", answer="7"))
@@ -336,12 +333,11 @@ def test_a_metric_a_list_and_another_file(tmp_path):
     assert rewards.names == ["m"]
     (tmp_path / "shared_rewards_file.py").write_text(f"from grading import *\nm = reward_model('{folder}')\n")
     source = f"import sys\nsys.path.insert(0, '{tmp_path}')\nfrom shared_rewards_file import m\n"
-    assert load_rewards(write(tmp_path, source + RULE)).names == [
-        "correct"
-    ]  # as for functions: only its own, or listed
+    # Like functions, imported models are used only if they are in reward_funcs.
+    assert load_rewards(write(tmp_path, source + RULE)).names == ["correct"]
 
 
-def test_a_model_is_loaded_once_and_nothing_large_before(tmp_path):
+def test_a_model_is_loaded_once_and_not_on_import(tmp_path):
     folder = save(tmp_path / "m")
     reward_model(folder)(["q"], ["a"])
     loads = _load.cache_info().misses

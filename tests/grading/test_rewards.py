@@ -1,4 +1,4 @@
-"""The reward registry: weights, gates, verdicts, the checks before a run, and errors that say where."""
+"""Reward files: weights, `when`, verdicts, process rewards, the checks before a run, and error messages."""
 
 import itertools
 import math
@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grading import Completion, RewardError, load_rewards, outcome_of, outcome_shares, preflight, row_kind, score_all
-from grading.rewards.scoring import read
+from grading.rewards.scoring import parse_result
 
 
-def test_weights_gates_metrics_and_verdict(tmp_path):
+def test_weights_when_metrics_and_verdict(tmp_path):
     rewards = load_rewards(
         write(
             tmp_path,
@@ -39,7 +39,7 @@ def test_weights_gates_metrics_and_verdict(tmp_path):
     score = score_one(rewards, completion("8", answer="7"))
     assert (score.total, score.verdict) == (0.5, "wrong")
     code_row = score_one(rewards, Completion("q", "8", {"id": 1, "task": "other", "tests": ["assert f(1) == 1"]}))
-    assert code_row.parts["right"] is None and code_row.verdict == "ungraded"  # nothing applied: no zero
+    assert code_row.parts["right"] is None and code_row.verdict == "ungraded"  # no function applies: not a reward of 0
 
 
 def test_reward_funcs_and_weights_by_name(tmp_path):
@@ -84,13 +84,13 @@ def test_ungraded_is_not_zero(tmp_path):
         "[(0, 1), 2]",
     ],
 )
-def test_wrong_return_values_name_function_row_and_value(tmp_path, value):
+def test_invalid_return_value_names_function_row_and_value(tmp_path, value):
     rewards = load_rewards(write(tmp_path, f"@reward\ndef odd(c): return {value}\n"))
     with pytest.raises(RewardError, match=r"'odd' \(rewards.py:\d+\), row r1: returned .*expected a finite number"):
         score_one(rewards, completion("x"))
 
 
-def test_an_exception_names_function_line_row_and_completion(tmp_path):
+def test_exception_names_function_line_row_and_completion(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef broken(c):\n    return 1 / 0\n"))
     with pytest.raises(RewardError, match=r"'broken' \(rewards.py:4\), row r1: ZeroDivisionError.*'the end'"):
         score_one(rewards, completion("the end"))
@@ -99,35 +99,33 @@ def test_an_exception_names_function_line_row_and_completion(tmp_path):
 def test_counts_can_be_saved_and_restored(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef odd(c): return 1 / len(c.text)\n"), reward_errors="skip")
     score_all(rewards, [completion("x")] * 99 + [completion("")])
-    again = load_rewards(write(tmp_path, "@reward\ndef odd(c): return 1\n"))
-    again.load_state_dict(rewards.state_dict())
-    assert (again.scored, again.errors) == (100, 1)
+    restored = load_rewards(write(tmp_path, "@reward\ndef odd(c): return 1\n"))
+    restored.load_state_dict(rewards.state_dict())
+    assert (restored.scored, restored.errors) == (100, 1)
 
 
-def test_a_misspelt_column_is_found_before_the_model_loads(tmp_path):
+def test_preflight_detects_misspelt_column(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return c.answer == c.row['anwser']\n"))
     with pytest.raises(RewardError, match="no column 'anwser'.*Did you mean 'answer'"):
         preflight(rewards, [{"id": "r1", "task": "t", "prompt": "q", "answer": "1"}])
 
 
-def test_rows_that_only_shaping_would_judge_are_found_before_the_model_loads(tmp_path):
-    """A row without its gold must not be trained on its format alone, and called right for it."""
+def test_preflight_detects_rows_that_only_shaping_would_judge(tmp_path):
+    """A completion must not count as right for its format alone because the row has no gold answer."""
     rewards = load_rewards("rewards.py")
     good = {"id": "r1", "task": "t", "prompt": "q", "answer": "1"}
     preflight(rewards, [good, {"id": "r2", "task": "t", "prompt": "q", "tests": ["assert f(1) == 1"]}])
     for bad in ({"gold": "1"}, {"answer": None}):
-        with pytest.raises(
-            RewardError, match="row r3: .* only format applies, but not correct or passes_tests.*columns"
-        ):
+        with pytest.raises(RewardError, match="row r3: .*only format applies.* correct or passes_tests.*columns"):
             preflight(rewards, [good, {"id": "r3", "task": "t", "prompt": "q"} | bad])
     misspelt = load_rewards(write(tmp_path, "@reward(when='maths')\ndef right(c): return 1\n"))
-    with pytest.raises(RewardError, match="rewards.py none applies, but not right"):
+    with pytest.raises(RewardError, match="row r1: rewards.py .*no reward applies.* right"):
         preflight(misspelt, [good])
     preflight(load_rewards(write(tmp_path, "@reward\ndef any(c): return 1\n")), [{"id": 1, "task": "t", "prompt": "q"}])
 
 
-def test_a_row_whose_gold_is_empty_is_found_before_the_model_loads(tmp_path):
-    """Also where the gold stands in a column of the person's own, and the first rows are whole."""
+def test_preflight_detects_empty_gold(tmp_path):
+    """Also if the gold is in a custom column and the first rows are valid."""
     rewards = load_rewards(write(tmp_path, "@reward\ndef right(c): return grade_math(c.answer, c.row['gold'])\n"))
     good = {"id": "r1", "task": "t", "prompt": "q", "gold": "1"}
     preflight(rewards, [good, good])
@@ -137,8 +135,8 @@ def test_a_row_whose_gold_is_empty_is_found_before_the_model_loads(tmp_path):
         preflight(rewards, [good, {"id": "r3", "task": "t", "prompt": "q"}])
 
 
-def test_who_judges(tmp_path):
-    """A grader's outcome, then a look at the row, then the weight: not a format reward that weighs more."""
+def test_selects_judge(tmp_path):
+    """Precedence: a grader's outcome, then use of the row, then the weight. A heavier format reward is not selected."""
     source = """
         def gold(c): return c.row["answer"]
         {when}
@@ -147,17 +145,17 @@ def test_who_judges(tmp_path):
         def format(c): return 1
         """
 
-    def judged(right, weight, when="@reward", answer="7"):
+    def judge_and_verdict(right, weight, when="@reward", answer="7"):
         rewards = load_rewards(write(tmp_path, source.format(right=right, weight=weight, when=when)))
         score = score_one(rewards, completion("\\boxed{8}", answer=answer))
         return score.judge, score.verdict
 
-    assert judged("c.answer == c.row['answer']", 2) == ("right", "wrong")
-    assert judged("any(c.row['answer'] == a for a in [c.answer])", 2) == ("right", "wrong")
-    assert judged("c.answer == gold(c)", 2) == ("format", "right")  # nothing shows what it looks at
-    assert judged("grade_math(c.answer, gold(c))", 10) == ("right", "wrong")
-    assert judged("c.answer == gold(c)", 0.5) == ("right", "wrong")
-    assert judged("None", 0.1) == (None, "wrong")
+    assert judge_and_verdict("c.answer == c.row['answer']", 2) == ("right", "wrong")
+    assert judge_and_verdict("any(c.row['answer'] == a for a in [c.answer])", 2) == ("right", "wrong")
+    assert judge_and_verdict("c.answer == gold(c)", 2) == ("format", "right")  # its use of the row is not visible
+    assert judge_and_verdict("grade_math(c.answer, gold(c))", 10) == ("right", "wrong")
+    assert judge_and_verdict("c.answer == gold(c)", 0.5) == ("right", "wrong")
+    assert judge_and_verdict("None", 0.1) == (None, "wrong")
 
 
 def test_outcomes_are_counted():
@@ -167,7 +165,7 @@ def test_outcomes_are_counted():
     assert outcome_shares(scores) == {"outcomes/right": 0.25, "outcomes/wrong": 0.25, "outcomes/no_answer": 0.5}
 
 
-def test_kinds_of_rows():
+def test_row_kinds():
     assert (
         row_kind({"answer": "1"}) == "math" and row_kind({"answer": 0}) == "math" and row_kind({"answer": None}) is None
     )
@@ -198,26 +196,24 @@ def test_process_rewards_are_values_at_positions(tmp_path):
 
 
 @pytest.mark.parametrize("position", ["6", "-1", "True", "1.0", "None"])
-def test_positions_outside_the_text_are_errors(tmp_path, position):
+def test_refuses_positions_outside_the_text(tmp_path, position):
     rewards = load_rewards(write(tmp_path, f"@reward\ndef steps(c): return [(5, 1), ({position}, 1)]\n"))
-    with pytest.raises(
-        RewardError, match="'steps' .*row r1: returned the position .*a whole number from 0 to the text's 5"
-    ):
+    with pytest.raises(RewardError, match="'steps' .*row r1: returned the position .*from 0 to 5"):
         score_one(rewards, completion("a. b."))
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(-1e6, 1e6)), max_size=5))
 @settings(max_examples=50, deadline=None)
-def test_a_process_reward_counts_as_its_sum(steps):
-    total, _, process = read(steps, 9)
+def test_process_reward_counts_as_its_sum(steps):
+    total, _, process = parse_result(steps, 9)
     assert process == steps and total == pytest.approx(sum(value for _, value in steps))
 
 
 # --- notes before a run
 
 
-def test_a_file_that_was_just_changed_is_read_again(tmp_path, monkeypatch):
-    """Also within the same second and in the same size, where Python's cache of bytecode would give the old one."""
+def test_reloads_a_changed_file(tmp_path, monkeypatch):
+    """Also after a change within one second that keeps the size, which Python's bytecode cache would miss."""
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for weight in (0.4, 0.5, 0.6):
         path = write(tmp_path, f"@reward(weight={weight})\ndef right(c): return 1")
@@ -248,10 +244,10 @@ def test_warnings_if_a_wrong_answer_can_earn_as_much(tmp_path):
     assert preflight(load_rewards(write(tmp_path, source.format(weight=0.5, value=gated))), rows[:1]) == []
     anywhere = "@reward\ndef right(c): return c.row['answer'] in c.text\n"
     (warning,) = preflight(load_rewards(write(tmp_path, anywhere)), rows[:1])
-    assert "gets right 1, and being right adds 1." in warning  # as in the thinking, or as a part of a longer number
+    assert "gets right 1" in warning and "adds 1." in warning  # for an answer in the thinking or in a longer number
     style = "@reward\ndef short(c): return max(0, 1 - len(c.text) / 100)\n"
     (warning,) = preflight(load_rewards(write(tmp_path, style)), rows[:1])
-    assert "'empty' gets short 1, and being right adds 0." in warning
+    assert "'empty' gets short 1" in warning and "adds 0." in warning
     unseen = """
         def gold(c): return c.row["answer"]
         @reward
@@ -260,21 +256,19 @@ def test_warnings_if_a_wrong_answer_can_earn_as_much(tmp_path):
         def format(c): return 1
         """
     warnings = preflight(load_rewards(write(tmp_path, unseen)), rows[:1])
-    assert len(warnings) == 2 and "right or wrong is what format says" in warnings[1]
+    assert len(warnings) == 2 and "verdict comes from format" in warnings[1]
 
 
-def test_golds_that_cannot_be_read_are_counted(tmp_path):
+def test_counts_golds_that_cannot_be_parsed(tmp_path):
     golds = ["1", "2{", "3", "}", "4{", "5{", "2{"]
     rows = [{"id": f"r{i}", "task": "t", "prompt": "q", "answer": gold} for i, gold in enumerate(golds)]
     notes = preflight(
         load_rewards(write(tmp_path, "@reward\ndef right(c): return c.row['answer'] == c.answer\n")), rows
     )
-    assert (
-        "5 of 7 answers cannot be read by the math grader" in notes[0] and "rows r1, r3, r4, ... (no_answer" in notes[0]
-    )
+    assert "5 of 7 gold answers" in notes[0] and "rows r1, r3, r4, ... (no_answer" in notes[0]
 
 
-def test_checking_thousands_of_rows_takes_under_a_second():
+def test_checking_thousands_of_rows_is_fast():
     rows = [{"id": str(i), "task": "t", "prompt": "q", "answer": str(i)} for i in range(5000)]
     rewards = load_rewards("rewards.py")
     start = time.perf_counter()
@@ -293,7 +287,7 @@ def test_shaping_and_penalties_do_not_judge(tmp_path):
     assert score_one(penalty, completion("x")).total == -1
 
 
-def test_a_gate_that_raises_names_the_function(tmp_path):
+def test_exception_in_when_names_the_function(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward(when=lambda row: row['level'] > 1)\ndef hard(c): return 1\n"))
     with pytest.raises(RewardError, match="'hard' .*no column 'level'"):
         preflight(rewards, [{"id": "r1", "task": "t", "prompt": "q"}])
@@ -308,12 +302,12 @@ def test_a_gate_that_raises_names_the_function(tmp_path):
         ("@metric\ndef only(c): return 1\n", "no reward with a weight"),
     ],
 )
-def test_reward_files_that_cannot_be_used(tmp_path, source, message):
+def test_refuses_invalid_reward_files(tmp_path, source, message):
     with pytest.raises(RewardError, match=message):
         load_rewards(write(tmp_path, source))
 
 
-def test_the_projects_own_rewards():
+def test_bundled_rewards():
     rewards = load_rewards("rewards.py")
 
     def total(text, truncated=False, **row):
@@ -323,7 +317,7 @@ def test_the_projects_own_rewards():
 
     assert total("<think>3+4=7</think>\\boxed{7}", answer="7") == total("\\boxed{7}", answer="7") == 1.1
     assert total("<think>3+4=7</think>\\boxed{8}", answer="7") == 0.1
-    assert total("<think>\\boxed{7}", answer="7") == 0.0  # no end of thinking, no answer
+    assert total("<think>\\boxed{7}", answer="7") == 0.0  # unclosed thinking has no answer
     assert total("a<think>b</think>\\boxed{7}", answer="7") == 1.0
     assert total("7", answer="7") == total("\\boxed{}", answer="7") == 0.0
     assert total("\\boxed{7}", truncated=True, answer="7") == 1.0
@@ -331,16 +325,16 @@ def test_the_projects_own_rewards():
     assert total("<think>x+1</think>def f(x):\n    return x+1", **code) == 1.1
     assert total("def f(x):\n    return x", **code) == 0.1
     assert total("hello", **code) == 0.0
-    whole = {"tests": "def check(candidate):\n    assert candidate(4) == 2.0", "entry_point": "f"}
-    whole |= {"setup": "import math", "starter": "import math\ndef f(x):\n"}
-    assert total("```python\n    return math.sqrt(x)\n```", **whole) == 1.0  # goes on where the question ends: no def
-    assert total("```python\ndef f(x):\n    return math.sqrt(x)\n```", **whole) == 1.1
+    with_starter = {"tests": "def check(candidate):\n    assert candidate(4) == 2.0", "entry_point": "f"}
+    with_starter |= {"setup": "import math", "starter": "import math\ndef f(x):\n"}
+    assert total("```python\n    return math.sqrt(x)\n```", **with_starter) == 1.0  # continues the starter: no def
+    assert total("```python\ndef f(x):\n    return math.sqrt(x)\n```", **with_starter) == 1.1
     game = {"grader": "countdown", "target": 6, "nums": [2, 3]}
     assert total("<think>?</think>\\boxed{2 * 3}", **game) == 1.1 and total("\\boxed{6}", **game) == 0.1
 
 
-def test_the_format_is_exact():
-    """Answer alone, or one closed block of thinking at the very start and then the answer; nothing else."""
+def test_format_reward_is_strict():
+    """It accepts the answer alone, or one closed thinking block at the start followed by the answer."""
     rewards = load_rewards("rewards.py", ["format"], {"format": 1.0})
     pieces = ("<think>", "</think>", "a", "\\boxed{7}")
     texts = ["".join(parts) for n in range(6) for parts in itertools.product(pieces, repeat=n)]
@@ -352,7 +346,7 @@ def test_the_format_is_exact():
         assert score.total == expected, text
 
 
-def test_rewards_import_no_torch_and_start_quickly():
+def test_rewards_start_quickly_and_import_no_torch():
     code = "import sys, rewards; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)

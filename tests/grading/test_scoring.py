@@ -1,4 +1,4 @@
-"""Reward functions applied: those written for TRL, async ones, many completions at once, and errors during a run."""
+"""Scoring: functions written for TRL, async functions, many completions at once, and errors during a run."""
 
 import math
 import textwrap
@@ -27,7 +27,7 @@ NOTEBOOK = r"""
         question = prompts[0][-1]["content"]
         extracted = [extract_xml_answer(response) for response in responses]
         seen.append((question, extracted, answer))
-        return [2.0 if found == gold else 0.0 for found, gold in zip(extracted, answer)]
+        return [2.0 if r == a else 0.0 for r, a in zip(extracted, answer)]
 
     def int_reward_func(completions, **kwargs) -> list[float]:
         responses = [completion[0]["content"] for completion in completions]
@@ -48,7 +48,7 @@ NOTEBOOK = r"""
     """
 
 
-def test_a_notebooks_four_functions_run_unchanged(tmp_path):
+def test_functions_of_a_notebook_run_unchanged(tmp_path):
     rewards = load_rewards(write(tmp_path, NOTEBOOK))
     names = ["soft_format_reward_func", "strict_format_reward_func", "int_reward_func", "correctness_reward_func"]
     assert rewards.names == names and all(f.weight == 1 and f.is_batch for f in rewards.functions)
@@ -66,7 +66,7 @@ def test_a_notebooks_four_functions_run_unchanged(tmp_path):
         [0.0, 0.0, 0.0, 0.0],
     ]
     assert [score.total for score in scores] == [3.0, 1.0, 2.5, 0.0]
-    assert [score.judge for score in scores] == ["correctness_reward_func"] * 4  # it alone asks for a column
+    assert [score.judge for score in scores] == ["correctness_reward_func"] * 4  # the only one with a column parameter
     assert [score.verdict for score in scores] == ["right", "wrong", "right", "wrong"]
     seen = rewards.functions[3].function.__globals__["seen"]
     assert seen == [("q", ["2", "3", "2", "two"], ["2"] * 4)] and rewards.functions[3].style == "chat"
@@ -76,7 +76,7 @@ def test_a_notebooks_four_functions_run_unchanged(tmp_path):
     assert "on math rows" in notes[0] and "correctness_reward_func 2" in notes[0]
 
 
-def test_text_or_messages_is_found_by_what_the_function_looks_at(tmp_path):
+def test_detects_whether_a_function_reads_text_or_messages(tmp_path):
     rewards = load_rewards(
         write(
             tmp_path,
@@ -106,18 +106,18 @@ def test_text_or_messages_is_found_by_what_the_function_looks_at(tmp_path):
     assert [f.style for f in rewards.functions] == ["text", "text", "chat", "text", "chat"]
 
 
-def test_what_trl_functions_get(tmp_path):
+def test_arguments_of_trl_functions(tmp_path):
     rewards = load_rewards(
         write(
             tmp_path,
             """
-            got = []
-            def few(completions, level=None, missing=5): got.append((level, missing)); return [0] * len(completions)
+            calls = []
+            def few(completions, level=None, missing=5): calls.append((level, missing)); return [0] * len(completions)
             def log(completions, prompts, trainer_state, log_extra, log_metric, **columns):
                 log_extra("length", [len(c) for c in completions])
                 log_metric("share", 0.25)
                 log_metric("share", 0.75)
-                got.append((prompts, trainer_state.global_step, trainer_state.max_steps, sorted(columns)))
+                calls.append((prompts, trainer_state.global_step, trainer_state.max_steps, sorted(columns)))
                 return [None, True]
             reward_funcs = [few, log]
             """,
@@ -126,9 +126,9 @@ def test_what_trl_functions_get(tmp_path):
     )
     rows = [{"id": i, "task": "t", "prompt": "q", "level": i} | ({"answer": "1"} if i else {}) for i in range(2)]
     scores = score_all(rewards, [Completion("q", "abc"[i:], row, step=3) for i, row in enumerate(rows)])
-    got = rewards.functions[0].function.__globals__["got"]
-    assert got[0] == ([0, 1], 5)
-    assert got[-1] == (["q", "q"], 2, 9, ["answer", "completion_ids", "id", "level", "task"])
+    calls = rewards.functions[0].function.__globals__["calls"]
+    assert calls[0] == ([0, 1], 5)
+    assert calls[-1] == (["q", "q"], 2, 9, ["answer", "completion_ids", "id", "level", "task"])
     assert [s.parts["log"] for s in scores] == [None, 1.0] and [s.extra for s in scores] == [
         {"length": 3},
         {"length": 2},
@@ -151,12 +151,12 @@ def test_what_trl_functions_get(tmp_path):
         ("1 / 0", "row r0 and 3 more: ZeroDivisionError"),
     ],
 )
-def test_what_batch_functions_must_not_return(tmp_path, result, message):
+def test_refuses_invalid_results_of_batch_functions(tmp_path, result, message):
     source = f"@reward\ndef odd(completions, log_extra, log_metric):\n    return {result}\n"
     rewards = load_rewards(write(tmp_path, source))
-    with pytest.raises(RewardError, match=rf"'odd' \(rewards.py:\d\).*{message}") as caught:
+    with pytest.raises(RewardError, match=rf"'odd' \(rewards.py:\d\).*{message}") as error:
         score_all(rewards, [Completion("q", "x", {"id": f"r{i}", "task": "t"}) for i in range(4)])
-    assert len(caught.value.completions) == (1 if "row r" in message and "more" not in message else 4)
+    assert len(error.value.completions) == (1 if "row r" in message and "more" not in message else 4)
 
 
 def test_when_limits_a_batch_function(tmp_path):
@@ -168,14 +168,14 @@ def test_when_limits_a_batch_function(tmp_path):
     assert score_one(rewards, completion("x")).parts == {"n": None, "one": 1.0}
 
 
-def test_a_missing_column_of_a_batch_function_is_found_before_the_model_loads(tmp_path):
+def test_preflight_detects_missing_column_of_a_batch_function(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef right(completions, anwser): return [1] * len(completions)\n"))
     rows = [{"id": f"r{i}", "task": "t", "prompt": "q", "answer": "1"} for i in range(3)]
-    with pytest.raises(RewardError, match="'right' .*asks for the column 'anwser', which row r0 lacks.*'answer'"):
+    with pytest.raises(RewardError, match="'right' .*column 'anwser'.*row r0.*'answer'"):
         preflight(rewards, rows)
 
 
-def test_which_functions_count(tmp_path):
+def test_which_functions_are_used(tmp_path):
     source = textwrap.dedent("""
         def plain(completions, **kwargs): return [1] * len(completions)
         def single(completion): return 1
@@ -190,9 +190,9 @@ def test_which_functions_count(tmp_path):
     rewards = load_rewards(listed)
     assert rewards.names == ["marked", "plain", "single"] and score_one(rewards, completion("x")).total == 2.5
     assert score_one(load_rewards(listed, ["plain"], {"plain": 2}), completion("x")).total == 2.0
-    assert load_rewards(listed, ["pasted"]).names == ["pasted"]  # named by the person
+    assert load_rewards(listed, ["pasted"]).names == ["pasted"]  # the settings name it
     for entry, message in (
-        ("3", "names 3, which is no function"),
+        ("3", "reward_funcs lists 3"),
         ("'singel'", "Did you mean 'single'"),
         ("lambda c: 1", "def"),
     ):
@@ -202,7 +202,7 @@ def test_which_functions_count(tmp_path):
         load_rewards(write(tmp_path, source + "reward_funcs = 'plain'\n"))
 
 
-# --- many at once
+# --- concurrency
 
 
 def test_async_functions_are_awaited_together(tmp_path):
@@ -211,7 +211,7 @@ def test_async_functions_are_awaited_together(tmp_path):
         @reward
         async def judge(completion):
             await asyncio.sleep(0.1)
-            return float(completion.text), "asked"
+            return float(completion.text), "reason"
         @reward
         async def batch(completions, **kwargs):
             await asyncio.sleep(0.1)
@@ -229,85 +229,85 @@ def test_async_functions_are_awaited_together(tmp_path):
         score_one(broken, completion("x"))
 
 
-def test_one_function_runs_at_a_time_and_many_wait_at_once(tmp_path):
+def test_runs_one_function_at_a_time_while_many_wait(tmp_path):
     source = """
         import time
         from grading.base import lock_released
-        inside, lock_released_now, most = [], [], []
+        running, waiting, num_waiting = [], [], []
         order = []
         @reward
         def slow(completion):
             order.append(completion.text)
-            inside.append(1)
-            assert len(inside) == 1
+            running.append(1)
+            assert len(running) == 1
             time.sleep(0.0005)
-            inside.pop()
+            running.pop()
             with lock_released():
-                lock_released_now.append(1)
-                most.append(len(lock_released_now))
+                waiting.append(1)
+                num_waiting.append(len(waiting))
                 time.sleep(0.2)
-                lock_released_now.pop()
-            inside.append(1)
-            assert len(inside) == 1
-            inside.pop()
+                waiting.pop()
+            running.append(1)
+            assert len(running) == 1
+            running.pop()
             return int(completion.text)
         """
     rewards = load_rewards(write(tmp_path, source))
     start = time.perf_counter()
     scores = score_all(rewards, [completion(str(i)) for i in range(50)])
-    assert time.perf_counter() - start < 5  # 10 s one after the other
+    assert time.perf_counter() - start < 5  # sequential scoring would take 10 s
     assert [s.total for s in scores] == list(range(50))
     names = rewards.functions[0].function.__globals__
-    assert names["order"] == [str(i) for i in range(50)] and 10 < max(names["most"]) <= THREADS
+    assert names["order"] == [str(i) for i in range(50)] and 10 < max(names["num_waiting"]) <= THREADS
 
 
-def test_waiting_gives_way_only_while_a_reward_function_runs():
-    passed = []
+def test_lock_is_released_only_inside_the_context():
+    acquired = []
 
-    def pass_through():
+    def acquire_lock():
         with reward_lock():
-            passed.append(1)
+            acquired.append(1)
 
-    with lock_released(), lock_released():  # no function runs here
+    with lock_released(), lock_released():  # no effect without the lock
         pass
     with reward_lock(), reward_lock():
-        thread = threading.Thread(target=pass_through)
+        thread = threading.Thread(target=acquire_lock)
         thread.start()
         thread.join(0.05)
-        assert not passed
+        assert not acquired
         with lock_released(), lock_released():
             thread.join(5)
-        assert passed
+        assert acquired
 
 
-def test_completions_are_scored_while_others_are_still_to_come(tmp_path):
+def test_scores_completions_before_all_are_added(tmp_path):
     rewards = load_rewards(write(tmp_path, "seen = []\n@reward\ndef f(c): seen.append(c.text); return float(c.text)\n"))
     seen = rewards.functions[0].function.__globals__["seen"]
     scoring = Scoring(rewards)
-    for place in (2, 0, 1):
-        scoring.add(completion(str(place)), place)
+    for index in (2, 0, 1):
+        scoring.add(completion(str(index)), index)
         deadline = time.perf_counter() + 5
-        while str(place) not in seen and time.perf_counter() < deadline:
+        while str(index) not in seen and time.perf_counter() < deadline:
             time.sleep(0.001)
     assert seen == ["2", "0", "1"]
     assert [score.total for score in scoring.results()] == [0.0, 1.0, 2.0]
     assert Scoring(rewards).results() == []
 
 
-def test_a_reward_function_may_score_with_others(tmp_path):
+def test_a_reward_function_may_call_score_all(tmp_path):
     inner = load_rewards(write(tmp_path, "@reward\ndef f(c): return len(c.text)\n"))
     rewards = load_rewards(write(tmp_path, "@reward\ndef g(c): return score_all(inner, [c])[0].total * 2\n"))
     rewards.functions[0].function.__globals__["inner"] = inner
     assert score_all(rewards, [completion("abc"), completion("ab")])[0].total == 6.0
 
 
-def test_a_function_that_exits_is_at_fault(tmp_path):
+def test_sys_exit_in_a_function_is_an_error(tmp_path):
     rewards = load_rewards(write(tmp_path, "import sys\n@reward\ndef f(c): sys.exit('no key')\n"))
     with pytest.raises(RewardError, match="'f' .*SystemExit: no key"):
         score_all(rewards, [completion("x"), completion("y")])
 
 
-def test_a_function_cannot_change_what_completions_are_judged_by(tmp_path):
+def test_a_function_cannot_change_the_row(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef f(c):\n    c.row['answer'] = '1'\n    return 1\n"))
     with pytest.raises(RewardError, match="'f' .*a data row cannot be changed"):
         score_all(rewards, [completion("x", answer="2")])
@@ -316,8 +316,8 @@ def test_a_function_cannot_change_what_completions_are_judged_by(tmp_path):
     assert row["tests"] == ["assert f(1) == 2"]
 
 
-def test_no_value_at_all_is_no_zero(tmp_path):
-    """A forgotten return must not train on a silent 0."""
+def test_a_function_without_return_is_ungraded(tmp_path):
+    """A forgotten return must not train on a silent reward of 0."""
     rewards = load_rewards(write(tmp_path, "@reward\ndef f(c): c.text == '7'\n"))
     (score,) = score_all(rewards, [completion("7")])
     assert score.verdict == "ungraded" and "is a return missing" in score.reasons["f"]
@@ -339,13 +339,13 @@ ONE_IN_TEN = """
 def test_errors_stop_the_run_with_the_completion(tmp_path):
     rewards = load_rewards(write(tmp_path, ONE_IN_TEN))
     with pytest.raises(
-        RewardError, match=r"'fragile' \(rewards.py:6\), row r3: ValueError: three. The completion ended in '3'"
-    ) as caught:
+        RewardError, match=r"'fragile' \(rewards.py:6\), row r3: ValueError: three. The completion ends with '3'"
+    ) as error:
         score_all(rewards, [Completion("q", str(i), {"id": f"r{i}", "task": "t"}) for i in range(40)])
-    assert [c.text for c in caught.value.completions] == ["3"]
+    assert [c.text for c in error.value.completions] == ["3"]
 
 
-def test_errors_may_be_skipped_up_to_a_twentieth(tmp_path):
+def test_skips_errors_up_to_5_percent(tmp_path):
     rewards = load_rewards(write(tmp_path, ONE_IN_TEN), reward_errors="skip")
     scores = score_all(rewards, [completion(str(i)) for i in range(40)])
     assert (rewards.errors, rewards.scored) == (4, 40)
@@ -356,12 +356,12 @@ def test_errors_may_be_skipped_up_to_a_twentieth(tmp_path):
     )
     assert outcome_shares(scores) == {"outcomes/reward_error": 0.1}
     score_all(rewards, [completion("0")] * 100)
-    with pytest.raises(RewardError, match="failed on 8 of 150 completions, over 5%.*'fragile'") as caught:
+    with pytest.raises(RewardError, match="failed on 8 of 150 completions, .*5%.*'fragile'") as error:
         score_all(rewards, [completion("3")] * 4 + [completion("0")] * 6)
-    assert caught.value.completions[0].text == "3"
+    assert error.value.completions[0].text == "3"
 
 
-def test_skipping_leaves_the_checks_strict_and_metrics_harmless(tmp_path):
+def test_skip_ignores_failed_metrics_but_preflight_raises(tmp_path):
     source = "@reward\ndef one(c): return 1\n@metric\ndef broken(c): return 1 / len(c.text)\n"
     rewards = load_rewards(write(tmp_path, source), reward_errors="skip")
     score = score_one(rewards, completion(""))
@@ -370,7 +370,7 @@ def test_skipping_leaves_the_checks_strict_and_metrics_harmless(tmp_path):
         preflight(rewards, [{"id": "r1", "task": "t", "prompt": "q"}])
 
 
-def test_a_batch_function_that_fails_is_skipped_for_all_of_its_completions(tmp_path):
+def test_failed_batch_function_is_skipped_for_all_its_completions(tmp_path):
     source = "@reward\ndef bad(completions): raise OSError('gone')\n"
     rewards = load_rewards(write(tmp_path, source), reward_errors="skip")
     assert {s.verdict for s in score_all(rewards, [completion("x")] * 3)} == {"ungraded"}

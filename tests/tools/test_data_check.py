@@ -1,4 +1,4 @@
-"""`python -m data check`: golds must get full marks, wrong answers and junk nothing, by the graders of the rows."""
+"""`python -m data check`: the graders must give golds full marks, and wrong answers and junk nothing."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ CODE = {
 }  # fmt: skip
 
 
-def junk_of(report):
-    """How many wrong completions there were that do not depend on the gold, and how many of them were paid or ungraded."""
+def count_junk(report):
+    """Return the numbers of all, failed and ungraded completions that do not depend on the gold."""
     names = {"very long", "empty", "tags only", "no answer"}
     counts = [n for name, n in report.outcomes.items() if name in names or name.startswith("hostile")]
     return sum(n.total() for n in counts), sum(n["failed"] for n in counts), sum(n["ungraded"] for n in counts)
@@ -35,25 +35,25 @@ def test_the_built_in_families_are_sound(family):
     rows = questions(family, "eval", 5, seed=0)
     report = check(rows)
     assert report.failures == [] and report.notes == [] and report.without_gold == 0
-    assert report.outcomes["gold"] == {"due": 5}
-    total, paid, ungraded = junk_of(report)
-    assert paid == 0 and total >= 5 * 7
-    # Without bubblewrap, a program that needs more than Monty is ungraded: here one that imports sys, for each question.
+    assert report.outcomes["gold"] == {"passed": 5}
+    total, failed, ungraded = count_junk(report)
+    assert failed == 0 and total >= 5 * 7
+    # Without bubblewrap, programs that Monty cannot run are ungraded: here one per question, which imports sys.
     assert ungraded == (5 if family == "functions" and "bubblewrap" not in sandbox.available() else 0)
     if family == "functions":
-        assert report.outcomes["mutant"] == {"due": 5}
+        assert report.outcomes["mutant"] == {"passed": 5}
 
 
-def test_the_final_answer_of_a_whole_solution_is_the_gold(tmp_path):
+def test_the_gold_of_a_solution_is_its_final_answer(tmp_path):
     row = {"question": "3 + 4?", "answer": "It is <<3+4=7>>7.\n#### 7"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     (row,) = load(str(tmp_path / "q.jsonl"))
-    whole = {"id": "w", "prompt": "3 + 4?", "answer": "So \\boxed{7}"}
-    assert gold_answer(row) == gold_answer(whole) == "7" and "8" in wrong_answers(whole)
-    assert check([row, whole]).outcomes["gold"] == {"due": 2}
+    boxed = {"id": "w", "prompt": "3 + 4?", "answer": "So \\boxed{7}"}
+    assert gold_answer(row) == gold_answer(boxed) == "7" and "8" in wrong_answers(boxed)
+    assert check([row, boxed]).outcomes["gold"] == {"passed": 2}
 
 
-def test_a_gold_that_fails_and_tests_that_tell_nothing():
+def test_reports_wrong_golds_and_loose_tests():
     wrong = CODE | {"id": "w", "solution": "def add(a, b):\n    return a * b"}
     loose = CODE | {
         "id": "l",
@@ -62,11 +62,11 @@ def test_a_gold_that_fails_and_tests_that_tell_nothing():
     }
     report = check([wrong, loose])
     assert any(line.startswith("w: gold gets 0: failed") for line in report.failures)
-    assert report.outcomes["gold"] == {"due": 1, "failed": 1}
+    assert report.outcomes["gold"] == {"passed": 1, "failed": 1}
     assert any(line.startswith("l: wrong answer") for line in report.failures)
 
 
-def test_a_slow_gold_is_right_but_noted(monkeypatch):
+def test_notes_slow_golds(monkeypatch):
     limits = [1.0]
 
     def grade(answer, row):
@@ -76,14 +76,15 @@ def test_a_slow_gold_is_right_but_noted(monkeypatch):
     monkeypatch.setattr(tools.data_check, "grade_row", grade)
     monkeypatch.setattr(tools.data_check.sandbox, "start", lambda code_timeout=1.0: limits.append(code_timeout))
     report = check([CODE])
-    assert report.outcomes["gold"] == {"due": 1} and not report.failures and limits == [1.0, 10.0, 1.0]
-    assert report.notes == ["slow     c: right, but only with more time than code_timeout"]
+    assert report.outcomes["gold"] == {"passed": 1} and not report.failures and limits == [1.0, 10.0, 1.0]
+    (note,) = report.notes
+    assert note.startswith("slow     c: ") and "code_timeout" in note
 
 
-def test_rows_without_a_gold_are_counted():
+def test_counts_rows_without_a_gold():
     report = check([{"id": "a", "prompt": "Write.", "task": "t", "tests": ["assert f(1) == 2"]}])
-    total, paid, ungraded = junk_of(report)
-    assert report.without_gold == 1 and not report.failures and total > 5 and paid == 0
+    total, failed, ungraded = count_junk(report)
+    assert report.without_gold == 1 and not report.failures and total > 5 and failed == 0
     assert ungraded == (0 if "bubblewrap" in sandbox.available() else 1)
     assert any("no gold" in line for line in report.lines())
     assert any("ungraded" in line for line in report.lines()) == bool(ungraded)
@@ -93,10 +94,11 @@ def test_rows_without_a_gold_are_counted():
 
 
 @pytest.mark.parametrize("verdicts, expected", [
-    ([1.0, 1.0], "failed"), ([1.0, None], "ungraded"), ([None, None], "ungraded"), ([1.0, 0.0], "due"), ([None, 0.0], "due"),
+    ([1.0, 1.0], "failed"), ([1.0, None], "ungraded"), ([None, None], "ungraded"), ([1.0, 0.0], "passed"),
+    ([None, 0.0], "passed"),
 ])  # fmt: skip
-def test_mutants_that_pass_fail_only_if_all_were_graded(monkeypatch, verdicts, expected):
-    """A program that no grader here can run may be wrong: it is no evidence against the tests."""
+def test_undetected_mutants_are_a_failure_only_if_all_are_graded(monkeypatch, verdicts, expected):
+    """An ungraded mutant may be wrong, so it is no evidence against the tests."""
     texts = [write("```python", program) for program in mutants(CODE)]
 
     def grade(answer, row):
@@ -110,10 +112,10 @@ def test_mutants_that_pass_fail_only_if_all_were_graded(monkeypatch, verdicts, e
     monkeypatch.setattr(tools.data_check, "grade_row", grade)
     report = check([CODE])
     assert report.outcomes["mutant"] == {expected: 1}
-    assert bool(report.failures) == (expected == "failed") and report.no_difference == verdicts.count(1.0)
+    assert bool(report.failures) == (expected == "failed") and report.equivalent == verdicts.count(1.0)
 
 
-def test_the_command_reports_and_exits(tmp_path):
+def test_command_line_output_and_exit_status(tmp_path):
     def run_check(*rows):
         (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
         command = [sys.executable, "-m", "data", "check", str(tmp_path / "q.jsonl")]
@@ -131,7 +133,7 @@ def test_the_command_reports_and_exits(tmp_path):
 # --- reasoning_gym
 
 
-def test_final_answers():
+def test_extracts_final_answers():
     assert final_answer("thus <answer>\n0 1\n1 0\n</answer>.") == "0 1\n1 0"
     assert final_answer("<answer>1</answer> no, <answer>\\boxed{2}</answer>") == "2"
     assert final_answer("so \\boxed{3}") == "3" and final_answer(" A B \n") == "A B"
@@ -141,9 +143,9 @@ def test_final_answers():
 
 @pytest.mark.parametrize("family", ["chain_sum", "arc_1d", "rearc", "prime_factorization", "rectangle_count"])
 def test_reasoning_gym_golds_and_junk(family):
-    """rearc compares tuples; prime_factorization raises on junk; rectangle_count pays for numbers that are near."""
+    """rearc compares tuples, prime_factorization raises on junk, and rectangle_count rewards close numbers."""
     pytest.importorskip("reasoning_gym")
-    for row in gym._make(family, "train", 2, 0):
+    for row in gym._generate(family, "train", 2, 0):
         assert grade_row(f"Thus <answer>{row['answer']}</answer>", row) == (1.0, "right")
         for junk in ("<answer>qwertz</answer>", "\\boxed{-1}", "\x00\ud800", "[" * 9000, '{"a": 1}'):
             score, reason = grade_gym(junk, row)
