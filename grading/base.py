@@ -40,7 +40,7 @@ OUTCOMES = (
     "passed", "failed", "timeout", "memory", "crash", "syntax", "no_code", "missing_entry", "bad_type", "output_limit",
     "unsupported", "sandbox_error", "reward_error",  # ungraded
 )  # fmt: skip
-SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping and cannot be the judge
+SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping: it does not decide the verdict
 
 
 class RewardError(Exception):
@@ -73,7 +73,7 @@ class Row(dict):
 
 
 def row_kind(row: dict) -> str | None:
-    """Return the kind of grader for a row: its `grader` column, else "code" if it has tests, or "math" for an answer.
+    """Return the kind of grader for a row: its `grader` column, else "code" (has tests) or "math" (has an answer).
 
     Returns None if the row has none of these columns.
     """

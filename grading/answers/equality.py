@@ -5,7 +5,7 @@ import math
 import re
 from fractions import Fraction
 
-from grading.answers.exact import Unreadable, Value, are_equal, are_proportional, symbol
+from grading.answers.exact import ParseError, Value, are_equal, proportionality_factor, symbol
 from grading.answers.regions import Region
 from grading.answers.structures import Items, Matrix, Named, Relation, Text, as_region
 
@@ -13,7 +13,7 @@ TOLERANCE = Fraction(1, 10**6)
 MIN_DIGITS = 6  # significant digits of a decimal that may stand for a number which it is not
 
 
-class NotWorkedOut(Exception):
+class NotEvaluated(Exception):
     """A sum or product of plain numbers in place of its value."""
 
 
@@ -24,7 +24,7 @@ def is_same(a, g) -> bool | None:
     try:
         if isinstance(a, Region) or isinstance(g, Region):
             return _is_same_region(as_region(a), as_region(g))
-    except Unreadable:
+    except ParseError:
         return False
     if isinstance(a, Items) or isinstance(g, Items):
         return _is_same_items(a, g)
@@ -33,12 +33,12 @@ def is_same(a, g) -> bool | None:
     if isinstance(a, Value):
         return is_same_value(a, g)
     if isinstance(a, Relation):
-        factor = a.op == g.op and are_proportional(a.difference, g.difference)
+        factor = a.op == g.op and proportionality_factor(a.difference, g.difference)
         return bool(factor) and (a.op in ("=", "!=") or factor > 0)
     if isinstance(a, Matrix):
         if [len(row) for row in a.rows] != [len(row) for row in g.rows]:
             return False
-        return _all(is_same(x, y) for row, other in zip(a.rows, g.rows) for x, y in zip(row, other))
+        return _combine(is_same(x, y) for row, other in zip(a.rows, g.rows) for x, y in zip(row, other))
     return isinstance(a, Text) and is_same_text(a.words, g.words)
 
 
@@ -60,11 +60,11 @@ def _is_same_region(a: Region, g: Region) -> bool | None:
     if [p[1::2] for p in a.pieces] != [p[1::2] for p in g.pieces]:
         return False
     ends = [(x, y) for p, q in zip(a.pieces, g.pieces) for x, y in ((p[0], q[0]), (p[2], q[2]))]
-    return _all(x == y if isinstance(x, float) or isinstance(y, float) else is_same_value(x, y) for x, y in ends)
+    return _combine(x == y if isinstance(x, float) or isinstance(y, float) else is_same_value(x, y) for x, y in ends)
 
 
 def _is_same_items(a, g) -> bool | None:
-    (kind_a, a, names_a), (kind_g, g, names_g) = _spread(a), _spread(g)
+    (kind_a, a, names_a), (kind_g, g, names_g) = _unpack(a), _unpack(g)
     kinds = {kind_a, kind_g}
     if len(a) != len(g) or ("one" in kinds and "set" not in kinds) or ("ratio" in kinds and len(kinds) > 1):
         return False
@@ -73,16 +73,16 @@ def _is_same_items(a, g) -> bool | None:
     if names_a and names_g and set(names_a) == set(names_g):
         a = [a[names_a.index(name)] for name in names_g]
     if not kinds.isdisjoint(("tuple", "ratio", "named")) or Text("...") in g:
-        return _all(map(is_same, a, g))
-    left, verdicts = list(a), []
+        return _combine(map(is_same, a, g))
+    remaining, verdicts = list(a), []
     for y in g:
-        verdict, x = max(((is_same(x, y), x) for x in left), key=lambda pair: (pair[0] is True, pair[0] is None))
-        left.remove(x)
+        verdict, x = max(((is_same(x, y), x) for x in remaining), key=lambda pair: (pair[0] is True, pair[0] is None))
+        remaining.remove(x)
         verdicts.append(verdict)
-    return _all(verdicts)
+    return _combine(verdicts)
 
 
-def _spread(thing) -> tuple[str, list, list | None]:
+def _unpack(thing) -> tuple[str, list, list | None]:
     """(kind, items, names): x=2, y=3 is `named`; x=2, x=3 and x=2, 3 are lists; what is no collection is `one`."""
     if not isinstance(thing, Items):
         return "one", [thing], None
@@ -96,7 +96,7 @@ def _spread(thing) -> tuple[str, list, list | None]:
     return thing.kind, items, None
 
 
-def _all(verdicts) -> bool | None:
+def _combine(verdicts) -> bool | None:
     """False where one is False, else None where one is None."""
     verdicts = list(verdicts)
     return False if False in verdicts else None if None in verdicts else True
@@ -107,12 +107,12 @@ def is_same_value(a: Value, g: Value) -> bool | None:
     if unit and gold_unit and unit != gold_unit:
         return False
     verdict = are_equal(a, g)
-    if verdict and a.work and not g.work and g.rational is not None:
-        raise NotWorkedOut
-    return verdict or _is_near(a, g) or verdict
+    if verdict and a.pending and not g.pending and g.rational is not None:
+        raise NotEvaluated
+    return verdict or _is_close(a, g) or verdict
 
 
-def _is_near(a: Value, g: Value) -> bool:
+def _is_close(a: Value, g: Value) -> bool:
     """Whether a decimal stands for a number as well as can be asked."""
     if max(a.digits, g.digits) < MIN_DIGITS or a.variables() or g.variables():
         return False

@@ -16,9 +16,9 @@ import functools
 import re
 from fractions import Fraction
 
-from grading.answers.equality import NotWorkedOut, is_same, is_same_text
-from grading.answers.exact import TooBig, Unreadable, Unsupported
-from grading.answers.structures import Items, read
+from grading.answers.equality import NotEvaluated, is_same, is_same_text
+from grading.answers.exact import TooBig, ParseError, Unsupported
+from grading.answers.structures import Items, parse
 from grading.answers.tokens import tidy
 from grading.base import Completion, Ungraded, shorten
 from grading.sandbox.workers import WorkerError, run_in_worker
@@ -124,7 +124,7 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     answer, gold = tidy(answer), tidy(gold)
     if is_same_text(answer, gold):
         return "right", ""
-    if problem := refusal(answer):
+    if problem := refusal_reason(answer):
         return "gave_up", problem
     try:
         verdict = compare(answer, gold)
@@ -132,10 +132,10 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
             verdict = compare(answer.replace(",", "."), gold)
     except TooBig as error:
         return "gave_up", f"{error} is too large to be compared"
-    except NotWorkedOut:
+    except NotEvaluated:
         return "wrong", f"{shorten(answer)} is not worked out"
     if verdict is None:
-        return ask_symbolic(answer, gold)
+        return judge_symbolically(answer, gold)
     return ("right", "") if verdict else wrong
 
 
@@ -154,7 +154,7 @@ _TOWER = re.compile(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^")
 _DIGIT_RUN = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 
 
-def refusal(text: str) -> str:
+def refusal_reason(text: str) -> str:
     """Why an answer is not even parsed; "" where it is."""
     if _DIGIT_RUN.search(text):
         return f"a number of over {MAX_DIGITS} digits"
@@ -173,36 +173,36 @@ def refusal(text: str) -> str:
 def compare(answer: str, gold: str) -> bool | None:
     """Whether two tidied texts say the same; None where only the symbolic grader can tell."""
     try:
-        expected = _read_gold(gold)
+        parsed_gold = _parse_gold(gold)
     except Unsupported:
-        expected = None
-    except Unreadable:
+        parsed_gold = None
+    except ParseError:
         return False
     try:
-        given = read(answer)
+        parsed_answer = parse(answer)
     except Unsupported:
-        if expected is None:
+        if parsed_gold is None:
             return None
-        raise NotWorkedOut from None
-    except Unreadable:
+        raise NotEvaluated from None
+    except ParseError:
         return False
-    if expected is None:
+    if parsed_gold is None:
         return None
-    verdict = is_same(given, expected)
-    if verdict is False and isinstance(given, Items) != isinstance(expected, Items) and _GROUP.search(answer + gold):
-        with contextlib.suppress(Unreadable):
-            verdict = is_same(read(answer, grouped=False), read(gold, grouped=False))  # 100,200 beside 100, 200
+    verdict = is_same(parsed_answer, parsed_gold)
+    if verdict is False and isinstance(parsed_answer, Items) != isinstance(parsed_gold, Items) and _GROUP.search(answer + gold):
+        with contextlib.suppress(ParseError):
+            verdict = is_same(parse(answer, grouping=False), parse(gold, grouping=False))  # 100,200 beside 100, 200
     return verdict
 
 
 _GROUP = re.compile(r"[0-9],[0-9]{3}")
-_read_gold = functools.lru_cache(maxsize=1024)(read)
+_parse_gold = functools.lru_cache(maxsize=1024)(parse)
 
 
 # --- the symbolic grader, in a worker
 
 
-def ask_symbolic(answer: str, gold: str) -> tuple[str, str]:
+def judge_symbolically(answer: str, gold: str) -> tuple[str, str]:
     """Like `judge`, by math-verify in a worker. Raises Ungraded where no worker can be had."""
     try:
         verdict = run_in_worker(
