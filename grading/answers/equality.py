@@ -1,4 +1,7 @@
-"""Whether an answer is the gold, both as they were read: True, False, or None where only the symbolic grader can tell."""
+"""Comparison of a parsed answer with the parsed gold answer.
+
+Verdicts are True, False, or None if only the symbolic grader can decide.
+"""
 
 import functools
 import math
@@ -10,15 +13,23 @@ from grading.answers.regions import Region
 from grading.answers.structures import Items, Matrix, Named, Relation, Text, as_region
 
 TOLERANCE = Fraction(1, 10**6)
-MIN_DIGITS = 6  # significant digits of a decimal that may stand for a number which it is not
+MIN_DIGITS = 6  # significant digits that a decimal needs to be accepted for a number that it approximates
 
 
 class NotEvaluated(Exception):
-    """A sum or product of plain numbers in place of its value."""
+    """The answer is a sum or product of plain numbers, such as 7+5, instead of its value."""
 
 
 def is_same(a, g) -> bool | None:
-    """Whether an answer is the same thing as the gold, both as read; None where that is not known."""
+    """Return whether a parsed answer equals the parsed gold answer; None if that is unknown.
+
+    Args:
+        a, g: Results of `parse` for the answer and the gold answer.
+
+    Raises:
+        NotEvaluated: If the answer is equal, but a sum or product of plain numbers is left in it.
+        TooBig: If a value is too large to be computed.
+    """
     if isinstance(a, Named) or isinstance(g, Named):
         return _is_same_named(a, g)
     try:
@@ -49,11 +60,11 @@ def _is_same_named(a, g) -> bool | None:
     return is_same(a.value if isinstance(a, Named) else a, g.value if isinstance(g, Named) else g)
 
 
-def _as_relation(thing) -> Relation | None:
-    """y = 2x + 1 as the equation it is; x = 5 is an answer and none."""
-    if isinstance(thing, Named) and isinstance(thing.value, Value) and thing.value.variables():
-        return Relation("=", symbol(thing.name) - thing.value)
-    return thing if isinstance(thing, Relation) else None
+def _as_relation(node) -> Relation | None:
+    """Return y = 2x + 1 as a relation; None for x = 5, whose right side alone is the answer."""
+    if isinstance(node, Named) and isinstance(node.value, Value) and node.value.variables():
+        return Relation("=", symbol(node.name) - node.value)
+    return node if isinstance(node, Relation) else None
 
 
 def _is_same_region(a: Region, g: Region) -> bool | None:
@@ -74,7 +85,8 @@ def _is_same_items(a, g) -> bool | None:
         a = [a[names_a.index(name)] for name in names_g]
     if not kinds.isdisjoint(("tuple", "ratio", "named")) or Text("...") in g:
         return _combine(map(is_same, a, g))
-    remaining, verdicts = list(a), []
+    remaining = list(a)
+    verdicts = []
     for y in g:
         verdict, x = max(((is_same(x, y), x) for x in remaining), key=lambda pair: (pair[0] is True, pair[0] is None))
         remaining.remove(x)
@@ -82,27 +94,31 @@ def _is_same_items(a, g) -> bool | None:
     return _combine(verdicts)
 
 
-def _unpack(thing) -> tuple[str, list, list | None]:
-    """(kind, items, names): x=2, y=3 is `named`; x=2, x=3 and x=2, 3 are lists; what is no collection is `one`."""
-    if not isinstance(thing, Items):
-        return "one", [thing], None
-    items = list(thing.items)
+def _unpack(node) -> tuple[str, list, list | None]:
+    """Return (kind, items, names).
+
+    The kind is `named` for x=2, y=3 (with names), list for x=2, x=3 and x=2, 3, and `one` for a node that is not Items.
+    """
+    if not isinstance(node, Items):
+        return "one", [node], None
+    items = list(node.items)
     names = [item.name for item in items if isinstance(item, Named)]
     values = [item.value if isinstance(item, Named) else item for item in items]
     if len(names) == len(items) == len(set(names)):
         return "named", values, names
     if len(set(names)) == 1 and (len(names) == len(items) or isinstance(items[0], Named)):
         return "list", values, None
-    return thing.kind, items, None
+    return node.kind, items, None
 
 
 def _combine(verdicts) -> bool | None:
-    """False where one is False, else None where one is None."""
+    """Return False if a verdict is False, else None if one is None, else True."""
     verdicts = list(verdicts)
     return False if False in verdicts else None if None in verdicts else True
 
 
 def is_same_value(a: Value, g: Value) -> bool | None:
+    """Return whether two values are equal or close enough. A unit may be missing in one of them. See `is_same`."""
     (a, unit), (g, gold_unit) = a.split_unit(), g.split_unit()
     if unit and gold_unit and unit != gold_unit:
         return False
@@ -113,7 +129,7 @@ def is_same_value(a: Value, g: Value) -> bool | None:
 
 
 def _is_close(a: Value, g: Value) -> bool:
-    """Whether a decimal stands for a number as well as can be asked."""
+    """Return whether one value is a decimal with enough digits and approximates the other."""
     if max(a.digits, g.digits) < MIN_DIGITS or a.variables() or g.variables():
         return False
     try:
@@ -129,14 +145,14 @@ def _is_close(a: Value, g: Value) -> bool:
     return False
 
 
-# --- texts
+# --- text
 
 _WORDS = re.compile(r"[^\W\d_](?:[\w '-]*[\w.])?")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
 
 
 def is_same_text(answer: str, gold: str) -> bool:
-    """Whether two tidied texts are the same but for spaces between signs, the case of words and brackets of a choice."""
+    """Return whether two tidied texts are equal up to spaces around signs, the case of words, and brackets of (A)."""
     if answer == gold:
         return answer != ""
     a, g = _bare_text(answer), _bare_text(gold)
@@ -147,6 +163,7 @@ def is_same_text(answer: str, gold: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _bare_text(text: str) -> str:
+    """Remove text commands, spaces around signs, and the brackets of a multiple-choice letter."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"\s+", " ", text)).strip()
     choice = _CHOICE.fullmatch(text)

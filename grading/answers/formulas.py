@@ -1,12 +1,12 @@
-r"""Reading numbers and formulas from tokens into exact values: signs, products, powers, roots, functions, units.
+r"""Parser of numbers and formulas into exact values: signs, products, powers, roots, functions, units.
 
-What is not known raises Unreadable, and text is never skipped. Sums, integrals and limits are not worked out
-(Unsupported). grading/answers/structures.py adds what formulas stand in: lists, brackets, sets, relations, matrices.
+Unknown syntax raises ParseError, and no text is ever skipped. Sums, integrals and limits raise Unsupported.
+grading/answers/structures.py extends the parser to structures that contain formulas: lists, sets, relations, matrices.
 """
 
 from fractions import Fraction
 
-from grading.answers.exact import FUNCTIONS, TooBig, ParseError, Unsupported, Value, apply_function, number, symbol
+from grading.answers.exact import FUNCTIONS, ParseError, TooBig, Unsupported, Value, apply_function, number, symbol
 from grading.answers.units import CURRENCIES, parse_unit
 
 GREEK = {
@@ -22,42 +22,38 @@ _DELIMITERS = {"|": ("|", "abs"), r"\lfloor": (r"\rfloor", "floor"), r"\lceil": 
 _SIGNS = ("+", "-", r"\pm", r"\mp")
 _TIMES, _DIVIDE = ("*", r"\cdot", r"\times", r"\ast"), ("/", r"\div")
 _BRACKETS = {"(", "[", "{"}
-_FACTORS = _BRACKETS | {
-    "name",
-    r"\frac",
-    r"\sqrt",
-    r"\binom",
-    *_DELIMITERS,
-    *_FUNCTIONS,
-    *_CONSTANTS,
-    *GREEK,
-}  # of 2x, 2(x+1)
+# Tokens that start a factor of a product without a sign, as in 2x and 2(x+1).
+_FACTORS = _BRACKETS | {"name", r"\frac", r"\sqrt", r"\binom", *_DELIMITERS, *_FUNCTIONS, *_CONSTANTS, *GREEK}
 _MONEY = (r"\$", *CURRENCIES)
 _BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}
 
 
 class FormulaParser:
-    """A recursive descent over the tokens; each method reads one kind of thing from `position` on.
+    """A recursive-descent parser: each `parse_` method parses one rule of the grammar, starting at `position`.
 
-    What `sum`, `product` and the like return is a Value, or where that stands alone anything that `structure` reads.
+    Rules from sum down to primary return a Value, or any other structure that stands alone instead of a formula.
     """
 
     def __init__(self, tokens: list[tuple[str, object]]):
-        self.tokens, self.position = tokens, 0
-        self.plus_minus_sign, self.has_plus_minus = 1, False  # which of the two that a plus-minus stands for; whether one was met
-        self.open_bars = 0  # absolute values that are open
-        self.depth = 0
+        self.tokens = tokens  # (kind, value) pairs, see tokenize
+        self.position = 0  # index of the next token
+        self.plus_minus_sign = 1  # sign of \pm in this pass, 1 or -1; \mp has the other one
+        self.has_plus_minus = False  # whether a \pm or \mp has been parsed
+        self.open_bars = 0  # number of absolute values that are not yet closed
+        self.depth = 0  # nesting depth of parse_primary
 
     @property
     def kind(self) -> str:
+        """The kind of the next token."""
         return self.tokens[self.position][0]
 
     def advance(self):
+        """Consume the next token and return its value."""
         self.position += 1
         return self.tokens[self.position - 1][1]
 
     def accept(self, *kinds: str) -> str | None:
-        """The next token's kind if it is one of these; then it has been read."""
+        """Consume the next token and return its kind if it is one of these, else return None."""
         kind = self.kind
         if kind not in kinds:
             return None
@@ -65,19 +61,23 @@ class FormulaParser:
         return kind
 
     def expect(self, kind: str) -> None:
+        """Consume a token of this kind. Raises ParseError if the next token is of another kind."""
         if not self.accept(kind):
-            raise ParseError(f"{self.kind} where {kind} should be")
+            raise ParseError(f"expected {kind}, not {self.kind}")
 
     def source(self, start: int) -> str:
-        """The tokens from a place on, up to here, as they are written."""
+        """Return the text of the tokens from `start` up to the current position."""
         return "".join(
-            str(value.rational) if isinstance(value, Value) else value for _, value in self.tokens[start : self.position]
+            str(value.rational) if isinstance(value, Value) else value
+            for _, value in self.tokens[start : self.position]
         )
 
     def parse_structure(self, kind: str):
-        raise ParseError(f"{kind} where a formula should be")
+        """Parse a structure that is not a formula; its first token has been consumed. Overridden in structures.py."""
+        raise ParseError(f"expected a formula, not {kind}")
 
     def parse_signs(self) -> int:
+        """Parse any number of signs and return their product."""
         sign = 1
         while kind := self.accept(*_SIGNS):
             self.has_plus_minus |= kind in _SIGNS[2:]
@@ -85,7 +85,9 @@ class FormulaParser:
         return sign
 
     def parse_sum(self):
-        start, sign = self.position, self.parse_signs()
+        """Parse products, added or subtracted."""
+        start = self.position
+        sign = self.parse_signs()
         result = self.parse_product()
         result = result if sign > 0 else -as_value(result)
         while self.kind in _SIGNS:
@@ -98,6 +100,7 @@ class FormulaParser:
         return result
 
     def parse_product(self):
+        """Parse powers, multiplied with or without a sign, or divided."""
         result = self.parse_mixed_number() or self.parse_power()
         while isinstance(result, Value):
             kind = self.kind
@@ -113,26 +116,32 @@ class FormulaParser:
         return result
 
     def parse_mixed_number(self) -> Value | None:
-        r"""2\frac{1}{2}, which is a sum; None where there is none, as in 2\frac{\pi}{2}."""
+        r"""Parse a mixed number, 2\frac{1}{2}, which is a sum. Returns None for anything else, as 2\frac{\pi}{2}."""
         start = self.position
         if self.kind != "number" or self.tokens[start + 1][0] != r"\frac":
             return None
-        whole, part = self.advance().rational, self.parse_primary()
-        if part.rational is None or part.pending:
+        whole = self.advance().rational
+        fraction = self.parse_primary()
+        if fraction.rational is None or fraction.pending:
             self.position = start
             return None
-        if whole.denominator != 1 or not 0 < part.rational < 1:
+        if whole.denominator != 1 or not 0 < fraction.rational < 1:
             raise ParseError("neither a mixed number nor a product")
-        return self.parse_suffixes(number(whole + part.rational))
+        return self.parse_suffixes(number(whole + fraction.rational))
 
     def parse_power(self):
+        """Parse a primary with its suffixes."""
         return self.parse_suffixes(self.parse_primary())
 
     def parse_suffixes(self, result):
-        """What was read, with the exponents, factorials, percent signs and units behind it."""
+        """Apply the exponents, factorials, percent signs and units that follow a value. Other results are unchanged."""
         while isinstance(result, Value):
             if self.accept("^"):
-                result = with_unit(result, parse_unit("°")) if self.accept_degree_sign() else result ** as_value(self.parse_argument())
+                result = (
+                    with_unit(result, parse_unit("°"))
+                    if self.accept_degree_sign()
+                    else result ** as_value(self.parse_argument())
+                )
             elif self.accept("!"):
                 if self.kind == "!":
                     raise ParseError("a double factorial")
@@ -145,19 +154,20 @@ class FormulaParser:
                     unit += f"^{as_value(self.parse_argument()).rational}"
                 result = with_unit(result, parse_unit(unit))
                 if self.kind in ("number", "name", "word"):
-                    raise ParseError("more behind the unit")
+                    raise ParseError("text after a unit")
             else:
                 break
         return result
 
     def accept_degree_sign(self) -> bool:
+        r"""Consume the \circ of an exponent, as in 90^\circ or 90^{\circ}."""
         if [kind for kind, _ in self.tokens[self.position : self.position + 3]] == ["{", r"\circ", "}"]:
             self.position += 3
             return True
         return self.accept(r"\circ") is not None
 
     def parse_argument(self):
-        """What a macro, ^ or _ takes: a group, or one thing with its sign."""
+        """Parse the argument of a command, ^ or _: a group in braces, or a single primary with its sign."""
         if self.accept("{"):
             result = self.parse_sum()
             self.expect("}")
@@ -169,10 +179,10 @@ class FormulaParser:
         return result if sign > 0 else -as_value(result)
 
     def parse_primary(self):
-        """The smallest thing that stands here: a number, a name, or what a command or a bracket makes of others."""
+        """Parse a number, a name, a command with its arguments, or a bracket. Raises TooBig if nested too deeply."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise TooBig(f"what is nested over {MAX_DEPTH} deep")
+            raise TooBig(f"an expression nested over {MAX_DEPTH} levels deep")
         result = self._parse_primary(*self.tokens[self.position])
         self.depth -= 1
         return result
@@ -207,10 +217,11 @@ class FormulaParser:
         if kind in _MONEY:
             return with_unit(as_value(self.parse_product()), parse_unit(kind[-1]))
         if kind in _OPERATORS:
-            raise Unsupported(f"{kind} is not worked out")
+            raise Unsupported(f"{kind} is not evaluated")
         return self.parse_structure(kind)
 
     def parse_name(self, name: str) -> Value:
+        """Return the constant, variable with its index, or binomial coefficient C_n^k after its name was consumed."""
         if name in ("e", "i") and self.kind != "_":
             return symbol(name)
         if self.accept("_"):
@@ -222,25 +233,25 @@ class FormulaParser:
         return symbol(name)
 
     def parse_number_base(self, value: Value) -> Value:
-        """204_5: a number of its own, equal to nothing else."""
+        """Parse the base of 204_5. The number is not converted: it equals only the same digits in the same base."""
         self.position += 1
         base = self.parse_word()
         return symbol(f"{value.rational} in base {_BASES.get(base, base)}")
 
     def parse_word(self) -> str:
-        """A group or token that is no formula, without its brackets."""
+        """Consume a group or token that is not a formula and return its text without brackets."""
         start = self.position
         is_group = self.accept("{")
         while not (is_group and self.accept("}")):
             if self.kind == "end":
-                raise ParseError("an argument that is missing")
+                raise ParseError("a missing argument")
             self.position += 1
             if not is_group:
                 break
         return self.source(start).strip("{()}")
 
     def parse_function(self, name: str) -> Value:
-        """sin x, sin^2 x, sin^{-1} x, log_2 x; without brackets the argument is the product up to the next function."""
+        """Parse sin x, sin^2 x, sin^{-1} x, log_2 x. An argument without brackets extends up to the next function."""
         power = base = None
         while kind := self.accept("^", "_"):
             if kind == "^":
@@ -263,26 +274,30 @@ class FormulaParser:
         return result if power is None else result**power
 
 
-def as_value(thing) -> Value:
-    if not isinstance(thing, Value):
-        raise ParseError("arithmetic with what is no number or formula")
-    return thing
+def as_value(node) -> Value:
+    """Return the node if it is a Value. Raises ParseError if it is a structure, which has no arithmetic."""
+    if not isinstance(node, Value):
+        raise ParseError("arithmetic with a structure")
+    return node
 
 
 def with_unit(value: Value, unit: Value) -> Value:
+    """Multiply by a unit, keeping the digits and pending operations of the value."""
     product = value * unit
     return Value(product.num, product.den, value.digits, value.pending)
 
 
 def _nth_root(value: Value, n: Value) -> Value:
+    """Return the n-th root; for a negative number and odd n, the real one."""
     index = n.rational
     if index is None or index.denominator != 1 or not 2 <= index <= 99:
-        raise ParseError("a root of an odd kind")
+        raise ParseError("a root whose index is not a whole number from 2 to 99")
     if value.rational is not None and value.rational < 0 and index % 2:
         return -((-value) ** number(1 / index))
     return value ** number(1 / index)
 
 
 def _in_radians(angle: Value) -> Value:
-    bare, unit = angle.split_unit()
-    return bare * symbol("pi") / number(180) if unit == frozenset({("unit:°", 1)}) else angle
+    """Convert an angle with the unit degree to radians; other values are unchanged."""
+    magnitude, unit = angle.split_unit()
+    return magnitude * symbol("pi") / number(180) if unit == frozenset({("unit:°", 1)}) else angle
