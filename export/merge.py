@@ -23,8 +23,8 @@ from rl.run.files import describe_write_error, fsync_path
 MAX_SHARE = 0.5  # for the maximum and the root mean square: above it, most of the LoRA is lost in rounding
 MAX_RMS = 0.05  # for the root mean square
 # The root mean square may exceed MAX_RMS up to this multiple of the rounding errors' share of s B A. For the bundled
-# model in bf16 it is 0.2 to 0.3 times that share for trained LoRAs, 0.9 to 1.4 times for random ones, and 0.1 if s is off
-# by 10 %.
+# model in bf16 it is 0.2 to 0.3 times that share for trained LoRAs and 0.9 to 1.4 times for random ones. If s is off by
+# 10 %, the root mean square is 0.1.
 MAX_PER_ROUNDING = 1.5
 
 
@@ -33,9 +33,9 @@ def merge_lora(model) -> tuple[torch.nn.Module, float]:
     """Merge the LoRA of a PeftModel into the weights of the base model. Raises RunError if a sum is not finite.
 
     Returns:
-        The base model, and the ratio of the root mean squares of the rounding errors and of s B A.
+        The base model, and the ratio of the root mean squares of the rounding errors and of s B A (1 if s B A is 0).
     """
-    errors = total = 0.0
+    error_sum = delta_sum = 0.0
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
             weight = layer.get_base_layer().weight  # (out, in), or (in, out) in a transposed layer
@@ -43,21 +43,21 @@ def merge_lora(model) -> tuple[torch.nn.Module, float]:
             merged = (weight.float() + delta).to(weight.dtype)
             if not merged.isfinite().all():
                 raise RunError(f"{name}: W + s B A is not finite in {weight.dtype}: the LoRA cannot be merged")
-            errors += (merged.float() - weight.float() - delta).square().sum().item()
-            total += delta.square().sum().item()
+            error_sum += (merged.float() - weight.float() - delta).square().sum().item()
+            delta_sum += delta.square().sum().item()
             weight.copy_(merged)
-    return model.unload(), (errors / total) ** 0.5 if total else 1.0
+    return model.unload(), (error_sum / delta_sum) ** 0.5 if delta_sum else 1.0
 
 
 def saved_dtype(base: str) -> str:
     """Return the dtype of a saved base model. Raises ConfigError if it cannot be read or is quantized."""
     try:
-        saved = transformers.AutoConfig.from_pretrained(base)
+        base_config = transformers.AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base model: {base} cannot be read (--base-model): {first_line(error)}") from error
-    if getattr(saved, "quantization_config", None):
+    if getattr(base_config, "quantization_config", None):
         raise ConfigError(f"base model: {base} is quantized: name the original 16-bit model with --base-model")
-    return str(saved.get_text_config().dtype).removeprefix("torch.")
+    return str(base_config.get_text_config().dtype).removeprefix("torch.")
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def compare_logits(base, trained, merged, rounding: float) -> dict[str, float]:
     bound = min(MAX_SHARE, max(MAX_RMS, MAX_PER_ROUNDING * rounding))
     if not (largest <= MAX_SHARE * largest_effect and rms <= bound):  # also true if one is nan
         raise RunError(
-            f"the merged model is not the trained model: its logits differ from base with LoRA by up to {largest:.2g}, and "
-            f"the LoRA's effect is up to {largest_effect:.2g} (root mean square {rms:.1%}, rounding at most {bound:.1%}); "
+            f"the merged model is not the trained model: its logits differ by up to {largest:.2g} from base with LoRA, "
+            f"whose effect is up to {largest_effect:.2g} (root mean square {rms:.1%}, rounding at most {bound:.1%}); "
             "if the LoRA is too small for 16 bits, use base and LoRA without merging (PeftModel.from_pretrained)"
         )
     return {"merged": largest, "lora": largest_effect, "relative_rms": rms, "rounding": rounding}
