@@ -95,9 +95,7 @@ class Ponder:
         questions = self.policy.encode(rows)
         self.questions = QuestionSampler(questions, 0, self.config.seed)
         num_questions = self.config.max_steps * self.config.prompts_per_step
-        self.order = QuestionSampler(questions, 0, self.config.seed).take(
-            num_questions, 1
-        )  # the questions of all steps
+        self.order = QuestionSampler(questions, 0, self.config.seed).take(num_questions, 1)  # for all steps
         self.advantages = Advantages(self.policy, self.rewards, self.config)
         self.updater = Updater(self.policy, None, self.config)
         self.generator = torch.Generator(self.policy.device).manual_seed(self.config.seed)
@@ -194,8 +192,8 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
         prompts: Text, token ids and answer of the prompts of all steps.
         sample: A prompt and completions of it, as token ids.
     """
-    longest = max(len(ids) for _, ids, _ in prompts)
-    model, tokenizer = load_peer(peer, config, adapter, longest + config.max_completion_length)
+    max_prompt_length = max(len(ids) for _, ids, _ in prompts)
+    model, tokenizer = load_peer(peer, config, adapter, max_prompt_length + config.max_completion_length)
 
     from datasets import Dataset
     from transformers import TrainerCallback

@@ -49,10 +49,10 @@ def grade_gym(answer: str, row: dict) -> tuple[float, str]:
 
 
 def final_answer(text: str) -> str | None:
-    """Return the content of the last <answer> ... </answer>, else the whole text; inside it, of the last box, if any.
+    """Return the content of the last <answer> ... </answer>, else the whole text; of a box in it, if any, its content.
 
-    No other marker is looked for, since answers are often whole boards or programs. An answer in tags or in a box may
-    be empty (a word reduced to nothing). Returns None if the text is empty and has neither.
+    Other markers are ignored, since answers are often whole boards or programs. An answer in tags or in a box may be
+    empty (a word reduced to nothing). Returns None if the text is empty and has neither tags nor a box.
     """
     before, end_tag, _ = text.rpartition("</answer>")
     is_tagged = end_tag and "<answer>" in before

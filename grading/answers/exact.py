@@ -31,7 +31,7 @@ class Unsupported(ParseError):
 
 
 class TooBig(Exception):
-    """A number or formula is too large to be computed; the message describes it in a noun phrase."""
+    """A number or formula, named in the message, is too large to be computed."""
 
 
 class Value:
@@ -204,7 +204,7 @@ def _multiply(a: dict | None, b: dict | None) -> dict | None:
 
 
 def _normalize_term(powers: dict) -> tuple[Fraction, frozenset]:
-    """Return a rational factor and the rest of a term, in which primes have exponents in (0, 1) and i has 1."""
+    """Return a rational factor and the remaining term: primes have exponents in (0, 1) and i has exponent 1."""
     factor = Fraction(1)
     for atom, e in list(powers.items()):
         if isinstance(atom, int):
