@@ -1,9 +1,9 @@
 """Merge a trained LoRA into its 16-bit base model, for transformers, vLLM, llama.cpp and Ollama.
 
-python export.py runs/NAME                                        its last checkpoint, into runs/NAME/export/merged
-python export.py runs/NAME/checkpoints/step_000045 --gguf q8_0    that checkpoint, and a GGUF file
-python export.py runs/NAME --push-to-hub USER/NAME                upload it (to a private repository, unless --public)
-python export.py --help                                           every setting
+python export.py runs/NAME                                        the last checkpoint, into runs/NAME/export/merged
+python export.py runs/NAME/checkpoints/step_000045 --gguf q8_0    this checkpoint, with a GGUF file
+python export.py runs/NAME --push-to-hub USER/NAME                upload to a private repository (public with --public)
+python export.py --help                                           all settings
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""Memory predicted by `--dry-run` against memory measured by `--probe`, for models with random weights.
+"""Compare the memory predicted by `--dry-run` with the memory measured by `--probe`, for models with random weights.
 
-    python bench/memory.py                 all models; on a CPU five to ten minutes
-    python bench/memory.py qwen3-167m      one of them
+    python bench/memory.py                 all models; five to ten minutes on a CPU
+    python bench/memory.py qwen3-167m      one model
 
-Measured is on a CPU the peak of resident memory above that after the imports (Linux), on a GPU what PyTorch allocates at most.
+The measured value is, on a CPU, the peak of resident memory minus that after the imports (Linux); on a GPU, the peak of
+memory allocated by PyTorch.
 """
 
 import json
@@ -31,23 +32,27 @@ FIELDS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings",
 )
-SMALL_SHAPES = {  # beside those in rl/fit/models.json
+SMALL_SHAPES = {  # in addition to rl/fit/models.json
     "qwen3-167m": ("qwen3", 151936, 768, 2048, 8, 12, 4, 64, True),
     "llama-129m": ("llama", 8192, 640, 1728, 24, 10, 10, 64, False),
     "qwen2-199m": ("qwen2", 50304, 1536, 4096, 5, 12, 2, 128, True),  # head_dim is always hidden_size / heads
-    "qwen3-small": ("qwen3", 512, 64, 128, 2, 4, 2, 16, True),  # for dry checks of what is meant for a GPU
+    "qwen3-small": ("qwen3", 512, 64, 128, 2, 4, 2, 16, True),  # for tests of GPU benchmarks on a CPU
 }
 # fmt: on
 
 
 def make_random_model(name: str, folder: str, mean_length: int | None = None) -> str:
-    """Save a model of a known shape with random bf16 weights and the bundled model's tokenizer; returns the folder.
+    """Save a model of a known shape with random bf16 weights and the tokenizer of the bundled model.
 
     Args:
-        name: of SMALL_SHAPES or of rl/fit/models.json.
-        mean_length: mean length of completions, in tokens. The next token of random weights is nearly uniform, so
-            vocabulary / mean_length end-of-sequence tokens give geometric lengths in every trainer. None: there is one such
-            token, and nearly all completions reach the limit.
+        name: Key of SMALL_SHAPES or rl/fit/models.json.
+        folder: Folder to save the model in.
+        mean_length: Mean length of completions in tokens. Random weights sample the next token nearly uniformly, so
+            vocabulary / mean_length end-of-sequence tokens give geometrically distributed lengths in every trainer.
+            With None there is one such token, and nearly all completions reach the limit.
+
+    Returns:
+        The folder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -57,8 +62,8 @@ def make_random_model(name: str, folder: str, mean_length: int | None = None) ->
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny")
     end_ids = [tokenizer.eos_token_id]
     if mean_length:
-        vocabulary = settings["vocab_size"]
-        end_ids += range(vocabulary - vocabulary // mean_length, vocabulary)
+        vocab_size = settings["vocab_size"]
+        end_ids += range(vocab_size - vocab_size // mean_length, vocab_size)
     special = {"eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id}
     config = AutoConfig.for_model(**settings, **special, max_position_embeddings=40_960)
     torch.manual_seed(0)
@@ -71,16 +76,17 @@ def make_random_model(name: str, folder: str, mean_length: int | None = None) ->
 
 
 def measure(name: str, settings: str) -> tuple[float, float]:
-    """Two steps of train.py on a model of this shape: MB predicted and measured."""
+    """Probe train.py on a model of this shape. Returns the predicted and the measured memory in MB."""
     with tempfile.TemporaryDirectory() as model:
-        make = f"from bench.memory import make_random_model; make_random_model({name!r}, {model!r})"
-        run("-c", make)
+        code = f"from bench.memory import make_random_model; make_random_model({name!r}, {model!r})"
+        run("-c", code)
         output = run("train.py", "--model", model, *COMMON.split(), *settings.split())
     measured, predicted = re.search(r"memory +([\d,]+) MB \D+([\d,]+) MB predicted", output).groups()
     return float(predicted.replace(",", "")), float(measured.replace(",", ""))
 
 
 def run(*arguments: str) -> str:
+    """Run Python with these arguments in the project folder and return its standard output."""
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -1,19 +1,20 @@
-"""Ponder beside another trainer: seconds and memory of the same training step, in interleaved rounds.
+"""Compare Ponder with another trainer: time and memory of the same training step, measured in interleaved rounds.
 
-    python bench/vs_peer.py                                            TRL, the bundled tiny model
-    python bench/vs_peer.py --random-weights Qwen/Qwen3-1.7B           in 4 bit on a GPU
-    python bench/vs_peer.py --until 80                                 seconds until 80 % of a step's completions are right
-    .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth       Unsloth, where it is installed; on a CPU its fallback
+    python bench/vs_peer.py                                            TRL, with the bundled tiny model
+    python bench/vs_peer.py --random-weights Qwen/Qwen3-1.7B           in 4 bit, on a GPU
+    python bench/vs_peer.py --until 80                                 seconds until 80 % of completions are right
+    .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth       Unsloth if it is installed; its fallback on a CPU
 
-The sides are two processes with the same packages and as many threads; while one works, the other waits. They have the same
-model and LoRA, prompts, group size, length limit, sampling, reward and loss (GRPO with `dapo`, no KL, one AdamW step per
-roll-out), and their log-probabilities are compared first. On the tiny model they start from a LoRA that train.py has trained for
-10 steps, when completions are longer than at the start; a tiny learning rate keeps them so. TRL is in
+The trainers run in two processes with the same packages and number of threads; while one works, the other waits. They
+use the same model and LoRA, prompts, group size, length limit, sampling, reward and loss (GRPO with `dapo`, no KL, one
+AdamW step per roll-out), and their log-probabilities are compared first. On the tiny model they start from a LoRA that
+train.py has trained for 10 steps, since completions are longer then; a tiny learning rate keeps their length. TRL is in
 requirements-dev.txt, Unsloth in the environment of `make test-unsloth`.
 
-Ratios are peer / Ponder: above 1 is better for Ponder. A round's figure is the median of its steps; the table has the median of
-the rounds, the ratios also with the lowest and the highest round. Ponder's steps are those of train.py without its logs; their
-roll-out includes scoring, since completions are scored as they end. The peer's scoring (about 1 ms) counts as update.
+Ratios are peer / Ponder: above 1 is better for Ponder. A round's figure is the median of its steps; the table has the
+median of the rounds, for ratios also the lowest and the highest round. Ponder's steps are those of train.py without
+logs. Their roll-out time includes scoring, since completions are scored as they end; the peer's (about 1 ms) counts as
+update.
 """
 
 import argparse
@@ -42,11 +43,9 @@ from grading import Rewards, reward  # noqa: E402
 from rl.config import Config  # noqa: E402
 from rl.model.backends import choose_device, choose_dtype, import_backend  # noqa: E402
 
-WARM_UP = 2  # steps of each side before the first round
-MICRO_BATCH = (
-    64  # rows of the peer's forward passes: of 32, 64, 128 and 256, TRL is the fastest with these on two cores
-)
-FIGURES = {
+WARM_UP = 2  # steps of each trainer before the first round
+MICRO_BATCH = 64  # rows of the peer's forward passes; of 32, 64, 128 and 256, the fastest for TRL on two cores
+FIGURES = {  # key: title
     "rollout": "roll-out, s",
     "update": "update, s",
     "step": "step, s",
@@ -54,7 +53,7 @@ FIGURES = {
     "tokens": "tokens",
 }
 # fmt: off
-SAME = {  # settings of the peer's trainer, the same as Ponder's; Unsloth's defaults differ from TRL's
+SHARED_SETTINGS = {  # the peer's settings that equal Ponder's; Unsloth's defaults differ from TRL's
     "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "scale_rewards": "group", "mask_truncated_completions": False,
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "optim": "adamw_torch", "weight_decay": 0.0, "warmup_steps": 0,
     "lr_scheduler_type": "constant", "gradient_checkpointing": False, "shuffle_dataset": False, "save_strategy": "no",
@@ -64,13 +63,13 @@ SAME = {  # settings of the peer's trainer, the same as Ponder's; Unsloth's defa
 
 
 def is_right(text: str, answer: str) -> float:
-    """The reward of both sides: 1 if the last box of the text holds the answer."""
+    """Return the reward of both trainers: 1 if the last box of the text contains the answer."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
     return float(bool(boxed) and boxed[-1].strip() == answer)
 
 
 def now(device) -> float:
-    """The clock, after the GPU has finished its work."""
+    """Return the time in seconds after waiting for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -78,7 +77,7 @@ def now(device) -> float:
 
 class Ponder:
     def __init__(self, settings: dict):
-        started = time.perf_counter()
+        start = time.perf_counter()
         self.config = Config(**settings)
         self.config.check()
         import_backend(self.config)  # Unsloth has to be imported before transformers
@@ -95,42 +94,43 @@ class Ponder:
         self.rewards = Rewards(Path(__file__), [boxed_answer.reward])
         questions = self.policy.encode(rows)
         self.questions = QuestionSampler(questions, 0, self.config.seed)
-        count = self.config.max_steps * self.config.prompts_per_step
-        self.order = QuestionSampler(questions, 0, self.config.seed).take(count, 1)  # the questions of all steps
+        num_questions = self.config.max_steps * self.config.prompts_per_step
+        self.order = QuestionSampler(questions, 0, self.config.seed).take(num_questions, 1)  # for all steps
         self.advantages = Advantages(self.policy, self.rewards, self.config)
         self.updater = Updater(self.policy, None, self.config)
         self.generator = torch.Generator(self.policy.device).manual_seed(self.config.seed)
-        self.done = 0
-        self.loading = time.perf_counter() - started
+        self.steps_done = 0
+        self.load_seconds = time.perf_counter() - start
 
     def step(self) -> dict[str, float]:
+        """Train for one step and return its figures: FIGURES and the accuracy."""
         from rl.rollout import collect
         from rl.run.monitor import peak_memory_mb
 
         device = self.policy.device
-        self.done += 1
-        started = now(device)
-        episodes = collect(self.policy, self.questions, self.rewards, self.generator, self.config, self.done)
-        collected = now(device)
+        self.steps_done += 1
+        start = now(device)
+        episodes = collect(self.policy, self.questions, self.rewards, self.generator, self.config, self.steps_done)
+        rollout_end = now(device)
         self.advantages.compute(episodes)
         self.updater.update(episodes)
-        ended = now(device)
+        end = now(device)
         return {
-            "rollout": collected - started,
-            "update": ended - collected,
-            "step": ended - started,
+            "rollout": rollout_end - start,
+            "update": end - rollout_end,
+            "step": end - start,
             "memory": peak_memory_mb(device),
             "tokens": sum(len(episode.completion_ids) for episode in episodes),
             "accuracy": statistics.fmean(episode.score.total for episode in episodes),
         }
 
     def sample(self) -> tuple[list[int], list[list[int]], list[float]]:
-        """A prompt, eight completions of it, and the log-probabilities of all their tokens."""
+        """Return a prompt, eight completions of it, and the log-probabilities of all their tokens."""
         from rl.checks import check_sampler
         from rl.model.sampling import Sampling
         from rl.rollout import rollout
 
-        check_sampler(self.policy, self.order)  # roll-out, update and the model's own forward pass agree
+        check_sampler(self.policy, self.order)  # roll-out, update and the model's own forward pass must agree
         prompt = self.order[0].prompt_ids
         generator = torch.Generator(self.policy.device).manual_seed(self.config.seed)
         episodes = rollout(self.policy, [prompt], 8, self.config.max_completion_length, Sampling(), generator, 8)
@@ -139,22 +139,24 @@ class Ponder:
 
 
 class Peer:
-    """TRL's GRPOTrainer, or Unsloth's of that name, in a process of its own, which makes a step whenever it is asked to."""
+    """The GRPOTrainer of TRL or Unsloth, in a second process, which trains one step per request."""
 
     def __init__(self, *job):
-        started = time.perf_counter()
+        start = time.perf_counter()
         processes = multiprocessing.get_context("spawn")
         self.pipe, other_end = processes.Pipe()
         processes.Process(target=train_peer, args=(*job, other_end), daemon=True).start()
         other_end.close()
         self.logprobs = self.receive()
-        self.loading = time.perf_counter() - started
+        self.load_seconds = time.perf_counter() - start
 
     def step(self) -> dict[str, float]:
+        """Train for one step and return its figures: FIGURES and the accuracy."""
         self.pipe.send("step")
         return self.receive()
 
     def receive(self):
+        """Wait for a message of the peer. Exits if the peer has failed."""
         try:
             return self.pipe.recv()
         except EOFError:
@@ -162,15 +164,15 @@ class Peer:
 
 
 def load_peer(peer: str, config: Config, adapter: str, length: int):
-    """The model with the LoRA to start from, and its tokenizer. length: of the longest text, in tokens."""
+    """Load the base model with the LoRA in `adapter`, and the tokenizer. length: maximum length of a text in tokens."""
     device = choose_device(config)
     dtype = choose_dtype(config, device)
-    if peer == "unsloth":  # its CUDA graphs, packing and shared prefix are on by default
-        os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # it would fetch a file from the Hub
+    if peer == "unsloth":  # with its defaults: CUDA graphs, packing and shared prefix
+        os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # otherwise it downloads a file from the Hub
         os.environ["UNSLOTH_COMPILE_LOCATION"] = f"{adapter}-compiled"
-        from unsloth import FastLanguageModel  # before trl, whose trainers it replaces
+        from unsloth import FastLanguageModel  # must be imported before trl, whose trainers it replaces
 
-        # Without gradient checkpointing: memory is not short here, and it costs time.
+        # Gradient checkpointing would cost time, and there is enough memory.
         options = {"dtype": dtype, "load_in_4bit": config.load_in_4bit, "use_gradient_checkpointing": False}
         return FastLanguageModel.from_pretrained(adapter, max_seq_length=length, use_exact_model_name=True, **options)
     from peft import PeftModel
@@ -183,12 +185,15 @@ def load_peer(peer: str, config: Config, adapter: str, length: int):
 
 
 def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sample: tuple, pipe) -> None:
-    """Send the log-probabilities of the sample, a prompt and completions, then a step's figures for each message.
+    """Run the peer: send the log-probabilities of the sample, then train one step and send its figures per message.
 
-    prompts: text, token ids and answer of the prompts of all steps. adapter: folder of the LoRA to start from.
+    Args:
+        adapter: Folder of the initial LoRA.
+        prompts: Text, token ids and answer of the prompts of all steps.
+        sample: A prompt and completions of it, as token ids.
     """
-    longest = max(len(ids) for _, ids, _ in prompts)
-    model, tokenizer = load_peer(peer, config, adapter, longest + config.max_completion_length)
+    max_prompt_length = max(len(ids) for _, ids, _ in prompts)
+    model, tokenizer = load_peer(peer, config, adapter, max_prompt_length + config.max_completion_length)
 
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -200,16 +205,18 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
     rows_per_step = config.prompts_per_step * config.num_generations
 
     class TimedTrainer(GRPOTrainer):
-        """Takes the time of `_generate`, the roll-out; all else of a step is the update."""
+        """Measures the time of `_generate`, the roll-out; the rest of a step counts as update."""
 
         def _generate(self, *args, **kwargs):
-            started = now(device)
+            start = now(device)
             result = super()._generate(*args, **kwargs)
-            self.figures["rollout"] += now(device) - started
+            self.figures["rollout"] += now(device) - start
             self.figures["tokens"] += sum(map(len, result[1]))
             return result
 
     class StepByStep(TrainerCallback):
+        """Sends the log-probabilities at the start, waits for a message before each step, and sends its figures."""
+
         def on_train_begin(self, *_, **__):
             prompt, completions = sample
             length = max(map(len, completions))
@@ -224,13 +231,13 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
         def on_step_begin(self, *_, **__):
             try:
                 pipe.recv()
-            except EOFError:  # the other side has ended
+            except EOFError:  # the main process has ended
                 sys.exit()
             trainer.figures = {"rollout": 0.0, "tokens": 0, "accuracy": 0.0}
-            self.started = now(device)
+            self.start = now(device)
 
         def on_step_end(self, *_, **__):
-            step = now(device) - self.started
+            step = now(device) - self.start
             update = step - trainer.figures["rollout"]
             pipe.send(trainer.figures | {"update": update, "step": step, "memory": peak_memory_mb(device)})
 
@@ -243,7 +250,7 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
 
     texts, ids, answers = map(list, zip(*prompts))
     if tokenizer(texts)["input_ids"] != ids:
-        raise ValueError("the peer's tokenizer gives other token ids for the same prompts")
+        raise ValueError("the peer's tokenizer returns different token ids for the same prompts")
     names = ("seed", "num_generations", "max_completion_length", "max_steps", "learning_rate")
     settings = GRPOConfig(
         output_dir=f"{adapter}-trainer",
@@ -253,7 +260,7 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
         per_device_train_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=rows_per_step // MICRO_BATCH,
         **{name: getattr(config, name) for name in names},
-        **SAME,
+        **SHARED_SETTINGS,
     )
     data = Dataset.from_dict({"prompt": texts, "answer": answers})
     trainer = TimedTrainer(model, reward, settings, data, processing_class=tokenizer, callbacks=[StepByStep()])
@@ -261,7 +268,7 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
 
 
 def make_settings(args: argparse.Namespace, folder: str) -> dict:
-    """Ponder's settings. Makes what they name in the folder: random weights, or a LoRA to start from."""
+    """Return Ponder's settings, and create the random weights or the initial LoRA that they name in the folder."""
     settings = {"train_data": ["sums", "words"], "eval_questions": 8, "seed": args.seed, "model": args.model}
     settings |= {"max_steps": WARM_UP + args.rounds * args.steps, "max_completion_length": 96}
     settings["max_tokens_per_micro_batch"] = 8192 if args.random_weights else 4096
@@ -273,14 +280,14 @@ def make_settings(args: argparse.Namespace, folder: str) -> dict:
         run("-c", f"from bench.memory import *; make_random_model({args.random_weights!r}, {model!r}, 128)")
         sizes = {"prompts_per_step": 8, "max_completion_length": 256, "load_in_4bit": torch.cuda.is_available()}
         return settings | sizes | {"model": model}
-    short = "--max-steps 10 --lr-scheduler-type constant --eval-questions 8 --eval-steps 0 --train-data sums words"
-    where = ["--model", args.model, "--output-dir", f"{folder}/run"]
-    run("train.py", *short.split(), *where, "--seed", str(args.seed))
+    options = "--max-steps 10 --lr-scheduler-type constant --eval-questions 8 --eval-steps 0 --train-data sums words"
+    paths = ["--model", args.model, "--output-dir", f"{folder}/run"]
+    run("train.py", *options.split(), *paths, "--seed", str(args.seed))
     return settings | {"adapter": f"{folder}/run/checkpoints/step_000010"}
 
 
 def start(args: argparse.Namespace, folder: str) -> tuple[Ponder, Peer, float]:
-    """Both sides, and the largest difference of their log-probabilities in nats. Exits if it is too large."""
+    """Start both trainers. Returns them and their largest log-probability difference in nats; exits if too large."""
     ponder = Ponder(make_settings(args, folder))
     ponder.policy.model.save_pretrained(folder, selected_adapters=["default"])
     render = ponder.policy.render_prompt
@@ -288,22 +295,22 @@ def start(args: argparse.Namespace, folder: str) -> tuple[Ponder, Peer, float]:
     *sample, logprobs = ponder.sample()
     peer = Peer(args.peer, ponder.config, folder, prompts, sample)
     difference = (torch.tensor(logprobs) - torch.tensor(peer.logprobs)).abs().max().item()
-    allowed = 1e-4 if ponder.policy.dtype == torch.float32 else 0.3  # in 16 bits single tokens differ by hundredths
-    if not difference <= allowed:
-        sys.exit(f"error: log-probabilities differ by {difference:.2g} nats; {allowed:g} is allowed")
+    tolerance = 1e-4 if ponder.policy.dtype == torch.float32 else 0.3  # in 16 bits, single tokens differ by hundredths
+    if not difference <= tolerance:
+        sys.exit(f"error: log-probabilities differ by {difference:.2g} nats; at most {tolerance:g} is allowed")
     return ponder, peer, difference
 
 
-def figures(steps: list[dict]) -> dict[str, float]:
-    """The median of each figure, but the maximum of the memory."""
+def summarize(steps: list[dict]) -> dict[str, float]:
+    """Return the median over the steps of each figure; for the memory, the maximum."""
     medians = {name: statistics.median(step[name] for step in steps) for name in FIGURES}
     return medians | {"memory": max(step["memory"] for step in steps)}
 
 
 def compare(rounds: dict[str, list[list[dict]]]) -> dict:
-    """Figures of both sides, and their ratios with the lowest and the highest round. rounds: steps by round, by side."""
-    sides = {side: figures([step for steps in by_round for step in steps]) for side, by_round in rounds.items()}
-    pairs = [(figures(ours), figures(peer)) for ours, peer in zip(rounds["ours"], rounds["peer"])]
+    """Return the figures of both trainers, and ratios. rounds: by trainer, for each round, the figures of its steps."""
+    sides = {side: summarize([step for steps in by_round for step in steps]) for side, by_round in rounds.items()}
+    pairs = [(summarize(ours), summarize(peer)) for ours, peer in zip(rounds["ours"], rounds["peer"])]
     spread = {}
     for name in FIGURES:
         ratios = [peer[name] / ours[name] for ours, peer in pairs]
@@ -311,14 +318,14 @@ def compare(rounds: dict[str, list[list[dict]]]) -> dict:
     return {"sides": sides, "ratio": {name: spread[name]["median"] for name in FIGURES}, "spread": spread}
 
 
-def until(goal: float, steps: list[dict]) -> dict[str, float] | None:
-    """The number and the seconds of the steps until one has this accuracy; None if none has."""
+def steps_until(goal: float, steps: list[dict]) -> dict[str, float] | None:
+    """Return the number of steps until one reaches this accuracy, and their seconds; None if none does."""
     number = next((n for n, step in enumerate(steps, 1) if step["accuracy"] >= goal), None)
     return number and {"steps": number, "seconds": sum(step["step"] for step in steps[:number])}
 
 
 def report(result: dict) -> str:
-    """The table in Markdown, and what it depends on."""
+    """Return the table in Markdown, with the machine, command, versions and cold-start times below it."""
     lines = [f"| | Ponder | {result['peer']} | ratio (lowest to highest round) |", "|---|---|---|---|"]
     for name, title in FIGURES.items():
         digits = 0 if name in ("memory", "tokens") else 3
@@ -327,7 +334,7 @@ def report(result: dict) -> str:
         lines.append(f"| {title} | {ours} | {theirs} | {ratio} |")
     lines += ["", f"{result['machine']}, {result['device']}; seed {result['seed']}; {shlex.join(result['command'])}"]
     versions = ", ".join(map(" ".join, result["versions"].items()))
-    lines.append(f"{versions}; log-probabilities differ by {result['off_by']:.1e} nats at most")
+    lines.append(f"{versions}; log-probabilities differ by at most {result['off_by']:.1e} nats")
     for side, cold in result["cold"].items():
         name = "Ponder" if side == "ours" else result["peer"]
         lines.append(f"{name}, cold: {cold['loading']:.1f} s to load, {cold['first_step']:.1f} s for the first step")
@@ -338,20 +345,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=("trl", "unsloth"), default="trl")
     parser.add_argument("--model", default="data/tiny")
-    parser.add_argument("--random-weights", metavar="NAME", help="of the shape of a model in rl/fit/models.json")
-    parser.add_argument("--reward", choices=("coin", "task"), default="coin", help="coin: Ponder can skip no group")
-    parser.add_argument("--until", type=float, metavar="PERCENT", help="a fresh LoRA learns until this much is right")
+    parser.add_argument(
+        "--random-weights", metavar="NAME", help="random weights in the shape of this model in rl/fit/models.json"
+    )
+    parser.add_argument(
+        "--reward", choices=("coin", "task"), default="coin", help="coin: random, so that Ponder cannot skip groups"
+    )
+    parser.add_argument(
+        "--until", type=float, metavar="PERCENT", help="train a new LoRA and report when this much is right"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="of each side in a round")
+    parser.add_argument("--steps", type=int, default=4, help="steps per trainer and round")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
     with tempfile.TemporaryDirectory() as folder:
         ponder, peer, difference = start(args, folder)
         sides = {"ours": ponder, "peer": peer}
-        warm_up = {side: [one.step() for _ in range(WARM_UP)] for side, one in sides.items()}
+        warm_up = {side: [trainer.step() for _ in range(WARM_UP)] for side, trainer in sides.items()}
         rounds = {"ours": [], "peer": []}
         for number in range(args.rounds):
             for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
@@ -361,7 +374,7 @@ def main() -> None:
     result = compare(rounds) | {
         "peer": f"{args.peer} {versions[args.peer]}",
         "off_by": difference,
-        "cold": {s: {"loading": sides[s].loading, "first_step": warm_up[s][0]["step"]} for s in sides},
+        "cold": {s: {"loading": sides[s].load_seconds, "first_step": warm_up[s][0]["step"]} for s in sides},
         "machine": machine,
         "device": ponder.policy.device.type,
         "seed": args.seed,
@@ -371,7 +384,7 @@ def main() -> None:
     }
     print(report(result))
     if args.until:
-        result["until"] = {s: until(args.until / 100, sum(rounds[s], warm_up[s])) for s in sides}
+        result["until"] = {s: steps_until(args.until / 100, sum(rounds[s], warm_up[s])) for s in sides}
         print(f"{args.until:g} % right: {result['until']}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

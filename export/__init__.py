@@ -1,1 +1,1 @@
-"""Export of a trained LoRA: merging it into the base model, GGUF files, and uploads to the Hugging Face Hub."""
+"""Export of a trained LoRA: merged models, GGUF files, and uploads to the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""The command `python export.py`: its settings, and the checkpoint that they name."""
+"""The command `python export.py`: its settings, and the search for the checkpoint."""
 
 import shutil
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from rl.run.read_config import read_yaml
 class Settings:
     """Merge a trained LoRA into its 16-bit base model, for transformers, vLLM, llama.cpp and Ollama."""
 
-    path: str  # a run folder (its last checkpoint), or one of its checkpoints
+    path: str  # run folder, for its last checkpoint, or the folder of a checkpoint
     gguf: Literal[CONVERTED_TYPES + QUANTIZED_TYPES] | None = None  # also write a GGUF file of this type
-    llama_cpp: str | None = None  # its folder; default: the PATH, ./llama.cpp, ~/llama.cpp, ~/.unsloth/llama.cpp
-    eval_questions: int = 402  # number of held-out questions to answer at most; 0: none
-    base_model: str | None = None  # the 16-bit base model, if it has moved since the run or the run's was quantized
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    llama_cpp: str | None = None  # llama.cpp folder; default: the PATH, ./llama.cpp, ~/llama.cpp, ~/.unsloth/llama.cpp
+    eval_questions: int = 402  # maximum number of held-out questions to answer; 0: none
+    base_model: str | None = None  # 16-bit base model, if it has moved since the run or the run used a quantized one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU if available
     push_to_hub: str | None = None  # USER/NAME: upload the merged model to the Hugging Face Hub
     public: bool = False  # make the uploaded repository public
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command. Raises ConfigError, DataError, RewardError or RunError with a one-line message."""
+    """Run the command line. Raises ConfigError, DataError, RewardError or RunError with a one-line message."""
     settings = tyro.cli(tyro.conf.PositionalRequiredArgs[Settings], args=arguments, prog="export.py")
     checkpoint = find_checkpoint(Path(settings.path))
     run = checkpoint.parent.parent
     config = read_yaml(str(run / "config.yaml"))
     tools = find_tools(settings.gguf, settings.llama_cpp) if settings.gguf else None
-    sandbox.start(config.code_timeout, config.unsafe_run_model_code)  # forks: before torch is imported
+    sandbox.start(config.code_timeout, config.unsafe_run_model_code)  # forks, so it must precede the import of torch
     rows = []
     if settings.eval_questions > 0:
         file = str(run / "rewards.py")
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         _, rows, _ = load_questions(config)
         rows = rows[:: -(-len(rows) // settings.eval_questions)]
 
-    import torch  # not at the top: --help and the checks so far do without it, and are fast
+    import torch  # not at the top of the file, so that --help and the checks above are fast
 
     from export.pipeline import Export
 
@@ -58,19 +58,24 @@ def main(arguments: list[str]) -> None:
         if settings.push_to_hub:
             export.upload(settings.push_to_hub, settings.public)
     except torch.OutOfMemoryError as error:
-        raise RunError("the GPU is out of memory: --device cpu uses the memory of the machine instead") from error
+        raise RunError("the GPU is out of memory: use --device cpu to merge in main memory") from error
     finally:
         shutil.rmtree(export.unpacked, ignore_errors=True)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run folder (its last one), its file checkpoints/best or a checkpoint's own folder names."""
+    """Return the folder of a checkpoint, given by a run folder (its last checkpoint), checkpoints/best or itself.
+
+    Raises ConfigError if there is no checkpoint or it does not belong to a run.
+    """
     pointer = path if path.is_file() else path / "checkpoints/last"
     if pointer.is_file():
         path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if (path / "adapter_config.json").is_file() and (path.parent.parent / "config.yaml").is_file():
         return path
     if (path / "config.yaml").is_file():
-        raise ConfigError(f"{path} has no checkpoint: this run has saved nothing")
+        raise ConfigError(f"{path} has no checkpoint: the run has not saved one yet")
     runs = [file.parent for folder in (Path("runs"), path.parent) for file in folder.glob("*/config.yaml")]
-    raise ConfigError(f"{path} is neither a run folder, as runs/NAME, nor a checkpoint.{did_you_mean(path, runs)}")
+    raise ConfigError(
+        f"{path} is neither a run folder (runs/NAME) nor a checkpoint of a run.{did_you_mean(path, runs)}"
+    )

@@ -1,4 +1,4 @@
-"""GGUF files, written by the tools of llama.cpp, and the Modelfile that Ollama reads."""
+"""GGUF files, written by the tools of llama.cpp, and the Modelfile for Ollama."""
 
 import json
 import shutil
@@ -8,14 +8,18 @@ from pathlib import Path
 
 from rl.config import ConfigError, RunError
 
-CONVERTED_TYPES = ("f32", "f16", "bf16", "q8_0")  # written by llama.cpp's converter itself
+CONVERTED_TYPES = ("f32", "f16", "bf16", "q8_0")  # written by llama.cpp's converter
 QUANTIZED_TYPES = ("q2_k", "q3_k_m", "q4_0", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")  # by llama-quantize
 
 
 def find_tools(gguf_type: str, llama_cpp: str | None) -> dict[str, list[str]]:
-    """The commands that write a GGUF file of this type: "convert", and "quantize" if it is needed.
+    """Find the commands that write a GGUF file of this type: "convert", and "quantize" for a quantized type.
 
-    llama_cpp is the only folder to search before the PATH; None: the usual ones. Raises ConfigError if a tool is missing.
+    Args:
+        llama_cpp: The only folder to search before the PATH; None searches the usual folders.
+
+    Raises:
+        ConfigError: If a tool is missing.
     """
     home = Path.home()
     folders = [Path(llama_cpp)] if llama_cpp else [Path("llama.cpp"), home / "llama.cpp", home / ".unsloth/llama.cpp"]
@@ -28,28 +32,29 @@ def find_tools(gguf_type: str, llama_cpp: str | None) -> dict[str, list[str]]:
 
 
 def find_tool(names: tuple[str, ...], folders: list[Path], advice: str) -> list[str]:
-    """The command for the first tool of these names, in the folders, their build/bin, or on the PATH."""
-    places = [folder / part / name for folder in folders for part in ("", "build/bin") for name in names]
-    present = [str(place) for place in places if place.is_file()]
-    present += [path for path in map(shutil.which, names) if path]
-    if not present:
-        searched = ", ".join(map(str, folders))
-        raise ConfigError(f"gguf: {names[0]} of llama.cpp is neither in {searched} nor on the PATH: {advice}")
-    return [sys.executable, present[0]] if present[0].endswith(".py") else [present[0]]
+    """Return the command for the first of the names found in the folders, their build/bin, or on the PATH."""
+    candidates = [folder / part / name for folder in folders for part in ("", "build/bin") for name in names]
+    tools = [str(path) for path in candidates if path.is_file()]
+    tools += [path for path in map(shutil.which, names) if path]
+    if not tools:
+        folder_list = ", ".join(map(str, folders))
+        raise ConfigError(f"gguf: {names[0]} of llama.cpp is neither in {folder_list} nor on the PATH: {advice}")
+    return [sys.executable, tools[0]] if tools[0].endswith(".py") else [tools[0]]
 
 
 def convert(tools: dict[str, list[str]], gguf_type: str, merged: Path, file: Path) -> None:
-    """Write a GGUF file from the merged model's folder. Raises RunError with the last line that a failing tool prints."""
+    """Write a GGUF file from the merged model's folder. Raises RunError with the last output line of a failing tool."""
     if "quantize" not in tools:
         run_tool([*tools["convert"], str(merged), "--outfile", str(file), "--outtype", gguf_type], merged)
         return
-    whole = file.with_name("unquantized.gguf")
-    run_tool([*tools["convert"], str(merged), "--outfile", str(whole), "--outtype", "bf16"], merged)
-    run_tool([*tools["quantize"], str(whole), str(file), gguf_type.upper()], merged)
-    whole.unlink()
+    unquantized = file.with_name("unquantized.gguf")
+    run_tool([*tools["convert"], str(merged), "--outfile", str(unquantized), "--outtype", "bf16"], merged)
+    run_tool([*tools["quantize"], str(unquantized), str(file), gguf_type.upper()], merged)
+    unquantized.unlink()
 
 
 def run_tool(command: list[str], merged: Path) -> None:
+    """Run a tool of llama.cpp. Raises RunError with its last output line if it fails."""
     try:
         subprocess.run(
             command, check=True, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -61,12 +66,12 @@ def run_tool(command: list[str], merged: Path) -> None:
 
 
 def modelfile(file_name: str, temperature: float, system_prompt: str | None, chat_template_kwargs: dict) -> str:
-    """The Modelfile for `ollama create`, to stand beside the GGUF file of this name."""
-    text = "# Ollama uses the chat template of the GGUF file if it knows one like it. If `ollama show --template`\n"
-    text += "# prints only {{ .Prompt }}, write the template here as TEMPLATE, in Ollama's syntax.\n"
+    """Return a Modelfile for `ollama create`, to be saved next to the GGUF file."""
+    text = "# Ollama uses the chat template of the GGUF file if it supports it. If `ollama show --template`\n"
+    text += "# prints only {{ .Prompt }}, add the template here as TEMPLATE, in Ollama's syntax.\n"
     text += f"FROM ./{file_name}\nPARAMETER temperature {temperature:g}\n"
     if chat_template_kwargs:
-        text += f"# Trained with these settings of the chat template: {json.dumps(chat_template_kwargs)}\n"
+        text += f"# The model was trained with these chat template settings: {json.dumps(chat_template_kwargs)}\n"
     if system_prompt:
         text += f'SYSTEM """{system_prompt}"""\n'
     return text

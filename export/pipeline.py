@@ -1,6 +1,7 @@
-"""The steps of an export: merge, convert to GGUF, answer the held-out questions, upload.
+"""The steps of an export: merge, convert to GGUF, evaluate on the held-out questions, upload.
 
-The merged model is read back and compared with base and LoRA before it takes its place. export/report.json has all figures.
+The merged model is read back and compared with base and LoRA before it replaces an earlier one. export/report.json has
+all figures.
 """
 
 import gc
@@ -28,26 +29,33 @@ class Export:
     """The export of one checkpoint of a run, into RUN/export. Call `merge` first."""
 
     def __init__(self, checkpoint: Path, config: Config, base_model: str | None, device: str):
-        """config: of the run. base_model: in place of the run's. Raises ConfigError if it or the checkpoint is unusable."""
-        self.run = checkpoint.parent.parent
+        """Check the checkpoint and the base model. Raises ConfigError if one of them is unusable.
+
+        Args:
+            config: Config of the run.
+            base_model: Base model to use instead of the run's, or None.
+        """
+        self.run_folder = checkpoint.parent.parent
         if problem := damage(checkpoint):
-            intact = [str(folder) for folder in Checkpoints(self.run, keep=0).all() if not damage(folder)]
-            raise ConfigError(f"{checkpoint} cannot be used: {problem}; intact ones: {', '.join(intact) or 'none'}")
+            intact = [str(folder) for folder in Checkpoints(self.run_folder, keep=0).all() if not damage(folder)]
+            raise ConfigError(
+                f"{checkpoint} cannot be used: {problem}; intact checkpoints: {', '.join(intact) or 'none'}"
+            )
         self.state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        self.trained = config
+        self.run_config = config
         self.base = base_model or config.model
         self.saved_dtype = merge.saved_dtype(self.base)
         self.dtype = "float16" if self.saved_dtype == "float16" else "bfloat16"
         self.config = replace(config, model=self.base, adapter=str(checkpoint), device=device)
-        self.config = replace(self.config, optim="adamw_torch", backend="transformers")  # for a machine without a GPU
-        self.folder = self.run / "export"
+        self.config = replace(self.config, optim="adamw_torch", backend="transformers")  # these run without a GPU, too
+        self.folder = self.run_folder / "export"
         self.merged = self.folder / "merged"
-        self.unpacked = self.folder / "unpacked"  # the weights of the GGUF file, as transformers reads it
+        self.unpacked = self.folder / "unpacked"  # the GGUF file, converted for transformers
         self.report = {"checkpoint": str(checkpoint), "base_model": self.base, "dtype": self.dtype}
         print(f"checkpoint  {checkpoint}; base model {self.base}")
 
     def load(self, folder: Path | None = None, **changes) -> Policy:
-        """Load base and LoRA, or the model in a folder, with these settings changed."""
+        """Load base and LoRA, or the model in a folder, with changes to the settings of the run."""
         if folder:
             changes |= {"model": str(folder), "adapter": None, "load_in_4bit": False}
         return load_policy(replace(self.config, **changes))
@@ -55,60 +63,66 @@ class Export:
     def merge(self) -> None:
         """Merge the LoRA, write the model, read it back and compare its logits with those of base and LoRA."""
         policy = self.load(load_in_4bit=False, dtype=self.dtype)
-        policy.model.delete_adapter("reference")  # a second copy of the LoRA
-        made = self.state["made"]
-        is_same_dtype = made["runs_on"].removesuffix(" by Unsloth").endswith((self.dtype, "float32"))
-        if is_same_dtype and self.saved_dtype == self.dtype and not (self.trained.adapter or self.trained.load_in_4bit):
-            if fingerprint(policy) != made["model"]:
+        policy.model.delete_adapter("reference")  # an unused copy of the LoRA
+        origin = self.state["made"]
+        is_same_dtype = origin["runs_on"].removesuffix(" by Unsloth").endswith((self.dtype, "float32"))
+        if (
+            is_same_dtype
+            and self.saved_dtype == self.dtype
+            and not (self.run_config.adapter or self.run_config.load_in_4bit)
+        ):
+            if fingerprint(policy) != origin["model"]:
                 raise ConfigError(f"{self.base} is not the base model that was trained: its weights differ")
-        records = read_jsonl(self.run / "eval/before.jsonl")
-        self.texts = []  # at most four held-out questions with their answers before training, of at most 128 tokens
+        records = read_jsonl(self.run_folder / "eval/before.jsonl")
+        self.texts = []  # at most four held-out questions with the answers before training, up to 128 tokens each
         for record in records[:: len(records) // 4 + 1]:
             completion = policy.tokenizer.encode(record["completion"], add_special_tokens=False)
             self.texts.append((policy.encode_prompt(record["question"]) + completion)[-128:])
-        trained = merge.compute_logits(policy.model, self.texts)
+        trained_logits = merge.compute_logits(policy.model, self.texts)
         with policy.model.disable_adapter():
-            base = merge.compute_logits(policy.model, self.texts)
+            base_logits = merge.compute_logits(policy.model, self.texts)
         print(f"merge       the LoRA into {self.base}, summed in fp32 and rounded to {self.dtype}")
         with merge.replace_folder(self.merged) as folder:
             model, rounding = merge.merge_lora(policy.model)
             model.save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
-            # llama.cpp's converter needs this file of some tokenizers, and transformers no longer writes it.
+            # For some tokenizers llama.cpp's converter needs this file, which transformers no longer writes.
             if file := cached_file(self.base, "tokenizer.model", _raise_exceptions_for_missing_entries=False):
                 shutil.copy(file, folder)
             del policy, model
             gc.collect()
             self.merged_logits = merge.compute_logits(self.load(folder, dtype=self.dtype).model, self.texts)
-            figures = merge.compare_logits(base, trained, self.merged_logits, rounding)
+            figures = merge.compare_logits(base_logits, trained_logits, self.merged_logits, rounding)
         print(
             f"read back   logits within {figures['merged']:.2g} of base and LoRA, whose effect is {figures['lora']:.2g}"
         )
         print(f"written     {self.merged}")
-        self.report["logits"] = {"places": len(trained)} | figures
+        self.report["logits"] = {"places": len(trained_logits)} | figures
         self.write()
 
     def convert(self, gguf_type: str, tools: dict[str, list[str]]) -> None:
-        """Write a GGUF file and a Modelfile by `tools` (of find_tools), and compare its logits if transformers can read it."""
+        """Write a GGUF file and a Modelfile with `tools` (from find_tools); compare its logits to the merged model."""
         config = self.config
-        file = self.folder / gguf_type / f"{self.run.resolve().name}-{gguf_type}.gguf"
-        remark = "not compared, since transformers needs the package gguf for that: pip install gguf"
+        file = self.folder / gguf_type / f"{self.run_folder.resolve().name}-{gguf_type}.gguf"
+        remark = "not compared, which requires the package gguf: pip install gguf"
         with merge.replace_folder(file.parent) as folder:
             gguf.convert(tools, gguf_type, self.merged, folder / file.name)
             text = gguf.modelfile(file.name, config.temperature, config.system_prompt, config.chat_template_kwargs)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
             if is_gguf_available():
                 merge.unpack_gguf(folder / file.name, self.merged, self.unpacked)
-                read = self.load(self.unpacked, dtype="float16", device="cpu")
-                difference = (merge.compute_logits(read.model, self.texts) - self.merged_logits).abs().max().item()
+                gguf_policy = self.load(self.unpacked, dtype="float16", device="cpu")
+                difference = (
+                    (merge.compute_logits(gguf_policy.model, self.texts) - self.merged_logits).abs().max().item()
+                )
                 self.report["logits"] |= {"gguf_type": gguf_type, "gguf": difference}
                 remark = f"logits differ from the merged model's by up to {difference:.2g}"
         print(f"gguf        {file}, with a Modelfile for Ollama; {remark}")
         self.write()
 
     def evaluate(self, rows: list[dict], rewards: Rewards) -> None:
-        """Answer the held-out questions greedily, as trained, merged, and as GGUF, and print a table."""
-        label = "as trained" if self.base == self.trained.model else "base and LoRA"
+        """Answer the held-out questions greedily, with base and LoRA, merged model and GGUF file; print a table."""
+        label = "as trained" if self.base == self.run_config.model else "base and LoRA"
         precision = f"{'NF4, ' if self.config.load_in_4bit else ''}{describe_precision(self.config)}"
         models = {f"{label}, {precision}": None, "merged": self.merged}
         if gguf_type := self.report["logits"].get("gguf_type"):
@@ -122,34 +136,34 @@ class Export:
             del policy
             gc.collect()
             texts[folder] = [record["completion"] for record in records]
-            same = sum(a == b for a, b in zip(texts[folder], texts[None]))
-            accuracy[name] = rates(records) | {"same_as_trained": same}
+            num_same = sum(a == b for a, b in zip(texts[folder], texts[None]))
+            accuracy[name] = rates(records) | {"same_as_trained": num_same}
             right = "{accuracy:.1%} ({ci95[0]:.0%} to {ci95[1]:.0%})".format(**accuracy[name])
-            print(f"{name:<36}{len(records):>5}{right:>24}{same:>24}")
+            print(f"{name:<36}{len(records):>5}{right:>24}{num_same:>24}")
         self.write()
 
     def upload(self, name: str, public: bool) -> None:
-        """Upload the merged model to a repository of the Hub; not to a public one, unless `public`."""
+        """Upload the merged model. Raises RunError on failure, or if the repository is public without `public`."""
         api = huggingface_hub.HfApi()
         try:
             address = api.create_repo(name, private=not public, exist_ok=True)
             if not public and not api.model_info(name).private:
-                raise RunError(f"push_to_hub: {name} exists and is public: add --public, or choose another name")
+                raise RunError(f"push_to_hub: {name} exists and is public: add --public or choose another name")
             api.upload_folder(repo_id=name, folder_path=self.merged, commit_message="Merged by Ponder")
         except (OSError, httpx.HTTPError, ValueError) as error:  # no token, no network, no permission
             reason = f"{first_line(error)} (log in with: hf auth login)"
             raise RunError(
-                f"push_to_hub: {name} was not uploaded: {reason}; the model stays in {self.merged}"
+                f"push_to_hub: {name} was not uploaded: {reason}; the merged model is in {self.merged}"
             ) from error
         print(f"uploaded    {address}")
 
     def write(self) -> None:
         """Write report.json and the model card."""
         config = self.config
-        base_line = "" if Path(self.base).is_dir() else f"base_model: {self.base}\n"  # the Hub accepts only an id
-        summary = json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
-        last = {"at the run's last evaluation": self.state["eval"]}
-        accuracy = {"before training": summary["eval"]["before"]} | self.report.get("accuracy", last)
+        base_line = "" if Path(self.base).is_dir() else f"base_model: {self.base}\n"  # the Hub accepts only ids
+        summary = json.loads((self.run_folder / "summary.json").read_text(encoding="utf-8"))
+        last_evaluation = {"at the run's last evaluation": self.state["eval"]}
+        accuracy = {"before training": summary["eval"]["before"]} | self.report.get("accuracy", last_evaluation)
         lines = [f"* {name}: {x['accuracy']:.1%} of {x['n']} questions" for name, x in accuracy.items()]
         card = f"""\
 ---
@@ -161,7 +175,7 @@ tags: [ponder]
 # {self.base} with a LoRA merged into it, trained by Ponder
 
 {config.algorithm.upper()}, step {self.state["step"]}, seed {config.seed}, on {", ".join(config.train_data)}.
-System prompt: {config.system_prompt or "none"}. Settings of the chat template: {json.dumps(config.chat_template_kwargs)}.
+System prompt: {config.system_prompt or "none"}. Chat template settings: {json.dumps(config.chat_template_kwargs)}.
 
 Held-out accuracy, greedy:
 

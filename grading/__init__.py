@@ -1,4 +1,4 @@
-"""How completions are judged: the reward registry, the math grader and the code sandbox. Imports no torch."""
+"""Grading of completions: reward files, the math grader and the code sandbox. Does not import torch."""
 
 from grading.answers.math_grader import extract_answer, grade_math
 from grading.base import (
@@ -30,7 +30,14 @@ __all__ = [
 
 
 def grade_row(answer: str, row: dict) -> tuple[float, str]:
-    """Grade an answer by the grader of its row (`row_kind`). Raises ValueError if the row has none."""
+    """Grade an answer with the grader for its row (see `row_kind`).
+
+    Returns:
+        The score (1.0 or 0.0) and a reason that starts with an outcome.
+
+    Raises:
+        ValueError: If there is no grader for the row.
+    """
     kind = row_kind(row)
     if kind == "math":
         return grade_math(answer, row["answer"])
@@ -41,6 +48,4 @@ def grade_row(answer: str, row: dict) -> tuple[float, str]:
         return grade_countdown(answer, row["target"], row["nums"])
     if kind == "reasoning_gym":
         return grade_gym(answer, row)
-    raise ValueError(
-        f"row {row.get('id', '?')} has nothing to grade an answer by: no answer, no tests, no known grader"
-    )
+    raise ValueError(f"row {row.get('id', '?')} cannot be graded: it has no answer, no tests and no known grader")

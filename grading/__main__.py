@@ -1,11 +1,11 @@
 """Try the graders from the command line.
 
-    python -m grading self-test REWARDS.py    what a reward file gives to good and bad completions (tools/self_test.py)
-    python -m grading math-table FILE.tsv     grade a table of answers and compare with the verdicts that it expects
+    python -m grading self-test REWARDS.py    score good and bad completions with a reward file (tools/self_test.py)
+    python -m grading math-table FILE.tsv     grade a table of answers and compare with the expected verdicts
 
-The table is tab-separated, without quoting, with the columns kind, gold, answer, expected (accept or reject) in its
-first line; others, such as a note, are left aside. An answer that starts with @ is a whole completion, any other is put
-in a box.
+The table is tab-separated without quoting. Its first line names the columns: kind, gold, answer and expected (accept or
+reject) are required, others, such as a note, are ignored. An answer that starts with @ is a whole completion; any other
+answer is put into \\boxed{}.
 """
 
 import argparse
@@ -26,11 +26,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("math-table", help="grade a table of answers with expected verdicts")
     table.add_argument("file", metavar="FILE.tsv", help="columns kind, gold, answer, expected (accept or reject)")
-    test = commands.add_parser("self-test", help="try a reward file; its name followed by --help tells more")
+    test = commands.add_parser("self-test", help="self-test of a reward file; REWARDS.py --help lists its options")
     test.add_argument("file", metavar="REWARDS.py")
     test.add_argument("options", nargs=argparse.REMAINDER, help="such as --data SOURCE, --watch, --rescore RUN")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
+    sys.stdout.reconfigure(errors="replace")  # the console may not support all characters
     try:
         if args.command == "math-table":
             grade_table(args.file)
@@ -41,17 +41,17 @@ def main() -> None:
 
 
 def grade_table(path: str) -> None:
-    """Print each row that is not graded as expected, and then the counts. Raises ValueError for a bad table."""
+    """Print each row with an unexpected verdict, then the counts. Raises ValueError if the table is malformed."""
     start = time.perf_counter()
     rows = read_table(path)
-    counts = {"accept": 0, "reject": 0}  # false ones
+    counts = {"accept": 0, "reject": 0}  # false accepts and false rejects
     for row in rows:
         is_right, reason = grade_cell(row["answer"], row["gold"])
-        graded = "accept" if is_right else "reject"
-        if graded != row["expected"]:
-            counts[graded] += 1
-            why = "" if is_right else f": {reason}"
-            print(f"false {graded}: {row['kind']}: {row['answer']} for {row['gold']}{why}")
+        verdict = "accept" if is_right else "reject"
+        if verdict != row["expected"]:
+            counts[verdict] += 1
+            suffix = "" if is_right else f": {reason}"
+            print(f"false {verdict}: {row['kind']}: {row['answer']} for {row['gold']}{suffix}")
     print(
         f"right {len(rows) - sum(counts.values())} of {len(rows)}, false accepts {counts['accept']}, "
         f"false rejects {counts['reject']}, seconds {time.perf_counter() - start:.1f}"
@@ -59,7 +59,7 @@ def grade_table(path: str) -> None:
 
 
 def read_table(path: str) -> list[dict]:
-    """The rows of a table as dicts. Raises ValueError that names the file and what is wrong with it."""
+    """Return the rows of a table as dicts. Raises ValueError with the file and line if the table is malformed."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -69,22 +69,20 @@ def read_table(path: str) -> list[dict]:
     reader = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
     if missing := [column for column in COLUMNS if column not in (reader.fieldnames or [])]:
         raise ValueError(
-            f"{path}:1: no column {', '.join(missing)}: the first line names the columns, separated by tabs"
+            f"{path}:1: no column {', '.join(missing)}: the first line must name the columns, separated by tabs"
         )
     rows = []
     for row in reader:
         if row["expected"] not in ("accept", "reject"):
-            raise ValueError(
-                f"{path}:{reader.line_num}: expected is {row['expected']!r}, and should be accept or reject"
-            )
+            raise ValueError(f"{path}:{reader.line_num}: expected is {row['expected']!r}, must be accept or reject")
         if not row["gold"].strip():
-            raise ValueError(f"{path}:{reader.line_num}: the gold is empty")
+            raise ValueError(f"{path}:{reader.line_num}: the gold answer is empty")
         rows.append(row)
     return rows
 
 
 def grade_cell(answer: str, gold: str) -> tuple[bool, str]:
-    """Whether an answer of a table is right, and why not."""
+    """Grade an answer of a table. Returns whether it is right, and the reason."""
     if answer.startswith("@"):
         answer = Completion("", answer[1:], {}).answer
     else:

@@ -1,20 +1,26 @@
-"""What a reward file is written with: completions, `@reward`, `@metric`, reasons, and what may be raised.
+"""The API of reward files: `Completion`, the decorators `@reward` and `@metric`, outcomes, and exceptions.
 
     @reward(weight=1.0, when="math")
-    def correct(completion):                       # one completion at a time
+    def correct(completion):                       # called once per completion
         return grade_math(completion.answer, completion.row["answer"])
 
     @reward(weight=0.1)
-    def rare(prompts, completions, **columns):     # a whole step at once, as in TRL: told by the parameter `completions`
+    def rare(prompts, completions, **columns):     # has a parameter `completions`: called once per step, as in TRL
         return [...]
 
-For each completion a function returns a number, a bool, None (does not apply here), (number, "reason"), or a *process
-reward*: a list of (position, number), each the worth of the step of the text that ends at the character `position`; the
-sum counts. The beginning of a reason, up to a colon, may be one of OUTCOMES, which are counted. `Ungraded` may be raised by
-a grader that could not do its work: such a completion takes no part in learning, instead of scoring a silent 0.
+For each completion, a reward function returns one of:
 
-`Rewards` is what a reward file comes to in one run. It is loaded by grading/rewards/reward_file.py, checked by
-grading/rewards/preflight.py and applied to completions by grading/rewards/scoring.py.
+    number or bool            the reward
+    None                      the function does not apply to this completion
+    (number, "reason")        the reward and an explanation, which is logged and displayed
+    [(position, number)]      a process reward: the reward of each step of the text, which ends at the character
+                              `position`; their sum is the reward of the completion
+
+A reason may start with one of OUTCOMES, followed by a colon; outcomes are counted in the metrics. A grader that fails
+raises `Ungraded`: the completion is then excluded from training instead of silently scoring 0.
+
+`Rewards` holds the functions of one reward file during a run. grading/rewards/reward_file.py loads it,
+grading/rewards/preflight.py checks it, and grading/rewards/scoring.py applies it to completions.
 """
 
 import contextlib
@@ -34,13 +40,15 @@ OUTCOMES = (
     "passed", "failed", "timeout", "memory", "crash", "syntax", "no_code", "missing_entry", "bad_type", "output_limit",
     "unsupported", "sandbox_error", "reward_error",  # ungraded
 )  # fmt: skip
-SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping, and cannot judge a row alone
+SHAPING_SHARE = 0.2  # a reward of at most this share of the largest weight is shaping: it does not decide the verdict
 
 
 class RewardError(Exception):
-    """A reward function or its file is at fault. The message names function, file:line and row.
+    """An error in a reward function or reward file. The message names the function, file:line and row.
 
-    completions: those that the function was called with; none where the file itself is at fault.
+    Args:
+        message: The error message.
+        completions: The completions that the function was called with; empty if the file itself is at fault.
     """
 
     def __init__(self, message: str, completions: "list[Completion]" = ()):
@@ -49,23 +57,26 @@ class RewardError(Exception):
 
 
 class Ungraded(Exception):
-    """The grader could not do its work; says nothing about the completion."""
+    """Raised by a grader that failed. The completion is neither right nor wrong and is excluded from training."""
 
 
 class Row(dict):
-    """A data row that cannot be changed and whose KeyError names the columns that there are."""
+    """A read-only data row. Looking up a missing column raises a KeyError that lists the existing columns."""
 
     def __missing__(self, column):
         raise KeyError(f"the row has no column '{column}', only {', '.join(self)}.{did_you_mean(column, self)}")
 
     def _refuse(self, *args, **kwargs):
-        raise TypeError("a data row cannot be changed, it is what completions are judged by: change a copy, dict(row)")
+        raise TypeError("a data row cannot be changed, since completions are graded by it: change a copy, dict(row)")
 
     __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
 
 
 def row_kind(row: dict) -> str | None:
-    """The kind of grader that a row is for: what its column `grader` says, else code (it has tests) or math (an answer)."""
+    """Return the kind of grader for a row: its `grader` column, else "code" (has tests) or "math" (has an answer).
+
+    Returns None if the row has none of these columns.
+    """
     if row.get("grader"):
         return row["grader"]
     return "code" if row.get("tests") else "math" if row.get("answer") is not None else None
@@ -73,30 +84,30 @@ def row_kind(row: dict) -> str | None:
 
 @dataclass
 class Completion:
-    """One answer of the model with everything that a reward function may look at."""
+    """One completion and all the information that is available to reward functions."""
 
-    prompt: str
-    text: str  # everything the model wrote, the thinking included
-    row: dict  # every column of the data row
+    prompt: str  # the question
+    text: str  # the whole completion, including the thinking
+    row: dict  # all columns of the data row, read-only
     tokens: int = 0  # length in tokens
-    truncated: bool = False  # cut at max_completion_length, no end-of-sequence token
-    step: int = 0  # the training step, from 1
-    token_ids: list[int] = field(default_factory=list, repr=False)
+    truncated: bool = False  # True if cut off at max_completion_length, without an end-of-sequence token
+    step: int = 0  # training step, starting at 1
+    token_ids: list[int] = field(default_factory=list, repr=False)  # token ids of the completion
 
     def __post_init__(self):
-        self.row = Row(copy.deepcopy(dict(self.row)))  # what a function does to a list in it is not done to the data
+        self.row = Row(copy.deepcopy(dict(self.row)))  # a copy: changes to its lists do not reach the data set
 
     @functools.cached_property
     def thinking(self) -> str:
-        """What stands inside <think> ... </think>; "" where there is no thinking."""
-        before, closed, _ = self.text.rpartition("</think>")
-        if not closed:
+        """The text inside <think> ... </think>; "" if there is none."""
+        before, end_tag, _ = self.text.rpartition("</think>")
+        if not end_tag:
             before = self.text if "<think>" in self.text else ""
         return before.split("<think>", 1)[-1].strip()
 
     @functools.cached_property
     def answer(self) -> str:
-        """What stands after the last </think>; "" where the thinking never ends."""
+        """The text after the last </think>, or all text if there are no think tags; "" if the thinking never ends."""
         if "</think>" in self.text:
             return self.text.rpartition("</think>")[2].strip()
         return "" if "<think>" in self.text else self.text.strip()
@@ -104,18 +115,18 @@ class Completion:
 
 @dataclass
 class Score:
-    """What the reward functions made of one completion."""
+    """The result of all reward functions for one completion."""
 
-    total: float  # weighted sum; nan where ungraded
-    parts: dict[str, float | None]  # by reward function, unweighted; None where it does not apply
-    metrics: dict[str, float | None]  # by metric, and by the names that TRL functions gave to log_metric
-    reasons: dict[str, str]
+    total: float  # weighted sum of the rewards; nan if ungraded
+    parts: dict[str, float | None]  # unweighted reward by function name; None if the function does not apply
+    metrics: dict[str, float | None]  # value by metric name, including names passed to TRL's log_metric
+    reasons: dict[str, str]  # explanation by function name
     verdict: str  # right | wrong | ungraded
-    judge: str | None = None  # the reward function that the verdict comes from
-    error: str | None = None  # with reward_errors: skip, what a function failed with
-    process: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by function: (position, value)
-    extra: dict[str, object] = field(default_factory=dict)  # what TRL functions gave to log_extra
-    seconds: float = 0.0  # spent in reward functions, waiting for the sandbox included
+    judge: str | None = None  # name of the reward function that the verdict comes from
+    error: str | None = None  # error message of a function that raised, with reward_errors: skip
+    process: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # (position, value) pairs by function
+    extra: dict[str, object] = field(default_factory=dict)  # value by column name, from TRL's log_extra
+    seconds: float = 0.0  # time spent in reward functions, including waits for the sandbox
 
     @property
     def is_right(self) -> bool:
@@ -123,128 +134,127 @@ class Score:
 
 
 def outcome_of(reason: str) -> str | None:
-    """The outcome that a reason begins with: "wrong" of "wrong: 5 is not 6"; None where it names none."""
+    """Return the outcome at the start of a reason, such as "wrong" for "wrong: 5 is not 6"; None if there is none."""
     outcome = reason.partition(":")[0].strip()
     return outcome if outcome in OUTCOMES else None
 
 
 def outcome_shares(scores: list[Score]) -> dict[str, float]:
-    """Metrics `outcomes/NAME`: the share of completions with that outcome in one of their reasons."""
-    found = Counter(outcome for s in scores for outcome in {outcome_of(reason) for reason in s.reasons.values()})
-    return {f"outcomes/{name}": found[name] / len(scores) for name in OUTCOMES if found[name]}
+    """Return the metrics `outcomes/NAME`: the share of completions that have this outcome in one of their reasons."""
+    counts = Counter(outcome for s in scores for outcome in {outcome_of(reason) for reason in s.reasons.values()})
+    return {f"outcomes/{name}": counts[name] / len(scores) for name in OUTCOMES if counts[name]}
 
 
 @dataclass
 class RewardFunction:
-    """A function of the reward file with how it counts."""
+    """A reward function or metric with its settings."""
 
-    name: str
-    function: Callable
-    weight: float = 1.0  # 0: a metric
-    when: str | Callable | None = None
-    style: str | None = None  # of a batch function: "chat" or "text", once it is known (grading/rewards/trl.py)
-    is_model = False  # True for a reward model, whose opinion never says whether a completion is right
+    name: str  # name in the logs and in reward_funcs
+    function: Callable  # the decorated function
+    weight: float = 1.0  # factor in the weighted sum; 0 for a metric
+    when: str | Callable | None = None  # restriction to some rows, see applies_to
+    style: str | None = None  # form of completions for a batch function, "chat" or "text", once known (rewards/trl.py)
+    is_model = False  # True for a reward model, which is never the judge of a completion
 
     def applies_to(self, row: dict) -> bool:
-        """`when` is a kind of row ("math", "code", ...: see row_kind), a task's name, or a function of the row."""
+        """Return whether the row matches `when`: a row kind (see row_kind), a task name, or a predicate on the row."""
         if self.when is None:
             return True
         return bool(self.when(row)) if callable(self.when) else self.when in (row_kind(row), row.get("task"))
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters of the function by name."""
         return dict(inspect.signature(self.function).parameters)
 
     @functools.cached_property
     def is_batch(self) -> bool:
-        """Whether it takes all completions at once, as TRL's reward functions do."""
+        """Whether the function takes all completions of a step in one call, as in TRL."""
         return "completions" in self.parameters
 
     @functools.cached_property
     def is_async(self) -> bool:
+        """Whether the function, or its `__call__` method, is a coroutine function."""
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(self.function.__call__)
 
     @functools.cached_property
     def columns(self) -> dict[str, bool]:
-        """Of a batch function: the columns of the data that its parameters name, and whether it needs them."""
+        """The data columns among a batch function's parameters, each with whether it is required (has no default)."""
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-        named = [p for p in self.parameters.values() if p.kind in kinds and p.name not in TRL_ARGUMENTS]
-        return {p.name: p.default is p.empty for p in named} if self.is_batch else {}
+        data_parameters = [p for p in self.parameters.values() if p.kind in kinds and p.name not in TRL_ARGUMENTS]
+        return {p.name: p.default is p.empty for p in data_parameters} if self.is_batch else {}
 
     @functools.cached_property
     def reads_row(self) -> bool:
-        """Whether its code asks for the data row. What never does cannot know what is right."""
+        """Whether the function uses the data row. One that does not cannot tell whether a completion is right."""
         return bool(self.columns) if self.is_batch else "row" in _names_in(self.code)
 
     @property
     def code(self):
-        """The code object behind it, or None."""
+        """The code object of the unwrapped function, or None."""
         function = inspect.unwrap(self.function)
         return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
 
     @property
     def line(self) -> int | str:
-        """Where it is defined in its file."""
+        """The line of the definition in its file, or "?"."""
         return self.code.co_firstlineno if self.code else "?"
 
 
 def _names_in(code) -> set[str]:
-    """The names that a code object uses, in functions and comprehensions inside it too."""
+    """Return the names that a code object uses, including those in nested functions and comprehensions."""
     if not hasattr(code, "co_names"):
         return set()
     return set(code.co_names).union(*map(_names_in, code.co_consts))
 
 
-TRL_ARGUMENTS = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-)  # to a batch function
+# Arguments of a batch function that are not data columns.
+TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass
 class Rewards:
-    """The reward functions of one file, as they count in one run."""
+    """The reward functions of one file and their settings in one run."""
 
-    path: Path
-    functions: list[RewardFunction]
-    reward_errors: str = "stop"  # what an exception in one of them does: stop the run | skip the completion
-    max_steps: int | None = None  # of the run, for TRL functions
-    examples: list = field(default_factory=list)  # the file's labelled completions, for the self-test
-    notes: list[str] = field(default_factory=list)  # on the file
-    scored: int = 0  # completions so far
-    errors: int = 0  # completions that were skipped because a function raised
+    path: Path  # the reward file
+    functions: list[RewardFunction]  # rewards and metrics, in the order of the file
+    reward_errors: str = "stop"  # effect of an exception in a function: stop the run | skip the completion
+    max_steps: int | None = None  # training steps of the run, passed to TRL functions
+    examples: list = field(default_factory=list)  # labelled completions in the file, for the self-test
+    notes: list[str] = field(default_factory=list)  # remarks on the file, for the user
+    scored: int = 0  # number of completions scored so far
+    errors: int = 0  # number of completions skipped because a function raised
 
     @property
     def names(self) -> list[str]:
-        """The rewards, without the metrics."""
+        """The names of the rewards, without the metrics."""
         return [f.name for f in self.functions if f.weight]
 
     @property
     def heaviest(self) -> float:
-        """The largest weight of a reward that is no reward model; 0 if there are only penalties."""
+        """The largest weight of all rewards except reward models; 0 if there are only penalties."""
         return max([0.0, *(f.weight for f in self.functions if not f.is_model)])
 
     def can_judge(self, f: RewardFunction) -> bool:
-        """Whether a reward can be the verdict on a completion: no reward model, and not so small that it is shaping."""
+        """Return whether a reward may decide the verdict: not a reward model, and not so small that it is shaping."""
         return not f.is_model and f.weight > SHAPING_SHARE * self.heaviest
 
     def judge(self, reasons: dict[str, str]) -> RewardFunction | None:
-        """The reward whose value, 1 or more, means that a completion is right; None if none of them can say.
+        """Return the reward that decides the verdict: a completion is right if its value is at least 1.
 
-        Preferred is a reward whose reason is a grader's outcome, then one that sees the row, then the largest weight,
-        then the first in the file. Shaping, penalties and reward models do not judge.
+        Rewards whose reason has a grader's outcome take precedence, then those that use the data row, then those with
+        the largest weight, then the first in the file. Shaping, penalties and reward models are never the judge.
 
         Args:
-            reasons: By name, the reason of each reward that applies to the completion.
+            reasons: The reason of each reward that applies to the completion, by name; "" if it gave none.
+
+        Returns:
+            The judge, or None if no reward qualifies.
         """
         graders = {name for name, reason in reasons.items() if outcome_of(reason)}
-        able = [f for f in self.functions if f.name in reasons and f.weight > 0]
-        able = [f for f in able if f.name in graders or self.can_judge(f)]
-        return max(able, key=lambda f: (f.name in graders, f.reads_row, f.weight), default=None)
+        candidates = [f for f in self.functions if f.name in reasons and f.weight > 0]
+        candidates = [f for f in candidates if f.name in graders or self.can_judge(f)]
+        return max(candidates, key=lambda f: (f.name in graders, f.reads_row, f.weight), default=None)
 
     def state_dict(self) -> dict[str, int]:
         return {"scored": self.scored, "errors": self.errors}
@@ -255,7 +265,14 @@ class Rewards:
 
 
 def reward(function: Callable | None = None, *, weight: float = 1.0, when: str | Callable | None = None):
-    """Mark a function as a reward with its weight. As `@reward` or `@reward(weight=0.2, when="math")`."""
+    """Mark a function as a reward. Use as `@reward` or `@reward(weight=0.2, when="math")`.
+
+    Args:
+        function: The reward function; see the top of this file for its arguments and return value.
+        weight: Factor in the weighted sum of the rewards.
+        when: Restriction to some rows: a row kind ("math", "code", ...: see row_kind), a task name, or a predicate on
+            the row. None applies the function to all rows.
+    """
 
     def mark(function):
         function.reward = RewardFunction(function.__name__, function, float(weight), when)
@@ -265,12 +282,12 @@ def reward(function: Callable | None = None, *, weight: float = 1.0, when: str |
 
 
 def metric(function: Callable | None = None, *, when: str | Callable | None = None):
-    """Mark a function as a metric: logged, never trained on."""
+    """Mark a function as a metric, which is logged but not trained on. See `reward` for `when`."""
     mark = reward(weight=0.0, when=when)
     return mark(function) if function else mark
 
 
-# --- one reward function at a time
+# --- the lock of reward functions
 
 
 _lock = threading.Lock()  # held by the thread whose reward function runs
@@ -279,53 +296,54 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def reward_lock():
-    """Reward functions run inside, one at a time in the whole process: they need not be thread-safe."""
-    if getattr(_thread, "turn", False):
+    """Hold the lock under which reward functions run, one at a time per process, so they need not be thread-safe."""
+    if getattr(_thread, "holds_lock", False):
         yield
         return
     with _lock:
-        _thread.turn = True
+        _thread.holds_lock = True
         try:
             yield
         finally:
-            _thread.turn = False
+            _thread.holds_lock = False
 
 
 @contextlib.contextmanager
 def lock_released():
-    """Around a blocking wait in a grader: other reward functions may run meanwhile. Nothing where none runs here."""
-    if not getattr(_thread, "turn", False):
+    """Release the lock during a blocking wait in a grader, so that others run. No effect if this thread has no lock."""
+    if not getattr(_thread, "holds_lock", False):
         yield
         return
-    _thread.turn = False
+    _thread.holds_lock = False
     _lock.release()
     try:
         yield
     finally:
         _lock.acquire()
-        _thread.turn = True
+        _thread.holds_lock = True
 
 
-# --- words for messages
+# --- text for messages
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
-    """The question itself: the last message of a conversation."""
+    """Return the question as text: the content of the last message if the prompt is a conversation."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def did_you_mean(name: str, names) -> str:
-    """ " Did you mean 'x'?" for the nearest of some names; "" where none is near."""
-    near = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return " Did you mean 'x'?" for the closest match among the names; "" if none is close."""
+    matches = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; the name of its type if it has none."""
+    """Return the first line of an error message, or the name of the error type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_finite_number(value) -> bool:
+    """Return whether a value is a bool, or an int or float that is finite as a float."""
     try:
         return isinstance(value, (bool, int, float)) and math.isfinite(value)
     except OverflowError:  # an int too large for a float
@@ -333,12 +351,12 @@ def is_finite_number(value) -> bool:
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """Text of at most `limit` characters, for a message."""
+    """Return the text, cut to at most `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def short_repr(value) -> str:
-    """A value for a message, also where it is too large or too deep to be written out."""
+    """Return a shortened repr of a value, or its type if the value is too large or too deeply nested for repr."""
     try:
         return shorten(repr(value))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The grader of Countdown: reach a target with given numbers, + - * / and brackets, exactly."""
+"""The Countdown grader: an expression must reach a target from given numbers, with exact arithmetic."""
 
 import ast
 import operator
@@ -22,41 +22,51 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def grade_countdown(answer: str, target: int, nums: list[int]) -> tuple[float, str]:
-    r"""1.0 where the final answer is an expression of the target's value that uses each number exactly once, else 0.0.
+    r"""Grade an expression that must equal the target and use each of the numbers exactly once.
 
-    As in TinyZero's form of the game every number must be used, as often as it is given. Allowed are + - * / and round
-    brackets, computed exactly. The answer stands in `\boxed{}`, `<answer>` or another form that
-    `grading.extract_answer` knows, and may end in `= target`. Outcomes: right, wrong, no_answer, gave_up (too long).
+    As in TinyZero's version of the game, every number must be used, as often as it occurs in `nums`. The operators
+    + - * / and parentheses are allowed.
+
+    Args:
+        answer: Text whose final answer, in `\boxed{}`, `<answer>` or another form supported by
+            `grading.extract_answer`, is the expression. It may end in `= target`.
+        target: Value that the expression must have.
+        nums: Numbers that the expression must use.
+
+    Returns:
+        1.0 if the expression is right, else 0.0; and a reason with the outcome right, wrong, no_answer or gave_up (the
+        expression is too long).
     """
-    found = extract_answer(answer)
-    if not found:
+    expression = extract_answer(answer)
+    if not expression:
         return 0.0, "no_answer: no expression in \\boxed{} or <answer>"
-    if len(found) > MAX_CHARS:
-        return 0.0, f"gave_up: the expression has {len(found)} characters, over {MAX_CHARS}"
-    for pattern, to in _LATEX:
-        found = pattern.sub(to, found)
-    while (inner := _FRACTION.sub(r"((\1)/(\2))", found)) != found:
-        found = inner
-    text, equals, result = (part.strip() for part in found.translate(_SIGNS).partition("="))
+    if len(expression) > MAX_CHARS:
+        return 0.0, f"gave_up: the expression has {len(expression)} characters, over {MAX_CHARS}"
+    for pattern, replacement in _LATEX:
+        expression = pattern.sub(replacement, expression)
+    while (replaced := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
+        expression = replaced
+    text, equals, result = (part.strip() for part in expression.translate(_SIGNS).partition("="))
     if not _EXPRESSION.fullmatch(text) or "**" in text or "//" in text:
-        return 0.0, f"wrong: {shorten(text)} has more in it than numbers, + - * / and brackets"
+        return 0.0, f"wrong: {shorten(text)} contains more than numbers, + - * / and brackets"
     if equals and result != str(target):
         return 0.0, f"wrong: {shorten(result)} is not the target {target}"
     try:
         used = []
         value = _evaluate(_parse(text), used)
     except (SyntaxError, ValueError):
-        return 0.0, f"wrong: {shorten(text)} is no expression"
+        return 0.0, f"wrong: {shorten(text)} is not an expression"
     except ZeroDivisionError:
         return 0.0, f"wrong: {shorten(text)} divides by zero"
     if sorted(used) != sorted(nums):
-        return 0.0, f"wrong: it uses {_listed(used)}, not each of {_listed(nums)} once"
+        return 0.0, f"wrong: it uses {_format_numbers(used)}, not each of {_format_numbers(nums)} once"
     if value != target:
         return 0.0, f"wrong: {shorten(text)} is {shorten(str(value))}, not {target}"
     return 1.0, "right"
 
 
 def _parse(text: str) -> ast.expr:
+    """Parse an expression. Raises SyntaxError, or ValueError if it is nested too deeply."""
     depth = 0
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -66,7 +76,7 @@ def _parse(text: str) -> ast.expr:
 
 
 def _evaluate(node: ast.expr, used: list[int]) -> Fraction:
-    """The value, with the numbers in the expression appended to `used`. Raises ValueError for anything else in it."""
+    """Return the value of an expression and append its numbers to `used`. Raises ValueError for other syntax."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         used.append(node.value)
         return Fraction(node.value)
@@ -77,5 +87,5 @@ def _evaluate(node: ast.expr, used: list[int]) -> Fraction:
     raise ValueError(type(node).__name__)
 
 
-def _listed(numbers: list[int]) -> str:
+def _format_numbers(numbers: list[int]) -> str:
     return shorten(", ".join(map(str, sorted(numbers))))

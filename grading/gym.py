@@ -1,7 +1,7 @@
-"""The grader of reasoning_gym's puzzles: the package's own `score_answer`, in a worker process that can be killed.
+"""The grader of reasoning_gym puzzles: the package's own `score_answer`, run in a worker process that can be killed.
 
-Only full marks count. Many families give a part to an answer that is merely near, of the right form or long enough, and
-a model learns to collect such parts; what an answer was given stands in the reason.
+Only a full score counts as right. Many families give partial credit to an answer that is merely close, well-formed or
+long enough, and a model would learn to exploit it. The reason contains the partial score.
 """
 
 import functools
@@ -13,50 +13,59 @@ from grading.sandbox.workers import WorkerError, run_in_worker
 
 MAX_ANSWER_CHARS = 10_000
 SECONDS = 3.0
-_NEARLY = 1e-9  # some families add up tenths
+_TOLERANCE = 1e-9  # for rounding: some families sum up tenths
 
 
 def grade_gym(answer: str, row: dict) -> tuple[float, str]:
-    """1.0 where `score_answer` gives the final answer full marks, else 0.0, with the reason in words.
+    """Grade an answer to a reasoning_gym puzzle with `score_answer`.
 
-    row: with `family` and `entry` as data/gym.py makes them. An exception in `score_answer` is a wrong answer: it expects
-    a form that the answer does not have. Raises Ungraded where no worker can be had.
+    An exception in `score_answer` counts as a wrong answer: it expects a form that the answer does not have.
+
+    Args:
+        answer: Text that contains the final answer, see `final_answer`.
+        row: Data row with the columns `family` and `entry`, as data/gym.py creates them.
+
+    Returns:
+        1.0 for a full score, else 0.0; and a reason that starts with an outcome.
+
+    Raises:
+        Ungraded: If no worker process is available.
     """
-    found = final_answer(answer)
-    if found is None:
+    final_text = final_answer(answer)
+    if final_text is None:
         return 0.0, "no_answer: no <answer>, no \\boxed{}, no text"
-    if len(found) > MAX_ANSWER_CHARS:
-        return 0.0, f"no_answer: the answer has {len(found)} characters, over {MAX_ANSWER_CHARS}"
-    work = ("grading.gym:score_in_worker", row["family"], found, encode(row["entry"]))
+    if len(final_text) > MAX_ANSWER_CHARS:
+        return 0.0, f"no_answer: the answer has {len(final_text)} characters, over {MAX_ANSWER_CHARS}"
+    call = ("grading.gym:score_in_worker", row["family"], final_text, encode(row["entry"]))
     try:
-        score, problem = run_in_worker(*work, timeout=SECONDS, preload=("reasoning_gym", "grading.gym"))
+        score, exception = run_in_worker(*call, timeout=SECONDS, preload=("reasoning_gym", "grading.gym"))
     except TimeoutError:
         return 0.0, f"gave_up: score_answer took over {SECONDS:g} s"
     except WorkerError as error:
         raise Ungraded(f"sandbox_error: {error}") from None
-    if score >= 1 - _NEARLY:
+    if score >= 1 - _TOLERANCE:
         return 1.0, "right"
-    return 0.0, "wrong: score_answer " + (f"raised {problem}" if problem else f"gives {score:.2g} of 1")
+    return 0.0, "wrong: score_answer " + (f"raised {exception}" if exception else f"gives {score:.2g} of 1")
 
 
 def final_answer(text: str) -> str | None:
-    """What stands in the last <answer> ... </answer>, else all of the text; of that what stands in a box, if any.
+    """Return the content of the last <answer> ... </answer>, else the whole text; of a box in it, if any, its content.
 
-    Answers here are whole boards and programs as often as numbers: no other marker is looked for. In tags or a box an
-    answer may be empty (a word that is reduced to nothing), else None.
+    Other markers are ignored, since answers are often whole boards or programs. An answer in tags or in a box may be
+    empty (a word reduced to nothing). Returns None if the text is empty and has neither tags nor a box.
     """
-    before, closed, _ = text.rpartition("</answer>")
-    is_marked = closed and "<answer>" in before
-    if is_marked:
+    before, end_tag, _ = text.rpartition("</answer>")
+    is_tagged = end_tag and "<answer>" in before
+    if is_tagged:
         text = before.rpartition("<answer>")[2]
     boxed = extract_answer(text) if "\\boxed{" in text else None
     if boxed is not None:
         return boxed.strip()
-    return text.strip() if is_marked or text.strip() else None
+    return text.strip() if is_tagged or text.strip() else None
 
 
 def score_in_worker(family: str, answer: str, entry) -> tuple[float, str]:
-    """In the worker: the score, and the exception that `score_answer` raised, if any."""
+    """Return the score, and the exception that `score_answer` raised, if any. Called in the worker process."""
     try:
         return float(_dataset(family).score_answer(answer, decode(entry))), ""
     except Exception as error:

@@ -1,4 +1,9 @@
-"""The math grader: answers in LaTeX are read exactly, never evaluated, and compared by value."""
+"""The math grader: answers in LaTeX are parsed strictly and compared by value, never evaluated as code.
+
+Pipeline: extract_answer (math_grader.py) finds the final answer, `tidy` and `tokenize` (tokens.py) normalize and split
+it, `parse` (structures.py, formulas.py, units.py) builds values (exact.py), sets (regions.py) and other structures, and
+`is_same` (equality.py) compares these with the gold answer.
+"""
 
 from grading.answers.math_grader import extract_answer, grade_math
 

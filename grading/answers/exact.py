@@ -1,10 +1,10 @@
-"""Numbers and formulas in a normal form, so that two that are equal can be told from two that are near.
+"""Exact arithmetic: numbers and formulas in a normal form, so that equal values differ from merely close ones.
 
-A `Value` is a sum of terms, each a rational number times powers of *atoms*, over another such sum. Atoms are primes under a
-root (sqrt(8) is 2 times 2^(1/2)), pi, e, i, variables and units, which are independent of each other: without others, two
-values are equal exactly where their difference has no terms. Opaque atoms (sin x, a root of a sum, 2^n) hide relations;
-values with them that have different terms may still be equal, and `approx` tells whether it is worth asking further.
-Nothing here evaluates text, and what would be large raises TooBig before it is computed.
+A `Value` is a fraction of two sums. Each term of a sum is a rational number times powers of *atoms*: primes under roots
+(sqrt(8) is 2 times 2^(1/2)), pi, e, i, variables and units. These atoms are treated as independent, so values without
+other atoms are equal if and only if their difference has no terms. *Opaque* atoms (sin x, a root of a sum, 2^n) may
+depend on each other: values with different terms can still be equal, which `approx` can refute but not prove.
+Nothing here evaluates text as code. A result that would be too large raises TooBig before it is computed.
 """
 
 import cmath
@@ -12,70 +12,72 @@ import math
 import random
 from fractions import Fraction
 
-MAX_TERMS = 200  # of a sum
-MAX_PRODUCTS = 3000  # of terms, in one multiplication
-MAX_BITS = 20_000  # of a number
-MAX_FACTORIAL = 1000
-MAX_DEGREE = 30  # of a binomial coefficient as a polynomial
-MAX_PRIME = 1000  # divisors tried for taking roots
+MAX_TERMS = 200  # terms of a sum
+MAX_PRODUCTS = 3000  # products of two terms in one multiplication
+MAX_BITS = 20_000  # bits of a number
+MAX_FACTORIAL = 1000  # largest n of n!
+MAX_DEGREE = 30  # degree of a binomial coefficient that is expanded as a polynomial
+MAX_PRIME = 1000  # largest trial divisor when factorizing
 
-ONE = frozenset()  # the term without atoms; any other is a frozenset of (atom, exponent)
-
-
-class Unreadable(Exception):
-    """The text says nothing that can be compared by its value."""
+ONE = frozenset()  # the term without atoms; other terms are frozensets of (atom, exponent) pairs
 
 
-class Unsupported(Unreadable):
-    """Mathematics that only the symbolic grader reads, such as an integral."""
+class ParseError(Exception):
+    """The text cannot be parsed, or has no value to compare."""
+
+
+class Unsupported(ParseError):
+    """The text contains notation that only the symbolic grader supports, such as an integral."""
 
 
 class TooBig(Exception):
-    """A number or a formula too large to be worked out."""
+    """A number or formula, named in the message, is too large to be computed."""
 
 
 class Value:
-    """A number or a formula. Immutable.
+    """An immutable number or formula.
 
-    num, den: sums as {term: Fraction}; den is None for 1. digits: significant digits where it was written as one decimal,
-    else 0. work: how many sums and products of plain numbers were left to do.
+    Args:
+        num, den: Numerator and denominator: sums as {term: Fraction}; a denominator of None is 1.
+        digits: Number of significant digits if the value was written as one decimal, else 0.
+        pending: Number of sums and products of plain numbers that were written but not evaluated, as in 7+5.
     """
 
-    __slots__ = ("num", "den", "digits", "work")
+    __slots__ = ("num", "den", "digits", "pending")
 
-    def __init__(self, num: dict, den: dict | None = None, digits: int = 0, work: int = 0):
-        if den is not None and (factor := _ratio(num, den)) is not None:  # the same sum above and below
+    def __init__(self, num: dict, den: dict | None = None, digits: int = 0, pending: int = 0):
+        if den is not None and (factor := _ratio(num, den)) is not None:  # equal up to a rational factor: cancel
             num, den = _constant(factor), None
-        self.num, self.den, self.digits, self.work = num, den, digits, work
+        self.num, self.den, self.digits, self.pending = num, den, digits, pending
 
     @property
     def rational(self) -> Fraction | None:
-        """The value where it is a rational number."""
+        """The value if it is a rational number, else None."""
         if self.den is None and (not self.num or (len(self.num) == 1 and ONE in self.num)):
             return self.num.get(ONE, Fraction(0))
         return None
 
     @property
     def key(self) -> tuple:
-        """Hashable, and all of the value: `Value.of_key` is the way back."""
+        """A hashable form of the fraction, converted back by `Value.from_key`."""
         return frozenset(self.num.items()), self.den and frozenset(self.den.items())
 
     @classmethod
-    def of_key(cls, key: tuple) -> "Value":
+    def from_key(cls, key: tuple) -> "Value":
         return cls(dict(key[0]), key[1] and dict(key[1]))
 
     def atoms(self) -> set:
         return {atom for part in (self.num, self.den or {}) for term in part for atom, _ in term}
 
     def variables(self) -> set[str]:
-        """The names in it, also those inside of opaque atoms."""
-        found = set()
+        """Return the names of the variables, including those inside opaque atoms."""
+        names = set()
         for atom in self.atoms():
             if isinstance(atom, str) and atom not in CONSTANTS:
-                found.add(atom)
+                names.add(atom)
             elif isinstance(atom, tuple):
-                found |= {name for key in atom[1:] if isinstance(key, tuple) for name in Value.of_key(key).variables()}
-        return found
+                names |= {v for key in atom[1:] if isinstance(key, tuple) for v in Value.from_key(key).variables()}
+        return names
 
     def is_variable(self) -> bool:
         names = self.variables()
@@ -85,44 +87,44 @@ class Value:
         return any(isinstance(atom, tuple) for atom in self.atoms())
 
     def split_unit(self) -> tuple["Value", frozenset]:
-        """The value without its unit, and the unit: a term of `unit:` atoms that all of the sum has in common."""
+        """Return the value without its unit, and the unit: the term of `unit:` atoms that all terms share, else ONE."""
         units = {frozenset((atom, e) for atom, e in term if str(atom).startswith("unit:")) for term in self.num}
         if len(units) != 1 or not (unit := units.pop()):
             return self, ONE
         num = {term - unit: c for term, c in self.num.items()}
-        return Value(num, self.den, self.digits, self.work), unit - {("unit:unit", 1)}
+        return Value(num, self.den, self.digits, self.pending), unit - {("unit:unit", 1)}
 
     def __neg__(self):
-        return Value({term: -c for term, c in self.num.items()}, self.den, self.digits, self.work)
+        return Value({term: -c for term, c in self.num.items()}, self.den, self.digits, self.pending)
 
     def __add__(self, other):
-        work = self.work + other.work + (self.rational is not None and other.rational is not None)
+        pending = self.pending + other.pending + (self.rational is not None and other.rational is not None)
         if self.den == other.den:
-            return Value(_add(self.num, other.num), self.den, work=work)
+            return Value(_add(self.num, other.num), self.den, pending=pending)
         num = _add(_multiply(self.num, other.den), _multiply(other.num, self.den))
-        return Value(num, _multiply(self.den, other.den), work=work)
+        return Value(num, _multiply(self.den, other.den), pending=pending)
 
     def __sub__(self, other):
         return self + -other
 
     def __mul__(self, other):
-        work = self.work + other.work + (self.rational is not None and other.rational is not None)
+        pending = self.pending + other.pending + (self.rational is not None and other.rational is not None)
         den = None if self.den is None and other.den is None else _multiply(self.den, other.den)
         digits = 0 if self.digits and other.digits else self.digits or other.digits
-        return Value(_multiply(self.num, other.num), den, digits, work)
+        return Value(_multiply(self.num, other.num), den, digits, pending)
 
     def __truediv__(self, other):
         a, b = self.rational, other.rational
-        work = self.work + other.work
-        work += a is not None and b is not None and not a.denominator == b.denominator == 1
+        pending = self.pending + other.pending
+        pending += a is not None and b is not None and not a.denominator == b.denominator == 1
         if not other.num:
-            raise Unreadable("a division by zero")
+            raise ParseError("a division by zero")
         den = _multiply(self.den, other.num) if self.den or len(other.num) > 1 else None
         if den is None:
             (term, c), *_ = other.num.items()
-            factor, term = _normal({atom: -e for atom, e in term})
-            return Value(_multiply(_multiply(self.num, other.den), {term: factor / c}), None, self.digits, work)
-        return Value(_multiply(self.num, other.den), den, 0, work)
+            factor, term = _normalize_term({atom: -e for atom, e in term})
+            return Value(_multiply(_multiply(self.num, other.den), {term: factor / c}), None, self.digits, pending)
+        return Value(_multiply(self.num, other.den), den, 0, pending)
 
     def __pow__(self, power: "Value"):
         n = power.rational
@@ -133,11 +135,11 @@ class Value:
         if n < 0:
             return number(1) / self**-power
         if not self.num and n == 0:
-            raise Unreadable("0^0")
+            raise ParseError("0^0")
         if self.den is None and len(self.num) == 1:
             (term, c), *_ = self.num.items()
-            factor, term = _normal({atom: e * n for atom, e in term})
-            return Value({term: factor * _int_power(c, n)}, work=self.work)
+            factor, term = _normalize_term({atom: e * n for atom, e in term})
+            return Value({term: factor * _int_power(c, n)}, pending=self.pending)
         if n > MAX_TERMS:
             raise TooBig(f"a power of {n}")
         result, square, n = number(1), self, int(n)
@@ -148,11 +150,11 @@ class Value:
         return result
 
     def approx(self, sample: int = 0) -> tuple[complex, float]:
-        """The value in floating point with each variable at a fixed positive random number, and the size of its terms.
+        """Return the value in floating point, with a fixed random positive number for each variable, and its scale.
 
-        Raises ArithmeticError or ValueError where it has none.
+        The scale is the sum of the absolute terms. Raises ArithmeticError or ValueError if the value is undefined.
         """
-        (num, scale), (den, _) = _approx(self.num, sample), _approx(self.den, sample) if self.den else (1, 1)
+        (num, scale), (den, _) = _approx_sum(self.num, sample), _approx_sum(self.den, sample) if self.den else (1, 1)
         result = num / den
         if not cmath.isfinite(result):
             raise OverflowError
@@ -164,7 +166,7 @@ def number(value, digits: int = 0) -> Value:
 
 
 def symbol(name) -> Value:
-    """An atom: a variable, pi, e, i, a unit (`unit:cm`) or an opaque one."""
+    """Return an atom as a value: a variable, pi, e, i, a unit (`unit:cm`) or an opaque atom (a tuple)."""
     return Value({frozenset({(name, 1)}): Fraction(1)})
 
 
@@ -182,7 +184,7 @@ def _add(a: dict, b: dict) -> dict:
 
 
 def _multiply(a: dict | None, b: dict | None) -> dict | None:
-    """The product of two sums; None is 1."""
+    """Return the product of two sums; None is the sum 1."""
     if a is None or b is None:
         return b if a is None else a
     if len(a) * len(b) > MAX_PRODUCTS:
@@ -194,15 +196,15 @@ def _multiply(a: dict | None, b: dict | None) -> dict | None:
                 powers = dict(s)
                 for atom, e in t:
                     powers[atom] = powers.get(atom, 0) + e
-                factor, term = _normal(powers)
+                factor, term = _normalize_term(powers)
                 total[term] = total.get(term, 0) + c * d * factor
             else:
                 total[s or t] = total.get(s or t, 0) + c * d
     return _add({}, total)
 
 
-def _normal(powers: dict) -> tuple[Fraction, frozenset]:
-    """A term in normal form: primes have an exponent in (0, 1), i has 1; what that takes out is the factor."""
+def _normalize_term(powers: dict) -> tuple[Fraction, frozenset]:
+    """Return a rational factor and the remaining term: primes have exponents in (0, 1) and i has exponent 1."""
     factor = Fraction(1)
     for atom, e in list(powers.items()):
         if isinstance(atom, int):
@@ -224,20 +226,20 @@ def _int_power(value: Fraction, n) -> Fraction:
 
 
 def _ratio(a: dict, b: dict) -> Fraction | None:
-    """c where a = c b for a rational number c other than 0, else None."""
+    """Return the rational c != 0 with a = c b, or None if there is none."""
     if len(a) != len(b) or not a or a.keys() != b.keys():
         return None
     ratios = {a[term] / b[term] for term in a}
     return ratios.pop() if len(ratios) == 1 else None
 
 
-def are_proportional(a: Value, b: Value) -> Fraction | None:
-    """c where a = c b for a rational number c other than 0, else None."""
+def proportionality_factor(a: Value, b: Value) -> Fraction | None:
+    """Return the rational c != 0 with a = c b, or None if there is none."""
     return _ratio(_multiply(a.num, b.den), _multiply(b.num, a.den))
 
 
 def are_equal(a: Value, b: Value) -> bool | None:
-    """Whether two values are equal; None where only the symbolic grader can tell."""
+    """Return whether two values are equal; None if only the symbolic grader can decide. Raises TooBig."""
     difference = a - b
     if not difference.num:
         return True
@@ -253,32 +255,32 @@ def are_equal(a: Value, b: Value) -> bool | None:
             return False
         has_value = True
     if not has_value:
-        raise TooBig("a formula without a value in floating point")
+        raise TooBig("a formula that is undefined in floating point")
     return None
 
 
 # --- powers, roots and functions
 
 
-def _factors(n: int) -> list[tuple[int, int]]:
-    """Primes with exponents; what has only large prime factors may stay together, as a square or as it is."""
-    found, p = [], 2
+def _prime_factors(n: int) -> list[tuple[int, int]]:
+    """Return (prime, exponent) pairs. A cofactor with only large primes is not split, except into a square."""
+    factors, p = [], 2
     while p * p <= n and p < MAX_PRIME:
         e = 0
         while n % p == 0:
             n, e = n // p, e + 1
         if e:
-            found.append((p, e))
+            factors.append((p, e))
         p += 1 + (p > 2)
     root = math.isqrt(n)
-    return found + ([(root, 2)] if root * root == n > 1 else [(n, 1)] * (n > 1))
+    return factors + ([(root, 2)] if root * root == n > 1 else [(n, 1)] * (n > 1))
 
 
 def _root(base: Value, n: Fraction) -> Value:
-    """base to a power that is no whole number; the principal one, as in sqrt(-3) = i sqrt(3)."""
+    """Return the principal value of base^n for a fraction n, as in sqrt(-3) = i sqrt(3)."""
     if not base.num:
         if n < 0:
-            raise Unreadable("a division by zero")
+            raise ParseError("a division by zero")
         return base
     if base.den is not None:
         return _root(Value(base.num), n) / _root(Value(base.den), n)
@@ -288,7 +290,7 @@ def _root(base: Value, n: Fraction) -> Value:
     rest = {term: c / scale for term, c in base.num.items()}
     powers = {}
     for part, sign in ((scale.numerator, 1), (scale.denominator, -1)):
-        for p, e in _factors(part):
+        for p, e in _prime_factors(part):
             powers[p] = sign * e * n
     if len(rest) == 1:
         (term, c), *_ = rest.items()
@@ -301,8 +303,8 @@ def _root(base: Value, n: Fraction) -> Value:
             powers["root", Value(rest).key] = n
     else:
         powers["root", Value(rest).key] = n
-    factor, term = _normal(powers)
-    return Value({term: factor}, work=base.work)
+    factor, term = _normalize_term(powers)
+    return Value({term: factor}, pending=base.pending)
 
 
 def _is_positive(term: frozenset) -> bool:
@@ -310,13 +312,13 @@ def _is_positive(term: frozenset) -> bool:
 
 
 def _symbolic_power(base: Value, power: Value) -> Value:
-    """base^(a n + b) as (base^n)^a base^b, with a rational base in prime factors."""
+    """Return base^(a n + b) as (base^n)^a base^b, with a rational base split into prime factors."""
     if power.den is not None or not base.num:
         raise Unsupported("a power with a fraction in it")
     result, bases = number(1), [(base, 1)]
     if (value := base.rational) is not None and value > 0:
-        bases = [(number(p), e) for p, e in _factors(value.numerator)]
-        bases += [(number(p), -e) for p, e in _factors(value.denominator)]
+        bases = [(number(p), e) for p, e in _prime_factors(value.numerator)]
+        bases += [(number(p), -e) for p, e in _prime_factors(value.denominator)]
     for term, c in power.num.items():
         for part, e in bases:
             if term == ONE:
@@ -338,20 +340,20 @@ FUNCTIONS = {
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
 
 
-def apply(name: str, *args: Value) -> Value:
-    """A function of FUNCTIONS, exp, lg (base 10), worked out where that is easy, else as an opaque atom."""
+def apply_function(name: str, *args: Value) -> Value:
+    """Apply exp, lg (base 10) or one of FUNCTIONS: exactly if that is easy, else as an opaque atom."""
     x, value = args[0], args[0].rational
     if name == "exp":
         return symbol("e") ** x
     if name == "lg":
-        return apply("ln", x) / apply("ln", number(10))
+        return apply_function("ln", x) / apply_function("ln", number(10))
     if name == "ln" and x.key == symbol("e").key:
         return number(1)
     if name == "ln" and value is not None:
         if value <= 0:
-            raise Unreadable("a logarithm of nothing or less")
-        parts = [number(e) * symbol(("ln", number(p).key)) for p, e in _factors(value.numerator)]
-        parts += [number(-e) * symbol(("ln", number(p).key)) for p, e in _factors(value.denominator)]
+            raise ParseError("a logarithm of zero or a negative number")
+        parts = [number(e) * symbol(("ln", number(p).key)) for p, e in _prime_factors(value.numerator)]
+        parts += [number(-e) * symbol(("ln", number(p).key)) for p, e in _prime_factors(value.denominator)]
         return sum(parts, number(0))
     if name == "abs" and not x.variables() and not x.is_opaque() and "i" not in x.atoms():
         try:
@@ -362,7 +364,7 @@ def apply(name: str, *args: Value) -> Value:
         return number(math.floor(value) if name == "floor" else math.ceil(value))
     if name == "factorial" and value is not None:
         if value.denominator != 1 or value < 0:
-            raise Unreadable("a factorial of no whole number")
+            raise ParseError("a factorial of a negative number or a fraction")
         if value > MAX_FACTORIAL:
             raise TooBig(f"the factorial of a number over {MAX_FACTORIAL}")
         return number(math.factorial(int(value)))
@@ -371,28 +373,28 @@ def apply(name: str, *args: Value) -> Value:
             raise TooBig("a binomial coefficient of this size")
         if value is not None and value.denominator == 1 and value >= 0:
             return number(math.comb(int(value), int(k)))
-        result = number(1)  # a polynomial in n
+        result = number(1)  # expanded as a polynomial in x
         for j in range(int(k)):
             result *= (x - number(j)) / number(j + 1)
         return Value(result.num, result.den)
     return symbol((name, *(arg.key for arg in args)))
 
 
-def _approx(total: dict, sample: int) -> tuple[complex, float]:
+def _approx_sum(total: dict, sample: int) -> tuple[complex, float]:
     parts = [
-        float(c) * math.prod((_atom(atom, sample) ** float(e) for atom, e in term), start=1)
+        float(c) * math.prod((_approx_atom(atom, sample) ** float(e) for atom, e in term), start=1)
         for term, c in total.items()
     ]
     return sum(parts), sum(map(abs, parts))
 
 
-def _atom(atom, sample: int) -> complex:
+def _approx_atom(atom, sample: int) -> complex:
     if isinstance(atom, int):
         return atom
     if isinstance(atom, str):
         return CONSTANTS.get(atom) or random.Random(f"{atom} {sample}").uniform(0.4, 1.9)
     name, *keys = atom
-    args = [Value.of_key(key).approx(sample)[0] for key in keys]
+    args = [Value.from_key(key).approx(sample)[0] for key in keys]
     if name == "root":
         return args[0]
     return args[0] ** args[1] if name == "power" else FUNCTIONS[name](*args)

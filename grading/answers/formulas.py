@@ -1,13 +1,13 @@
-r"""Reading numbers and formulas from tokens into exact values: signs, products, powers, roots, functions, units.
+r"""Parser of numbers and formulas into exact values: signs, products, powers, roots, functions, units.
 
-What is not known raises Unreadable, and text is never skipped. Sums, integrals and limits are not worked out
-(Unsupported). grading/answers/structures.py adds what formulas stand in: lists, brackets, sets, relations, matrices.
+Unknown syntax raises ParseError, and no text is ever skipped. Sums, integrals and limits raise Unsupported.
+grading/answers/structures.py extends the parser to structures that contain formulas: lists, sets, relations, matrices.
 """
 
 from fractions import Fraction
 
-from grading.answers.exact import FUNCTIONS, TooBig, Unreadable, Unsupported, Value, apply, number, symbol
-from grading.answers.units import CURRENCIES, read_unit
+from grading.answers.exact import FUNCTIONS, ParseError, TooBig, Unsupported, Value, apply_function, number, symbol
+from grading.answers.units import CURRENCIES, parse_unit
 
 GREEK = {
     rf"\{name}"
@@ -18,271 +18,286 @@ MAX_DEPTH = 60
 _CONSTANTS = {r"\pi": "pi", r"\infty": "infinity", r"\imath": "i"}
 _OPERATORS = {rf"\{name}" for name in "sum prod int iint oint lim max min gcd lcm det sup partial nabla".split()}
 _FUNCTIONS = {rf"\{name}" for name in [*FUNCTIONS, "log", "lg", "exp"]} - {r"\abs", r"\floor", r"\ceil", r"\binomial"}
-_ENCLOSED = {"|": ("|", "abs"), r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil")}
+_DELIMITERS = {"|": ("|", "abs"), r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil")}
 _SIGNS = ("+", "-", r"\pm", r"\mp")
-_TIMES, _OVER = ("*", r"\cdot", r"\times", r"\ast"), ("/", r"\div")
+_TIMES, _DIVIDE = ("*", r"\cdot", r"\times", r"\ast"), ("/", r"\div")
 _BRACKETS = {"(", "[", "{"}
-_FACTORS = _BRACKETS | {
-    "name",
-    r"\frac",
-    r"\sqrt",
-    r"\binom",
-    *_ENCLOSED,
-    *_FUNCTIONS,
-    *_CONSTANTS,
-    *GREEK,
-}  # of 2x, 2(x+1)
+# Tokens that start a factor of a product without a sign, as in 2x and 2(x+1).
+_FACTORS = _BRACKETS | {"name", r"\frac", r"\sqrt", r"\binom", *_DELIMITERS, *_FUNCTIONS, *_CONSTANTS, *GREEK}
 _MONEY = (r"\$", *CURRENCIES)
 _BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}
 
 
-class FormulaReader:
-    """A recursive descent over the tokens; each method reads one kind of thing from `at` on.
+class FormulaParser:
+    """A recursive-descent parser: each `parse_` method parses one rule of the grammar, starting at `position`.
 
-    What `sum`, `product` and the like return is a Value, or where that stands alone anything that `structure` reads.
+    Rules from sum down to primary return a Value, or any other structure that stands alone instead of a formula.
     """
 
     def __init__(self, tokens: list[tuple[str, object]]):
-        self.tokens, self.at = tokens, 0
-        self.sign, self.has_sign = 1, False  # which of the two that a plus-minus stands for; whether one was met
-        self.bars = 0  # absolute values that are open
-        self.depth = 0
+        self.tokens = tokens  # (kind, value) pairs, see tokenize
+        self.position = 0  # index of the next token
+        self.plus_minus_sign = 1  # sign of \pm in this pass, 1 or -1; \mp has the other one
+        self.has_plus_minus = False  # whether a \pm or \mp has been parsed
+        self.open_bars = 0  # number of absolute values that are not yet closed
+        self.depth = 0  # nesting depth of parse_primary
 
     @property
     def kind(self) -> str:
-        return self.tokens[self.at][0]
+        """The kind of the next token."""
+        return self.tokens[self.position][0]
 
-    def next(self):
-        self.at += 1
-        return self.tokens[self.at - 1][1]
+    def advance(self):
+        """Consume the next token and return its value."""
+        self.position += 1
+        return self.tokens[self.position - 1][1]
 
-    def skip(self, *kinds: str) -> str | None:
-        """The next token's kind if it is one of these; then it has been read."""
+    def accept(self, *kinds: str) -> str | None:
+        """Consume the next token and return its kind if it is one of these, else return None."""
         kind = self.kind
         if kind not in kinds:
             return None
-        self.at += 1
+        self.position += 1
         return kind
 
     def expect(self, kind: str) -> None:
-        if not self.skip(kind):
-            raise Unreadable(f"{self.kind} where {kind} should be")
+        """Consume a token of this kind. Raises ParseError if the next token is of another kind."""
+        if not self.accept(kind):
+            raise ParseError(f"expected {kind}, not {self.kind}")
 
-    def text(self, start: int) -> str:
-        """The tokens from a place on, up to here, as they are written."""
+    def source(self, start: int) -> str:
+        """Return the text of the tokens from `start` up to the current position."""
         return "".join(
-            str(value.rational) if isinstance(value, Value) else value for _, value in self.tokens[start : self.at]
+            str(value.rational) if isinstance(value, Value) else value
+            for _, value in self.tokens[start : self.position]
         )
 
-    def structure(self, kind: str):
-        raise Unreadable(f"{kind} where a formula should be")
+    def parse_structure(self, kind: str):
+        """Parse a structure that is not a formula; its first token has been consumed. Overridden in structures.py."""
+        raise ParseError(f"expected a formula, not {kind}")
 
-    def signs(self) -> int:
+    def parse_signs(self) -> int:
+        """Parse any number of signs and return their product."""
         sign = 1
-        while kind := self.skip(*_SIGNS):
-            self.has_sign |= kind in _SIGNS[2:]
-            sign *= {"+": 1, "-": -1, r"\pm": self.sign, r"\mp": -self.sign}[kind]
+        while kind := self.accept(*_SIGNS):
+            self.has_plus_minus |= kind in _SIGNS[2:]
+            sign *= {"+": 1, "-": -1, r"\pm": self.plus_minus_sign, r"\mp": -self.plus_minus_sign}[kind]
         return sign
 
-    def sum(self):
-        start, sign = self.at, self.signs()
-        result = self.product()
+    def parse_sum(self):
+        """Parse products, added or subtracted."""
+        start = self.position
+        sign = self.parse_signs()
+        result = self.parse_product()
         result = result if sign > 0 else -as_value(result)
         while self.kind in _SIGNS:
-            sign = self.signs()
-            term = as_value(self.product())
+            sign = self.parse_signs()
+            term = as_value(self.parse_product())
             result = as_value(result) + (term if sign > 0 else -term)
-        kinds = [kind for kind, _ in self.tokens[start : self.at] if kind not in _SIGNS]
+        kinds = [kind for kind, _ in self.tokens[start : self.position] if kind not in _SIGNS]
         if isinstance(result, Value) and r"\infty" in kinds and len(kinds) > 1:
-            raise Unreadable("arithmetic with infinity")
+            raise ParseError("arithmetic with infinity")
         return result
 
-    def product(self):
-        result = self.mixed() or self.power()
+    def parse_product(self):
+        """Parse powers, multiplied with or without a sign, or divided."""
+        result = self.parse_mixed_number() or self.parse_power()
         while isinstance(result, Value):
             kind = self.kind
-            if self.skip(*_TIMES, *_OVER):
-                sign = self.signs()
-                factor = as_value(self.power())
+            if self.accept(*_TIMES, *_DIVIDE):
+                sign = self.parse_signs()
+                factor = as_value(self.parse_power())
                 factor = factor if sign > 0 else -factor
-                result = result / factor if kind in _OVER else result * factor
-            elif kind in _FACTORS and not (kind == "|" and self.bars):
-                result = result * as_value(self.power())
+                result = result / factor if kind in _DIVIDE else result * factor
+            elif kind in _FACTORS and not (kind == "|" and self.open_bars):
+                result = result * as_value(self.parse_power())
             else:
                 break
         return result
 
-    def mixed(self) -> Value | None:
-        r"""2\frac{1}{2}, which is a sum; None where there is none, as in 2\frac{\pi}{2}."""
-        start = self.at
+    def parse_mixed_number(self) -> Value | None:
+        r"""Parse a mixed number, 2\frac{1}{2}, which is a sum. Returns None for anything else, as 2\frac{\pi}{2}."""
+        start = self.position
         if self.kind != "number" or self.tokens[start + 1][0] != r"\frac":
             return None
-        whole, part = self.next().rational, self.base()
-        if part.rational is None or part.work:
-            self.at = start
+        whole = self.advance().rational
+        fraction = self.parse_primary()
+        if fraction.rational is None or fraction.pending:
+            self.position = start
             return None
-        if whole.denominator != 1 or not 0 < part.rational < 1:
-            raise Unreadable("neither a mixed number nor a product")
-        return self.with_suffixes(number(whole + part.rational))
+        if whole.denominator != 1 or not 0 < fraction.rational < 1:
+            raise ParseError("neither a mixed number nor a product")
+        return self.parse_suffixes(number(whole + fraction.rational))
 
-    def power(self):
-        return self.with_suffixes(self.base())
+    def parse_power(self):
+        """Parse a primary with its suffixes."""
+        return self.parse_suffixes(self.parse_primary())
 
-    def with_suffixes(self, result):
-        """What was read, with the exponents, factorials, percent signs and units behind it."""
+    def parse_suffixes(self, result):
+        """Apply the exponents, factorials, percent signs and units that follow a value. Other results are unchanged."""
         while isinstance(result, Value):
-            if self.skip("^"):
-                result = with_unit(result, read_unit("°")) if self.degrees() else result ** as_value(self.argument())
-            elif self.skip("!"):
+            if self.accept("^"):
+                result = (
+                    with_unit(result, parse_unit("°"))
+                    if self.accept_degree_sign()
+                    else result ** as_value(self.parse_argument())
+                )
+            elif self.accept("!"):
                 if self.kind == "!":
-                    raise Unreadable("a double factorial")
-                result = apply("factorial", result)
-            elif self.skip("%", r"\%"):
+                    raise ParseError("a double factorial")
+                result = apply_function("factorial", result)
+            elif self.accept("%", r"\%"):
                 result = with_unit(result, number(Fraction(1, 100)))
             elif self.kind in ("text", "word", *_MONEY):
-                unit = self.next().removeprefix("\\")
-                if self.skip("^"):
-                    unit += f"^{as_value(self.argument()).rational}"
-                result = with_unit(result, read_unit(unit))
+                unit = self.advance().removeprefix("\\")
+                if self.accept("^"):
+                    unit += f"^{as_value(self.parse_argument()).rational}"
+                result = with_unit(result, parse_unit(unit))
                 if self.kind in ("number", "name", "word"):
-                    raise Unreadable("more behind the unit")
+                    raise ParseError("text after a unit")
             else:
                 break
         return result
 
-    def degrees(self) -> bool:
-        if [kind for kind, _ in self.tokens[self.at : self.at + 3]] == ["{", r"\circ", "}"]:
-            self.at += 3
+    def accept_degree_sign(self) -> bool:
+        r"""Consume the \circ of an exponent, as in 90^\circ or 90^{\circ}."""
+        if [kind for kind, _ in self.tokens[self.position : self.position + 3]] == ["{", r"\circ", "}"]:
+            self.position += 3
             return True
-        return self.skip(r"\circ") is not None
+        return self.accept(r"\circ") is not None
 
-    def argument(self):
-        """What a macro, ^ or _ takes: a group, or one thing with its sign."""
-        if self.skip("{"):
-            result = self.sum()
+    def parse_argument(self):
+        """Parse the argument of a command, ^ or _: a group in braces, or a single primary with its sign."""
+        if self.accept("{"):
+            result = self.parse_sum()
             self.expect("}")
             return result
-        sign = self.signs()
+        sign = self.parse_signs()
         if self.kind not in _FACTORS and self.kind != "number":
-            raise Unreadable(f"{self.kind} as an argument")
-        result = self.base()
+            raise ParseError(f"{self.kind} as an argument")
+        result = self.parse_primary()
         return result if sign > 0 else -as_value(result)
 
-    def base(self):
-        """The smallest thing that stands here: a number, a name, or what a command or a bracket makes of others."""
+    def parse_primary(self):
+        """Parse a number, a name, a command with its arguments, or a bracket. Raises TooBig if nested too deeply."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise TooBig(f"what is nested over {MAX_DEPTH} deep")
-        result = self._base(*self.tokens[self.at])
+            raise TooBig(f"an expression nested over {MAX_DEPTH} levels deep")
+        result = self._parse_primary(*self.tokens[self.position])
         self.depth -= 1
         return result
 
-    def _base(self, kind: str, value):
-        self.at += 1
+    def _parse_primary(self, kind: str, value):
+        self.position += 1
         if kind == "number":
-            return self.with_base(value) if self.kind == "_" else value
+            return self.parse_number_base(value) if self.kind == "_" else value
         if kind == "name" or kind in GREEK:
-            return self.name(value)
+            return self.parse_name(value)
         if kind in _CONSTANTS:
             return symbol(_CONSTANTS[kind])
         if kind in _FUNCTIONS:
-            return self.function(kind[1:])
+            return self.parse_function(kind[1:])
         if kind == r"\frac":
-            return as_value(self.argument()) / as_value(self.argument())
+            return as_value(self.parse_argument()) / as_value(self.parse_argument())
         if kind == r"\binom":
-            return apply("binomial", as_value(self.argument()), as_value(self.argument()))
+            return apply_function("binomial", as_value(self.parse_argument()), as_value(self.parse_argument()))
         if kind == r"\sqrt":
             index = number(2)
-            if self.skip("["):
-                index = as_value(self.sum())
+            if self.accept("["):
+                index = as_value(self.parse_sum())
                 self.expect("]")
-            return _nth_root(as_value(self.argument()), index)
-        if kind in _ENCLOSED:
-            self.bars += kind == "|"
-            inner = as_value(self.sum())
-            closing, name = _ENCLOSED[kind]
+            return _nth_root(as_value(self.parse_argument()), index)
+        if kind in _DELIMITERS:
+            self.open_bars += kind == "|"
+            inner = as_value(self.parse_sum())
+            closing, name = _DELIMITERS[kind]
             self.expect(closing)
-            self.bars -= kind == "|"
-            return apply(name, inner)
+            self.open_bars -= kind == "|"
+            return apply_function(name, inner)
         if kind in _MONEY:
-            return with_unit(as_value(self.product()), read_unit(kind[-1]))
+            return with_unit(as_value(self.parse_product()), parse_unit(kind[-1]))
         if kind in _OPERATORS:
-            raise Unsupported(f"{kind} is not worked out")
-        return self.structure(kind)
+            raise Unsupported(f"{kind} is not evaluated")
+        return self.parse_structure(kind)
 
-    def name(self, name: str) -> Value:
+    def parse_name(self, name: str) -> Value:
+        """Return the constant, variable with its index, or binomial coefficient C_n^k after its name was consumed."""
         if name in ("e", "i") and self.kind != "_":
             return symbol(name)
-        if self.skip("_"):
-            start = self.at
-            index = as_value(self.argument())
-            if name == "C" and self.skip("^"):  # C_n^k
-                return apply("binomial", index, as_value(self.argument()))
-            name += f"_{self.text(start).strip('{}')}"
+        if self.accept("_"):
+            start = self.position
+            index = as_value(self.parse_argument())
+            if name == "C" and self.accept("^"):  # C_n^k
+                return apply_function("binomial", index, as_value(self.parse_argument()))
+            name += f"_{self.source(start).strip('{}')}"
         return symbol(name)
 
-    def with_base(self, value: Value) -> Value:
-        """204_5: a number of its own, equal to nothing else."""
-        self.at += 1
-        base = self.word()
+    def parse_number_base(self, value: Value) -> Value:
+        """Parse the base of 204_5. The number is not converted: it equals only the same digits in the same base."""
+        self.position += 1
+        base = self.parse_word()
         return symbol(f"{value.rational} in base {_BASES.get(base, base)}")
 
-    def word(self) -> str:
-        """A group or token that is no formula, without its brackets."""
-        start = self.at
-        is_group = self.skip("{")
-        while not (is_group and self.skip("}")):
+    def parse_word(self) -> str:
+        """Consume a group or token that is not a formula and return its text without brackets."""
+        start = self.position
+        is_group = self.accept("{")
+        while not (is_group and self.accept("}")):
             if self.kind == "end":
-                raise Unreadable("an argument that is missing")
-            self.at += 1
+                raise ParseError("a missing argument")
+            self.position += 1
             if not is_group:
                 break
-        return self.text(start).strip("{()}")
+        return self.source(start).strip("{()}")
 
-    def function(self, name: str) -> Value:
-        """sin x, sin^2 x, sin^{-1} x, log_2 x; without brackets the argument is the product up to the next function."""
+    def parse_function(self, name: str) -> Value:
+        """Parse sin x, sin^2 x, sin^{-1} x, log_2 x. An argument without brackets extends up to the next function."""
         power = base = None
-        while kind := self.skip("^", "_"):
+        while kind := self.accept("^", "_"):
             if kind == "^":
-                power = as_value(self.argument())
+                power = as_value(self.parse_argument())
             else:
-                base = as_value(self.argument())
+                base = as_value(self.parse_argument())
         if power is not None and power.rational == -1 and f"arc{name}" in FUNCTIONS:
             name, power = f"arc{name}", None
         if self.kind in _BRACKETS:
-            argument = as_value(self.base())
+            argument = as_value(self.parse_primary())
         else:
-            argument = as_value(self.power())
+            argument = as_value(self.parse_power())
             while self.kind in _FACTORS - _FUNCTIONS - _BRACKETS - {"|"}:
-                argument = argument * as_value(self.power())
+                argument = argument * as_value(self.parse_power())
         argument = _in_radians(argument)
         if name == "log" and base is not None:
-            result = apply("ln", argument) / apply("ln", base)
+            result = apply_function("ln", argument) / apply_function("ln", base)
         else:
-            result = apply("lg" if name == "log" else name, argument)
+            result = apply_function("lg" if name == "log" else name, argument)
         return result if power is None else result**power
 
 
-def as_value(thing) -> Value:
-    if not isinstance(thing, Value):
-        raise Unreadable("arithmetic with what is no number or formula")
-    return thing
+def as_value(node) -> Value:
+    """Return the node if it is a Value. Raises ParseError if it is a structure, which has no arithmetic."""
+    if not isinstance(node, Value):
+        raise ParseError("arithmetic with a structure")
+    return node
 
 
 def with_unit(value: Value, unit: Value) -> Value:
+    """Multiply by a unit, keeping the digits and pending operations of the value."""
     product = value * unit
-    return Value(product.num, product.den, value.digits, value.work)
+    return Value(product.num, product.den, value.digits, value.pending)
 
 
 def _nth_root(value: Value, n: Value) -> Value:
+    """Return the n-th root; for a negative number and odd n, the real one."""
     index = n.rational
     if index is None or index.denominator != 1 or not 2 <= index <= 99:
-        raise Unreadable("a root of an odd kind")
+        raise ParseError("a root whose index is not a whole number from 2 to 99")
     if value.rational is not None and value.rational < 0 and index % 2:
         return -((-value) ** number(1 / index))
     return value ** number(1 / index)
 
 
 def _in_radians(angle: Value) -> Value:
-    bare, unit = angle.split_unit()
-    return bare * symbol("pi") / number(180) if unit == frozenset({("unit:°", 1)}) else angle
+    """Convert an angle with the unit degree to radians; other values are unchanged."""
+    magnitude, unit = angle.split_unit()
+    return magnitude * symbol("pi") / number(180) if unit == frozenset({("unit:°", 1)}) else angle

@@ -1,14 +1,18 @@
-r"""The math grader: find the final answer in a completion and judge whether it is the gold answer.
+r"""The math grader: extract the final answer of a completion and compare it with the gold answer.
 
-In this order: the same text; plain numbers, as exact fractions; what structures.py reads (formulas, lists, tuples, sets,
-intervals, matrices), compared by exact arithmetic (grading/answers/exact.py); and only for formulas that agree with the gold in
-floating point but not term by term (tan^2 + 1 and sec^2), math-verify in a worker process that can be killed. What
-cannot be read is right only as the same text. Nothing is ever evaluated as code.
+An answer is compared in these steps, of which the first that decides counts:
 
-Policies. The last box counts. A decimal is right where it has six or more significant digits and is within a relative
-1e-6 (of a whole number: 1e-6), anything else must be exact. A unit may be left out or added, but not exchanged, and
-5 % is 0.05. Order counts in tuples, not in lists and sets; repeats count. Names of variables before `=` do not. Sums and
-products of plain numbers are not worked out: `7+5` is no answer where the gold is 12.
+1. Plain numbers, compared as exact fractions.
+2. The same text, after `tidy` (tokens.py).
+3. Formulas, lists, tuples, sets, intervals and matrices, parsed by structures.py and compared by exact arithmetic
+   (equality.py, exact.py). If one of the two cannot be parsed, the answer is wrong.
+4. math-verify in a worker process that can be killed: only for formulas that agree in floating point but not term by
+   term (tan^2 + 1 and sec^2), or if the gold answer has notation that the parser does not evaluate (\sum).
+
+Nothing is ever evaluated as code. Rules: The last box counts. A decimal with at least six significant digits may have a
+relative error of at most 1e-6 (absolute for a whole number); everything else must be exact. A unit may be omitted or
+added, but not changed; 5 % is 0.05. Order matters in tuples, not in lists and sets; duplicates count. Variable names
+before `=` are ignored. Sums and products of plain numbers must be evaluated: `7+5` is wrong for 12.
 """
 
 import contextlib
@@ -16,46 +20,53 @@ import functools
 import re
 from fractions import Fraction
 
-from grading.answers.equality import NotWorkedOut, is_same, is_same_text
-from grading.answers.exact import TooBig, Unreadable, Unsupported
-from grading.answers.structures import Items, read
+from grading.answers.equality import NotEvaluated, is_same, is_same_text
+from grading.answers.exact import ParseError, TooBig, Unsupported
+from grading.answers.structures import Items, parse
 from grading.answers.tokens import tidy
 from grading.base import Completion, Ungraded, shorten
 from grading.sandbox.workers import WorkerError, run_in_worker
 
-MAX_ANSWER_CHARS = 400  # a longer answer is refused before anything is parsed
-MAX_BOX_CHARS = 2000
-MAX_NESTING = 40
-MAX_DIGITS = 40  # a longer run of digits is refused: no big-number arithmetic on model text
-SYMBOLIC_SECONDS = 3.0
+MAX_ANSWER_CHARS = 400  # a longer answer is not parsed
+MAX_BOX_CHARS = 2000  # a box with more content is ignored
+MAX_NESTING = 40  # levels of brackets
+MAX_DIGITS = 40  # a longer run of digits is not parsed, since arithmetic on it is slow
+SYMBOLIC_SECONDS = 3.0  # time limit of math-verify
 
 
 def grade_math(answer: str, gold: str | int | float) -> tuple[float, str]:
-    """1.0 where the final answer in `answer` equals `gold`, else 0.0, with an outcome and its reason.
+    """Grade a math answer. Thread-safe.
 
-    `answer` is what stands after the thinking (`Completion.answer`), or a whole completion. Of a gold that is a whole
-    solution (`####` or `\\boxed{}`) its final answer counts. Outcomes: right, wrong, no_answer, gave_up (refused, or too
-    large or slow to be compared). Raises ValueError for an empty gold, Ungraded where a formula needs math-verify and no
-    worker process can be had. Safe to call from any thread.
+    Args:
+        answer: The text after the thinking (`Completion.answer`), or a whole completion.
+        gold: The right answer, or a whole solution that contains it after `####` or in `\\boxed{}`.
+
+    Returns:
+        1.0 if the final answer equals the gold answer, else 0.0; and a reason with the outcome right, wrong, no_answer
+        or gave_up (the answer is too large or complex to be parsed, or the comparison took too long).
+
+    Raises:
+        ValueError: If the gold answer is empty.
+        Ungraded: If a formula needs math-verify and no worker process is available.
     """
     if gold is None or str(gold).strip() == "":
         raise ValueError("the gold answer is empty: nothing could be right")
     gold = str(gold)
-    if "####" in gold or "\\boxed{" in gold:  # a whole solution: its final answer is the gold
+    if "####" in gold or "\\boxed{" in gold:  # a whole solution
         gold = extract_answer(gold) or gold
     if "think>" in answer:
         answer = Completion("", answer, {}).answer
-    found = extract_answer(answer)
-    if not found:
-        missing = "no \\boxed{}, ####, <answer> or 'the answer is'" if found is None else "the answer is empty"
-        return 0.0, f"no_answer: {missing}"
-    if len(found) > MAX_ANSWER_CHARS and found != gold.strip():
-        return 0.0, f"gave_up: the answer has {len(found)} characters, over {MAX_ANSWER_CHARS}"
-    outcome, detail = judge(found, gold)
+    final_answer = extract_answer(answer)
+    if not final_answer:
+        problem = "no \\boxed{}, ####, <answer> or 'the answer is'" if final_answer is None else "the answer is empty"
+        return 0.0, f"no_answer: {problem}"
+    if len(final_answer) > MAX_ANSWER_CHARS and final_answer != gold.strip():
+        return 0.0, f"gave_up: the answer has {len(final_answer)} characters, over {MAX_ANSWER_CHARS}"
+    outcome, detail = judge(final_answer, gold)
     return float(outcome == "right"), f"{outcome}: {detail}" if detail else outcome
 
 
-# --- finding the answer
+# --- extraction of the answer
 
 _MARKER = re.compile(r"(?:final answer *[:*_]+|(?:final|the|correct) answer is)[ :*_]*", re.IGNORECASE)
 _SIMPLE_BOX = re.compile(rf"\\boxed\{{([^{{}}\\]{{0,{MAX_BOX_CHARS}}})\}}")
@@ -66,18 +77,17 @@ _MATH = re.compile(r"\s*(?:\$\$(.*?)\$\$|\$(.*?)\$|\\\((.*?)\\\)|\\\[(.*?)\\\])"
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer: the last balanced `\boxed{}`, else `#### x`, `<answer>x</answer>`, `the answer is x`.
+    r"""Return the final answer: the last balanced `\boxed{}`, else `#### x`, `<answer>x</answer>` or `the answer is x`.
 
-    Never simply the last number in the text, and nothing else where there is a box that never closes. None where there
-    is none of these.
+    Returns None if there is none of these, or only a box without an end: other numbers in the text are not considered.
     """
     if "\\boxed" in text or "\\fbox" in text:
         return _last_box(text)
     if "####" in text:
         return text.rsplit("####", 1)[1].strip().split("\n", 1)[0].strip()
     if "<answer>" in text:
-        before, closed, _ = text.rpartition("</answer>")
-        return before.rpartition("<answer>")[2].strip() if closed and "<answer>" in before else None
+        before, end_tag, _ = text.rpartition("</answer>")
+        return before.rpartition("<answer>")[2].strip() if end_tag and "<answer>" in before else None
     *_, marker = [None, *_MARKER.finditer(text)]
     if marker:
         if math := _MATH.match(text, marker.end()):
@@ -88,35 +98,33 @@ def extract_answer(text: str) -> str | None:
 
 
 def _last_box(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` whose braces balance, in one pass over the text; also of `\boxed 5`."""
+    r"""Return the content of the last balanced `\boxed{...}`, or of `\boxed 5`, in one pass over the text."""
     simple = _SIMPLE_BOX.match(text, text.rfind("\\boxed{"))
     if simple and "box" not in text[simple.end() :]:
         return simple[1].strip()
-    found, found_at, opened = (
-        None,
-        -1,
-        [],
-    )  # opened: for each open brace, where its box and its content begin, if it is a box
+    content = None
+    last_start = -1  # start of the box with this content
+    open_braces = []  # for each one, the start of its box and of the content, or None if it is not a box
     for match in _BRACE.finditer(text):
         token, bare = match[0], match[1]
         if bare is not None:
-            if match.start() > found_at:
-                found, found_at = bare, match.start()
+            if match.start() > last_start:
+                content, last_start = bare, match.start()
         elif token[-1] == "{" and token != "\\{":
-            opened.append((match.start(), match.end()) if len(token) > 1 else None)
-        elif token == "}" and opened and (box := opened.pop()):
+            open_braces.append((match.start(), match.end()) if len(token) > 1 else None)
+        elif token == "}" and open_braces and (box := open_braces.pop()):
             start, inside = box
-            if start > found_at and match.start() - inside <= MAX_BOX_CHARS:
-                found, found_at = text[inside : match.start()], start
-    return None if found is None else found.strip()
+            if start > last_start and match.start() - inside <= MAX_BOX_CHARS:
+                content, last_start = text[inside : match.start()], start
+    return None if content is None else content.strip()
 
 
-# --- judging it
+# --- comparison with the gold answer
 
 
 @functools.lru_cache(maxsize=8192)
 def judge(answer: str, gold: str) -> tuple[str, str]:
-    """The outcome (right, wrong or gave_up) and why, of two final answers."""
+    """Compare two final answers. Returns the outcome (right, wrong or gave_up) and an explanation, "" if right."""
     a, g = plain_number(answer), plain_number(gold)
     if a is not None and g is not None and (a == g or "." not in answer + gold):
         return ("right", "") if a == g else ("wrong", f"{shorten(answer)} is not {shorten(gold)}")
@@ -124,7 +132,7 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     answer, gold = tidy(answer), tidy(gold)
     if is_same_text(answer, gold):
         return "right", ""
-    if problem := refusal(answer):
+    if problem := refusal_reason(answer):
         return "gave_up", problem
     try:
         verdict = compare(answer, gold)
@@ -132,10 +140,10 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
             verdict = compare(answer.replace(",", "."), gold)
     except TooBig as error:
         return "gave_up", f"{error} is too large to be compared"
-    except NotWorkedOut:
+    except NotEvaluated:
         return "wrong", f"{shorten(answer)} is not worked out"
     if verdict is None:
-        return ask_symbolic(answer, gold)
+        return judge_symbolically(answer, gold)
     return ("right", "") if verdict else wrong
 
 
@@ -143,7 +151,7 @@ _PLAIN = re.compile(r"\s*\$?([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[
 
 
 def plain_number(text: str) -> Fraction | None:
-    """A number written with digits alone, such as 1,080 or -3.50, as nearly all are; None for anything else."""
+    """Return the value of a number in digits, such as 1,080 or -3.50 (most answers are); None for any other text."""
     match = _PLAIN.fullmatch(text) if len(text) < 60 else None
     return Fraction(match[1].replace(",", "")) if match else None
 
@@ -154,8 +162,8 @@ _TOWER = re.compile(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^")
 _DIGIT_RUN = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 
 
-def refusal(text: str) -> str:
-    """Why an answer is not even parsed; "" where it is."""
+def refusal_reason(text: str) -> str:
+    """Return why an answer is too complex to be parsed; "" if it is not."""
     if _DIGIT_RUN.search(text):
         return f"a number of over {MAX_DIGITS} digits"
     if _TOWER.search(text):
@@ -171,39 +179,50 @@ def refusal(text: str) -> str:
 
 
 def compare(answer: str, gold: str) -> bool | None:
-    """Whether two tidied texts say the same; None where only the symbolic grader can tell."""
+    """Parse and compare two tidied answers. Returns None if only the symbolic grader can decide.
+
+    Raises:
+        NotEvaluated: If the answer is equal, but leaves a sum or product of plain numbers, or an integral and the like.
+        TooBig: If a value is too large to be computed.
+    """
     try:
-        expected = _read_gold(gold)
+        parsed_gold = _parse_gold(gold)
     except Unsupported:
-        expected = None
-    except Unreadable:
+        parsed_gold = None
+    except ParseError:
         return False
     try:
-        given = read(answer)
+        parsed_answer = parse(answer)
     except Unsupported:
-        if expected is None:
+        if parsed_gold is None:
             return None
-        raise NotWorkedOut from None
-    except Unreadable:
+        raise NotEvaluated from None
+    except ParseError:
         return False
-    if expected is None:
+    if parsed_gold is None:
         return None
-    verdict = is_same(given, expected)
-    if verdict is False and isinstance(given, Items) != isinstance(expected, Items) and _GROUP.search(answer + gold):
-        with contextlib.suppress(Unreadable):
-            verdict = is_same(read(answer, grouped=False), read(gold, grouped=False))  # 100,200 beside 100, 200
+    verdict = is_same(parsed_answer, parsed_gold)
+    if (
+        verdict is False
+        and isinstance(parsed_answer, Items) != isinstance(parsed_gold, Items)
+        and _GROUP.search(answer + gold)
+    ):
+        with contextlib.suppress(ParseError):
+            verdict = is_same(
+                parse(answer, grouping=False), parse(gold, grouping=False)
+            )  # is 100,200 a number or a list?
     return verdict
 
 
 _GROUP = re.compile(r"[0-9],[0-9]{3}")
-_read_gold = functools.lru_cache(maxsize=1024)(read)
+_parse_gold = functools.lru_cache(maxsize=1024)(parse)
 
 
-# --- the symbolic grader, in a worker
+# --- the symbolic grader
 
 
-def ask_symbolic(answer: str, gold: str) -> tuple[str, str]:
-    """Like `judge`, by math-verify in a worker. Raises Ungraded where no worker can be had."""
+def judge_symbolically(answer: str, gold: str) -> tuple[str, str]:
+    """Compare two answers as `judge` does, by math-verify in a worker. Raises Ungraded if no worker is available."""
     try:
         verdict = run_in_worker(
             "grading.answers.math_grader:verify_symbolic",
@@ -214,7 +233,7 @@ def ask_symbolic(answer: str, gold: str) -> tuple[str, str]:
         )
     except TimeoutError:
         return "gave_up", f"math-verify took over {SYMBOLIC_SECONDS:g} s"
-    except WorkerError as error:  # because of this answer, or is there no worker for any?
+    except WorkerError as error:  # test whether it is due to this answer
         try:
             run_in_worker(
                 "grading.answers.math_grader:verify_symbolic",
@@ -230,7 +249,7 @@ def ask_symbolic(answer: str, gold: str) -> tuple[str, str]:
 
 
 def verify_symbolic(answer: str, gold: str) -> bool:
-    """math-verify's verdict on two answers. To be called in a worker: it may run for ever, and its own limits are off."""
+    """Return math-verify's verdict. To be called in a worker: it may not end, and its own time limits are off."""
     from math_verify import parse, verify
 
     answer, gold = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, gold))

@@ -1,34 +1,39 @@
-r"""Reading an answer: tidied LaTeX or plain text into what it says.
+r"""Parser of a tidied answer in LaTeX or plain text.
 
-That is a Value (a number or formula, grading/answers/exact.py), a Region of the real line, or one of the classes here. The
-reader is strict: what it does not know raises Unreadable, and text behind a complete answer is never skipped. Work and
-recursion are bounded: answers are short and not deeply nested (grading/answers/math_grader.py), and exact.py refuses what is large.
+The result of `parse` is a Value (a number or formula, grading/answers/exact.py), a Region (a set of real numbers,
+grading/answers/regions.py), or one of the classes below. The parser is strict: unknown syntax and text after a complete
+answer raise ParseError. Time and recursion depth are bounded: grading/answers/math_grader.py limits the length and
+nesting of answers, and grading/answers/exact.py the size of values.
 """
 
 import functools
 import re
 from dataclasses import dataclass
 
-from grading.answers.exact import Unreadable, Unsupported, Value, are_equal, symbol
-from grading.answers.formulas import GREEK, FormulaReader, as_value
+from grading.answers.exact import ParseError, Unsupported, Value, are_equal, symbol
+from grading.answers.formulas import GREEK, FormulaParser, as_value
 from grading.answers.regions import REALS, Region, interval, solve
-from grading.answers.tokens import CLOSING, OPENING, WORDS, tokens
+from grading.answers.tokens import CLOSING, OPENING, WORDS, tokenize
 
 
 @dataclass(frozen=True)
 class Text:
+    """Words that are not a formula; compared by is_same_text."""
+
     words: str
 
 
 @dataclass(frozen=True)
 class Items:
-    kind: str  # list (in any order, with repeats), tuple (in order), set, ratio
+    """A collection of answers."""
+
+    kind: str  # list (unordered, may have duplicates), tuple (ordered), set, ratio
     items: tuple
 
 
 @dataclass(frozen=True)
 class Named:
-    """`name = value`."""
+    """An equation `name = value`, whose value is the answer."""
 
     name: str
     value: object
@@ -36,7 +41,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Relation:
-    """`difference op 0`, where op is one of = < <= !=."""
+    """A relation `difference op 0`; op is one of = < <= !=."""
 
     op: str
     difference: Value
@@ -44,20 +49,22 @@ class Relation:
 
 @dataclass(frozen=True)
 class Matrix:
-    rows: tuple
+    """A matrix or vector."""
+
+    rows: tuple  # tuples of entries
 
 
 _EQUALS = ("=", r"\approx")
 _RELATIONS = dict.fromkeys(_EQUALS, "=") | {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in"}
-_SETS = {r"\cup": Region.__or__, r"\cap": Region.__and__, r"\setminus": lambda a, b: a & b.complement()}
-_JOINTS = dict.fromkeys(("or", r"\lor", r"\vee"), Region.__or__) | dict.fromkeys(("and", r"\land"), Region.__and__)
-_SEPARATORS = (",", ";", "\\\\", *_JOINTS)
+_SET_OPERATIONS = {r"\cup": Region.__or__, r"\cap": Region.__and__, r"\setminus": lambda a, b: a & b.complement()}
+_CONNECTIVES = dict.fromkeys(("or", r"\lor", r"\vee"), Region.__or__) | dict.fromkeys(("and", r"\land"), Region.__and__)
+_SEPARATORS = (",", ";", "\\\\", *_CONNECTIVES)
 _WITHOUT_BRACES = str.maketrans("", "", "{}")
 _SUCH_THAT = (":", "|")
 _INFINITY = symbol("infinity")
 _SENTENCE = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]{2,})+")
-_SETS_IN_WORDS = dict.fromkeys(("empty set", "no solution", "no solutions"), Items("set", ()))
-_SETS_IN_WORDS |= dict.fromkeys(("all real numbers", "all reals"), REALS)
+_SETS_AS_TEXT = dict.fromkeys(("empty set", "no solution", "no solutions"), Items("set", ()))
+_SETS_AS_TEXT |= dict.fromkeys(("all real numbers", "all reals"), REALS)
 _NAME = re.compile(  # x, A_1, f(x), \theta, BC, P(A), |AB|, \angle ABC, f^{-1}(x), words
     rf"(?:[A-Za-z]|[A-Z]{{2,3}}|\\(?:{'|'.join(name[1:] for name in sorted(GREEK))}))"
     r"(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?(?:\([\w,]+\))?"
@@ -65,131 +72,148 @@ _NAME = re.compile(  # x, A_1, f(x), \theta, BC, P(A), |AB|, \angle ABC, f^{-1}(
 )
 
 
-def read(text: str, grouped: bool = True):
-    """What a tidied text says. grouped: whether 1,080 is one number, or two.
+def parse(text: str, grouping: bool = True):
+    """Parse a tidied answer.
 
-    Raises Unreadable, of which Unsupported is mathematics that is known but not worked out, or TooBig.
+    Args:
+        text: Output of `tidy`.
+        grouping: Whether commas group digits, so that 1,080 is one number, not two.
+
+    Raises:
+        ParseError: If the answer cannot be parsed; Unsupported if it contains known notation that is not evaluated.
+        TooBig: If a value is too large to be computed.
     """
     if _SENTENCE.fullmatch(text) and WORDS.keys().isdisjoint(text.split()):
-        return _words(text)
-    result = _Reader(tokens(text, grouped)).items("end")
+        return _text_or_set(text)
+    result = _Parser(tokenize(text, grouping)).parse_items("end")
     if result is None:
-        raise Unreadable("nothing")
+        raise ParseError("an empty answer")
     return result
 
 
-def _words(words: str):
-    """A text, or what it says of sets."""
+def _text_or_set(words: str):
+    """Return a single letter as a variable, a phrase such as "no solution" as a set, and other words as Text."""
     if len(words) == 1:
         return symbol(words)
-    return _SETS_IN_WORDS.get(words.lower().removeprefix("the "), Text(words))
+    return _SETS_AS_TEXT.get(words.lower().removeprefix("the "), Text(words))
 
 
-class _Reader(FormulaReader):
-    def items(self, *closing: str, is_group: bool = False):
-        """Things between separators, up to a closing token: the thing where there is one, None where there is none.
+class _Parser(FormulaParser):
+    def parse_items(self, *closing: str, is_group: bool = False):
+        """Parse items between separators, up to one of the closing tokens, which is consumed.
 
-        A plus-minus makes two things of the one that it is in, unless that is a group of a larger one.
+        A plus-minus doubles the item that contains it; in a bracket (is_group) it doubles the item around the bracket.
+
+        Returns:
+            The item if there is only one, else a list, or a Region if all items are regions; None without items.
         """
-        found, joints = [], set()
-        while not self.skip(*closing):
-            if found:
-                joint = self.skip(*_SEPARATORS)
-                if not joint:
-                    raise Unreadable(f"{self.kind} behind a complete answer")
-                joints.add(self.skip("or", "and") or joint)  # ", and"
-            start, self.has_sign = self.at, is_group and self.has_sign
-            found.append(self.item())
-            if self.has_sign and not is_group:
-                self.at, self.sign = start, -1
-                found.append(self.item())
-                self.sign = 1
-        if len(found) < 2:
-            return found[0] if found else None
-        if len(joints) == 1 and all(isinstance(item, Region) for item in found):
-            join = _JOINTS.get(joints.pop())
-            result = functools.reduce(join or Region.__and__, found)  # x > 1, x < 3 is "and"
-            return result if join or result.pieces else functools.reduce(Region.__or__, found)  # x < 1, x > 3 "or"
-        return Items("list", tuple(found))
+        items = []
+        separators = set()
+        while not self.accept(*closing):
+            if items:
+                separator = self.accept(*_SEPARATORS)
+                if not separator:
+                    raise ParseError(f"{self.kind} after a complete answer")
+                separators.add(self.accept("or", "and") or separator)  # ", and"
+            start = self.position
+            self.has_plus_minus = is_group and self.has_plus_minus
+            items.append(self.parse_item())
+            if self.has_plus_minus and not is_group:
+                self.position = start
+                self.plus_minus_sign = -1
+                items.append(self.parse_item())
+                self.plus_minus_sign = 1
+        if len(items) < 2:
+            return items[0] if items else None
+        if len(separators) == 1 and all(isinstance(item, Region) for item in items):
+            join = _CONNECTIVES.get(separators.pop())
+            result = functools.reduce(join or Region.__and__, items)  # "x > 1, x < 3" means "and"
+            return result if join or result.pieces else functools.reduce(Region.__or__, items)  # "x < 1, x > 3": "or"
+        return Items("list", tuple(items))
 
-    def item(self):
-        """One thing, or a relation or chain of relations between such."""
+    def parse_item(self):
+        """Parse a ratio, set or formula, or a chain of relations between these."""
         names = []
-        while name := self.name_before_equals():
+        while name := self.parse_name_before_equals():
             names.append(name)
-        parts, relations = [self.ratio()], []
-        while relation := self.skip(*_RELATIONS):
+        parts = [self.parse_ratio()]
+        relations = []
+        while relation := self.accept(*_RELATIONS):
             relations.append(_RELATIONS[relation])
-            parts.append(self.ratio())
+            parts.append(self.parse_ratio())
         if relations == ["in"] and not names and as_value(parts[0]).is_variable() and not isinstance(parts[1], Value):
             return parts[1]
         if set(relations) <= {"="}:
             return _equation(names, parts)
         if names or "in" in relations:
-            raise Unreadable("a chain of unlike relations")
+            raise ParseError("a chain of different relations")
         return _inequality([as_value(part) for part in parts], relations)
 
-    def name_before_equals(self) -> str | None:
-        """What stands before an equals sign where it is a mere name, or (x,y) for several."""
-        start, words = self.at, ""
-        while self.kind not in (*_EQUALS, "end", *_SEPARATORS[1:]) and self.at - start < 12:
+    def parse_name_before_equals(self) -> str | None:
+        """Consume `name =` or `(x,y) =` and return the names, joined by commas; return None if neither comes next."""
+        start = self.position
+        words = ""
+        while self.kind not in (*_EQUALS, "end", *_SEPARATORS[1:]) and self.position - start < 12:
             is_word = self.kind in ("text", "word")
-            self.at += 1
-            words += "#words" if is_word else self.text(self.at - 1)
+            self.position += 1
+            words += "#words" if is_word else self.source(self.position - 1)
         names = words[1:-1].split(",") if words[:1] == "(" and words[-1:] == ")" else [words]
         if self.kind in _EQUALS and all(map(_NAME.fullmatch, names)) and words != "e":
-            self.at += 1
+            self.position += 1
             return ",".join(names).translate(_WITHOUT_BRACES)
-        self.at = start
+        self.position = start
         return None
 
-    def ratio(self):
-        start, result = self.at, self.union()
+    def parse_ratio(self):
+        """Parse a ratio such as 2:3, or a set or formula."""
+        start = self.position
+        result = self.parse_set_expression()
         if self.kind != ":" or not isinstance(result, Value):
             return result
         parts = [result]
-        while self.skip(":"):
-            parts.append(as_value(self.union()))
-        if any(kind == "name" for kind, _ in self.tokens[start : self.at]):
-            raise Unreadable("a ratio or time with letters")
+        while self.accept(":"):
+            parts.append(as_value(self.parse_set_expression()))
+        if any(kind == "name" for kind, _ in self.tokens[start : self.position]):
+            raise ParseError("a ratio or time with letters")
         return Items("ratio", tuple(parts))
 
-    def union(self):
-        result = self.sum()
-        while operation := self.skip(*_SETS):
-            result = _SETS[operation](as_region(result), as_region(self.sum()))
+    def parse_set_expression(self):
+        """Parse sets joined by set operations, or a formula."""
+        result = self.parse_sum()
+        while operation := self.accept(*_SET_OPERATIONS):
+            result = _SET_OPERATIONS[operation](as_region(result), as_region(self.parse_sum()))
         return result
 
-    def structure(self, kind: str):
-        """What formulas stand in; its first token has just been read."""
+    def parse_structure(self, kind: str):
+        """Parse a structure that is not a formula; its first token has been consumed."""
         if kind in ("text", "word"):
-            self.at -= 1
+            self.position -= 1
             words = []
             while self.kind in ("text", "word", "name"):
-                words.append(self.next())
-            return _words(" ".join(words))
+                words.append(self.advance())
+            return _text_or_set(" ".join(words))
         if kind == r"\ldots":
             return Text("...")
         if kind == r"\emptyset":
             return Items("set", ())
         if kind == r"\mathbb":
-            letter = self.word()
+            letter = self.parse_word()
             return REALS if letter == "R" else Text(f"set of numbers {letter}")
         if kind == "{":
-            result = self.items("}", is_group=True)
+            result = self.parse_items("}", is_group=True)
             return Items("set", result.items) if isinstance(result, Items) and result.kind == "list" else result
         if kind in ("(", "["):
-            return self.bracket(kind)
+            return self.parse_bracket(kind)
         if kind == r"\{":
-            return self.set()
+            return self.parse_set()
         if kind == r"\begin":
-            return self.environment()
-        raise Unreadable(f"{kind} where an answer should be")
+            return self.parse_environment()
+        raise ParseError(f"expected an answer, not {kind}")
 
-    def bracket(self, opening: str):
-        """( or [: one thing, an interval or a tuple."""
-        result = self.items(")", "]", is_group=True)
-        brackets = opening + self.tokens[self.at - 1][0]
+    def parse_bracket(self, opening: str):
+        """Parse an interval, a tuple or a single item in brackets; the opening bracket has been consumed."""
+        result = self.parse_items(")", "]", is_group=True)
+        brackets = opening + self.tokens[self.position - 1][0]
         if isinstance(result, Items) and result.kind == "list":
             if brackets != "()" and len(result.items) == 2:
                 low, high = result.items
@@ -198,48 +222,49 @@ class _Reader(FormulaReader):
                 return Items("tuple", result.items)
         elif brackets in ("()", "[]") and result is not None and not isinstance(result, Named):
             return result
-        raise Unreadable("brackets around what is no tuple")
+        raise ParseError("brackets that enclose neither an interval, a tuple nor a single item")
 
-    def set(self):
-        r"""\{1, 2\}, or \{x \in R : x > 2\} as the region of its condition."""
-        start, depth = self.at, 0
+    def parse_set(self):
+        r"""Parse \{1, 2\}, or \{x \in R : x > 2\}, which is the region of its condition."""
+        start = self.position
+        depth = 0
         while self.kind not in ("end", *_SUCH_THAT) and depth >= 0:
             depth += (self.kind in OPENING) - (self.kind in CLOSING)
-            self.at += 1
-        if self.kind in _SUCH_THAT and re.fullmatch(r"[A-Za-z](\\in\\mathbb(R|\{R\}))?", self.text(start)):
-            self.at += 1
-            return as_region(self.items(r"\}"))
-        self.at = start
-        result = self.items(r"\}")
+            self.position += 1
+        if self.kind in _SUCH_THAT and re.fullmatch(r"[A-Za-z](\\in\\mathbb(R|\{R\}))?", self.source(start)):
+            self.position += 1
+            return as_region(self.parse_items(r"\}"))
+        self.position = start
+        result = self.parse_items(r"\}")
         if isinstance(result, Items) and result.kind == "list":
             return Items("set", result.items)
         return Items("set", () if result is None else (result,))
 
-    def environment(self):
-        r"""\begin{pmatrix} ... \end{pmatrix} is a Matrix, \begin{cases} a list of its rows."""
-        name = self.word()
+    def parse_environment(self):
+        r"""Parse \begin{pmatrix} ... \end{pmatrix} as a Matrix, \begin{cases} and the like as a list of the entries."""
+        name = self.parse_word()
         is_list = name in ("cases", "aligned", "align", "align*")
         if not is_list and name not in ("matrix", "pmatrix", "bmatrix", "smallmatrix", "array"):
-            raise Unsupported(f"{name} is not worked out")
+            raise Unsupported(f"{name} is not evaluated")
         if name == "array":
-            self.word()
+            self.parse_word()
         if is_list:
             self.tokens = [token for token in self.tokens if token[0] != "&"]
         rows = [[]]
-        while not self.skip(r"\end"):
-            if self.skip("\\\\"):
+        while not self.accept(r"\end"):
+            if self.accept("\\\\"):
                 rows.append([])
-            elif not self.skip("&"):
-                rows[-1].append(self.item())
+            elif not self.accept("&"):
+                rows[-1].append(self.parse_item())
                 if self.kind not in ("&", "\\\\", r"\end"):
-                    raise Unreadable("a matrix with something between its entries")
-        self.word()
+                    raise ParseError("a matrix entry with text after it")
+        self.parse_word()
         rows = tuple(tuple(row) for row in rows if row)
         return Items("list", sum(rows, ())) if is_list else Matrix(rows)
 
 
 def _equation(names: list[str], parts: list):
-    """x = 5, 2 + 3 = 5 (5, as all sides are equal), y - x = 1."""
+    """Interpret x = 5 as Named, 2 + 3 = 5 as its last side (all sides must be equal), and y - x = 1 as a Relation."""
     values = [part for part in parts if isinstance(part, Value)]
     while len(parts) == len(values) > 1 and are_equal(values[-2], values[-1]):
         parts, values = values[:-2] + values[-1:], values[:-2] + values[-1:]
@@ -250,26 +275,26 @@ def _equation(names: list[str], parts: list):
         if left.variables() or right.variables():
             return Relation("=", left - right)
     if len(parts) != 1:
-        raise Unreadable("sides that are not equal")
+        raise ParseError("an equation whose sides differ")
     if len(names) == 1 and "," in names[0]:
-        each, tuple_ = names[0].split(","), parts[0]
-        if not isinstance(tuple_, Items) or tuple_.kind != "tuple" or len(tuple_.items) != len(each):
-            raise Unreadable("a tuple of names without as many values")
-        return Items("list", tuple(map(Named, each, tuple_.items)))
-    named = [Named(name, parts[0]) for name in names]
-    return parts[0] if not named else named[0] if len(named) == 1 else Items("list", tuple(named))
+        split_names, value = names[0].split(","), parts[0]
+        if not isinstance(value, Items) or value.kind != "tuple" or len(value.items) != len(split_names):
+            raise ParseError("a tuple of names with another number of values")
+        return Items("list", tuple(map(Named, split_names, value.items)))
+    results = [Named(name, parts[0]) for name in names]
+    return parts[0] if not results else results[0] if len(results) == 1 else Items("list", tuple(results))
 
 
 def _inequality(parts: list[Value], relations: list[str]):
-    """A region where each part is linear in the same variable, else a Relation."""
+    """Interpret a chain of inequalities as a Region if all are linear in the same variable; else one as a Relation."""
     steps = []
     for left, op, right in zip(parts, relations, parts[1:]):
         if op[0] == ">":
             left, op, right = right, "<" + op[1:], left
-        if op[0] == "<" and (left.key == (-_INFINITY).key or right.key == _INFINITY.key):  # says nothing
+        if op[0] == "<" and (left.key == (-_INFINITY).key or right.key == _INFINITY.key):  # always true
             continue
         if "infinity" in left.atoms() | right.atoms():
-            raise Unreadable("a relation with infinity")
+            raise ParseError("a relation with infinity")
         steps.append(Relation(op, left - right))
     regions = [solve(step.op, step.difference) for step in steps]
     names = {name for step in steps for name in step.difference.variables()}
@@ -279,19 +304,19 @@ def _inequality(parts: list[Value], relations: list[str]):
             result &= region
         return result
     if len(steps) != 1 or not names:
-        raise Unreadable("a chain of inequalities")
+        raise ParseError("a chain of inequalities")
     return steps[0]
 
 
-def as_region(thing) -> Region:
-    """A pair in round brackets as an interval, a set of numbers as points. Raises Unreadable for anything else."""
-    if isinstance(thing, Region):
-        return thing
-    if isinstance(thing, Items) and thing.kind == "tuple" and len(thing.items) == 2:
-        return interval(thing.items[0], False, thing.items[1], False)
-    if isinstance(thing, Items) and thing.kind == "set":
+def as_region(node) -> Region:
+    """Return a pair in parentheses as an open interval, a set of numbers as points. Raises ParseError for others."""
+    if isinstance(node, Region):
+        return node
+    if isinstance(node, Items) and node.kind == "tuple" and len(node.items) == 2:
+        return interval(node.items[0], False, node.items[1], False)
+    if isinstance(node, Items) and node.kind == "set":
         result = Region(())
-        for item in thing.items:
+        for item in node.items:
             result |= interval(item, True, item, True)
         return result
-    raise Unreadable("no set of real numbers")
+    raise ParseError("not a set of real numbers")

@@ -1,13 +1,13 @@
-r"""An answer's text made uniform, and cut into tokens.
+r"""Normalization of an answer's text, and the tokenizer.
 
-`tidy` takes off what does not change an answer (math delimiters, spacing, other names of the same command, words that
-only wrap a number) and `tokens` cuts what is left for grading/answers/structures.py.
+`tidy` removes everything that does not change the meaning of an answer (math delimiters, spacing, synonyms of commands,
+text commands around a number), and `tokenize` splits the rest for the parser in grading/answers/structures.py.
 """
 
 import re
 from fractions import Fraction
 
-from grading.answers.exact import Unreadable, Value, number
+from grading.answers.exact import ParseError, Value, number
 from grading.answers.units import UNIT_WORDS
 
 _CHARACTERS = str.maketrans(
@@ -35,8 +35,8 @@ _COMMANDS = {
 }  # fmt: skip
 _COMMAND = re.compile(r"\\(left|right)\s*\.|\\(math(?:bf|it|sf|cal))\s*\{([A-Za-z])\}|\\([A-Za-z]+)")
 _TIDY = [
-    (re.compile(pattern, re.ASCII), to)
-    for pattern, to in (
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
         (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", ""),  # 10{,}080 and 10,\!080
         (r"\\!", ""),
         (r"(?<!\\)\\[,;: ]", " "),
@@ -60,12 +60,12 @@ _WRAPPED = re.compile(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\text\s
 
 
 def tidy(text: str) -> str:
-    """Text without what does not change an answer."""
+    """Normalize an answer: remove or replace everything that does not change its meaning."""
     text = text.translate(_CHARACTERS).strip(" *`")
     if not (text.isascii() and text.isalnum()):
-        for pattern, to in _TIDY:
-            text = pattern.sub(to, text)
-    if (text.count("$") - text.count("\\$")) % 2:  # a dollar sign alone is money
+        for pattern, replacement in _TIDY:
+            text = pattern.sub(replacement, text)
+    if (text.count("$") - text.count("\\$")) % 2:  # a single dollar sign is a currency
         text = re.sub(r"(?<!\\)\$", r"\\$", text, count=1)
     while wrapped := _WRAPPED.fullmatch(text := text.strip().rstrip(".,; *`")):
         inner = next(group for group in wrapped.groups() if group is not None)
@@ -78,7 +78,7 @@ def tidy(text: str) -> str:
 # --- tokens
 
 _NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
-_GROUPED_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d*)?", re.ASCII)
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d*)?", re.ASCII)
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", re.ASCII)
 _MIXED = re.compile(r"(\d+) +(\d+)/(\d+)(?![\d.])", re.ASCII)
 _POWER_OF_TEN = re.compile(
@@ -95,66 +95,77 @@ WORDS |= dict.fromkeys(("inf", "infty", "infinity"), r"\infty")
 OPENING, CLOSING = ("(", "[", r"\{"), (")", "]", r"\}")
 
 
-def tokens(text: str, grouped: bool) -> list[tuple[str, object]]:
-    """Pairs (kind, value) with kinds number (a Value), text, word, name (one letter), end, and each command and sign.
+def tokenize(text: str, grouping: bool) -> list[tuple[str, object]]:
+    """Split a tidied answer into tokens.
 
-    grouped: whether 1,080 is one number, where it stands in no brackets. Raises Unreadable.
+    Args:
+        text: Output of `tidy`.
+        grouping: Whether commas group digits, so that 1,080 outside of brackets is one number, not two.
+
+    Returns:
+        Pairs (kind, value). The kind is number (with a Value), text (words in a text command or after a number), word,
+        name (one letter), end (the last token), or the command or sign itself. Raises ParseError.
     """
-    found, place, depth = [], 0, 0
-    while place < len(text):
-        last = found[-1][0] if found else ""
-        words = last in ("number", "}", r"\pi") and _WORDS_TO_THE_END.match(text, place)
+    tokens = []
+    position = 0
+    depth = 0
+    while position < len(text):
+        last = tokens[-1][0] if tokens else ""
+        words = last in ("number", "}", r"\pi") and _WORDS_TO_THE_END.match(text, position)
         if words and words[1].split()[0] not in WORDS:
             match, token = words, ("text", words[1])
-        elif last == "number" and (match := UNIT_WORDS.match(text, place)):
+        elif last == "number" and (match := UNIT_WORDS.match(text, position)):
             token = "text", match[1]
-        elif text[place].isspace():
-            place += 1
+        elif text[position].isspace():
+            position += 1
             continue
-        elif match := _REPEATING.match(text, place):
-            token = "number", _repeating(*match.groups())
-        elif match := _MIXED.match(text, place):
-            whole, above, below = map(int, match.groups())
-            if not above < below:
-                raise Unreadable("neither a mixed number nor a product")
-            token = "number", number(whole + Fraction(above, below))
-        elif match := (grouped and not depth and _GROUPED_NUMBER.match(text, place)) or _NUMBER.match(text, place):
+        elif match := _REPEATING.match(text, position):
+            token = "number", _repeating_decimal(*match.groups())
+        elif match := _MIXED.match(text, position):
+            whole, numerator, denominator = map(int, match.groups())
+            if not numerator < denominator:
+                raise ParseError("neither a mixed number nor a product")
+            token = "number", number(whole + Fraction(numerator, denominator))
+        elif match := (grouping and not depth and _GROUPED.match(text, position)) or _NUMBER.match(text, position):
             digits = match[0].replace(",", "")
             power = _POWER_OF_TEN.match(text, match.end())
             match = power or match
             token = "number", _decimal(digits, int(next(filter(None, power.groups()))) if power else 0)
-        elif match := _TOKEN.match(text, place):
-            token = _token(match, match[0] == text)
+        elif match := _TOKEN.match(text, position):
+            token = _make_token(match, match[0] == text)
             depth += (token[0] in OPENING) - (token[0] in CLOSING)
         else:
-            raise Unreadable(f"an unknown character {text[place]!r}")
-        place = match.end()
+            raise ParseError(f"an unknown character {text[position]!r}")
+        position = match.end()
         if token[0] == "letters":
-            found += [("name", letter) for letter in token[1]]
+            tokens += [("name", letter) for letter in token[1]]
         else:
-            found.append(token)
-    return [*found, ("end", "")]
+            tokens.append(token)
+    return [*tokens, ("end", "")]
 
 
-def _token(match: re.Match, is_all: bool) -> tuple[str, str]:
+def _make_token(match: re.Match, is_whole: bool) -> tuple[str, str]:
+    """Return the token for a match of _TOKEN, which may be the whole answer; `letters` are a product of variables."""
     token, text = match[0], match[1]
     if text is not None:
-        joint = text.strip(" ,").lower()
-        return (joint or ",", joint) if joint in ("", "or", "and") else ("text", text.strip())
+        separator = text.strip(" ,").lower()
+        return (separator or ",", separator) if separator in ("", "or", "and") else ("text", text.strip())
     if token in WORDS:
         return WORDS[token], token
     if token[0].isalpha():  # a word, or a product of variables
-        return "word" if len(token) > 3 or (len(token) == 3 and is_all) else "letters", token
+        return "word" if len(token) > 3 or (len(token) == 3 and is_whole) else "letters", token
     return token, token
 
 
 def _decimal(text: str, power: int) -> Value:
+    """Return the decimal times 10^power, with the number of its significant digits."""
     if abs(power) > MAX_POWER_OF_TEN:
-        raise Unreadable("a number out of all proportion")
+        raise ParseError("a number of extreme magnitude")
     digits = len(text.replace(".", "").lstrip("0")) if "." in text else 0
     return number(Fraction(text) * Fraction(10) ** power, digits)
 
 
-def _repeating(whole: str, fixed: str, repeated: str) -> Value:
+def _repeating_decimal(whole: str, fixed: str, repeated: str) -> Value:
+    """Return the value of a repeating decimal such as 0.1\\overline{6}."""
     tail = Fraction(int(repeated), 10 ** len(fixed) * (10 ** len(repeated) - 1))
     return number(Fraction(f"{whole or 0}.{fixed or 0}") + tail)

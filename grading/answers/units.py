@@ -1,24 +1,24 @@
-"""Units of answers: words behind a number, which may be left out but not exchanged, and never rescale it."""
+"""Units: words after a number. An answer may omit or add a unit, but not change it; units are never converted."""
 
 import re
 from fractions import Fraction
 
-from grading.answers.exact import ONE, Unreadable, Value, number
+from grading.answers.exact import ONE, ParseError, Value, number
 
-_SAME = {  # the name that stands for all: its other names, in the singular
+_SYNONYMS = {  # canonical name: its synonyms, in the singular
     "$": "dollar usd buck", "€": "euro eur", "£": "gbp", "¥": "yen jpy", "°": "degree deg", "mm": "millimeter millimetre",
     "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inch inche", "ft": "foot feet", "yd": "yard",
     "mi": "mile", "g": "gram gramme", "mg": "milligram", "kg": "kilogram kilo", "lb": "pound", "oz": "ounce", "ml": "milliliter millilitre",
     "l": "liter litre", "s": "second sec", "min": "minute", "h": "hour hr", "day": "d", "cent": "¢", "person": "people",
 }  # fmt: skip
-NAMES = {other: name for name, others in _SAME.items() for other in others.split()}
+_CANONICAL = {other: name for name, others in _SYNONYMS.items() for other in others.split()}
 CURRENCIES = "$€£¥"
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "percent": Fraction(1, 100)}
-_BARE = "mm|cm|dm|km|in|ft|yd|mi|mg|kg|lbs?|oz|ml|mL|hrs?|mins?|secs?|mph|kph|kmh|Hz|kW|units?|days?|cents?|USD|EUR"
-# What may stand behind a number without \text{}: units that are no product of variables.
-UNIT_WORDS = re.compile(rf"\s*((?:{_BARE})(?:\s*/\s*(?:{_BARE}|h|s))?)(?![A-Za-z0-9])")
+_UNIT = "mm|cm|dm|km|in|ft|yd|mi|mg|kg|lbs?|oz|ml|mL|hrs?|mins?|secs?|mph|kph|kmh|Hz|kW|units?|days?|cents?|USD|EUR"
+# Units that are recognized after a number without \text{}, since they cannot be products of variables.
+UNIT_WORDS = re.compile(rf"\s*((?:{_UNIT})(?:\s*/\s*(?:{_UNIT}|h|s))?)(?![A-Za-z0-9])")
 
-# Words that say something about the number instead of what it counts.
+# Words that modify or describe the number instead of being a unit.
 _NOT_UNITS = frozenset(
     """a about above add all almost an and another any approximately are around at base be because below between but by cannot choose
     cubed divided dozen double each eighth either else equal equals even every except exactly factorial false few fewer fifth for
@@ -30,23 +30,25 @@ _NOT_UNITS = frozenset(
 )  # fmt: skip
 
 
-def read_unit(text: str) -> Value:
-    """What a number is multiplied with by the words behind it: `square miles per hour` is mi^2 / h, `million` 10^6.
+def parse_unit(text: str) -> Value:
+    """Return the factor denoted by the words after a number: `square miles per hour` is mi^2 / h, `million` is 10^6.
 
-    Raises Unreadable for words that are no unit.
+    Raises ParseError if the words are not a unit.
     """
-    above, *below = re.split(
+    numerator, *denominators = re.split(
         r"\s*/\s*|\s+per\s+|^per\s+", text.strip().strip(".").replace("²", "^2").replace("³", "^3")
     )
-    result = _read_part(above) if above else number(1)
-    for part in below:
-        result /= _read_part(part)
+    result = _parse_factor(numerator) if numerator else number(1)
+    for denominator in denominators:
+        result /= _parse_factor(denominator)
     return result
 
 
-def _read_part(text: str) -> Value:
+def _parse_factor(text: str) -> Value:
+    """Parse a unit without division, such as `thousand square meters` or `cm^2`."""
     words = [word.lower() if len(word) > 1 else word for word in text.split()]
-    scale, power = Fraction(1), 1
+    scale = Fraction(1)
+    power = 1
     while words and (words[0] in _SCALES or words[0].rstrip("s") in _SCALES):
         scale *= _SCALES[words.pop(0).rstrip("s")]
     if words and words[0] in ("square", "sq", "sq.", "cubic", "cu"):
@@ -58,7 +60,7 @@ def _read_part(text: str) -> Value:
     name = " ".join(words)
     is_name = re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+){0,3}|[$€£¥°¢]", name)
     if not is_name or not _NOT_UNITS.isdisjoint([*words, *(word.rstrip("s") for word in words)]):
-        raise Unreadable("words that are no unit")
+        raise ParseError("words that are not a unit")
     name = name[:-1] if len(name) > 3 and name.endswith("s") else name
-    name = NAMES.get(name, name)
+    name = _CANONICAL.get(name, name)
     return Value({ONE | {(f"unit:{name}", power)}: scale})

@@ -1,4 +1,4 @@
-"""bench/compare.py: completions to the goal, the table, the plot, which runs are repeated; and a small run."""
+"""bench/compare.py: completions to the goal, table, plot, skipping of finished runs, and a small run."""
 
 import json
 import math
@@ -14,29 +14,29 @@ from rl.run.read_config import read_config
 @pytest.mark.parametrize(
     "points, expected",
     [
-        ([(0, 0.2), (1000, 0.6), (2000, 1.0)], 1500),  # half of the way from 0.6 to 1.0
+        ([(0, 0.2), (1000, 0.6), (2000, 1.0)], 1500),  # halfway from 0.6 to 1.0
         ([(0, 0.0), (1000, 0.8), (2000, 0.9)], 1000),  # exactly at an evaluation
-        ([(0, 0.4), (1000, 0.9), (2000, 0.5), (3000, 0.9)], 800),  # the first time counts
-        ([(0, 0.4), (1000, 0.2), (2000, 1.0)], 1750),  # from the evaluation before it, not from the start
+        ([(0, 0.4), (1000, 0.9), (2000, 0.5), (3000, 0.9)], 800),  # the first time it is reached
+        ([(0, 0.4), (1000, 0.2), (2000, 1.0)], 1750),  # interpolated from the previous evaluation, not from the start
         ([(0, 0.85), (1000, 0.2)], 0),  # before training
         ([(0, 0.2), (1000, 0.79)], math.inf),
         ([(0, 0.2)], math.inf),
     ],
 )
-def test_completions_to_the_goal(points, expected):
+def test_completions_to_goal(points, expected):
     assert compare.completions_to_goal(points, 0.8) == pytest.approx(expected)
 
 
-def test_spread():
+def test_spread_shows_median_and_range():
     assert compare.spread([3, 1, 2], ".0f") == "2 (1 to 3)"
     assert compare.spread([1234.4], ",.0f") == "1,234"
-    assert compare.spread([2.01, 2.04], ".1f") == "2.0"  # as it is printed
+    assert compare.spread([2.01, 2.04], ".1f") == "2.0"  # equal after rounding
     assert compare.spread([1000, math.inf, 2000], ",.0f") == "2,000 (1,000 to not reached)"
     assert compare.spread([math.inf, math.inf], ",.0f") == "not reached"
 
 
 @pytest.mark.parametrize("method", compare.METHODS)
-def test_settings_are_valid_and_have_the_same_budget(method):
+def test_methods_are_valid_and_have_equal_budgets(method):
     arguments = [*compare.METHODS[method].split(), "--seed", "3", "--max-steps", "24"]
     config, _ = read_config(arguments, "configs/tiny.yaml")
     assert (config.seed, config.max_steps) == (3, 24) and config.critic_warmup_steps < config.max_steps
@@ -44,8 +44,8 @@ def test_settings_are_valid_and_have_the_same_budget(method):
     assert (config.model, config.temperature, config.train_data) == ("data/tiny", 1, ["sums", "words", "functions"])
 
 
-def run_folder(folder, after=0.9):
-    """A run of three steps of 3, 2 and 4 completions, evaluated before, after the first and at the end."""
+def write_run(folder, after=0.9):
+    """Write a run of three steps with 3, 2 and 4 completions, evaluated before, after the first step and at the end."""
     (folder / "rollouts").mkdir(parents=True)
     for step, count in enumerate([3, 2, 4], 1):
         (folder / f"rollouts/{step:06d}.jsonl").write_text("{}\n" * count)
@@ -58,8 +58,8 @@ def run_folder(folder, after=0.9):
     return folder
 
 
-def test_figures_of_a_run(tmp_path):
-    figures = compare.read_figures(run_folder(tmp_path / "run"))
+def test_reads_figures_of_a_run(tmp_path):
+    figures = compare.read_figures(write_run(tmp_path / "run"))
     assert figures["points"] == [(0, 0.2), (3, 0.4), (9, 0.9)]
     assert (figures["completions"], figures["seconds"], figures["greedy"], figures["sampled"]) == (9, 9.0, 0.9, 0.5)
     assert figures["kl"] == pytest.approx(0.1) and figures["to_goal"] == pytest.approx(7.8)
@@ -67,23 +67,23 @@ def test_figures_of_a_run(tmp_path):
 
 @pytest.fixture
 def comparison(tmp_path, monkeypatch):
-    """Calls main in an empty project with a stand-in for train.py; returns the methods and seeds that were trained."""
+    """A function that calls main in an empty project, with a fake train.py, and returns the runs that were trained."""
     trained = []
     run = subprocess.run
 
-    def stand_in(command, **options):
-        if "--output-dir" not in command:  # matplotlib lists the fonts of a new machine
+    def fake_run(command, **options):
+        if "--output-dir" not in command:  # matplotlib runs a command to list the fonts
             return run(command, **options)
         folder = command[command.index("--output-dir") + 1]
         trained.append(folder)
         if "gspo" in folder:
             return subprocess.CompletedProcess(command, 1, stderr="error: out of luck\n")
-        run_folder(tmp_path / folder, after=0.7 if folder.endswith("1") else 0.9)
+        write_run(tmp_path / folder, after=0.7 if folder.endswith("1") else 0.9)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(subprocess, "run", stand_in)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets it: so that it is put back
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets it; restored after the test
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/compare.md").write_text("Above.\n<!-- table -->\nold\n<!-- end of table -->\nBelow.\n")
 
@@ -97,16 +97,16 @@ def comparison(tmp_path, monkeypatch):
 
 
 def test_finished_runs_are_not_repeated(comparison, tmp_path):
-    two = "--only", "grpo", "ppo, critic head"
-    assert comparison(*two, "--seeds", "0") == ["grpo-24-0", "ppo-critic-head-24-0"]
-    assert comparison(*two, "--seeds", "0", "1") == ["grpo-24-1", "ppo-critic-head-24-1"]
-    assert comparison(*two, "--seeds", "0", "1") == []
+    methods = "--only", "grpo", "ppo, critic head"
+    assert comparison(*methods, "--seeds", "0") == ["grpo-24-0", "ppo-critic-head-24-0"]
+    assert comparison(*methods, "--seeds", "0", "1") == ["grpo-24-1", "ppo-critic-head-24-1"]
+    assert comparison(*methods, "--seeds", "0", "1") == []
     assert comparison("--only", "grpo", "--seeds", "0", "--steps", "8") == ["grpo-8-0"]
     (tmp_path / "runs/compare/grpo-24-0/summary.json").write_text('{"finished": false}')
     assert comparison("--only", "grpo", "--seeds", "0") == ["grpo-24-0"]
 
 
-def test_the_table_is_written_into_the_document(comparison, tmp_path):
+def test_writes_table_and_plot_into_docs(comparison, tmp_path):
     comparison("--only", "grpo", "dapo", "--seeds", "0", "1")
     text = (tmp_path / "docs/compare.md").read_text()
     assert text.startswith("Above.\n<!-- table -->\n| method |") and text.endswith("<!-- end of table -->\nBelow.\n")
@@ -118,18 +118,18 @@ def test_the_table_is_written_into_the_document(comparison, tmp_path):
     assert (tmp_path / "docs/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_failed_run_is_an_error_that_names_it(comparison):
+def test_failed_run_raises_error_with_method_and_seed(comparison):
     with pytest.raises(SystemExit, match="gspo, seed 0: error: out of luck"):
         comparison("--only", "gspo", "--seeds", "0")
 
 
-def test_the_document_has_the_place_of_the_table():
+def test_document_has_the_table_markers():
     with open("docs/compare.md") as file:
         assert compare.TABLE.search(file.read())
 
 
 @pytest.mark.slow
-def test_a_small_run(tmp_path, monkeypatch):
+def test_trains_a_small_run(tmp_path, monkeypatch):
     monkeypatch.setitem(compare.METHODS, "grpo", f"--loss-type grpo --prompts-per-step 4 --output-dir {tmp_path}/run")
     monkeypatch.setattr(compare, "Path", lambda *parts: tmp_path.joinpath(*parts))
     figures = compare.train(2, ("grpo", 0))

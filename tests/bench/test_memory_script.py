@@ -1,4 +1,4 @@
-"""bench/memory.py: random weights of a known shape, and prediction and measurement from a run of --probe."""
+"""bench/memory.py: random weights of a known shape, and predicted and measured memory from --probe."""
 
 import json
 
@@ -6,7 +6,7 @@ from bench import memory
 from rl.config import Config
 
 
-def test_random_models_end_by_one_law(tmp_path):
+def test_random_model_has_several_eos_tokens(tmp_path):
     from rl.model.policy import load_policy
 
     folder = memory.make_random_model("qwen3-small", str(tmp_path), mean_length=64)
@@ -16,12 +16,12 @@ def test_random_models_end_by_one_law(tmp_path):
     assert sorted(policy.model.generation_config.eos_token_id) == sorted(policy.eos_ids)
 
 
-def test_every_shape_is_known():
+def test_every_model_has_a_shape():
     known = json.loads((memory.ROOT / "rl/fit/models.json").read_text())
     assert set(memory.ON_CPU) <= set(memory.SMALL_SHAPES) and set(memory.ON_GPU) <= set(known)
     assert {len(shape) for shape in memory.SMALL_SHAPES.values()} == {len(memory.FIELDS)}
 
 
-def test_predicted_and_measured():
+def test_measures_predicted_and_actual_memory():
     predicted, measured = memory.measure("qwen3-small", memory.SHORT)
     assert 10 < predicted < 1000 and 10 < measured < 1000

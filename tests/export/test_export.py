@@ -1,4 +1,4 @@
-"""The command export.py: merging, GGUF, the Hub, errors, and that an export that fails leaves the previous one."""
+"""The command export.py: merging, GGUF, the Hub, errors, and that a failed export leaves the previous one intact."""
 
 import errno
 import json
@@ -38,51 +38,53 @@ def small_run(tmp_path_factory):
 
 @pytest.fixture
 def run(small_run, tmp_path):
-    """A copy of the run, to be spoilt."""
+    """A copy of the run, which a test may modify."""
     return Path(shutil.copytree(small_run, tmp_path / "small", ignore=shutil.ignore_patterns("export")))
 
 
-def contents(folder):
+def read_files(folder):
+    """Return the content of all files in a folder by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def refused(*arguments):
+def export_error(*arguments):
+    """Return the error message of an export, which must be one line."""
     with pytest.raises((ConfigError, RunError)) as error:
         main([*map(str, arguments)])
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def loaded(folder, dtype=torch.float32):
+def load_model(folder, dtype=torch.float32):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-# --- the whole script
+# --- the whole command
 
 
-def test_an_export_of_a_run(small_run, capsys):
+def test_exports_last_checkpoint_and_reports_accuracy(small_run, capsys):
     main([str(small_run), "--eval-questions", "8", "--device", "cpu"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     out, last = small_run / "export", small_run / "checkpoints/step_000003"
     assert sorted(p.name for p in out.iterdir()) == ["merged", "report.json"]
-    assert f"checkpoint  {last}" in said and "the LoRA into data/tiny" in said
+    assert f"checkpoint  {last}" in output and "the LoRA into data/tiny" in output
     report = json.loads((out / "report.json").read_text())
     assert report["logits"]["merged"] < 0.1 < report["logits"]["lora"]
     assert report["logits"]["relative_rms"] < 0.05
     trained, merged = report["accuracy"].values()
     assert trained["n"] == merged["n"] <= 8 and trained["same_as_trained"] == trained["n"]
-    assert f"merged                                  {merged['n']:>1}" in said
-    # What plain transformers loads is base and LoRA, rounded to 16 bits.
-    model, tokenizer = loaded(out / "merged", "auto"), transformers.AutoTokenizer.from_pretrained(out / "merged")
+    assert f"merged                                  {merged['n']:>1}" in output
+    # Loaded by transformers alone, the weights are base and LoRA, rounded to 16 bits.
+    model, tokenizer = load_model(out / "merged", "auto"), transformers.AutoTokenizer.from_pretrained(out / "merged")
     assert model.dtype == torch.bfloat16 and tokenizer.chat_template and model.generation_config.eos_token_id == [1]
-    by_peft = peft.PeftModel.from_pretrained(loaded("data/tiny"), last).merge_and_unload().state_dict()
+    by_peft = peft.PeftModel.from_pretrained(load_model("data/tiny"), last).merge_and_unload().state_dict()
     for name, weight in model.state_dict().items():
         assert weight.equal(by_peft[name].bfloat16()), name
     card = (out / "merged/README.md").read_text()
     assert "GRPO, step 3, seed 0" in card and "* before training: " in card and "* merged: " in card
 
 
-# Nothing of this project: only transformers and peft.
+# Uses only transformers and peft, nothing of this project.
 PLAIN = """
 import json, sys, torch
 from peft import PeftModel
@@ -93,9 +95,9 @@ model = PeftModel.from_pretrained(model, adapter).eval()
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 for line in open(answers, encoding="utf-8").readlines()[:6]:
     answer = json.loads(line)
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": answer["question"]}], add_generation_prompt=True,
-                                          return_tensors="pt", return_dict=True)
-    ids = model.generate(**asked, max_new_tokens=40, do_sample=False)[0, asked["input_ids"].shape[1]:]
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": answer["question"]}],
+                                           add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     text = tokenizer.decode([i for i in ids.tolist() if i != tokenizer.eos_token_id])
     assert text == answer["completion"], (text, answer["completion"])
     print("same")
@@ -104,26 +106,26 @@ assert not {"rl", "grading", "data"} & set(sys.modules)
 
 
 @pytest.mark.slow
-def test_a_saved_lora_answers_the_same_in_a_fresh_process_of_plain_transformers_and_peft(small_run):
+def test_saved_lora_gives_same_answers_with_transformers_and_peft_alone(small_run):
     last = small_run / "checkpoints" / (small_run / "checkpoints/last").read_text().strip()
     command = [sys.executable, "-c", PLAIN, str(last), str(small_run / "eval/after.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "same\n" * 6
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "same\n" * 6
 
 
-def test_the_best_checkpoint_and_one_named_by_its_folder(run, capsys):
+def test_exports_best_checkpoint_and_checkpoint_folder(run, capsys):
     (run / "checkpoints/best").write_text("step_000002\n")
     for path in (run / "checkpoints/best", run / "checkpoints/step_000002"):
         main([str(path), "--eval-questions", "0"])
-        said = capsys.readouterr().out
-        assert f"checkpoint  {run}/checkpoints/step_000002" in said and "held-out questions" not in said
+        output = capsys.readouterr().out
+        assert f"checkpoint  {run}/checkpoints/step_000002" in output and "held-out questions" not in output
     card = (run / "export/merged/README.md").read_text()
     assert "GRPO, step 2, seed 0" in card and "* at the run's last evaluation: " in card
     assert "accuracy" not in json.loads((run / "export/report.json").read_text())
 
 
-def test_a_run_over_4_bit_weights_is_merged_into_the_16_bit_ones(run, capsys):
+def test_4_bit_run_is_merged_into_16_bit_weights(run, capsys):
     settings = yaml.safe_load((run / "config.yaml").read_text()) | {"load_in_4bit": True}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     main([str(run), "--eval-questions", "2"])
@@ -132,80 +134,80 @@ def test_a_run_over_4_bit_weights_is_merged_into_the_16_bit_ones(run, capsys):
 
 
 @pytest.mark.slow
-def test_a_base_that_has_moved_is_named(run, tmp_path, capsys):
+def test_base_model_option_replaces_a_moved_base_model(run, tmp_path, capsys):
     moved = Path(shutil.copytree("data/tiny", tmp_path / "moved"))
     settings = yaml.safe_load((run / "config.yaml").read_text()) | {"model": "no/longer"}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert "base model: no/longer cannot be read (--base-model): " in refused(run)
+    assert "base model: no/longer cannot be read (--base-model): " in export_error(run)
     main([str(run), "--base-model", str(moved), "--eval-questions", "2"])
     assert "base and LoRA, cpu in float32" in capsys.readouterr().out
 
 
-def test_too_little_memory_on_the_card_is_a_line(run, monkeypatch):
-    def too_much(*_):
+def test_gpu_out_of_memory_is_a_one_line_error(run, monkeypatch):
+    def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     for name in ("merge_lora", "compute_logits"):
-        monkeypatch.setattr(merge, name, too_much)
-        assert refused(run).startswith("the GPU is out of memory: --device cpu ")
+        monkeypatch.setattr(merge, name, out_of_memory)
+        assert export_error(run).startswith("the GPU is out of memory: use --device cpu ")
         monkeypatch.undo()
 
 
-def test_what_cannot_be_exported_is_said_in_a_line(run, tmp_path):
-    assert refused(run.with_name("smal")).endswith(f"Did you mean '{run}'?")
-    assert "nowhere/at/all is neither a run folder, as runs/NAME, nor a checkpoint" in refused("nowhere/at/all")
+def test_invalid_paths_and_damaged_checkpoints_are_one_line_errors(run, tmp_path):
+    assert export_error(run.with_name("smal")).endswith(f"Did you mean '{run}'?")
+    assert "nowhere/at/all is neither a run folder" in export_error("nowhere/at/all")
     shutil.copytree(run / "checkpoints/step_000002", tmp_path / "alone/a/b")
-    assert "nor a checkpoint" in refused(tmp_path / "alone/a/b")  # its run and questions are not there
+    assert "nor a checkpoint" in export_error(tmp_path / "alone/a/b")  # its run folder is missing
     weights = run / "checkpoints/step_000003/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    message = refused(run)
+    message = export_error(run)
     assert "adapter_model.safetensors has changed since it was written" in message
-    assert f"intact ones: {run}/checkpoints/step_000002" in message
+    assert f"intact checkpoints: {run}/checkpoints/step_000002" in message
     (run / "checkpoints/last").unlink()
-    assert "has no checkpoint" in refused(run)
+    assert "has no checkpoint" in export_error(run)
     assert not (run / "export").exists()
 
 
-def test_another_base_model_is_noticed(run, tmp_path):
+def test_refuses_another_base_model(run, tmp_path):
     other = Path(shutil.copytree("data/tiny", tmp_path / "other"))
     weights = safetensors.torch.load_file(other / "model.safetensors")
     safetensors.torch.save_file(
         {n: w * 1.01 for n, w in weights.items()}, other / "model.safetensors", {"format": "pt"}
     )
-    assert "is not the base model that was trained: its weights differ" in refused(run, "--base-model", other)
+    assert "is not the base model that was trained: its weights differ" in export_error(run, "--base-model", other)
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}))
-    main([str(run), "--base-model", str(other), "--eval-questions", "0"])  # weights that are rounded cannot be compared
+    main([str(run), "--base-model", str(other), "--eval-questions", "0"])  # rounded weights cannot be compared
     shutil.rmtree(run / "export")
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (other / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
-    assert "is quantized: name the original 16-bit model with --base-model" in refused(run, "--base-model", other)
+    assert "is quantized: name the original 16-bit model with --base-model" in export_error(run, "--base-model", other)
     smaller = transformers.Qwen3Config(**settings | {"hidden_size": 64})
     transformers.Qwen3ForCausalLM(smaller).save_pretrained(other)
-    assert "does not fit" in refused(run, "--base-model", other)
+    assert "does not fit" in export_error(run, "--base-model", other)
     assert not (run / "export").exists()
 
 
-# --- nothing half-written
+# --- interrupted exports
 
 
-def old_export(folder):
-    """A file in the place of an export that is there."""
+def write_old_export(folder):
+    """Write an old merged model and return the content of the folder."""
     (folder / "merged").mkdir(parents=True)
-    (folder / "merged/model.safetensors").write_text("of before")
-    return contents(folder)
+    (folder / "merged/model.safetensors").write_text("old")
+    return read_files(folder)
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), None])
-def test_where_an_export_fails_the_one_before_stays(run, fault, monkeypatch):
-    before = old_export(run / "export")
+def test_failed_export_keeps_the_previous_one(run, fault, monkeypatch):
+    before = write_old_export(run / "export")
     write = transformers.PreTrainedModel.save_pretrained
 
     def fail(model, folder, **options):
         write(model, folder, **options)
         if fault:
             raise fault
-        file = Path(folder) / "model.safetensors"  # written, but not what was to be written
+        file = Path(folder) / "model.safetensors"  # corrupt the weights silently
         weights = {name: w * 1.01 for name, w in safetensors.torch.load_file(file).items()}
         safetensors.torch.save_file(weights, file, {"format": "pt"})
 
@@ -213,18 +215,18 @@ def test_where_an_export_fails_the_one_before_stays(run, fault, monkeypatch):
     with pytest.raises((RunError, KeyboardInterrupt)) as error:
         main([str(run)])
     if fault is None:
-        assert "the merged model is not what was trained" in str(error.value)
+        assert "the merged model is not the trained model" in str(error.value)
     elif isinstance(fault, OSError):
         assert str(error.value) == f"{run}/export/merged cannot be written: No space left on device"
-    assert contents(run / "export") == before
+    assert read_files(run / "export") == before
 
 
 @pytest.mark.parametrize(
     "moment", ["while it writes", "after the old folder is renamed", "before the old one is removed"]
 )
-def test_an_export_that_is_killed_loses_nothing(tmp_path, moment, monkeypatch):
-    """The folder is the old one or the new one, at once or after the next export has begun."""
-    before = old_export(tmp_path / "export")
+def test_killed_export_leaves_old_or_new_folder(tmp_path, moment, monkeypatch):
+    """The folder has the old or the new content, immediately or once the next export starts."""
+    before = write_old_export(tmp_path / "export")
     rename = Path.rename
 
     def kill(*_):
@@ -247,14 +249,14 @@ def test_an_export_that_is_killed_loses_nothing(tmp_path, moment, monkeypatch):
     with pytest.raises(ValueError), merge.replace_folder(tmp_path / "export/merged"):
         raise ValueError
     new = {"merged/model.safetensors": b"new"}
-    assert contents(tmp_path / "export") == (new if moment == "before the old one is removed" else before)
+    assert read_files(tmp_path / "export") == (new if moment == "before the old one is removed" else before)
     with merge.replace_folder(tmp_path / "export/merged") as folder:
         (folder / "model.safetensors").write_text("newer")
-    assert contents(tmp_path / "export") == {"merged/model.safetensors": b"newer"}
+    assert read_files(tmp_path / "export") == {"merged/model.safetensors": b"newer"}
 
 
-def test_a_folder_that_cannot_be_renamed_is_put_back(tmp_path, monkeypatch):
-    before = old_export(tmp_path / "export")
+def test_restores_the_old_folder_if_renaming_fails(tmp_path, monkeypatch):
+    before = write_old_export(tmp_path / "export")
     rename = Path.rename
 
     def fail(path, target):
@@ -266,45 +268,46 @@ def test_a_folder_that_cannot_be_renamed_is_put_back(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="export/merged cannot be written: Input/output error"):
         with merge.replace_folder(tmp_path / "export/merged"):
             pass
-    assert contents(tmp_path / "export") == before
+    assert read_files(tmp_path / "export") == before
 
 
 # --- GGUF
 
 
 @pytest.fixture
-def nothing_installed(monkeypatch, tmp_path):
-    """Neither on the PATH nor at home."""
+def no_tools_installed(monkeypatch, tmp_path):
+    """No llama.cpp on the PATH or in the home folder."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "bin").mkdir()
 
 
-def script(path, source):
+def write_script(path, source):
+    """Write an executable Python script."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!{sys.executable}\nimport sys\n{source}\n")
     path.chmod(0o755)
 
 
-def test_a_missing_converter_is_said_before_anything_is_merged(run, nothing_installed, tmp_path):
-    assert "gguf: convert_hf_to_gguf.py of llama.cpp is neither in llama.cpp, " in refused(run, "--gguf", "q8_0")
+def test_missing_converter_raises_before_merging(run, no_tools_installed, tmp_path):
+    assert "gguf: convert_hf_to_gguf.py of llama.cpp is neither in llama.cpp, " in export_error(run, "--gguf", "q8_0")
     assert not (run / "export").exists()
-    script(tmp_path / "bin/convert-hf-to-gguf", "")
+    write_script(tmp_path / "bin/convert-hf-to-gguf", "")
     assert gguf.find_tools("q8_0", None) == {"convert": [str(tmp_path / "bin/convert-hf-to-gguf")]}
-    assert "gguf: llama-quantize of llama.cpp is neither" in refused(run, "--gguf", "q4_k_m")
-    script(tmp_path / "llama.cpp/convert_hf_to_gguf.py", "")
-    script(tmp_path / "llama.cpp/build/bin/llama-quantize", "")
+    assert "gguf: llama-quantize of llama.cpp is neither" in export_error(run, "--gguf", "q4_k_m")
+    write_script(tmp_path / "llama.cpp/convert_hf_to_gguf.py", "")
+    write_script(tmp_path / "llama.cpp/build/bin/llama-quantize", "")
     tools = gguf.find_tools("q4_k_m", None)
     assert tools["convert"] == [sys.executable, str(tmp_path / "llama.cpp/convert_hf_to_gguf.py")]
     assert tools["quantize"] == [str(tmp_path / "llama.cpp/build/bin/llama-quantize")]
 
 
-def test_a_converter_that_fails_leaves_the_merged_model(run, nothing_installed, tmp_path):
-    script(
+def test_failing_converter_leaves_the_merged_model(run, no_tools_installed, tmp_path):
+    write_script(
         tmp_path / "llama.cpp/convert_hf_to_gguf.py",
         "sys.exit('loading\\nNotImplementedError: tokenizer not known\\n')",
     )
-    message = refused(run, "--gguf", "q8_0", "--llama-cpp", tmp_path / "llama.cpp", "--eval-questions", "0")
+    message = export_error(run, "--gguf", "q8_0", "--llama-cpp", tmp_path / "llama.cpp", "--eval-questions", "0")
     assert message == (
         "gguf: convert_hf_to_gguf.py failed: NotImplementedError: tokenizer not known; the merged model is in "
         f"{run}/export/merged"
@@ -312,9 +315,11 @@ def test_a_converter_that_fails_leaves_the_merged_model(run, nothing_installed, 
     assert sorted(p.name for p in (run / "export").iterdir()) == ["merged", "report.json"]
 
 
-def test_a_quantised_file_goes_through_a_16_bit_one(tmp_path):
-    script(tmp_path / "convert_hf_to_gguf.py", "open(sys.argv[3], 'w').write(' '.join(sys.argv[4:]))")
-    script(tmp_path / "llama-quantize", "open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' ' + sys.argv[3])")
+def test_quantized_file_is_made_from_a_16_bit_file(tmp_path):
+    write_script(tmp_path / "convert_hf_to_gguf.py", "open(sys.argv[3], 'w').write(' '.join(sys.argv[4:]))")
+    write_script(
+        tmp_path / "llama-quantize", "open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' ' + sys.argv[3])"
+    )
     gguf.convert(gguf.find_tools("q4_k_m", str(tmp_path)), "q4_k_m", tmp_path, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_text() == "--outtype bf16 Q4_K_M"
     assert not (tmp_path / "unquantized.gguf").exists()
@@ -322,7 +327,7 @@ def test_a_quantised_file_goes_through_a_16_bit_one(tmp_path):
     assert (tmp_path / "m.gguf").read_text() == "--outtype q8_0"
 
 
-def test_the_modelfile_has_temperature_and_system_prompt():
+def test_modelfile_has_temperature_and_system_prompt():
     lines = gguf.modelfile("m.gguf", 0.7, "Think.\nThen answer.", {}).splitlines()
     assert lines[2:] == ["FROM ./m.gguf", "PARAMETER temperature 0.7", 'SYSTEM """Think.', 'Then answer."""']
     assert gguf.modelfile("m.gguf", 1.0, None, {}).endswith("PARAMETER temperature 1\n")
@@ -331,8 +336,8 @@ def test_the_modelfile_has_temperature_and_system_prompt():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "q8_0"])
-def test_a_gguf_file_read_back_has_the_merged_models_logits(kind, tmp_path):
-    """By the real converter, for a small random Llama whose sentencepiece tokenizer is made here."""
+def test_gguf_file_has_the_logits_of_the_merged_model(kind, tmp_path):
+    """Use the real converter on a small random Llama with a sentencepiece tokenizer trained here."""
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("gguf")
     try:
@@ -365,9 +370,11 @@ def test_a_gguf_file_read_back_has_the_merged_models_logits(kind, tmp_path):
     policy = load_policy(Config(model=str(base), device="cpu"))
     fill_lora(policy, 0.05)
     checkpoint = run / "checkpoints/step_000003"
-    save_adapter(policy, checkpoint)  # one whose effect is known
-    sums = [f"{sha256(checkpoint / line.split()[1])}  {line.split()[1]}" for line in (checkpoint / "SHA256SUMS").open()]
-    (checkpoint / "SHA256SUMS").write_text("\n".join(sums))
+    save_adapter(policy, checkpoint)  # a LoRA with a known effect
+    checksums = [
+        f"{sha256(checkpoint / line.split()[1])}  {line.split()[1]}" for line in (checkpoint / "SHA256SUMS").open()
+    ]
+    (checkpoint / "SHA256SUMS").write_text("\n".join(checksums))
     main([str(run), "--gguf", kind, "--device", "cpu", "--eval-questions", "4"])
     out = run / "export"
     assert sorted(p.name for p in (out / kind).iterdir()) == ["Modelfile", f"run-{kind}.gguf"]
@@ -382,6 +389,8 @@ def test_a_gguf_file_read_back_has_the_merged_models_logits(kind, tmp_path):
 
 
 class Hub:
+    """Replaces huggingface_hub.HfApi and records its calls."""
+
     def __init__(self, private=True, error=None):
         self.private, self.error, self.calls = private, error, []
 
@@ -398,7 +407,7 @@ class Hub:
         self.calls.append(("upload_folder", options["repo_id"], options["folder_path"]))
 
 
-def test_an_upload_is_private_unless_asked_otherwise(tmp_path, monkeypatch, capsys):
+def test_upload_is_private_by_default(tmp_path, monkeypatch, capsys):
     def push(public, hub):
         monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
         Export.upload(SimpleNamespace(merged=tmp_path), "me/model", public)
@@ -419,20 +428,20 @@ def test_an_upload_is_private_unless_asked_otherwise(tmp_path, monkeypatch, caps
         ("create_repo", "me/model", {"private": False, "exist_ok": True}),
         ("upload_folder", "me/model", tmp_path),
     ]
-    with pytest.raises(RunError, match="was not uploaded: the line is cut .log in with.*; the model stays in"):
+    with pytest.raises(RunError, match="was not uploaded: the line is cut .log in with.*; the merged model is in"):
         push(True, Hub(error=ConnectionError("the line is cut\nand more")))
 
 
-def test_without_a_network_the_model_stays_here(run):
-    message = refused(run, "--push-to-hub", "me/too/many", "--eval-questions", "0")
+def test_failed_upload_keeps_the_merged_model(run):
+    message = export_error(run, "--push-to-hub", "me/too/many", "--eval-questions", "0")
     assert "me/too/many was not uploaded: Repo id must" in message
-    message = refused(run, "--push-to-hub", "me/model", "--eval-questions", "0")
-    assert message.startswith("push_to_hub: me/model was not uploaded: ") and f"stays in {run}/export/merged" in message
-    assert loaded(run / "export/merged")
+    message = export_error(run, "--push-to-hub", "me/model", "--eval-questions", "0")
+    assert message.startswith("push_to_hub: me/model was not uploaded: ") and f"is in {run}/export/merged" in message
+    assert load_model(run / "export/merged")
 
 
-def test_help_names_every_setting(capsys):
-    with pytest.raises(SystemExit) as end:
+def test_help_lists_all_settings(capsys):
+    with pytest.raises(SystemExit) as exit_info:
         main(["--help"])
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and "--push-to-hub" in said and "q4_k_m" in said and "PATH" in said
+    output = capsys.readouterr().out
+    assert exit_info.value.code == 0 and "--push-to-hub" in output and "q4_k_m" in output and "PATH" in output
