@@ -48,7 +48,7 @@ COLUMNS = {  # key in the figures of a run: heading, number format
     "greedy": ("right, greedy", ".1%"),
     "sampled": ("right, sampled", ".1%"),
     "to_goal": (f"completions to {GOAL:.0%} greedy", ",.0f"),
-    "kl": ("KL, nats a token", ".3f"),
+    "kl": ("KL, nats per token", ".3f"),
     "completions": ("completions", ",.0f"),
     "seconds": ("seconds", ".0f"),
 }

@@ -145,7 +145,7 @@ def test_sampler_agrees(load_model, show, name, dtype, load_in_4bit):
         differences += (logprobs.cpu() - torch.tensor(episode.sampler_logprobs)).abs().tolist()
     mean = sum(differences) / len(differences)
     show(**dataclasses.asdict(agreement), fp32_mean=mean, fp32_max=max(differences))
-    assert mean <= 0.05  # nats a token
+    assert mean <= 0.05  # nats per token
 
 
 @torch.no_grad()
