@@ -8,7 +8,7 @@
 # make bench          a training step compared with TRL                         (ARGS="--reward task")
 # make test-gpu       tests that need an NVIDIA GPU, a few minutes
 # make test-unsloth   tests of the calls into Unsloth, with its CPU fallback, in .venv-unsloth-cpu
-# make screenshots    pictures of the page for the docs, from the newest run; needs chromium
+# make screenshots    screenshots of the page for the docs, from the newest run; needs chromium
 # make clean          remove environments and caches
 #
 # PYTHON=python3.12 selects the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip. On a machine with an NVIDIA
