@@ -74,7 +74,7 @@ test-unsloth: .venv-unsloth-cpu/installed
 	@$(PY) $(PIP) -r .venv/dev.txt
 	@touch $@
 
-# Without its dependencies: on a CPU they would install packages for GPUs, and the rest is already there.
+# Unsloth is installed without its dependencies: some are packages for GPUs, and the others are installed already.
 .venv-unsloth-cpu/installed: requirements-cpu.txt requirements-dev.txt requirements.txt
 	@$(PYTHON) -m venv .venv-unsloth-cpu
 	@.venv-unsloth-cpu/bin/python $(PIP) -r requirements-cpu.txt -r requirements-dev.txt

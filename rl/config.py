@@ -170,8 +170,8 @@ class Config:
         self._check_algorithm()
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ConfigError(
-                f"delta is {self.delta}, but is the upper bound of the ratio: it must exceed 1 + epsilon_high = "
-                f"{1 + (self.epsilon_high or self.epsilon):g}"
+                f"delta is {self.delta}, but must exceed 1 + epsilon_high = {1 + (self.epsilon_high or self.epsilon):g}: "
+                "it is the upper bound of the ratio"
             )
         if self.kl_in_loss and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
             raise ConfigError(
@@ -189,7 +189,9 @@ class Config:
                 "group is generated together"
             )
         if self.gpu_memory is not None and not (self.dry_run and 0 < self.gpu_memory < math.inf):
-            raise ConfigError(f"gpu_memory is {self.gpu_memory:g}, but must be above 0 (GB), together with --dry-run")
+            raise ConfigError(
+                f"gpu_memory is {self.gpu_memory:g}, but it needs --dry-run and a value above 0 (GB of a card)"
+            )
         if not self.train_data:
             raise ConfigError("train_data is empty: name built-in families (sums, words, functions) or files")
 
@@ -211,8 +213,8 @@ class Config:
             )
         if self.has_critic and self.critic_warmup_steps >= self.max_steps:
             raise ConfigError(
-                f"critic_warmup_steps ({self.critic_warmup_steps}) must be less than max_steps ({self.max_steps}), or the "
-                "policy never learns"
+                f"critic_warmup_steps ({self.critic_warmup_steps}) must be less than max_steps ({self.max_steps}): "
+                "otherwise the policy is never trained"
             )
         for name in ("target_kl", "entropy_coef"):
             if self.algorithm == "dpo" and getattr(self, name):
@@ -240,7 +242,7 @@ class Config:
         if self.soft_punish_cache >= self.max_completion_length:
             raise ConfigError(
                 f"soft_punish_cache ({self.soft_punish_cache}) must be less than max_completion_length "
-                f"({self.max_completion_length}): the penalty covers the last tokens of the limit"
+                f"({self.max_completion_length}): the penalty covers that many tokens before the limit"
             )
 
     @property
