@@ -1,4 +1,4 @@
-"""The web page: compare the model before and after training, see what changed, watch a run, try out rewards.
+"""Web page to compare the model before and after training, see what changed, watch runs and try out rewards.
 
     make ui                                                   serve runs/ at 127.0.0.1
     python ui/app.py --runs FOLDER --port 7861
