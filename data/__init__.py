@@ -21,7 +21,8 @@ from pathlib import Path
 from data.formats import FORMATS
 from data.gym import PREFIX, read_gym
 from data.hub import held_out_split, is_hub_source, read_hub
-from data.sources import FILE_TYPES, DataError, read_file
+from data.schema import DataError
+from data.sources import FILE_TYPES, read_file
 from data.tasks import MAKERS, questions
 
 __all__ = ["DataError", "QuestionSampler", "load", "load_questions", "local_prompts", "parse_columns"]

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.sources import DataError
+from data.schema import DataError
 from data.tasks import assign_split
 from grading.base import did_you_mean
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 
-from data.sources import DataError, to_schema
+from data.schema import DataError, to_schema
 from grading.base import did_you_mean
 
 DEFAULT_CONFIGS = {  # for datasets with several; for any other, `datasets` picks the default or raises

@@ -208,3 +208,83 @@ def test_show_prints_rows_and_errors():
     assert row["task"] == "words" and row["id"].startswith("words-eval")
     failed = subprocess.run([*show, "wrods"], capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stderr.startswith("error: wrods: unknown source")
+
+
+# --- delimiters and line formats
+
+
+@pytest.mark.parametrize(
+    "text, rows",
+    [
+        ("prompt;answer\na, b or c?;1\nd;2\n", [("a, b or c?", "1"), ("d", "2")]),
+        ("\ufeffprompt;answer\r\na;1\r\n", [("a", "1")]),
+        ("prompt\tanswer\na, b; c?\t1\n\nd\t2\n", [("a, b; c?", "1"), ("d", "2")]),
+        ('prompt;answer\n"a; b";1\n"c\nd";2\n', [("a; b", "1"), ("c\nd", "2")]),
+        ('"prompt";"answer"\n"a ""b"" c";1\n', [('a "b" c', "1")]),
+        ('"prompt; long",prompt,answer\nx,"a;\nb",1\ny,c;d,2\n', [("a;\nb", "1"), ("c;d", "2")]),
+        ("prompt;answer\nWas ist 1/2?;0,5\nUnd 1/4?;0,25\n", [("Was ist 1/2?", "0,5"), ("Und 1/4?", "0,25")]),
+        ("prompt;answer;unit, if any\na;1;cm\n", [("a", "1")]),
+        ("prompt,answer;note\na,1\n", None),
+        ("prompt\nWhat is 1, 2 or 3?\nAnd 4?\n", [("What is 1, 2 or 3?", None), ("And 4?", None)]),
+        ("prompt\na;b\tc,d\n", None),  # no delimiter can be excluded
+        ("prompt,answer\nWas ist 1/2?,0,5\n", None),
+        ("prompt;answer\na;1;2\n", None),
+        ("prompt\tanswer\na\n", None),
+    ],
+)
+def test_csv_delimiters(tmp_path, text, rows):
+    """Commas, semicolons (as in Excel with a decimal comma) and tabs."""
+    for name in ("q.csv", "q.tsv"):
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        if rows is None:
+            with pytest.raises(DataError, match=rf"{name}:2: this row does not have \d fields like the header"):
+                load(str(tmp_path / name))
+        else:
+            assert [(row["prompt"], row.get("answer")) for row in load(str(tmp_path / name))] == rows
+
+
+OBJECTS = '{"prompt": "a, b"}', '{"prompt": "c"}'
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}\n{}\n",
+        "\n{}\n\n\r\n{}",
+        "\ufeff{}\r\n{}\r\n",
+        "{},\n{},\n",
+        "{},\n{}",
+        "{} ,\n{}",
+        "[{}, {}]",
+        "[\n{},\n{}\n]\n",
+        " \n[{},\n{}]",
+    ],
+)
+def test_json_lines_and_lists_in_both_file_types(tmp_path, name, text):
+    (tmp_path / name).write_text(text.replace("{}", "%s") % OBJECTS, encoding="utf-8", newline="")
+    assert [row["prompt"] for row in load(str(tmp_path / name))] == ["a, b", "c"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("q.json", '{"prompt": "a"}\n{"prompt": \n', "q.json:2: not valid JSON"),
+        ("q.json", '{"prompt": "a"}\n\n[1]\n', "q.json:3: expected an object"),
+        ("q.json", '{"prompt":\n "a"}', "q.json: expected a list of objects.* or one object per line"),
+        ("q.json", '{"prompt":\n "a"', "q.json:2: not valid JSON"),
+        ("q.json", "", "q.json:1: not valid JSON"),
+        ("q.jsonl", "[]", "q.jsonl: the file has no rows"),
+        ("q.jsonl", '[{"prompt": "a"},\n oops]', "q.jsonl:2: not valid JSON"),
+        ("q.jsonl", '{"prompt": "a"},,\n', "q.jsonl:1: not valid JSON"),
+        ("q.jsonl", '{"prompt": "a"} {"prompt": "b"}\n', "q.jsonl:1: not valid JSON"),
+        ("q.tsv", "", "q.tsv: the file has no rows"),
+        ("q.csv", ";;\n", "q.csv: the file has no rows"),
+        ("q.csv", "prompt;answer\n;5\n", "q.csv:2: the prompt is ''"),
+    ],
+)  # fmt: skip
+def test_errors_in_json_lines_and_csv_name_the_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        load(str(tmp_path / name))
+    assert "\n" not in str(error.value)
