@@ -85,7 +85,7 @@ def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
 
     Args:
         config: Any object with the settings train_data, eval_data, train_questions (per source), eval_questions (in
-            total), columns, seed and, to check the levels, curriculum_steps.
+            total), columns, seed and, if set, system_prompt (for a note) and curriculum_steps (to check the levels).
 
     Returns:
         The training rows, the held-out rows, and notes for the user.
@@ -127,7 +127,35 @@ def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
     if getattr(config, "curriculum_steps", 0):
         for row in remaining:
             level_of(row)
+    notes += _decimal_comma_notes(remaining + eval_rows)
+    notes += _system_prompt_notes(remaining + eval_rows, getattr(config, "system_prompt", None))
     return remaining, eval_rows, notes
+
+
+def _system_prompt_notes(rows: list[dict], system_prompt: str | None) -> list[str]:
+    """Return a note if the setting system_prompt replaces other system messages in the prompts of rows."""
+
+    def is_replaced(message: dict) -> bool:
+        return message["role"] == "system" and message["content"] != system_prompt
+
+    replaced = [row for row in rows if isinstance(row["prompt"], list) and any(map(is_replaced, row["prompt"]))]
+    if not system_prompt or not replaced:
+        return []
+    return [
+        f"system_prompt replaces the system message of {len(replaced)} of {len(rows)} questions (such as row "
+        f"{replaced[0]['id']}): leave the setting empty to use theirs"
+    ]
+
+
+def _decimal_comma_notes(rows: list[dict]) -> list[str]:
+    """Return a note if answers look like decimals with a comma, which the math grader reads as two numbers."""
+    commas = [row for row in rows if re.fullmatch(r"-?(0,\d+|\d+,(\d{1,2}|\d{4,}))", str(row.get("answer")).strip())]
+    if not commas:
+        return []
+    return [
+        f"{len(commas)} answers are two numbers, such as {commas[0]['answer']} in row {commas[0]['id']}: if the comma is "
+        "a decimal comma, write a point"
+    ]
 
 
 def level_of(row: dict) -> float:

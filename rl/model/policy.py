@@ -32,6 +32,7 @@ from rl.model.backends import (
     set_mode,
 )
 from rl.model.decoder import Decoder, unsupported_reason
+from rl.model.tokens import check_ids, find_eos_ids, is_embedded
 
 # Hidden size below which, on a CPU, freed memory is kept for later tensors (`keep_freed_memory`).
 REUSE_FREED_BELOW_HIDDEN = 512
@@ -45,9 +46,7 @@ class Question:
 
     row: dict
     prompt_ids: list[int]
-    completion_prefix: str = (
-        ""  # beginning of the completion that the chat template adds to the prompt, such as "<think>"
-    )
+    completion_prefix: str = ""  # start of the completion that the prompt contains, such as "<think>"
 
 
 @dataclass
@@ -121,21 +120,44 @@ class Policy:
     def render_prompt(self, prompt: str | list[dict]) -> str:
         """Apply the chat template to the system prompt and the prompt, and add the generation prompt.
 
-        Without a chat template, return the text of the messages only.
+        The setting system_prompt replaces system messages of the prompt. A last assistant turn, such as "<think>", is
+        the start of the completion. Without a chat template, return the text of the messages only.
         """
+        text, completion_prefix = self._render(prompt)
+        return text + completion_prefix
+
+    def completion_prefix(self, prompt: str | list[dict]) -> str:
+        """Return the start of the completion that the prompt contains: "<think>" of the template, a last assistant turn."""
+        return self._render(prompt)[1]
+
+    def _render(self, prompt: str | list[dict]) -> tuple[str, str]:
+        """Return the text of a prompt, and the start of its completion."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        prefill = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
         if self.system_prompt:
+            messages = [message for message in messages if message["role"] != "system"]
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        if not self.tokenizer.chat_template:
-            return "\n\n".join(message["content"] for message in messages)
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-        )
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
+        else:
+            text = "\n\n".join(message["content"] for message in messages) + ("\n\n" if prefill else "")
+        if not text.rstrip().endswith("<think>"):
+            return text, prefill
+        start = text.rindex("<think>")
+        opening = "" if prefill.lstrip().startswith("<think>") else text[start:]  # not twice
+        return text[:start], opening + prefill
 
     def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
-        """Return the token ids of a rendered prompt. A chat template writes its own BOS token, so none is added."""
+        """Return the token ids of a rendered prompt. A chat template writes its own BOS token, so none is added.
+
+        Raises ValueError if the model has no embedding for a token.
+        """
         text = self.render_prompt(prompt)
-        return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
+        ids = self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
+        check_ids(ids, self.tokenizer, self.model)
+        return ids
 
     def encode(self, rows: list[dict]) -> list[Question]:
         """Encode data rows. Raises ConfigError if a prompt cannot be encoded or leaves no room for a completion."""
@@ -160,11 +182,6 @@ class Policy:
                 f"{self.max_completion_length}), but the model's context is {self.context_length}: lower the setting"
             )
         return questions
-
-    def completion_prefix(self, prompt: str | list[dict]) -> str:
-        """Return the start of the thinking that the chat template adds to a prompt: "<think>" and a newline, or ""."""
-        text = self.render_prompt(prompt)
-        return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
 
     def decode(self, completion_ids: list[int]) -> str:
         """Return the text of a completion without its end token. Thinking tags are kept, even as special tokens."""
@@ -194,7 +211,7 @@ def load_policy(config: Config) -> Policy:
     if device.type == "cpu":
         keep_freed_memory(model.config.get_text_config().hidden_size)
     eos_ids = find_eos_ids(tokenizer, model)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad_id = tokenizer.pad_token_id if is_embedded(tokenizer.pad_token_id, model) else min(eos_ids)
     # Drop the model's own sampling settings (such as top_k): they must affect neither roll-outs nor exports.
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=pad_id)
 
@@ -328,37 +345,6 @@ def has_plain_head(model) -> bool:
     return torch.allclose(
         model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits, rtol=1e-3
     )
-
-
-def find_eos_ids(tokenizer, model) -> frozenset[int]:
-    """Return the end-of-sequence tokens of tokenizer, model and generation_config, and the end-of-turn token.
-
-    The last one is needed for base models such as Qwen3-4B-Base: none of the three sources lists the <|im_end|> of its
-    chat template, so the model would continue after it up to the maximum length.
-    """
-    ids = {find_end_of_turn(tokenizer)}
-    for source in (tokenizer, model.config, model.config.get_text_config(), model.generation_config):
-        eos = getattr(source, "eos_token_id", None)
-        ids.update(eos if isinstance(eos, (list, tuple)) else [eos])
-    ids.discard(None)
-    if not ids:
-        raise ConfigError("the model has no end-of-sequence token: set eos_token in its tokenizer_config.json")
-    return frozenset(ids)
-
-
-def find_end_of_turn(tokenizer) -> int | None:
-    """Return the special token that the chat template puts directly after an answer, or None."""
-    if not tokenizer.chat_template:
-        return None
-    answer = "xyzzy"
-    try:
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template may raise anything; encoding the prompts will report it
-        return None
-    ids = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids
-    added_tokens = tokenizer.added_tokens_decoder
-    return ids[0] if ids and ids[0] in added_tokens and added_tokens[ids[0]].special else None
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:

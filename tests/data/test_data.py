@@ -224,7 +224,7 @@ def test_show_prints_rows_and_errors():
         ('"prompt; long",prompt,answer\nx,"a;\nb",1\ny,c;d,2\n', [("a;\nb", "1"), ("c;d", "2")]),
         ("prompt;answer\nWas ist 1/2?;0,5\nUnd 1/4?;0,25\n", [("Was ist 1/2?", "0,5"), ("Und 1/4?", "0,25")]),
         ("prompt;answer;unit, if any\na;1;cm\n", [("a", "1")]),
-        ("prompt,answer;note\na,1\n", None),
+        ("prompt,answer;note\na,1\n", [("a", None)]),
         ("prompt\nWhat is 1, 2 or 3?\nAnd 4?\n", [("What is 1, 2 or 3?", None), ("And 4?", None)]),
         ("prompt\na;b\tc,d\n", None),  # no delimiter can be excluded
         ("prompt,answer\nWas ist 1/2?,0,5\n", None),

@@ -220,80 +220,7 @@ def test_4bit_logits_and_gradients_equal_those_of_the_dequantized_weights(config
         assert (b - c).norm() > 100 * (a - b).norm()
 
 
-# --- prompts and end tokens
-
-
-def test_prompts_follow_the_chat_template(policy):
-    assert policy.render_prompt("Hi") == "<|user|>Hi<|assistant|>"
-    policy.system_prompt = "Be brief."
-    assert policy.render_prompt("Hi") == "<|system|>Be brief.<|user|>Hi<|assistant|>"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert policy.render_prompt(turns).endswith("<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>")
-
-
-def test_completion_prefix_of_a_template_that_opens_the_thinking(policy):
-    from tqdm import tqdm
-
-    from grading import Rewards
-    from rl.rollout import Episode, StreamingScorer
-
-    policy.tokenizer.chat_template += "{{- '<think>\\n' if enable_thinking else '' -}}"
-    policy.chat_template_kwargs = {"enable_thinking": True}
-    assert policy.completion_prefix("Hi") == "<think>\n"
-    ids = policy.tokenizer.encode("1+1=2</think>\\boxed{2}<|end|>", add_special_tokens=False)
-    row = {"id": 1, "task": "t", "prompt": "Hi"}
-    episode = Episode([4], ids, [], False)
-    scorer = StreamingScorer(policy, policy.encode([row]), Rewards("rewards.py", []), 1, tqdm(disable=True))
-    scorer.add({0: episode})
-    completion = episode.completion
-    assert completion.text == "<think>\n1+1=2</think>\\boxed{2}"
-    assert (completion.thinking, completion.answer) == ("1+1=2", "\\boxed{2}")
-    policy.chat_template_kwargs = {"enable_thinking": False}
-    assert policy.completion_prefix("Hi") == ""
-
-
-def test_prompt_has_a_single_bos(policy):
-    """The template writes a BOS token, and the tokenizer would add another one."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = policy.tokenizer
-    tokenizer.bos_token = "<|endoftext|>"
-    bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
-    )
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    assert policy.encode_prompt("Hi").count(bos) == 1
-    tokenizer.chat_template = None  # a base model: the plain text with the tokenizer's BOS
-    assert policy.encode_prompt("Hi") == [bos, *tokenizer.encode("Hi", add_special_tokens=False)]
-
-
-def test_eos_ids_are_the_union_of_all_sources(tmp_path, config):
-    config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [0, 2]}, config={"eos_token_id": 3})
-    policy = load_policy(config)
-    assert policy.eos_ids == {0, 1, 2, 3}
-    for eos in policy.eos_ids:
-        assert policy.decode([20, 21, eos]) == policy.decode([20, 21])
-
-
-def test_end_of_turn_token_is_read_from_the_chat_template(policy):
-    """The end-of-sequence token of a base model may differ from the one that its template writes after an answer."""
-    from rl.model.policy import find_end_of_turn
-
-    tokenizer = policy.tokenizer
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
-    assert find_end_of_turn(tokenizer) == im_end and im_end not in policy.eos_ids
-    for template in ("{{ messages[1]['content'] }} over", "{{ messages[1]['content'] }}", "{{ raise('no') }}", None):
-        tokenizer.chat_template = template
-        assert find_end_of_turn(tokenizer) is None
-
-
-def test_refuses_prompts_that_leave_no_room_for_a_completion(policy):
-    rows = [{"id": "long", "prompt": "1" * 600}]
-    with pytest.raises(ConfigError, match="^max_completion_length: row long .*626 .*602.*24.*context is 512"):
-        policy.encode(rows)
+# --- damaged weights
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pointer", "missing", "shape"])
@@ -312,12 +239,6 @@ def test_refuses_damaged_weights(tmp_path, config, damage):
     with pytest.raises(ConfigError, match="model: ") as error:
         load_policy(config)
     assert "\n" not in str(error.value)
-
-
-def test_error_names_the_row_whose_prompt_cannot_be_encoded(policy):
-    policy.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(ConfigError, match="^row r7: .* System role not supported"):
-        policy.encode([{"id": "r7", "prompt": "Hi"}])
 
 
 # --- errors before anything is loaded
