@@ -11,8 +11,11 @@ from grading.base import did_you_mean, shorten
 
 PROMPT_NAMES = ("prompt", "question", "problem")  # tried in this order if `columns` does not map the prompt
 ASSISTANT_ROLES = ("assistant", "model", "gpt", "bot", "ai")
-# LaTeX commands whose backslash and first letter were read as a control character: "\frac" is a form feed and "rac".
-DAMAGED_COMMAND = re.compile(r"[\x07\x08\x0b\x0c\x1b](?=[A-Za-z])|\t(?=ext|imes|heta|frac)|\r(?=ight)")
+# Starts of LaTeX commands that were read as control characters: JSON and YAML read "\frac" as a form feed and "rac".
+DAMAGED_COMMAND = re.compile(
+    r"[\x07\x08\x0b\x0c\x1b](?=[A-Za-z])|\t(?=ext(?:bf|it|rm)?\{|imes\b|heta\b|frac\{)|\r(?=ight\b|ho\b)"
+    r"|\n(?=abla\b|otin\b)"
+)
 
 
 class DataError(Exception):

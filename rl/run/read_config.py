@@ -6,6 +6,7 @@ setting and what to write instead. Imports no torch.
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Literal
 
 import yaml
 
-from grading.base import did_you_mean
+from data.schema import DAMAGED_COMMAND
+from grading.base import did_you_mean, first_line
 from rl.config import COMMANDS, Config, ConfigError
 
 RENAMED_SETTINGS = Path(__file__).with_name("renamed_settings.yaml")  # of TRL and Unsloth, with what to use instead
+# Control characters except line breaks and tabs, and these two if a LaTeX command such as "\\text{" was read as one.
+CONTROL_CHARACTER = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]|{DAMAGED_COMMAND.pattern}")
 
 
 def unknown_setting(name: str, source: str) -> ConfigError:
@@ -68,6 +72,8 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
         file, reason = choose_recipe(parse)
         print(reason, end="\n\n", flush=True)
     config = parse(file)
+    for name, value in vars(config).items():
+        refuse_control_characters(value, f"command line: {name}", "remove it")
     config.check()
     path = Path(file)
     if config.resume:
@@ -137,7 +143,9 @@ def read_yaml(file: str) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or first_line(error)
+        fix = ": put text with backslashes in single quotes" if "escape" in problem else ""
+        raise ConfigError(f"{file}{line}: not valid YAML: {problem}{fix}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{file}: expected lines of the form 'setting: value'")
     hints = typing.get_type_hints(Config)
@@ -145,11 +153,33 @@ def read_yaml(file: str) -> Config:
     for name, value in settings.items():
         if name not in hints or name in COMMANDS:
             raise unknown_setting(str(name), file)
+        fix = "put the text in single quotes, or write two backslashes, because YAML reads one as a control character"
+        refuse_control_characters(value, f"{file}: {name}", fix)
         try:
             values[name] = coerce(value, hints[name])
         except ValueError as error:
             raise ConfigError(f"{file}: {name} is {value!r}, but must be {error}") from None
     return Config(**values)
+
+
+def refuse_control_characters(value, label: str, fix: str) -> None:
+    """Raise ConfigError if a setting has text with a control character. Line breaks and tabs are allowed.
+
+    YAML reads "\\boxed" in double quotes as a backspace and "oxed".
+
+    Args:
+        label: Source and name of the setting, for the message.
+        fix: What to change.
+    """
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, (dict, list)):
+            refuse_control_characters(text, label, fix)
+        elif isinstance(text, str) and (match := CONTROL_CHARACTER.search(text)):
+            raise ConfigError(
+                f"{label} has the control character {match[0]!r} before {text[match.end() :][:8]!r}: {fix}"
+            )
 
 
 def coerce(value, kind):

@@ -72,6 +72,64 @@ def test_errors_are_one_line_with_the_key(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text, character",
+    [
+        (r'system_prompt: "Use \boxed{}."', r"'\x08' before 'oxed{}.'"),
+        (r'system_prompt: "Use \frac12"', r"'\x0c' before 'rac12'"),
+        (r'system_prompt: "Use \text{cm}"', r"'\t' before 'ext{cm}'"),
+        (r'system_prompt: "2 \times 3"', r"'\t' before 'imes 3'"),
+        (r'system_prompt: "\nabla f"', r"'\n' before 'abla f'"),
+        (r'system_prompt: "\left( \right)"', "escape"),
+        (r'system_prompt: "1 \right)"', r"'\r' before 'ight)'"),
+        (r'system_prompt: "\alpha"', r"'\x07' before 'lpha'"),
+        (r'system_prompt: "\vec{a}"', r"'\x0b' before 'ec{a}'"),
+        (r'system_prompt: "\epsilon"', r"'\x1b' before 'psilon'"),
+        (r'system_prompt: "\Nabla \Leftarrow"', r"'\x85' before 'abla "),
+        (r'system_prompt: "\Phi"', r"'\u2029' before 'hi'"),
+        (r'train_data: ["a", "\boxed.jsonl"]', "train_data has the control character"),
+        (r'columns: {answer: "\bold"}', "columns has the control character"),
+        (r'chat_template_kwargs: {"\bold": 1}', "chat_template_kwargs has the control character"),
+        (r'chat_template_kwargs: {tools: [{name: "\bold"}]}', "chat_template_kwargs has the control character"),
+    ],
+)
+def test_control_characters_are_errors_with_file_setting_and_fix(tmp_path, text, character):
+    with pytest.raises(ConfigError) as error:
+        from_yaml(tmp_path, text)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/c.yaml:") and character in message and "\n" not in message
+    assert "in single quotes" in message
+
+
+def test_unknown_escapes_and_raw_control_characters_are_one_line_errors(tmp_path):
+    for text in (r'system_prompt: "a \sqrt b"', r'system_prompt: "a \xi b"', r'system_prompt: "\upsilon"'):
+        with pytest.raises(ConfigError, match="c.yaml:1: not valid YAML: .* in single quotes$"):
+            from_yaml(tmp_path, text)
+    with pytest.raises(ConfigError, match="c.yaml: not valid YAML: unacceptable character #x0008[^\n]*$"):
+        from_yaml(tmp_path, "system_prompt: a\x08oxed")
+    with pytest.raises(
+        ConfigError, match="^command line: system_prompt has the control character '.x08' before 'oxed'"
+    ):
+        from_yaml(tmp_path, "", "--system-prompt", "\x08oxed")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r'"Think.\nThen answer.\n\n\t1.\tstep"', "Think.\nThen answer.\n\n\t1.\tstep"),
+        (r'"a\textra\tb\n\nnext"', "a\textra\tb\n\nnext"),
+        (r'"Use \\boxed{} and \\text{}."', "Use \\boxed{} and \\text{}."),
+        (r"'Use \boxed{} and \text{}.'", "Use \\boxed{} and \\text{}."),
+        (r"Use \boxed{}.", "Use \\boxed{}."),
+        ("|\n  Use \\boxed{}.\n  \tIndented.\n", "Use \\boxed{}.\n\tIndented.\n"),
+        ("'caf\u00e9 \u00a0 \u4e2d \U0001f600'", "caf\u00e9 \u00a0 \u4e2d \U0001f600"),
+    ],
+)
+def test_line_breaks_tabs_and_backslashes_are_allowed(tmp_path, text, expected):
+    (tmp_path / "c.yaml").write_text(f"system_prompt: {text}", encoding="utf-8")
+    assert read_yaml(str(tmp_path / "c.yaml")).system_prompt == expected
+
+
 def test_settings_of_trl_and_unsloth_name_their_equivalent(tmp_path):
     with pytest.raises(ConfigError, match="per_device_train_batch_size .* use prompts_per_step"):
         from_yaml(tmp_path, "per_device_train_batch_size: 8")
