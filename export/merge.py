@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 
 from grading.base import first_line
@@ -38,14 +39,17 @@ def merge_lora(model) -> tuple[torch.nn.Module, float]:
     error_sum = delta_sum = 0.0
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            weight = layer.get_base_layer().weight  # (out, in), or (in, out) in a transposed layer
+            # (out, in), or (in, out) in a transposed layer. The experts of an MoE layer are one parameter (E, ...).
+            parameter = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+            dtype = parameter.dtype
+            parameter.data = parameter.float()  # get_delta_weight would round s B A to the parameter's dtype
             delta = layer.get_delta_weight("default").float()
-            merged = (weight.float() + delta).to(weight.dtype)
+            merged = (parameter + delta).to(dtype)
             if not merged.isfinite().all():
-                raise RunError(f"{name}: W + s B A is not finite in {weight.dtype}: the LoRA cannot be merged")
-            error_sum += (merged.float() - weight.float() - delta).square().sum().item()
+                raise RunError(f"{name}: W + s B A is not finite in {dtype}: the LoRA cannot be merged")
+            error_sum += (merged.float() - parameter - delta).square().sum().item()
             delta_sum += delta.square().sum().item()
-            weight.copy_(merged)
+            parameter.data = merged
     return model.unload(), (error_sum / delta_sum) ** 0.5 if delta_sum else 1.0
 
 
@@ -68,15 +72,19 @@ def compute_logits(model: torch.nn.Module, texts: list[list[int]]) -> torch.Tens
     """
     dtype = model.dtype
 
+    def base(module):
+        return module.get_base_layer() if isinstance(module, ParamWrapper) else module
+
     def widen(module, _):
-        module.float()
+        base(module).float()
 
     def restore(module, *_):
-        module.to(dtype)
+        base(module).to(dtype)
 
     hooks = []
     for module in model.modules():
-        if any(parameter.dtype == dtype for parameter in module.parameters(recurse=False)):
+        # A ParamWrapper adds its LoRA to a parameter of the base layer before this layer runs, in the parameter's dtype.
+        if any(parameter.dtype == dtype for parameter in base(module).parameters(recurse=False)):
             hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
     logits = [model(torch.tensor([text], device=model.device), use_cache=False).logits[0].cpu() for text in texts]
     for hook in hooks:

@@ -221,7 +221,7 @@ def load_policy(config: Config) -> Policy:
     elif uses_unsloth:
         model = add_unsloth_lora(model, config, lora_settings(config, LINEAR_LAYERS))
     else:
-        model = peft.get_peft_model(model, lora_settings(config))
+        model = add_lora(model, config)
     make_deterministic(model)
     set_mode(model, False, uses_unsloth)
     fallback_reason = unsupported_reason(model)
@@ -273,6 +273,17 @@ def load_with_transformers(config: Config, device: torch.device, dtype: torch.dt
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def add_lora(model, config: Config) -> peft.PeftModel:
+    """Add a new LoRA. Raises ConfigError if peft does not support the layers of the model."""
+    try:
+        return peft.get_peft_model(model, lora_settings(config))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"model: {config.model} ({model.config.model_type}) cannot be trained, because peft cannot add a LoRA to all "
+            f"of its linear layers: choose a model of another family ({first_line(error)})"
+        ) from error
 
 
 def lora_settings(config: Config, layers: str | list[str] = "all-linear") -> peft.LoraConfig:

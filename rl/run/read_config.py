@@ -19,7 +19,7 @@ from grading.base import did_you_mean, first_line
 from rl.config import COMMANDS, Config, ConfigError
 
 RENAMED_SETTINGS = Path(__file__).with_name("renamed_settings.yaml")  # of TRL and Unsloth, with what to use instead
-# Control characters except line breaks and tabs, and these two if a LaTeX command such as "\\text{" was read as one.
+# Control characters except line breaks and tabs, and these two if a LaTeX command such as "\text{" was read as one.
 CONTROL_CHARACTER = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]|{DAMAGED_COMMAND.pattern}")
 
 
