@@ -7,6 +7,7 @@ sum. Logits are computed in fp32 too, module by module, so an 8B model needs lit
 """
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 import transformers
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 from grading.base import first_line
 from rl.config import ConfigError, RunError
@@ -53,15 +55,38 @@ def merge_lora(model) -> tuple[torch.nn.Module, float]:
     return model.unload(), (error_sum / delta_sum) ** 0.5 if delta_sum else 1.0
 
 
-def saved_dtype(base: str) -> str:
-    """Return the dtype of a saved base model. Raises ConfigError if it cannot be read or is quantized."""
+def merge_dtype(base: str) -> tuple[str, bool]:
+    """Return the 16-bit dtype of a merged model, and whether all saved weights of its base model have this dtype.
+
+    The dtype is read from the weights, because config.json may name another one. Raises ConfigError if the model cannot
+    be read or is quantized.
+    """
     try:
         base_config = transformers.AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
+        if getattr(base_config, "quantization_config", None):
+            raise ConfigError(f"base model: {base} is quantized: name the original 16-bit model with --base-model")
+        saved = set()
+        for file in weight_files(base):
+            with safe_open(file, "pt") as weights:
+                saved |= {weights.get_slice(name).get_dtype() for name in weights.keys()}
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"base model: {base} cannot be read (--base-model): {first_line(error)}") from error
-    if getattr(base_config, "quantization_config", None):
-        raise ConfigError(f"base model: {base} is quantized: name the original 16-bit model with --base-model")
-    return str(base_config.get_text_config().dtype).removeprefix("torch.")
+    if saved in ({"F16"}, {"BF16"}):
+        return ("float16" if saved == {"F16"} else "bfloat16"), True
+    declares_float16 = base_config.get_text_config().dtype == torch.float16
+    return ("float16" if declares_float16 else "bfloat16"), False
+
+
+def weight_files(base: str) -> list[str]:
+    """Return the paths of a model's safetensors files, in a folder or the Hub cache; an empty list if there are none."""
+
+    def find(name: str) -> str | None:
+        return cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+
+    names = ["model.safetensors"]
+    if index := find("model.safetensors.index.json"):
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for file in map(find, names) if file]
 
 
 @torch.no_grad()

@@ -44,8 +44,7 @@ class Export:
         self.state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         self.run_config = config
         self.base = base_model or config.model
-        self.saved_dtype = merge.saved_dtype(self.base)
-        self.dtype = "float16" if self.saved_dtype == "float16" else "bfloat16"
+        self.dtype, self.base_has_dtype = merge.merge_dtype(self.base)
         self.config = replace(config, model=self.base, adapter=str(checkpoint), device=device)
         self.config = replace(self.config, optim="adamw_torch", backend="transformers")  # these run without a GPU, too
         self.folder = self.run_folder / "export"
@@ -65,12 +64,11 @@ class Export:
         policy = self.load(load_in_4bit=False, dtype=self.dtype)
         policy.model.delete_adapter("reference")  # an unused copy of the LoRA
         origin = self.state["made"]
-        is_same_dtype = origin["runs_on"].removesuffix(" by Unsloth").endswith((self.dtype, "float32"))
-        if (
-            is_same_dtype
-            and self.saved_dtype == self.dtype
-            and not (self.run_config.adapter or self.run_config.load_in_4bit)
-        ):
+        # The run and this export have the same numbers only if neither has rounded the saved weights.
+        is_unrounded = self.base_has_dtype and origin["runs_on"].removesuffix(" by Unsloth").endswith(
+            (self.dtype, "float32")
+        )
+        if is_unrounded and not (self.run_config.adapter or self.run_config.load_in_4bit):
             if fingerprint(policy) != origin["model"]:
                 raise ConfigError(f"{self.base} is not the base model that was trained: its weights differ")
         records = read_jsonl(self.run_folder / "eval/before.jsonl")

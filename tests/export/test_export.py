@@ -24,6 +24,7 @@ from export.command import main
 from export.pipeline import Export
 from rl.config import Config, ConfigError, RunError
 from rl.model.policy import load_policy, save_adapter
+from rl.run.checkpoint import fingerprint
 from rl.run.files import sha256
 
 SMALL = "--max-steps 3 --prompts-per-step 4 --num-generations 4 --eval-questions 12 --save-steps 2 --train-questions 30 --max-completion-length 40 --learning-rate 3e-3 --log-completions-steps 0 --device cpu"
@@ -176,7 +177,9 @@ def test_refuses_another_base_model(run, tmp_path):
     )
     assert "is not the base model that was trained: its weights differ" in export_error(run, "--base-model", other)
     settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}))
+    safetensors.torch.save_file(
+        {n: w.float() * 1.01 for n, w in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
     main([str(run), "--base-model", str(other), "--eval-questions", "0"])  # rounded weights cannot be compared
     shutil.rmtree(run / "export")
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -186,6 +189,102 @@ def test_refuses_another_base_model(run, tmp_path):
     transformers.Qwen3ForCausalLM(smaller).save_pretrained(other)
     assert "does not fit" in export_error(run, "--base-model", other)
     assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize(
+    "saved, declared, merged",
+    [
+        ("float32", "float32", "bfloat16"),
+        ("float32", "bfloat16", "bfloat16"),  # config.json may be wrong
+        ("float32", None, "bfloat16"),
+        ("float16", None, "float16"),
+        ("float16", "bfloat16", "float16"),
+        ("float32", "float16", "float16"),
+        ("mixed", "bfloat16", "bfloat16"),
+    ],
+)
+def test_base_models_of_every_dtype_are_merged(run, tmp_path, saved, declared, merged, capsys):
+    """A run in fp32 has trained on weights that the export rounds to 16 bits."""
+    base = Path(shutil.copytree("data/tiny", tmp_path / "base"))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for i, (name, w) in enumerate(safetensors.torch.load_file(base / "model.safetensors").items()):
+        dtype = getattr(torch, saved, torch.float32 if i % 2 else torch.bfloat16)
+        weights[name] = (w.float() * (1 + 1e-3 * torch.rand(w.shape, generator=generator))).to(dtype)
+    safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
+    settings = json.loads((base / "config.json").read_text()) | {"dtype": declared}
+    (base / "config.json").write_text(json.dumps({n: v for n, v in settings.items() if v is not None}))
+    policy = load_policy(Config(model=str(base), device="cpu"))
+    state = run / "checkpoints/step_000003/trainer_state.json"
+    content = json.loads(state.read_text())
+    content["made"]["model"] = fingerprint(policy)  # as if the run had trained this model
+    write_state(run, content)
+    main([str(run), "--base-model", str(base), "--eval-questions", "0"])
+    assert f"rounded to {merged}" in capsys.readouterr().out
+    assert str(load_model(run / "export/merged", "auto").dtype) == f"torch.{merged}"
+
+
+def write_state(run, content):
+    """Replace trainer_state.json of the last checkpoint, with its checksum."""
+    folder = run / "checkpoints/step_000003"
+    before = sha256(folder / "trainer_state.json")
+    (folder / "trainer_state.json").write_text(json.dumps(content))
+    sums = (folder / "SHA256SUMS").read_text()
+    (folder / "SHA256SUMS").write_text(sums.replace(before, sha256(folder / "trainer_state.json")))
+
+
+# --- MoE models
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral"])
+def test_lora_of_experts_and_router_is_merged(tmp_path, family):
+    """All experts of a layer are one parameter, and so is the weight of the router."""
+    policy = load_policy(Config(model=make_moe(tmp_path, family), device="cpu", dtype="bfloat16"))
+    fill_lora(policy, 0.05)
+    wrapped = [m.parameter_name for m in policy.model.modules() if hasattr(m, "parameter_name")]
+    assert {"gate_up_proj", "down_proj", "weight"} <= set(wrapped)
+    state = {name: w.float() for name, w in policy.model.state_dict().items()}
+    in_fp32 = load_policy(Config(model=str(tmp_path), device="cpu")).model
+    in_fp32.load_state_dict(state)
+    texts = [[4, 30, 31, 32, 50], [33, 34, 35]]
+    expected = torch.cat([in_fp32(torch.tensor([text]), use_cache=False).logits[0] for text in texts]).detach()
+    trained = merge.compute_logits(policy.model, texts)
+    torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-4)
+    with policy.model.disable_adapter():
+        base = merge.compute_logits(policy.model, texts)
+    by_peft = in_fp32.merge_and_unload().state_dict()
+    model, rounding = merge.merge_lora(policy.model)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, by_peft[name].to(torch.bfloat16), rtol=2**-7, atol=0, msg=name)
+    figures = merge.compare_logits(base, trained, merge.compute_logits(model, texts), rounding)
+    assert figures["lora"] > 0.1
+
+
+def make_moe(folder, family):
+    """Write a small random MoE model with the bundled tokenizer, and return its folder."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "head_dim": 16}
+    experts = experts if family == "Qwen3Moe" else {"num_local_experts": 4}
+    settings = getattr(transformers, f"{family}Config")(
+        vocab_size=128, intermediate_size=96, num_experts_per_tok=2, initializer_range=0.1, **shape, **experts
+    )
+    torch.manual_seed(0)
+    getattr(transformers, f"{family}ForCausalLM")(settings).bfloat16().save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained("data/tiny").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_trained_moe_model_is_exported(tmp_path):
+    folder = tmp_path / "run"
+    train.main([*SMALL.split(), "--model", make_moe(tmp_path / "moe", "Qwen3Moe"), "--output-dir", str(folder)])
+    policy = load_policy(Config(model=str(tmp_path / "moe"), device="cpu"))
+    fill_lora(policy, 0.05)
+    save_adapter(policy, checkpoint := folder / "checkpoints/step_000003")  # a LoRA with a known effect
+    names = [line.split()[1] for line in (checkpoint / "SHA256SUMS").read_text().splitlines()]
+    (checkpoint / "SHA256SUMS").write_text("".join(f"{sha256(checkpoint / name)}  {name}\n" for name in names))
+    main([str(folder), "--eval-questions", "4", "--device", "cpu"])
+    assert json.loads((folder / "export/report.json").read_text())["logits"]["relative_rms"] < 0.1
 
 
 # --- interrupted exports
