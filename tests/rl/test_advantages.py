@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Rewards, completion, episodes_of, fill_lora, marked
+from conftest import Rewards, completion, fill_lora, make_episodes, marked
 
 from rl import algorithms
 from rl.advantages import Advantages
@@ -25,7 +25,7 @@ def test_actor_critic_advantages_by_hand(policy, ppo):
     ppo.gamma, ppo.beta = 0.5, 2.0
     for bootstrap, last_value in ((False, 0.0), (True, 0.5 * 8.0)):
         ppo.bootstrap_truncated = bootstrap
-        episodes = episodes_of(2, 1, truncated=(1,))
+        episodes = make_episodes(2, 1, truncated=(1,))
         for e, values in zip(episodes, ([0.5, 1.0, 9.0], [0.25, 8.0])):
             e.values = torch.tensor(values)
             e.old_logprobs = torch.full((len(e.completion_ids),), -1.0)
@@ -41,7 +41,7 @@ def test_actor_critic_advantages_by_hand(policy, ppo):
 
 
 def test_ungraded_completions_are_left_out_of_the_loss(policy, ppo):
-    episodes = episodes_of(2, 2, 3, 1)
+    episodes = make_episodes(2, 2, 3, 1)
     for e in episodes:
         e.values = torch.zeros(len(e.completion_ids) + 1)
     Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, NAN, 0.0, 1.0]))
@@ -54,7 +54,7 @@ def test_ungraded_completions_are_left_out_of_the_loss(policy, ppo):
 def test_process_rewards_by_hand(policy, ppo, config):
     """PPO adds them to the reward of the step's last token, GRPO to the advantages of all tokens up to that one."""
     process = [[(2, 1.0), (4, -1.0)], []]
-    episodes = episodes_of(4, 3)
+    episodes = make_episodes(4, 3)
     for e in episodes:
         e.values = torch.zeros(len(e.completion_ids) + 1)
         e.completion_ids = policy.tokenizer.encode("x" * len(e.completion_ids), add_special_tokens=False)
@@ -89,7 +89,7 @@ def test_reinforce_baselines(policy, config):
     rewards = [1.0, 0.0, NAN, 1.0]
 
     def compute(estimator):
-        episodes = episodes_of(2, 1, 3, 2)
+        episodes = make_episodes(2, 1, 3, 2)
         estimator.compute(marked(episodes, rewards))
         return [e.advantages.tolist() for e in episodes]
 
@@ -107,7 +107,7 @@ def test_reinforce_baselines(policy, config):
 
 def test_length_penalties(config):
     config.max_completion_length, config.missing_eos_penalty = 100, 0.3
-    episodes = episodes_of(10, 100, truncated=(1,))
+    episodes = make_episodes(10, 100, truncated=(1,))
     marked(episodes, [1.0, 1.0])
     set_rewards(episodes, config, step=1)
     assert [e.reward for e in episodes] == pytest.approx([1.0, 0.7])
@@ -120,7 +120,7 @@ def test_adaptive_beta_follows_its_target(policy, ppo):
     ppo.beta, ppo.beta_target_kl = 0.1, 0.05
     estimator = Advantages(policy, Rewards, ppo)
     for expected in (0.1, 0.1 * 1.02):  # the KL, 0.2 per completion, is far above 0.05: the error is clipped to 0.2
-        episodes = episodes_of(2, 2)
+        episodes = make_episodes(2, 2)
         for e in episodes:
             e.values = torch.zeros(3)
             e.old_logprobs, e.reference_logprobs = torch.zeros(2), torch.full((2,), -0.1)
@@ -151,7 +151,7 @@ def test_dpo_increases_the_margin(policy, episodes, config):
 
 def test_dpo_pairs_exclude_masked_completions(policy, config):
     config.algorithm, config.num_generations, config.mask_truncated_completions = "dpo", 4, True
-    episodes = episodes_of(2, 2, 2, 2, truncated=(1,))
+    episodes = make_episodes(2, 2, 2, 2, truncated=(1,))
     Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0, 0.1, 0.1]))
     assert [e.advantages[0].item() for e in episodes] == [1.0, 0.0, -1.0, 0.0]
 
@@ -159,7 +159,7 @@ def test_dpo_pairs_exclude_masked_completions(policy, config):
 def test_dpo_compares_rewards_with_process_rewards(policy, config):
     """The compared rewards include process rewards, which do not change the signs of a pair."""
     config.algorithm, config.num_generations = "dpo", 3
-    episodes = episodes_of(2, 2, 2)
+    episodes = make_episodes(2, 2, 2)
     Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []]))
     assert [e.advantages.tolist() for e in episodes] == [[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]
 
@@ -198,7 +198,7 @@ def test_the_entropy_bonus_raises_entropy(config, episodes):
 
 
 def test_groups_with_signal():
-    episodes = marked(episodes_of(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
+    episodes = marked(make_episodes(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
     scores = [episode.score for episode in episodes]
     assert groups_with_signal(scores, 2) == [True, False, False, False, False]
     scores[4].total = 0.1  # rewards differ, but both completions are wrong
