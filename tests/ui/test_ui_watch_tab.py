@@ -66,7 +66,7 @@ def test_shows_the_time_left_of_a_run_in_progress(folder, launcher):
         # 10 steps of 2 s and two evaluations of 10 / 3 s are left
         assert values["status"].startswith("Running: step 10 of 20, about 0:27 min left.")
         (folder / "a/STOP").touch()
-        assert followed(launcher, "a")["status"].startswith("Running, will save and stop after this step: ")
+        assert followed(launcher, "a")["status"].startswith("Running (will save and stop after this step): ")
     assert followed(launcher, "a")["timer"].value == 10
 
 
