@@ -1,4 +1,4 @@
-"""The tabs Compare and What changed: verdicts, samples, chats, votes, downloads, errors."""
+"""The Compare and What changed tabs: verdicts, samples, chats, votes, downloads, errors."""
 
 import json
 import re
@@ -356,7 +356,7 @@ def test_changes(evaluated):
     assert text.endswith(" 1 before, 0 after.")
     assert [row[:2] for row in rows] == [
         [1, "fixed"],
-        [2, "broke"],
+        [2, "broken"],
         [3, "both right"],
         [4, "both wrong"],
         [5, "both wrong"],

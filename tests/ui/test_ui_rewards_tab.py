@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 import yaml
-from conftest import asked_in_a_run
+from conftest import run_with_questions
 from watching import write_rollouts
 
 from ui import learn_tab, rewards_tab
@@ -41,7 +41,7 @@ SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 @pytest.fixture
 def page(tmp_path):
     """A run with one step of four completions to two questions, whose reward function accepted every answer."""
-    questions, rows, folder = asked_in_a_run(tmp_path)
+    questions, rows, folder = run_with_questions(tmp_path)
     settings = {
         "train_data": [str(questions)],
         "train_questions": 100,
@@ -207,7 +207,7 @@ def test_shows_printed_html_and_html_reasons_as_text(page):
 
 def test_rescores_a_step(page):
     message, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
-    assert message.startswith("4 completions of step 3, scored by rewards.py:")
+    assert message.startswith("4 completions of step 3, scored with rewards.py:")
     figures = {line.split()[0]: line.split()[1:] for line in message.splitlines() if line.startswith("  ")}
     assert figures["correct"] == ["1.0000", "0.5000", "2"]
     assert figures["short"] == ["-", "0.2500", "4"]
