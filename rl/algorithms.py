@@ -77,7 +77,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 
 def whiten_by_token(advantages: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Whiten the completions' advantages, (N,), over all tokens, as REINFORCE++ with baseline does (arXiv 2501.03262).
+    """Whiten advantages, (N,), over the tokens of the batch, as in REINFORCE++ with baseline (arXiv 2501.03262).
 
     mask: (N,), False for completions that are ungraded or masked out of the loss: they are excluded and get 0.
     """
@@ -146,8 +146,8 @@ def token_rewards(
 def process_advantages(steps: list[StepRewards], lengths: list[int], num_generations: int) -> list[torch.Tensor]:
     """Return GRPO's advantages under process supervision (arXiv 2402.03300), (C,) for each completion.
 
-    A token's advantage is the sum of the normalised rewards of the steps that end at or after it. All rewards in a
-    group are normalised together, regardless of `scale_rewards`: (value - mean) / (standard deviation + 1e-4).
+    A token's advantage is the sum of the normalised rewards of the steps that end at or after it. All step rewards of
+    a group are normalised together, regardless of `scale_rewards`: (value - mean) / (standard deviation + 1e-4).
     """
     advantages = [torch.zeros(n) for n in lengths]
     for start in range(0, len(steps), num_generations):

@@ -36,7 +36,7 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def step(self) -> float | None:
-        """Apply the gradients. Return the unclipped norm: nan if not finite (no update), None if there are none."""
+        """Apply and clear the gradients. Return the unclipped norm: nan if not finite (no update), None if no grads."""
         norm = None
         if any(p.grad is not None for p in self.parameters):
             self.scaler.unscale_(self.adamw)

@@ -39,7 +39,7 @@ class Episode:
     completion: Completion | None = None  # input of the reward functions
     score: Score | None = None
     reward: float = math.nan  # training reward, after length penalties; nan if ungraded
-    has_signal: bool = True  # False if dynamic_sampling drops its group: all right or all wrong
+    has_signal: bool = True  # False if dynamic_sampling drops its group, see groups_with_signal
     in_loss: bool = True  # False if masked out of the loss
     advantages: torch.Tensor | None = None  # (C,)
     old_logprobs: torch.Tensor | None = None  # (C,), under the policy before the first update

@@ -57,7 +57,7 @@ class Updater:
 
     @property
     def corrects_sampler(self) -> bool:
-        """True in bf16 and fp16, where log-probs of sampler and trainer differ by more than fp32 rounding."""
+        """True if importance weights correct for the sampler, whose log-probs differ noticeably in bf16 and fp16."""
         return self.config.importance_sampling_cap > 0 and self.policy.dtype != torch.float32
 
     def fill_values(self, episodes: list[Episode]) -> None:
