@@ -337,7 +337,9 @@ def report(result: dict) -> str:
     lines.append(f"{versions}; log-probabilities differ by at most {result['off_by']:.1e} nats")
     for side, cold in result["cold"].items():
         name = "Ponder" if side == "ours" else result["peer"]
-        lines.append(f"{name}, cold start: load {cold['loading']:.1f} s, first step {cold['first_step']:.1f} s")
+        lines.append(
+            f"{name}, cold start: {cold['loading']:.1f} s to load, {cold['first_step']:.1f} s for the first step"
+        )
     return "\n".join(lines)
 
 
