@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import copy_of_tiny
+from conftest import copy_tiny
 
 from rl.config import ConfigError
 from rl.model.logprobs import completion_logprobs
@@ -88,7 +88,7 @@ def test_prompt_has_a_single_bos(policy):
 
 
 def test_eos_ids_are_the_union_of_all_sources(tmp_path, config):
-    config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [0, 2]}, config={"eos_token_id": 3})
+    config.model = copy_tiny(tmp_path / "m", generation_config={"eos_token_id": [0, 2]}, config={"eos_token_id": 3})
     policy = load_policy(config)
     assert policy.eos_ids == {0, 1, 2, 3}
     for eos in policy.eos_ids:
@@ -131,7 +131,7 @@ def test_tokens_without_an_embedding_are_one_line_errors(policy):
 
 def test_padding_and_end_tokens_have_an_embedding(tmp_path, config):
     """A tokenizer may define a padding token, or an end token, that its model lacks."""
-    config.model = copy_of_tiny(tmp_path / "m")
+    config.model = copy_tiny(tmp_path / "m")
     tokenizer = load_policy(config).tokenizer
     tokenizer.add_tokens([f"<extra{i}>" for i in range(40)])
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<end>"]})
