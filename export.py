@@ -12,11 +12,12 @@ from data import DataError
 from export.command import main
 from grading import RewardError
 from rl.config import ConfigError, RunError
+from rl.run.process import command_output
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     try:
-        main(sys.argv[1:])
+        with command_output():
+            main(sys.argv[1:])
     except (ConfigError, DataError, RewardError, RunError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from data import DataError, QuestionSampler, load_questions
 from grading import RewardError, check_tests, load_rewards, preflight, sandbox
 from rl.config import Config, ConfigError, RunError
 from rl.run import commands
-from rl.run.process import StopSignals
+from rl.run.process import StopSignals, command_output
 from rl.run.read_config import read_config, saved_settings
 
 
@@ -114,9 +114,9 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a Windows console cannot show all characters
     try:
-        main(sys.argv[1:])
+        with command_output():
+            main(sys.argv[1:])
     except (ConfigError, DataError, RewardError, RunError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as error:

@@ -8,11 +8,11 @@ check exits with status 1 if a gold fails or a wrong answer passes.
 
 import argparse
 import json
-import signal
 import sys
 
 from data import DataError, load, parse_columns
 from grading import RewardError
+from rl.run.process import command_output
 from tools.data_check import print_report
 
 SOURCES = (
@@ -21,6 +21,7 @@ SOURCES = (
 )
 
 
+@command_output()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data", description="Inspect a source of questions.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -40,16 +41,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.n is not None and args.n < 1:
         parser.error("-n must be at least 1")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # the console's encoding may lack characters
     try:
         rows = load(args.source, args.n, args.split, parse_columns(args.columns), args.seed)
         if args.command == "check":
             sys.exit(0 if print_report(args.source, rows) else 1)
     except (DataError, RewardError) as error:
         sys.exit(f"error: {error}")
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently if `| head` closes the pipe
     for row in rows:
         print(json.dumps(row, indent=2, ensure_ascii=False, default=str))
 

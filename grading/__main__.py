@@ -16,11 +16,13 @@ from pathlib import Path
 
 from grading.answers.math_grader import grade_math
 from grading.base import Completion
+from rl.run.process import command_output
 from tools.self_test import self_test
 
 COLUMNS = ("kind", "gold", "answer", "expected")
 
 
+@command_output()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grading", description="Test graders and reward files.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -30,7 +32,6 @@ def main() -> None:
     test.add_argument("file", metavar="REWARDS.py")
     test.add_argument("options", nargs=argparse.REMAINDER, help="such as --data SOURCE, --watch, --rescore RUN")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # the console may not support all characters
     try:
         if args.command == "math-table":
             grade_table(args.file)

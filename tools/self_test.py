@@ -25,6 +25,7 @@ from grading.base import RewardError, RewardFunction, Rewards, row_kind, shorten
 from grading.rewards import probes
 from grading.rewards.preflight import Trial, preflight, try_probes, try_rows
 from grading.rewards.reward_file import load_rewards
+from rl.run.process import command_output
 from tools.rescore import rescore
 
 WIDTH = 110  # characters per line of the table
@@ -32,6 +33,7 @@ NAMES_WIDTH = 48  # of these, for the columns of the reward functions
 WATCH_SECONDS = 0.3  # polling interval of --watch
 
 
+@command_output()
 def self_test(file: str, arguments: list[str] | None = None) -> None:
     """Run the command line of the self-test. Exits with status 1 if the self-test fails."""
     parser = argparse.ArgumentParser(
@@ -54,7 +56,6 @@ def self_test(file: str, arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.n < 1:
         parser.error("-n must be at least 1")
-    sys.stdout.reconfigure(errors="replace")  # the console's encoding may lack characters
     if not Path(file).is_file():
         sys.exit(f"error: there is no file {file}")
     if options.watch:
@@ -66,9 +67,6 @@ def self_test(file: str, arguments: list[str] | None = None) -> None:
             sys.exit(1)
     except (RewardError, DataError) as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # `| head` has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _watch(file: str, arguments: list[str]) -> None:

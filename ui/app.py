@@ -30,6 +30,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
 from grading.base import first_line  # noqa: E402
+from rl.run.process import command_output  # noqa: E402
 from ui import compare_tab, learn_tab, rewards_tab, watch_tab  # noqa: E402
 from ui.runs import Page, Runs  # noqa: E402
 from ui.worker import Worker  # noqa: E402
@@ -124,7 +125,8 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Settings, description=__doc__.split("\n")[0])
+    with command_output():
+        settings = tyro.cli(Settings, description=__doc__.split("\n")[0])
     settings.runs, settings.rewards_file = settings.runs.resolve(), settings.rewards_file.resolve()
     os.chdir(ROOT)  # data/tiny and configs/ are relative to the repository
     try:

@@ -1,10 +1,13 @@
-"""Stop signals, and console output that survives a closed terminal."""
+"""Stop signals, and console output that survives a closed terminal or pipe."""
 
 import contextlib
 import os
+import select
 import signal
 import sys
 from pathlib import Path
+
+CLOSED_PIPE_STATUS = 141  # exit status of a process that SIGPIPE has killed
 
 
 class Stopped(KeyboardInterrupt):
@@ -55,6 +58,37 @@ class StopSignals:
             )
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def command_output():
+    """Context manager or decorator for a command. It ends silently once its output is closed, as `| head` does.
+
+    Characters that the console cannot show are replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    except BrokenPipeError:
+        if not is_closed(sys.stdout.fileno()):  # the pipe of a child process
+            raise
+        sys.exit(CLOSED_PIPE_STATUS)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python flushes the stream again at exit
+
+
+def is_closed(pipe: int) -> bool:
+    """Return whether the reader of a pipe, given by its file descriptor, has closed it."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return bool(poll.poll(0))
 
 
 class Console:
