@@ -329,8 +329,11 @@ def lock_released():
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
-    """Return the question as text: the content of the last message if the prompt is a conversation."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    """Return the question as text: of a conversation, the last message that is not the start of the answer."""
+    if isinstance(prompt, str):
+        return prompt
+    questions = [message for message in prompt if message.get("role") != "assistant"]
+    return str((questions or prompt)[-1]["content"])
 
 
 def did_you_mean(name: str, names) -> str:

@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import copy_tiny
 
+from grading import prompt_text
 from rl.config import ConfigError
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy
@@ -33,7 +34,7 @@ def test_completion_prefix_of_a_template_that_opens_the_thinking(policy):
     scorer = StreamingScorer(policy, policy.encode([row]), Rewards("rewards.py", []), 1, tqdm(disable=True))
     scorer.add({0: episode})
     completion = episode.completion
-    assert completion.text == "<think>\n1+1=2</think>\\boxed{2}"
+    assert completion.text == "<think>\n1+1=2</think>\\boxed{2}" and completion.prompt == "Hi"
     assert (completion.thinking, completion.answer) == ("1+1=2", "\\boxed{2}")
     policy.chat_template_kwargs = {"enable_thinking": False}
     assert policy.completion_prefix("Hi") == ""
@@ -55,6 +56,7 @@ def test_continues_a_last_assistant_turn(policy, text):
     policy.tokenizer.chat_template += "{{- '<think>\n' if enable_thinking else '' -}}"
     assert policy.render_prompt(prompt) == "<|user|>Hi<|assistant|>" + text
     assert policy.completion_prefix(prompt) == text
+    assert prompt_text(prompt) == "Hi"
     (question,) = policy.encode([{"id": 1, "prompt": prompt}])
     assert question.completion_prefix == text and question.prompt_ids == policy.encode_prompt(prompt)
     policy.chat_template_kwargs = {"enable_thinking": True}  # the template opens the thinking, too
