@@ -6,7 +6,8 @@ is a complete solution. All other columns of the source are kept. Rows without a
 
     sums, words, functions, long_sums, ...      generated from a seed (data/tasks.py)
     reasoning_gym:NAME                          generated from a seed by the package reasoning_gym (data/gym.py)
-    questions.jsonl, .json, .csv, .parquet      a file; well-known datasets are recognized by columns (data/formats.py)
+    questions.jsonl                             a .jsonl, .json, .csv, .tsv or .parquet file; well-known datasets are
+                                                recognized by columns (data/formats.py)
     openai/gsm8k, OWNER/NAME:CONFIG[SPLIT]      a dataset on the Hugging Face Hub (data/hub.py)
 
     python -m data show sums                    # print a few rows of a source
@@ -39,7 +40,7 @@ def load(source: str, n: int | None = None, split: str = "train", columns: dict 
         source: A source as listed in the module's docstring.
         n: Number of questions to generate (default 100), or the maximum number to read (default all).
         split: "train" or "eval"; ignored for files.
-        columns: Maps our column names to the names in the file or dataset.
+        columns: Maps our column names to the names in the file or dataset, which may be nested (a.b, a.0.b).
     """
     return _read(source, n, split, columns or {}, seed)[0]
 

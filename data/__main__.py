@@ -16,7 +16,7 @@ from rl.run.process import command_output
 from tools.data_check import print_report
 
 SOURCES = (
-    "sums, words, functions, countdown, reasoning_gym:NAME, a .jsonl, .json, .csv or .parquet file, or a dataset on "
+    "sums, words, functions, countdown, reasoning_gym:NAME, a .jsonl, .json, .csv, .tsv or .parquet file, or a dataset on "
     "the Hub: OWNER/NAME, OWNER/NAME:CONFIG[SPLIT]"
 )
 

@@ -14,7 +14,7 @@ from data.tasks import MAKERS, make_sum
 ROWS = [{"question": f"What is {i} + 1?", "gold": i + 1, "level": "easy"} for i in range(20)]
 
 
-def load_with(train_data, eval_data, train_questions, eval_questions, seed, curriculum_steps=0):
+def load_with(train_data, eval_data, train_questions, eval_questions, seed, curriculum_steps=0, system_prompt=None):
     """Call `load_questions` with these settings."""
     settings = {
         "train_data": train_data,
@@ -24,6 +24,7 @@ def load_with(train_data, eval_data, train_questions, eval_questions, seed, curr
         "seed": seed,
         "columns": {},
         "curriculum_steps": curriculum_steps,
+        "system_prompt": system_prompt,
     }
     return load_questions(SimpleNamespace(**settings))
 
@@ -199,6 +200,33 @@ def test_notes_that_only_part_of_a_file_is_used(tmp_path):
     assert len(train) == 7 and "the first 7 of 20 questions are used" in notes[0]
     _, held_out, notes = load_with(["sums"], [str(tmp_path / "a.jsonl")], 7, 9, 0)
     assert len(held_out) == 9 and "the first 9 of 20 questions are held out" in notes[0]
+
+
+def test_notes_that_system_prompt_replaces_system_messages(tmp_path):
+    def prompt(i, *system):
+        return [*({"role": "system", "content": text} for text in system), {"role": "user", "content": f"{i} + 1?"}]
+
+    systems = [("Be brief.",), ("Be kind.",), (), ("Be brief.", "Be kind.")] * 3
+    rows = [{"prompt": prompt(i, *system), "answer": "1"} for i, system in enumerate(systems)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "Hi", "answer": "1"}])))
+
+    def notes(system_prompt):
+        return [
+            n for n in load_with([str(tmp_path / "a.jsonl")], [], 99, 9, 0, 0, system_prompt)[2] if "system_prompt" in n
+        ]
+
+    (note,) = notes("Be brief.")
+    assert "system_prompt replaces the system message of 6 of 13 questions (such as row a:" in note
+    assert "of 9 of 13 questions" in notes("Think.")[0]
+    assert not notes(None) and not notes("")
+
+
+def test_notes_answers_that_may_have_a_decimal_comma(tmp_path):
+    golds = ["0,5", "-2,25", "1,23456", "1,234", "1,234,567", "(1,2)", "1, 2", "5", "", "0.5"]
+    rows = "\n".join(f"What is {i}?;{gold}" for i, gold in enumerate(golds))
+    (tmp_path / "q.csv").write_text(f"prompt;answer\n{rows}\n")
+    (note,) = [n for n in load_with([str(tmp_path / "q.csv")], [], 99, 1, 0)[2] if "decimal comma" in n]
+    assert note.startswith("3 answers are two numbers, such as ") and "write a point" in note
 
 
 def test_show_prints_rows_and_errors():
