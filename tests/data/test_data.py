@@ -211,9 +211,7 @@ def test_notes_that_system_prompt_replaces_system_messages(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "Hi", "answer": "1"}])))
 
     def notes(system_prompt):
-        return [
-            n for n in load_with([str(tmp_path / "a.jsonl")], [], 99, 9, 0, 0, system_prompt)[2] if "system_prompt" in n
-        ]
+        return [n for n in load_with([str(tmp_path / "a.jsonl")], [], 99, 9, 0, 0, system_prompt)[2] if "replaces" in n]
 
     (note,) = notes("Be brief.")
     assert "system_prompt replaces the system message of 6 of 13 questions (such as row a:" in note
