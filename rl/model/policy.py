@@ -203,7 +203,8 @@ def load_policy(config: Config) -> Policy:
         uses_unsloth = config.backend == "unsloth" and is_for_unsloth(model_config)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
         model = load_with_unsloth(config, dtype) if uses_unsloth else load_with_transformers(config, device, dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    # AssertionError: the padding token of config.json has no embedding. ImportError: a package of the model is missing.
+    except (OSError, ValueError, RuntimeError, SafetensorError, AssertionError, ImportError) as error:
         matches = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
         reason = f"did you mean {matches[0]}?" if matches else first_line(error)
         place = "" if Path(config.model).exists() else " (it is not a local folder)"

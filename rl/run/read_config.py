@@ -144,7 +144,8 @@ def read_yaml(file: str) -> Config:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        fix = ": put text with backslashes in single quotes" if "escape" in problem else ""
+        fixes = {"escape": ": put text with backslashes in single quotes", "'\\t'": ": use spaces instead of the tab"}
+        fix = next((fix for part, fix in fixes.items() if part in problem), "")
         raise ConfigError(f"{file}{line}: not valid YAML: {problem}{fix}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{file}: expected lines of the form 'setting: value'")

@@ -101,9 +101,12 @@ def test_control_characters_are_errors_with_file_setting_and_fix(tmp_path, text,
     assert "in single quotes" in message
 
 
-def test_unknown_escapes_and_raw_control_characters_are_one_line_errors(tmp_path):
+def test_unknown_escapes_raw_control_characters_and_tabs_as_indentation_are_one_line_errors(tmp_path):
     for text in (r'system_prompt: "a \sqrt b"', r'system_prompt: "a \xi b"', r'system_prompt: "\upsilon"'):
         with pytest.raises(ConfigError, match="c.yaml:1: not valid YAML: .* in single quotes$"):
+            from_yaml(tmp_path, text)
+    for text in ("columns:\n\tanswer: gold", "seed: 1\nsystem_prompt: \ta"):
+        with pytest.raises(ConfigError, match="c.yaml:2: not valid YAML: .* use spaces instead of the tab$"):
             from_yaml(tmp_path, text)
     with pytest.raises(ConfigError, match="c.yaml: not valid YAML: unacceptable character #x0008[^\n]*$"):
         from_yaml(tmp_path, "system_prompt: a\x08oxed")

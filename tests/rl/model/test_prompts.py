@@ -143,6 +143,10 @@ def test_padding_and_end_tokens_have_an_embedding(tmp_path, config):
     assert policy.tokenizer.pad_token_id > 128 and policy.eos_ids == {1} and policy.pad_id == 1
     logprobs, _, _ = completion_logprobs(policy, [[4, 40], [4, 41, 42]], [[20], [20, 21, 22]])
     assert logprobs.isfinite().all()
+    config.model = copy_tiny(tmp_path / "pad", config={"pad_token_id": 128})  # refused by transformers
+    with pytest.raises(ConfigError, match="^model: .* cannot be loaded: Padding_idx must be within num_embeddings$"):
+        load_policy(config)
+    config.model = str(tmp_path / "m")
     for file in ("config", "generation_config"):
         path = tmp_path / f"m/{file}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 130}))
