@@ -352,12 +352,20 @@ def keep_freed_memory(hidden_size: int) -> None:
 
 @torch.no_grad()
 def has_plain_head(model) -> bool:
-    """Return whether the logits are the head's product with the last hidden state. Some models cap or scale them."""
+    """Return whether the logits are the head's product with the last hidden state. Some models cap or scale them.
+
+    Raises ConfigError if the forward pass fails, as it does for a layer that peft wraps incorrectly.
+    """
     ids = torch.arange(1, 9, device=model.device)[None]
-    hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.allclose(
-        model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits, rtol=1e-3
-    )
+    try:
+        hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"model: {model.config.name_or_path} ({model.config.model_type}) cannot be trained: its forward pass fails "
+            f"with a LoRA: {first_line(error)}"
+        ) from error
+    return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3)
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:

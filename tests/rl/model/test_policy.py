@@ -241,22 +241,25 @@ def test_refuses_damaged_weights(tmp_path, config, damage):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("family", ["Mamba2", "FalconH1"])
-def test_models_on_which_peft_has_no_lora_are_one_line_errors(tmp_path, config, family):
-    from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config, Mamba2Config
+SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "eos_token_id": 1}
+SMALL_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+UNSUPPORTED_MODELS = {
+    "Mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
+    "FalconH1": SMALL_ATTENTION | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+    "Phimoe": SMALL_ATTENTION | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 
-    small = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "eos_token_id": 1}
-    if family == "Mamba2":
-        settings = Mamba2Config(num_heads=8, head_dim=16, state_size=16, n_groups=1, **small)
-    else:
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        settings = FalconH1Config(
-            intermediate_size=64, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, **heads, **small
-        )
+
+@pytest.mark.parametrize("family", UNSUPPORTED_MODELS)
+def test_models_on_which_peft_has_no_lora_are_one_line_errors(tmp_path, config, family):
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = getattr(transformers, f"{family}Config")(**SMALL, **UNSUPPORTED_MODELS[family])
     AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained("data/tiny").save_pretrained(tmp_path)
     config.model = str(tmp_path)
-    with pytest.raises(ConfigError, match=f"^model: .* .{settings.model_type}. cannot be trained, .* LoRA") as error:
+    with pytest.raises(ConfigError, match=f"^model: .* .{settings.model_type}. cannot be trained.* LoRA") as error:
         load_policy(config)
     assert "\n" not in str(error.value)
 
