@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+import transformers
 from conftest import fill_lora
 from peft.tuners.lora import LoraLayer
 
@@ -80,6 +81,16 @@ def test_merge_in_fp32_equals_peft(config):
 def test_refuses_a_merge_that_overflows():
     with pytest.raises(RunError, match="linear: W . s B A is not finite in torch.float16"):
         merge.merge_lora(make_toy([[1.0, 2.0], [3.0, 4.0]], a=[[6e4, 0.0]], b=[[1.0], [0.0]], dtype=torch.float16))
+
+
+def test_dtype_of_sharded_weights_and_of_files_without_safetensors(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained("data/tiny", dtype="float16")
+    model.save_pretrained(tmp_path, max_shard_size="500KB")
+    assert len(merge.weight_files(str(tmp_path))) > 1 and merge.merge_dtype(str(tmp_path)) == ("float16", True)
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert merge.merge_dtype(str(tmp_path)) == ("float16", False)
 
 
 # --- the logits
