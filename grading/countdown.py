@@ -5,7 +5,7 @@ import operator
 import re
 from fractions import Fraction
 
-from grading.answers.math_grader import extract_answer
+from grading.answers.extraction import extract_answer
 from grading.base import shorten
 
 MAX_CHARS = 200

@@ -6,7 +6,7 @@ long enough, and a model would learn to exploit it. The reason contains the part
 
 import functools
 
-from grading.answers.math_grader import extract_answer
+from grading.answers.extraction import extract_answer
 from grading.base import Ungraded
 from grading.sandbox.messages import decode, encode
 from grading.sandbox.workers import WorkerError, run_in_worker

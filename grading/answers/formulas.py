@@ -4,9 +4,8 @@ Unknown syntax raises ParseError, and no text is ever skipped. Sums, integrals a
 grading/answers/structures.py extends the parser to structures that contain formulas: lists, sets, relations, matrices.
 """
 
-from fractions import Fraction
-
-from grading.answers.exact import FUNCTIONS, ParseError, TooBig, Unsupported, Value, apply_function, number, symbol
+from grading.answers.exact import FUNCTIONS, PLAIN, SYMBOLIC, Value, apply_function, number, symbol
+from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.units import CURRENCIES, parse_unit
 
 GREEK = {
@@ -24,6 +23,7 @@ _TIMES, _DIVIDE = ("*", r"\cdot", r"\times", r"\ast"), ("/", r"\div")
 _BRACKETS = {"(", "[", "{"}
 # Tokens that start a factor of a product without a sign, as in 2x and 2(x+1).
 _FACTORS = _BRACKETS | {"name", r"\frac", r"\sqrt", r"\binom", *_DELIMITERS, *_FUNCTIONS, *_CONSTANTS, *GREEK}
+_CALLED = {*"fghFGH", r"\phi", r"\varphi", r"\zeta", r"\Gamma"}  # names of functions if a bracket follows
 _MONEY = (r"\$", *CURRENCIES)
 _BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}
 
@@ -93,7 +93,7 @@ class FormulaParser:
         while self.kind in _SIGNS:
             sign = self.parse_signs()
             term = as_value(self.parse_product())
-            result = as_value(result) + (term if sign > 0 else -term)
+            result = _pending(as_value(result) + (term if sign > 0 else -term), result, term)
         kinds = [kind for kind, _ in self.tokens[start : self.position] if kind not in _SIGNS]
         if isinstance(result, Value) and r"\infty" in kinds and len(kinds) > 1:
             raise ParseError("arithmetic with infinity")
@@ -108,9 +108,9 @@ class FormulaParser:
                 sign = self.parse_signs()
                 factor = as_value(self.parse_power())
                 factor = factor if sign > 0 else -factor
-                result = result / factor if kind in _DIVIDE else result * factor
+                result = _quotient(result, factor) if kind in _DIVIDE else _product(result, factor)
             elif kind in _FACTORS and not (kind == "|" and self.open_bars):
-                result = result * as_value(self.parse_power())
+                result = _product(result, as_value(self.parse_power()))
             else:
                 break
         return result
@@ -147,7 +147,7 @@ class FormulaParser:
                     raise ParseError("a double factorial")
                 result = apply_function("factorial", result)
             elif self.accept("%", r"\%"):
-                result = with_unit(result, number(Fraction(1, 100)))
+                result = with_unit(result, symbol("unit:%"))
             elif self.kind in ("text", "word", *_MONEY):
                 unit = self.advance().removeprefix("\\")
                 if self.accept("^"):
@@ -198,7 +198,7 @@ class FormulaParser:
         if kind in _FUNCTIONS:
             return self.parse_function(kind[1:])
         if kind == r"\frac":
-            return as_value(self.parse_argument()) / as_value(self.parse_argument())
+            return _quotient(as_value(self.parse_argument()), as_value(self.parse_argument()))
         if kind == r"\binom":
             return apply_function("binomial", as_value(self.parse_argument()), as_value(self.parse_argument()))
         if kind == r"\sqrt":
@@ -206,14 +206,14 @@ class FormulaParser:
             if self.accept("["):
                 index = as_value(self.parse_sum())
                 self.expect("]")
-            return _nth_root(as_value(self.parse_argument()), index)
+            return _nth_root(as_value(self.parse_argument()), index).left_pending(index.pending)
         if kind in _DELIMITERS:
             self.open_bars += kind == "|"
             inner = as_value(self.parse_sum())
             closing, name = _DELIMITERS[kind]
             self.expect(closing)
             self.open_bars -= kind == "|"
-            return apply_function(name, inner)
+            return apply_function(name, inner if name == "abs" else inner.left_pending(PLAIN))
         if kind in _MONEY:
             return with_unit(as_value(self.parse_product()), parse_unit(kind[-1]))
         if kind in _OPERATORS:
@@ -224,6 +224,8 @@ class FormulaParser:
         """Return the constant, variable with its index, or binomial coefficient C_n^k after its name was consumed."""
         if name in ("e", "i") and self.kind != "_":
             return symbol(name)
+        if name in _CALLED and (call := self.parse_call(name)):
+            return call
         if self.accept("_"):
             start = self.position
             index = as_value(self.parse_argument())
@@ -231,6 +233,47 @@ class FormulaParser:
                 return apply_function("binomial", index, as_value(self.parse_argument()))
             name += f"_{self.source(start).strip('{}')}"
         return symbol(name)
+
+    def parse_call(self, name: str) -> Value | None:
+        """Parse the rest of a call such as f(2), f'(x) or f^{-1}(3), which is a variable of its own.
+
+        Returns None for a product, such as h(a+b), and for a variable, such as f.
+        """
+        start = self.position
+        while self.accept("'"):
+            name += "'"
+        if [kind for kind, _ in self.tokens[self.position : self.position + 2]] == ["^", "{"]:
+            self.position += 1
+            inverse = self.parse_word()
+            name += "^{-1}"
+            if inverse != "-1":
+                self.position = start
+                return None
+        opening = self.position
+        if not self.accept("("):
+            if name[-1] != "'":
+                self.position = start
+                return None
+            return symbol(name)
+        depth = 1
+        while depth:
+            if self.kind == "end":
+                raise ParseError("a missing bracket")
+            depth += (self.kind == "(") - (self.kind == ")")
+            self.position += 1
+        inner = self.tokens[opening + 1 : self.position - 1]
+        letters = [kind for kind, _ in inner if kind == "name" or kind in GREEK]
+        if name[0] != "f" and letters and (len(inner) > 1 or name in GREEK):
+            self.position = start
+            return None
+        end = self.position
+        self.position = opening + 1
+        argument = None
+        if not any(kind == "," for kind, _ in inner):
+            argument = as_value(self.parse_sum()).rational
+        self.position = end
+        text = self.source(opening) if argument is None else f"({argument})"
+        return symbol(name + text.replace("{", "(").replace("}", ")"))
 
     def parse_number_base(self, value: Value) -> Value:
         """Parse the base of 204_5. The number is not converted: it equals only the same digits in the same base."""
@@ -265,7 +308,7 @@ class FormulaParser:
         else:
             argument = as_value(self.parse_power())
             while self.kind in _FACTORS - _FUNCTIONS - _BRACKETS - {"|"}:
-                argument = argument * as_value(self.parse_power())
+                argument = _product(argument, as_value(self.parse_power()))
         argument = _in_radians(argument)
         if name == "log" and base is not None:
             result = apply_function("ln", argument) / apply_function("ln", base)
@@ -279,6 +322,26 @@ def as_value(node) -> Value:
     if not isinstance(node, Value):
         raise ParseError("arithmetic with a structure")
     return node
+
+
+def _pending(result: Value, a: Value, b: Value) -> Value:
+    """Mark the result of an operation as one that the answer leaves to be computed."""
+    is_plain = a.rational is not None and b.rational is not None
+    return result.left_pending(PLAIN if is_plain else SYMBOLIC)
+
+
+def _product(a: Value, b: Value) -> Value:
+    return _pending(a * b, a, b)
+
+
+def _quotient(a: Value, b: Value) -> Value:
+    """Divide. A fraction of two integers is a number, unless it is an integer, as 12/3 is."""
+    result = a / b
+    x, y = a.rational, b.rational
+    if x is not None and y is not None and x.denominator == y.denominator == 1:
+        if y in (1, -1) or result.rational.denominator != 1:
+            return result
+    return _pending(result, a, b)
 
 
 def with_unit(value: Value, unit: Value) -> Value:

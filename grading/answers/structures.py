@@ -10,9 +10,10 @@ import functools
 import re
 from dataclasses import dataclass
 
-from grading.answers.exact import ParseError, Unsupported, Value, are_equal, symbol
+from grading.answers.exact import Value, are_equal, symbol
 from grading.answers.formulas import GREEK, FormulaParser, as_value
 from grading.answers.regions import REALS, Region, interval, solve
+from grading.answers.terms import ParseError, Unsupported
 from grading.answers.tokens import CLOSING, OPENING, WORDS, tokenize
 
 
@@ -67,7 +68,7 @@ _SETS_AS_TEXT = dict.fromkeys(("empty set", "no solution", "no solutions"), Item
 _SETS_AS_TEXT |= dict.fromkeys(("all real numbers", "all reals"), REALS)
 _NAME = re.compile(  # x, A_1, f(x), \theta, BC, P(A), |AB|, \angle ABC, f^{-1}(x), words
     rf"(?:[A-Za-z]|[A-Z]{{2,3}}|\\(?:{'|'.join(name[1:] for name in sorted(GREEK))}))"
-    r"(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?(?:\([\w,]+\))?"
+    r"(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?(?:\([^()]+\))?"
     r"|\\angle[A-Z]+|\|[A-Z]{2}\||#words"
 )
 
@@ -267,7 +268,8 @@ def _equation(names: list[str], parts: list):
     """Interpret x = 5 as Named, 2 + 3 = 5 as its last side (all sides must be equal), and y - x = 1 as a Relation."""
     values = [part for part in parts if isinstance(part, Value)]
     while len(parts) == len(values) > 1 and are_equal(values[-2], values[-1]):
-        parts, values = values[:-2] + values[-1:], values[:-2] + values[-1:]
+        simplest = min(values[-2:][::-1], key=lambda value: value.pending)
+        parts = values = [*values[:-2], simplest]
     if len(values) == 2 and len(parts) == 2 and not names:
         left, right = values
         if right.is_variable() and not left.variables():
@@ -276,7 +278,7 @@ def _equation(names: list[str], parts: list):
             return Relation("=", left - right)
     if len(parts) != 1:
         raise ParseError("an equation whose sides differ")
-    if len(names) == 1 and "," in names[0]:
+    if len(names) == 1 and "," in names[0] and "(" not in names[0]:
         split_names, value = names[0].split(","), parts[0]
         if not isinstance(value, Items) or value.kind != "tuple" or len(value.items) != len(split_names):
             raise ParseError("a tuple of names with another number of values")
@@ -303,9 +305,9 @@ def _inequality(parts: list[Value], relations: list[str]):
         for region in regions:
             result &= region
         return result
-    if len(steps) != 1 or not names:
+    if not steps or not names:
         raise ParseError("a chain of inequalities")
-    return steps[0]
+    return steps[0] if len(steps) == 1 else Items("list", tuple(steps))
 
 
 def as_region(node) -> Region:
@@ -320,3 +322,71 @@ def as_region(node) -> Region:
             result |= interval(item, True, item, True)
         return result
     raise ParseError("not a set of real numbers")
+
+
+# --- sides of an equation
+
+_SIDE = re.compile(r"\\[A-Za-z]+|\\.|(?<![<>!])=|.", re.DOTALL)
+_ROUNDED = re.compile(r"[-+]?\d+(?:\.(\d+))?", re.ASCII)
+
+
+def equal_sides(text: str) -> list[str]:
+    r"""Return the sides of an equation that are its answer, the last one first: only 16 of `|r-s| = 16`.
+
+    A side before the last may be an expression without a value, such as E(2,3), a number that is equal to the last side,
+    or a formula with several variables. It is an answer itself if it is a number that is rounded: `\frac{2}{3}\approx 0.67`.
+    Returns an empty list if the text is not an equation, an equation that is not solved (2x = 16), or one that is false.
+    """
+    *others, last = _split_sides(text)
+    result = [last[1]] if others else []
+    for (_, side), (relation, _) in zip(others, [*others[1:], last]):
+        try:
+            node = parse(side)
+        except ParseError:
+            continue
+        if not isinstance(node, Value):
+            if isinstance(node, Text):
+                continue
+            return []
+        names = node.variables()
+        if not names:
+            if relation == r"\approx" and _is_rounded(node, last[1]):
+                result.append(side)
+            elif not _has_value(node, last[1]):
+                return []
+        elif len(names) == 1 and not node.is_variable():
+            return []
+    return result
+
+
+def _split_sides(text: str) -> list[tuple[str, str]]:
+    """Split a text at = and \\approx outside of brackets. Returns each side with the sign before it."""
+    sides = [["", ""]]
+    depth = 0
+    for token in _SIDE.findall(text):
+        depth += (token in "([{" or token == r"\{") - (token in ")]}" or token == r"\}")
+        if token in _EQUALS and not depth:
+            sides.append([token, ""])
+        else:
+            sides[-1][1] += token
+    return [(sign, side.strip()) for sign, side in sides]
+
+
+def _has_value(node: Value, text: str) -> bool:
+    """Return whether a text is a formula that is equal to a value."""
+    try:
+        return bool(are_equal(node, as_value(parse(text))))
+    except ParseError:
+        return False
+
+
+def _is_rounded(node: Value, text: str) -> bool:
+    """Return whether a text is a number to which a value is rounded."""
+    match = _ROUNDED.fullmatch(text.strip())
+    if not match:
+        return False
+    try:
+        difference = abs(node.approx()[0] - float(match[0]))
+    except (ArithmeticError, ValueError):
+        return False
+    return difference <= 0.500001 * 10.0 ** -len(match[1] or "")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from grading.answers.math_grader import extract_answer
+from grading.answers.extraction import extract_answer
 from grading.base import Completion, prompt_text, row_kind
 from grading.sandbox.cases import called_names, parse_tests
 
