@@ -9,10 +9,11 @@ import re
 import struct
 from fractions import Fraction
 
-from grading.answers.exact import PLAIN, SYMBOLIC, Value, are_equal, number, proportionality_factor, symbol
+from grading.answers.exact import EVALUABLE, PLAIN, SYMBOLIC, Value, are_equal, proportionality_factor, symbol
 from grading.answers.regions import Region
 from grading.answers.structures import Items, Matrix, Named, Relation, Text, as_region
 from grading.answers.terms import ParseError
+from grading.answers.units import PERCENT, without_percent
 
 TOLERANCE = Fraction(1, 10**6)
 FLOAT_NOISE = Fraction(1, 10**12)  # relative error of decimals with at least FLOAT_DIGITS, as in 3.3000000000000003
@@ -67,8 +68,8 @@ def _is_same_named(a, g) -> bool | None:
         return True
     if _is_implicit(a) or _is_implicit(g):
         return False
-    if isinstance(a, Named) and isinstance(g, Named) and a.name != g.name and {a.name, g.name} <= {"x", "y", "z"}:
-        return False  # two lines, or two functions of different axes
+    if relation_a and relation_g and len({"x", "y", "z"} & {getattr(node, "name", "") for node in (a, g)}) > 1:
+        return False  # y = 2t and x = 2t
     return is_same(a.value if isinstance(a, Named) else a, g.value if isinstance(g, Named) else g)
 
 
@@ -136,21 +137,29 @@ def _combine(verdicts) -> bool | None:
 
 def is_same_value(a: Value, g: Value) -> bool | None:
     """Return whether two values are equal or close enough. A unit may be missing in one of them. See `is_same`."""
+    fractions = without_percent(a), without_percent(g)
     (a, unit), (g, gold_unit) = a.split_unit(), g.split_unit()
     if unit and gold_unit and unit != gold_unit:
         return False
-    verdict = _is_equal(a, g)
-    if unit != gold_unit and _PERCENT in (unit, gold_unit):
-        as_fractions = _is_equal(*(v * number(Fraction(1, 100)) if u else v for v, u in ((a, unit), (g, gold_unit))))
-        is_fraction = not gold_unit and g.rational is not None and abs(g.rational) < 1  # 0.5 is not 0.5 %
-        verdict = as_fractions if is_fraction else verdict or as_fractions
-    allowed = g.pending if g.rational is not None else max(g.pending, SYMBOLIC)
-    if verdict is not False and a.pending > allowed:
+    if unit == gold_unit or PERCENT not in (unit, gold_unit):
+        verdict = _is_equal(a, g)
+    elif g.rational is not None and abs(g.rational) < 1 and not gold_unit:  # 0.5 is not 0.5 %
+        verdict = _is_equal(*fractions)
+    else:
+        verdict = _is_equal(a, g) or _is_equal(*fractions)
+    if verdict is not False and a.pending > _allowed_pending(a, g):
         raise NotEvaluated
     return verdict
 
 
-_PERCENT = frozenset({("unit:%", 1)})
+def _allowed_pending(a: Value, g: Value) -> int:
+    """Return how much an answer may leave to be computed: as much as the gold, and only a single function of a number."""
+    if g.rational is None:
+        return max(g.pending, SYMBOLIC)
+    if g.pending:
+        return PLAIN
+    is_rounded_formula = g.digits and a.rational is None and g.rational.denominator > 1
+    return SYMBOLIC if is_rounded_formula else EVALUABLE
 
 
 def _is_equal(a: Value, g: Value) -> bool | None:
@@ -206,7 +215,7 @@ def _is_single(a: Value, g: Value) -> bool:
 _WORDS = re.compile(r"[^\W\d_](?:[\w '-]*[\w.])?")
 _CHOICE = re.compile(r"(?:option|choice)?\s*\(?([A-Za-z])\)?", re.IGNORECASE)
 _LABELLED_CHOICE = re.compile(r"(?:option|choice)?\s*(?:\(([A-J])\)|([A-J])[.:)])(.+)", re.IGNORECASE)
-_OTHER_CHOICE = re.compile(r"\([A-J]\)|\b[A-J][:)]|\b(?:or|and)\b\s*\(?[A-J]\b|^[^\w\s]*[A-J]$")
+_OTHER_CHOICE = re.compile(r"\([A-J]\)|\b[A-J][.:)]|\b(?:or|and)\b\s*\(?[A-J]\b|^(?:\W*[A-J]\b)+\W*$")
 
 
 def is_same_text(answer: str, gold: str) -> bool:

@@ -30,7 +30,7 @@ from grading.answers.terms import (
 MAX_FACTORIAL = 1000  # largest n of n!
 MAX_DEGREE = 30  # degree of a binomial coefficient that is expanded as a polynomial
 
-SYMBOLIC, PLAIN = 1, 2  # levels of `Value.pending`
+EVALUABLE, SYMBOLIC, PLAIN = 1, 2, 3  # levels of `Value.pending`
 
 
 class Value:
@@ -39,8 +39,9 @@ class Value:
     Args:
         num, den: Numerator and denominator: sums as {term: Fraction}; a denominator of None is 1.
         digits: Number of significant digits if the value was written as one decimal, else 0.
-        pending: Operations that the answer leaves to be computed: PLAIN if there is one on plain numbers, as in 7+5,
-            else SYMBOLIC if there is another sum, product or quotient, as in 2x, else 0. Set by the parser.
+        pending: What is left to be computed, set by the parser: PLAIN for a sum, product or quotient of plain numbers, as
+            in 7+5; SYMBOLIC for another sum, product or quotient, as in 2x; EVALUABLE for a power, root or function
+            that is a rational number, as in 4!; else 0.
     """
 
     __slots__ = ("num", "den", "digits", "pending")

@@ -19,8 +19,7 @@ _LEAD_IN = re.compile(
 _SIMPLE_BOX = re.compile(rf"\\boxed\{{([^{{}}\\]{{0,{MAX_BOX_CHARS}}})\}}")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s$\\{}]+))|\\.|[{}]", re.DOTALL)
 _BOX_JOIN = re.compile(r"\$?\s*(?:,|,?\s*(?:and|or|\\text\s*\{\s*(?:and|or)\s*\}))\s*\$?\s*(?:[A-Za-z]\w?\s*=\s*)?$")
-_LINE_END = re.compile(r"\n|\\n(?![A-Za-z])")  # also escaped, as in JSON
-_SENTENCE_END = re.compile(r"\n|\.\s+(?=[A-Z])|\\n(?![A-Za-z])")
+_SENTENCE_END = re.compile(r"\n|\.\s+(?=[A-Z])|\\n(?![A-Za-z])")  # a line break may be escaped, as in JSON
 _MATH = re.compile(r"\s*(?:\$\$(.*?)\$\$|\$(.*?)\$|\\\((.*?)\\\)|\\\[(.*?)\\\])", re.DOTALL)
 _MORE_MATH = re.compile(r"\s*(?:,|;|/|,?\s*(?:or|and|to)\b)\s*(?:[$\d(\\-])")
 _TAG_AT_END = re.compile(r"(?:\s*(?:</?\w{1,20}>|<\|[^|<>]{1,30}\|>))+$")
@@ -52,7 +51,7 @@ def extract_answer(text: str) -> str | None:
         answer = _last_boxes(text)
     elif "####" in text:
         parts = [part.strip() for part in text.split("####")[1:]]
-        lines = [_LINE_END.split(part, maxsplit=1)[0].strip() for part in parts]
+        lines = [_SENTENCE_END.split(part, maxsplit=1)[0].strip() for part in parts]
         answer = _without_remarks(next(filter(None, reversed(lines)), ""))
     elif "<answer>" in text:
         before, end_tag, _ = text.rpartition("</answer>")

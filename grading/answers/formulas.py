@@ -4,7 +4,7 @@ Unknown syntax raises ParseError, and no text is ever skipped. Sums, integrals a
 grading/answers/structures.py extends the parser to structures that contain formulas: lists, sets, relations, matrices.
 """
 
-from grading.answers.exact import FUNCTIONS, PLAIN, SYMBOLIC, Value, apply_function, number, symbol
+from grading.answers.exact import EVALUABLE, FUNCTIONS, PLAIN, SYMBOLIC, Value, apply_function, number, symbol
 from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.units import CURRENCIES, parse_unit
 
@@ -140,12 +140,12 @@ class FormulaParser:
                 result = (
                     with_unit(result, parse_unit("°"))
                     if self.accept_degree_sign()
-                    else result ** as_value(self.parse_argument())
+                    else _evaluable(result ** as_value(self.parse_argument()))
                 )
             elif self.accept("!"):
                 if self.kind == "!":
                     raise ParseError("a double factorial")
-                result = apply_function("factorial", result)
+                result = _evaluable(apply_function("factorial", result))
             elif self.accept("%", r"\%"):
                 result = with_unit(result, symbol("unit:%"))
             elif self.kind in ("text", "word", *_MONEY):
@@ -200,13 +200,14 @@ class FormulaParser:
         if kind == r"\frac":
             return _quotient(as_value(self.parse_argument()), as_value(self.parse_argument()))
         if kind == r"\binom":
-            return apply_function("binomial", as_value(self.parse_argument()), as_value(self.parse_argument()))
+            upper, lower = as_value(self.parse_argument()), as_value(self.parse_argument())
+            return _evaluable(apply_function("binomial", upper, lower))
         if kind == r"\sqrt":
             index = number(2)
             if self.accept("["):
                 index = as_value(self.parse_sum())
                 self.expect("]")
-            return _nth_root(as_value(self.parse_argument()), index).left_pending(index.pending)
+            return _evaluable(_nth_root(as_value(self.parse_argument()), index).left_pending(index.pending))
         if kind in _DELIMITERS:
             self.open_bars += kind == "|"
             inner = as_value(self.parse_sum())
@@ -314,7 +315,7 @@ class FormulaParser:
             result = apply_function("ln", argument) / apply_function("ln", base)
         else:
             result = apply_function("lg" if name == "log" else name, argument)
-        return result if power is None else result**power
+        return _evaluable(result if power is None else result**power)
 
 
 def as_value(node) -> Value:
@@ -324,6 +325,11 @@ def as_value(node) -> Value:
     return node
 
 
+def _evaluable(result: Value) -> Value:
+    """Mark the result of a power, root or function, which is left to be computed if it is a rational number."""
+    return result if result.rational is None else result.left_pending(EVALUABLE)
+
+
 def _pending(result: Value, a: Value, b: Value) -> Value:
     """Mark the result of an operation as one that the answer leaves to be computed."""
     is_plain = a.rational is not None and b.rational is not None
@@ -331,7 +337,9 @@ def _pending(result: Value, a: Value, b: Value) -> Value:
 
 
 def _product(a: Value, b: Value) -> Value:
-    return _pending(a * b, a, b)
+    result = a * b
+    is_zero = not result.num and (a.rational is None or b.rational is None)  # 0x
+    return result if is_zero else _pending(result, a, b)
 
 
 def _quotient(a: Value, b: Value) -> Value:

@@ -22,10 +22,11 @@ import re
 from fractions import Fraction
 
 from grading.answers.equality import NotEvaluated, is_same, is_same_text
+from grading.answers.equations import equal_sides
 from grading.answers.exact import Value
 from grading.answers.extraction import extract_answer
 from grading.answers.question import repeats_question
-from grading.answers.structures import Items, Relation, equal_sides, parse
+from grading.answers.structures import Items, Relation, parse
 from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.tokens import tidy
 from grading.base import Completion, Ungraded, shorten

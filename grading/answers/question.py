@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 from grading.answers.equality import NotEvaluated, is_same
+from grading.answers.equations import split_sides
 from grading.answers.structures import Items, parse
 from grading.answers.terms import ParseError, TooBig
 from grading.answers.tokens import tidy
@@ -33,15 +34,20 @@ def repeats_question(answer: str, gold: str, question: str) -> bool:
         gold: The gold answer. It is no repetition if the gold answer contains the same expression.
         question: The text of the question.
     """
-    tokens = _tokens_of(answer)
-    question_text = _question_text(question)
     try:
         parsed_gold = parse(tidy(gold))
     except (ParseError, TooBig):  # then only its own text is right
         return False
     golds = [parsed_gold, *(parsed_gold.items if isinstance(parsed_gold, Items) else ())]
-    new_runs = (run for run in _common_runs(tokens, question_text) if not _has_form(run, gold))
-    return any(_equals_any(run, golds) for run in itertools.islice(new_runs, MAX_PARSED))
+    sides = [side for _, side in split_sides(tidy(answer))]
+    equal = [side for side in sides if len(sides) > 1 and _equals_any(side, golds)]
+    question_text = _question_text(question)
+    return all(_repeats(side, gold, golds, question_text) for side in equal or [answer])
+
+
+def _repeats(answer: str, gold: str, golds: list, question_text: str) -> bool:
+    runs = (run for run in _common_runs(_tokens_of(answer), question_text) if not _has_form(run, gold))
+    return any(_equals_any(_expression(run), golds) for run in itertools.islice(runs, MAX_PARSED))
 
 
 def _common_runs(tokens: list[str], question_text: str) -> Iterator[list[str]]:
@@ -75,14 +81,19 @@ def _has_form(run: list[str], gold: str) -> bool:
     return _joined(bare) in _joined(tokens) or sorted(bare) in (sorted(tokens), sorted(value))
 
 
-def _equals_any(run: list[str], golds: list) -> bool:
-    """Return whether an expression is equal to one of the parsed gold answers, as far as can be told."""
+def _expression(run: list[str]) -> str:
+    """Return tokens as a text that can be parsed."""
     text = ""
     for before, token in zip(["", *run], run):
         needs_sign = token[0].isdigit() and (before.isalpha() or before == ")")
         text += " * " * needs_sign + (token if "/" in (before, token) else " " + token)
+    return text.strip()
+
+
+def _equals_any(text: str, golds: list) -> bool:
+    """Return whether an expression is equal to one of the parsed gold answers, as far as can be told."""
     try:
-        node = parse(text.strip())
+        node = parse(text)
         return any(is_same(node, gold) is not False for gold in golds)
     except NotEvaluated:
         return True

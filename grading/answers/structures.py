@@ -15,6 +15,7 @@ from grading.answers.formulas import GREEK, FormulaParser, as_value
 from grading.answers.regions import REALS, Region, interval, solve
 from grading.answers.terms import ParseError, Unsupported
 from grading.answers.tokens import CLOSING, OPENING, WORDS, tokenize
+from grading.answers.units import without_percent
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Matrix:
     rows: tuple  # tuples of entries
 
 
-_EQUALS = ("=", r"\approx")
-_RELATIONS = dict.fromkeys(_EQUALS, "=") | {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in"}
+EQUALS = ("=", r"\approx")
+_RELATIONS = dict.fromkeys(EQUALS, "=") | {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in"}
 _SET_OPERATIONS = {r"\cup": Region.__or__, r"\cap": Region.__and__, r"\setminus": lambda a, b: a & b.complement()}
 _CONNECTIVES = dict.fromkeys(("or", r"\lor", r"\vee"), Region.__or__) | dict.fromkeys(("and", r"\land"), Region.__and__)
 _SEPARATORS = (",", ";", "\\\\", *_CONNECTIVES)
@@ -154,12 +155,12 @@ class _Parser(FormulaParser):
         """Consume `name =` or `(x,y) =` and return the names, joined by commas; return None if neither comes next."""
         start = self.position
         words = ""
-        while self.kind not in (*_EQUALS, "end", *_SEPARATORS[1:]) and self.position - start < 12:
+        while self.kind not in (*EQUALS, "end", *_SEPARATORS[1:]) and self.position - start < 12:
             is_word = self.kind in ("text", "word")
             self.position += 1
             words += "#words" if is_word else self.source(self.position - 1)
         names = words[1:-1].split(",") if words[:1] == "(" and words[-1:] == ")" else [words]
-        if self.kind in _EQUALS and all(map(_NAME.fullmatch, names)) and words != "e":
+        if self.kind in EQUALS and all(map(_NAME.fullmatch, names)) and words != "e":
             self.position += 1
             return ",".join(names).translate(_WITHOUT_BRACES)
         self.position = start
@@ -267,7 +268,7 @@ class _Parser(FormulaParser):
 def _equation(names: list[str], parts: list):
     """Interpret x = 5 as Named, 2 + 3 = 5 as its last side (all sides must be equal), and y - x = 1 as a Relation."""
     values = [part for part in parts if isinstance(part, Value)]
-    while len(parts) == len(values) > 1 and are_equal(values[-2], values[-1]):
+    while len(parts) == len(values) > 1 and are_equal(*map(without_percent, values[-2:])):
         simplest = min(values[-2:][::-1], key=lambda value: value.pending)
         parts = values = [*values[:-2], simplest]
     if len(values) == 2 and len(parts) == 2 and not names:
@@ -322,71 +323,3 @@ def as_region(node) -> Region:
             result |= interval(item, True, item, True)
         return result
     raise ParseError("not a set of real numbers")
-
-
-# --- sides of an equation
-
-_SIDE = re.compile(r"\\[A-Za-z]+|\\.|(?<![<>!])=|.", re.DOTALL)
-_ROUNDED = re.compile(r"[-+]?\d+(?:\.(\d+))?", re.ASCII)
-
-
-def equal_sides(text: str) -> list[str]:
-    r"""Return the sides of an equation that are its answer, the last one first: only 16 of `|r-s| = 16`.
-
-    A side before the last may be an expression without a value, such as E(2,3), a number that is equal to the last side,
-    or a formula with several variables. It is an answer itself if it is a number that is rounded: `\frac{2}{3}\approx 0.67`.
-    Returns an empty list if the text is not an equation, an equation that is not solved (2x = 16), or one that is false.
-    """
-    *others, last = _split_sides(text)
-    result = [last[1]] if others else []
-    for (_, side), (relation, _) in zip(others, [*others[1:], last]):
-        try:
-            node = parse(side)
-        except ParseError:
-            continue
-        if not isinstance(node, Value):
-            if isinstance(node, Text):
-                continue
-            return []
-        names = node.variables()
-        if not names:
-            if relation == r"\approx" and _is_rounded(node, last[1]):
-                result.append(side)
-            elif not _has_value(node, last[1]):
-                return []
-        elif len(names) == 1 and not node.is_variable():
-            return []
-    return result
-
-
-def _split_sides(text: str) -> list[tuple[str, str]]:
-    """Split a text at = and \\approx outside of brackets. Returns each side with the sign before it."""
-    sides = [["", ""]]
-    depth = 0
-    for token in _SIDE.findall(text):
-        depth += (token in "([{" or token == r"\{") - (token in ")]}" or token == r"\}")
-        if token in _EQUALS and not depth:
-            sides.append([token, ""])
-        else:
-            sides[-1][1] += token
-    return [(sign, side.strip()) for sign, side in sides]
-
-
-def _has_value(node: Value, text: str) -> bool:
-    """Return whether a text is a formula that is equal to a value."""
-    try:
-        return bool(are_equal(node, as_value(parse(text))))
-    except ParseError:
-        return False
-
-
-def _is_rounded(node: Value, text: str) -> bool:
-    """Return whether a text is a number to which a value is rounded."""
-    match = _ROUNDED.fullmatch(text.strip())
-    if not match:
-        return False
-    try:
-        difference = abs(node.approx()[0] - float(match[0]))
-    except (ArithmeticError, ValueError):
-        return False
-    return difference <= 0.500001 * 10.0 ** -len(match[1] or "")

@@ -8,7 +8,7 @@ from grading.answers.terms import ONE, ParseError
 
 _SYNONYMS = {  # canonical name: its synonyms, in the singular
     "$": "dollar usd buck", "€": "euro eur", "£": "gbp", "¥": "yen jpy 円", "₹": "rupee inr rs", "yuan": "rmb cny 元",
-    "cent": "¢", "°": "degree deg", "%": "percent pct percentage", "mm": "millimeter millimetre", "cm": "centimeter centimetre",
+    "cent": "¢", "°": "degree deg", "%": "percent pct", "mm": "millimeter millimetre", "cm": "centimeter centimetre",
     "dm": "decimeter decimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inch inche", "ft": "foot feet",
     "yd": "yard", "mi": "mile", "g": "gram gramme gm", "mg": "milligram", "kg": "kilogram kilo", "lb": "pound", "oz": "ounce",
     "ml": "milliliter millilitre", "l": "liter litre ltr", "gal": "gallon", "qt": "quart", "pt": "pint", "tbsp": "tablespoon",
@@ -19,17 +19,19 @@ _SYNONYMS = {  # canonical name: its synonyms, in the singular
 _CANONICAL = {other: name for name, others in _SYNONYMS.items() for other in others.split()}
 _SPEEDS = {"mph": "mi/h", "mps": "m/s", "fps": "ft/s", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "psi": "lb/in^2"}
 CURRENCIES = "$€£¥₹₩₽₺₫₪฿₴₦₱¢"
+_PERCENT_WORDS = re.compile(r"per ?cent(?:age)?(?: points?)?\b", re.IGNORECASE)
+PERCENT = frozenset({("unit:%", 1)})
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALES |= {"十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 _FOREIGN_NOT_UNITS = re.compile("[半多几不非约以之至或和到比倍0-9]")  # half, many, a few, not, about, or, to, times ...
 _UNIT = (
-    "mm|cm|dm|km|in|ft|yds?|mi|mg|kgs?|gms?|lbs?|oz|ml|gal|qts?|pts?|tbsp|tsp|hrs?|mins?|secs?|wks?|mos?|yrs?|mph|mps|kph|kmp?h|fps|"
+    "per\\s?cent|mm|cm|dm|km|in|ft|yds?|mi|mg|kgs?|gms?|lbs?|oz|ml|gal|qts?|pts?|tbsp|tsp|hrs?|mins?|secs?|wks?|mos?|yrs?|mph|mps|kph|kmp?h|fps|"
     "psi|rpm|hz|khz|mhz|ghz|kwh|kw|mw|wh|kj|kcal|cal|kpa|kn|mol|db|[kmgt]b|units?|days?|cents?|pcs?|pct|usd|eur|gbp|inr|cny|rmb|sq|cu"
 )
 # Units that are recognized after a number without \\text{}, since they cannot be products of variables.
 UNIT_WORDS = re.compile(
     rf"\s*((?:(?:sq|cu)\.?\s*)?(?:{_UNIT})\b\.?(?:\s*/\s*(?:{_UNIT}|h|s)\b)?|m\s*/\s*(?:s|sec|h|min)(?![A-Za-z0-9])|"
-    r"sq(?:uare)?\.? (?:units?|meters?|feet|inches|miles)|o'clock)(?![A-Za-z0-9])",
+    r"sq(?:uare)?\.? (?:units?|meters?|feet|inches|miles))(?![A-Za-z0-9])",
     re.IGNORECASE,
 )
 
@@ -51,6 +53,7 @@ def parse_unit(text: str) -> Value:
     Raises ParseError if the words are not a unit.
     """
     text = text.strip().strip(".").replace("²", "^2").replace("³", "^3")
+    text = _PERCENT_WORDS.sub("percent", text)
     numerator, *denominators = re.split(r"\s*/\s*|\s+per\s+|^per\s+", _SPEEDS.get(text.lower(), text))
     result = _parse_factor(numerator) if numerator else number(1)
     for denominator in denominators:
@@ -90,3 +93,9 @@ def _parse_factor(text: str) -> Value:
         name = singular
     name = _CANONICAL.get(name, name)
     return Value({ONE | {(f"unit:{name}", power)}: scale})
+
+
+def without_percent(value: Value) -> Value:
+    """Return 0.05 for 5 %, and other values unchanged."""
+    magnitude, unit = value.split_unit()
+    return magnitude * number(Fraction(1, 100)) if unit == PERCENT else value
