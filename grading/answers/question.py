@@ -45,6 +45,11 @@ def repeats_question(answer: str, gold: str, question: str) -> bool:
     return all(_repeats(side, gold, golds, question_text) for side in equal or [answer])
 
 
+def has_form_of(answer: str, gold: str) -> bool:
+    """Return whether two answers are the same expression up to its notation and the order of its terms."""
+    return _has_form(_tokens_of(answer), gold)
+
+
 def _repeats(answer: str, gold: str, golds: list, question_text: str) -> bool:
     runs = (run for run in _common_runs(_tokens_of(answer), question_text) if not _has_form(run, gold))
     return any(_equals_any(_expression(run), golds) for run in itertools.islice(runs, MAX_PARSED))

@@ -84,7 +84,8 @@ def _applicable_rewards(rewards: Rewards, row: dict) -> list[RewardFunction]:
 def _gold_warnings(rows: list[dict]) -> list[str]:
     """Return a warning if the math grader does not accept gold answers themselves: too long, unclosed braces, empty."""
     math_rows = [row for row in rows if row_kind(row) == "math"]
-    problems = {gold: _gold_problem(gold) for gold in {str(row["answer"]) for row in math_rows}}
+    golds = {str(row["answer"]): row["answer"] for row in math_rows}
+    problems = {text: _gold_problem(gold) for text, gold in golds.items()}
     bad = [row for row in math_rows if problems[str(row["answer"])]]
     if not bad:
         return []
@@ -95,12 +96,15 @@ def _gold_warnings(rows: list[dict]) -> list[str]:
     ]
 
 
-def _gold_problem(gold: str) -> str:
+def _gold_problem(gold) -> str:
     """Return why the math grader rejects a gold answer as an answer to itself; "" if it accepts it."""
     answer = probes.gold_answer({"answer": gold})
     if answer is None:
         return "the answer is empty"
-    score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
+    try:
+        score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
+    except ValueError as error:
+        return str(error)
     return "" if score == 1 else reason
 
 
@@ -164,7 +168,7 @@ def try_probes(rewards: Rewards, row_probes: list[tuple[dict, probes.Probe]]) ->
 def try_rows(
     rewards: Rewards,
     rows: list[dict],
-    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes),
+    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes, probes.copy_probes),
 ) -> tuple[str, list[Trial]]:
     """Score the probes of rows of one kind, written in the style that the rewards pay best.
 
