@@ -9,20 +9,23 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from grading.answers.equality import NotEvaluated, is_same
+from grading.answers.equality import NotEvaluated, is_same, is_same_text
 from grading.answers.equations import split_sides
+from grading.answers.exact import Value
 from grading.answers.structures import Items, parse
-from grading.answers.terms import ParseError, TooBig
+from grading.answers.terms import ONE, ParseError, TooBig
 from grading.answers.tokens import tidy
+from grading.answers.units import PERCENT
 
 MAX_QUESTION_CHARS = 20_000  # only the end of a longer question is compared
 MAX_NESTING = 40  # braces in an expression; deeper ones are not compared
 MAX_PARSED = 60  # expressions that are parsed for one answer
 
 _TOKEN = re.compile(
-    r"\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}|[A-Za-z]|\S", re.ASCII
+    r"\d*\.\d*\\(?:overline|bar|dot)\s*\{\d+\}|\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}|\b(?:and|or)\b|[A-Za-z]|\S",
+    re.ASCII,
 )
-_SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\dfrac": r"\frac"}
+_SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "and": ",", "or": ",", ";": ","}
 _DROPPED = {"$", r"\text", r"\limits"}
 
 
@@ -34,15 +37,27 @@ def repeats_question(answer: str, gold: str, question: str) -> bool:
         gold: The gold answer. It is no repetition if the gold answer contains the same expression.
         question: The text of the question.
     """
+    answer, gold = tidy(answer), tidy(gold)
     try:
-        parsed_gold = parse(tidy(gold))
+        parsed_gold = parse(gold)
     except (ParseError, TooBig):  # then only its own text is right
         return False
+    if is_same_text(answer, gold) or _is_number_with_unit(answer):
+        return False
     golds = [parsed_gold, *(parsed_gold.items if isinstance(parsed_gold, Items) else ())]
-    sides = [side for _, side in split_sides(tidy(answer))]
+    sides = [side for _, side in split_sides(answer)]
     equal = [side for side in sides if len(sides) > 1 and _equals_any(side, golds)]
     question_text = _question_text(question)
     return all(_repeats(side, gold, golds, question_text) for side in equal or [answer])
+
+
+def _is_number_with_unit(answer: str) -> bool:
+    """Return whether an answer is a number with a unit other than %, which is as it is in the question too."""
+    try:
+        node = parse(answer)
+    except (ParseError, TooBig):
+        return False
+    return isinstance(node, Value) and not node.pending and node.split_unit()[1] not in (ONE, PERCENT)
 
 
 def has_form_of(answer: str, gold: str) -> bool:
@@ -51,7 +66,12 @@ def has_form_of(answer: str, gold: str) -> bool:
 
 
 def _repeats(answer: str, gold: str, golds: list, question_text: str) -> bool:
-    runs = (run for run in _common_runs(_tokens_of(answer), question_text) if not _has_form(run, gold))
+    """Return whether an answer, or an expression in it that is equal to the gold, is in the question."""
+    tokens = _tokens_of(answer)
+    whole = _without_all_brackets(tokens)
+    if _joined(whole) in _joined(_without_all_brackets(question_text.split())) and not _has_form(tokens, gold):
+        return True
+    runs = (run for run in _common_runs(tokens, question_text) if not _has_form(run, gold))
     return any(_equals_any(_expression(run), golds) for run in itertools.islice(runs, MAX_PARSED))
 
 
@@ -82,7 +102,7 @@ def _has_form(run: list[str], gold: str) -> bool:
     """Return whether the gold answer contains an expression, or is it up to the order of its terms."""
     tokens = _tokens_of(gold)
     value = tokens[tokens.index("=") + 1 :] if "=" in tokens else tokens
-    bare = [token for token in run if token not in (r"\%", "%")]
+    bare = [token for token in run if token != "%"]
     return _joined(bare) in _joined(tokens) or sorted(bare) in (sorted(tokens), sorted(value))
 
 
@@ -178,6 +198,10 @@ def _without_brackets(tokens: list[str]) -> list[str]:
         else:
             result.append(token)
     return result
+
+
+def _without_all_brackets(tokens: list[str]) -> list[str]:
+    return [token for token in tokens if token not in ("(", ")")]
 
 
 def _is_balanced(run: list[str]) -> bool:
