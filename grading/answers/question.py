@@ -22,7 +22,8 @@ MAX_NESTING = 40  # braces in an expression; deeper ones are not compared
 MAX_PARSED = 60  # expressions that are parsed for one answer
 
 _TOKEN = re.compile(
-    r"\d*\.\d*\\(?:overline|bar|dot)\s*\{\d+\}|\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}|\b(?:and|or)\b|[A-Za-z]|\S",
+    r"\d{0,40}\.\d{0,40}\\(?:overline|bar|dot)\s*\{\d+\}"  # a repeating decimal
+    r"|\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}|\b(?:and|or)\b|[A-Za-z]|\S",
     re.ASCII,
 )
 _SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "and": ",", "or": ",", ";": ","}

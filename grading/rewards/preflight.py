@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from grading.answers.math_grader import grade_math
+from grading.answers.math_grader import gold_answers, grade_math
 from grading.base import (
     TRL_ARGUMENTS,
     RewardError,
@@ -37,13 +37,13 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
         RewardError: A column is misspelt, a row has no gold answer, or a function raises or returns an invalid value.
     """
     rewards = replace(rewards, reward_errors="stop")
-    samples = {}  # one row for each task and set of filled columns
+    samples = {}  # one row for each task and set of filled columns, and one whose gold answer is refused
     groups = {}  # rows grouped by kind and by the rewards that apply
     for row in rows:
         names = tuple(f.name for f in _applicable_rewards(rewards, row))
         groups.setdefault((row_kind(row) or row.get("task"), names), []).append(row)
         filled = frozenset(column for column, value in row.items() if value not in (None, "", []))
-        samples.setdefault((row.get("task"), filled), row)
+        samples.setdefault((row.get("task"), filled, _is_refused(row)), row)
     texts = ("", "<think>two</think>2")
     score_all(rewards, [probes.completion(row, text) for row in samples.values() for text in texts])
     warnings = []
@@ -79,6 +79,14 @@ def _applicable_rewards(rewards: Rewards, row: dict) -> list[RewardFunction]:
             f"yours), or change the reward's when= (the row's task is '{row.get('task')}')"
         )
     return applicable
+
+
+def _is_refused(row: dict) -> bool:
+    """Return whether the gold answer is of a kind that the math grader refuses, such as a dict or nan."""
+    try:
+        return row_kind(row) == "math" and not gold_answers(row["answer"])
+    except ValueError:
+        return True
 
 
 def _gold_warnings(rows: list[dict]) -> list[str]:
