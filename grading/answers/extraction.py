@@ -76,7 +76,7 @@ def _after_marker(text: str) -> str | None:
 
 def _without_lead_in(answer: str) -> str:
     r"""Remove "The answer is" from the start of an answer, also in a text command."""
-    if "nswer" not in answer.lower() or not (match := _LEAD_IN.match(answer)):
+    if ("nswer" not in answer and "NSWER" not in answer) or not (match := _LEAD_IN.match(answer)):
         return answer
     command, end = match.groups()
     rest = answer[match.end() :]
@@ -106,6 +106,8 @@ def _without_remarks(answer: str) -> str:
 def _last_boxes(text: str) -> str | None:
     """Return the content of the last box; a list of contents if it is joined to the box before, as in `3 and 4`."""
     content, start = _last_box(text)
+    if content is not None and "box" not in text[:start]:
+        return content.strip()
     contents = [content]
     while content is not None and start and len(contents) < MAX_BOXES:
         joined = _BOX_JOIN.search(text, max(0, start - 40), start)

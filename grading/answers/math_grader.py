@@ -56,7 +56,7 @@ def grade_math(answer: str, gold, question: str | None = None) -> tuple[float, s
         ValueError: If the gold answer is empty, nan, infinite or a dict.
         Ungraded: If a formula needs math-verify and no worker process is available.
     """
-    golds = gold_answers(gold)
+    golds = _gold_texts(gold) if type(gold) is str else gold_answers(gold)
     if "think>" in answer:
         answer = Completion("", answer, {}).answer
     final_answer = extract_answer(answer)
@@ -68,11 +68,10 @@ def grade_math(answer: str, gold, question: str | None = None) -> tuple[float, s
     reasons = []
     for text in golds:
         outcome, detail = judge(final_answer, text)
-        if outcome == "right" and question and _needs_question(final_answer, text):
-            if repeats_question(final_answer, text, question):
-                outcome, detail = "wrong", f"{shorten(final_answer)} repeats the question and is not worked out"
         if outcome == "right":
-            return 1.0, outcome
+            if not question or final_answer == text or not _repeats_question(final_answer, text, question):
+                return 1.0, outcome
+            outcome, detail = "wrong", f"{shorten(final_answer)} repeats the question and is not worked out"
         reasons.append(f"{outcome}: {detail}")
     return 0.0, reasons[0]
 
@@ -83,8 +82,6 @@ def gold_answers(gold) -> list[str]:
     Raises:
         ValueError: If the gold answer is empty, nan, infinite or a dict.
     """
-    if type(gold) is str:
-        return [_gold_text(gold)]
     if hasattr(gold, "tolist"):  # an array or scalar of numpy or torch
         gold = gold.tolist()
     if isinstance(gold, dict):
@@ -98,23 +95,25 @@ def gold_answers(gold) -> list[str]:
         return [text for item in gold for text in gold_answers(item)]
     if isinstance(gold, float) and not math.isfinite(gold):
         raise ValueError(f"the gold answer is {gold}, which is no number: nothing could be right")
-    return [_gold_text("" if gold is None else str(gold))]
+    return _gold_texts("" if gold is None else str(gold))
 
 
 @functools.lru_cache(maxsize=8192)
-def _gold_text(gold: str) -> str:
-    """Return a gold answer without the text around it. Raises ValueError if it is empty or nan."""
+def _gold_texts(gold: str) -> list[str]:
+    """Return a gold answer without the text around it, in a list. Raises ValueError if it is empty or nan."""
     gold = gold.strip()
     if gold in ("", "nan", "NaN"):
         raise ValueError(f"the gold answer is {gold or 'empty'}: nothing could be right")
     if "####" in gold or "\\boxed" in gold or "<answer>" in gold or "nswer" in gold.lower():
         gold = extract_answer(gold) or gold
-    return gold
+    return [gold]
 
 
-def _needs_question(answer: str, gold: str) -> bool:
-    """Return whether an answer that is equal to the gold answer may be an expression that is not worked out."""
-    return answer != gold and (plain_number(answer) is None or plain_number(gold) is None)
+def _repeats_question(answer: str, gold: str, question: str) -> bool:
+    """Return whether an answer that is equal to the gold answer copies an expression of the question."""
+    if plain_number(answer) is not None and plain_number(gold) is not None:
+        return False
+    return repeats_question(answer, gold, question)
 
 
 # --- comparison with the gold answer
@@ -149,10 +148,13 @@ _DECIMAL_COMMA = re.compile(r"[+-]?(?![0-9]{1,3},[0-9]{3}$)(?=[0-9,]{4})[0-9]+,[
 _PLAIN = re.compile(r"\s*\$?([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?)\.?\s*")
 
 
-def plain_number(text: str) -> Fraction | None:
+def plain_number(text: str) -> int | Fraction | None:
     """Return the value of a number in digits, such as 1,080 or -3.50 (most answers are); None for any other text."""
     match = _PLAIN.fullmatch(text) if len(text) < 60 else None
-    return Fraction(match[1].replace(",", "")) if match else None
+    if not match:
+        return None
+    digits = match[1].replace(",", "")
+    return Fraction(digits) if "." in digits else int(digits)  # int is faster
 
 
 _OPERATOR = re.compile(r"\\(?:sum|prod|int|lim|big)")

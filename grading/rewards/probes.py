@@ -176,7 +176,8 @@ def wrong_answers(row: dict) -> list[str]:
         target = row["target"]
         return [str(target), f"{gold} + 1", f"-({gold})", str(row["nums"][0]), f"{gold} = {target}1"]
     if numbers := wrong_numbers(gold):
-        return numbers
+        others = row["answer"] if isinstance(row["answer"], (list, tuple)) else ()  # other right answers
+        return [number for number in numbers if number not in map(str, others)] or ["another answer"]
     if kind == "reasoning_gym":  # a text with one letter changed may also solve the puzzle
         return ["another answer"]
     return [*changed_texts(gold), "another answer"]
