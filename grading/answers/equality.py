@@ -171,28 +171,24 @@ def _is_close(a: Value, g: Value) -> bool:
     """Return whether one value is a decimal with enough digits and approximates the other."""
     if max(a.digits, g.digits) < MIN_DIGITS or a.variables() or g.variables():
         return False
+    digits, gold_digits = (v.digits if v.rational is not None else 0 for v in (a, g))
     try:
         x, y = (v.approx()[0] if v.rational is None else v.rational for v in (a, g))
         difference, size = abs(x - y), abs(y)
-        if difference <= FLOAT_NOISE * size and max(a.digits, g.digits) >= FLOAT_DIGITS:
+        if max(digits, gold_digits) >= FLOAT_DIGITS and difference <= FLOAT_NOISE * size:
             return True
-        if a.rational is not None and g.rational is not None and _is_single(a, g):
+        if a.rational is not None and gold_digits >= MIN_SINGLE_DIGITS and _is_single(x, y):
             return True
+        place, gold_place = (_last_place(v) if d else 0 for v, d in ((a, digits), (g, gold_digits)))
         is_whole = g.rational is not None and g.rational.denominator == 1
-        if a.digits >= MIN_DIGITS and a.rational is not None:
-            place = _last_place(a)
-            if difference <= min(max(place, TOLERANCE), TOLERANCE * (min(size, 1) if is_whole else size)):
-                if not g.digits or difference <= place > _last_place(g):  # the gold is exact, or has more decimals
-                    return True
-        return g.digits >= MIN_DIGITS and not is_whole and _is_rounded(difference, a, g)
+        if digits >= MIN_DIGITS and difference <= TOLERANCE * (min(size, 1) if is_whole else size):
+            if difference <= max(place, TOLERANCE) and not gold_digits:  # the gold is exact
+                return True
+            if difference <= place and place > gold_place:  # the answer is rounded
+                return True
+        return gold_digits >= MIN_DIGITS and not is_whole and place < gold_place and difference <= gold_place / 2
     except (ArithmeticError, ValueError):
         return False
-
-
-def _is_rounded(difference, a: Value, g: Value) -> bool:
-    """Return whether the gold is the answer, an exact number or a longer decimal, rounded."""
-    place = _last_place(g)
-    return (not a.digits or (a.rational is not None and _last_place(a) < place)) and difference <= place / 2
 
 
 def _last_place(value: Value) -> Fraction:
@@ -202,12 +198,10 @@ def _last_place(value: Value) -> Fraction:
     return Fraction(10) ** (magnitude - value.digits)
 
 
-def _is_single(a: Value, g: Value) -> bool:
-    """Return whether the gold is the answer in single precision: 0.10000000149011612 for 0.1."""
-    if g.digits < MIN_SINGLE_DIGITS:
-        return False
-    x, y = float(a.rational), float(g.rational)
-    return struct.unpack("f", struct.pack("f", y))[0] == y == struct.unpack("f", struct.pack("f", x))[0]
+def _is_single(x: Fraction, y: Fraction) -> bool:
+    """Return whether y is x in single precision: 0.10000000149011612 for 0.1."""
+    single_x, single_y = (struct.unpack("f", struct.pack("f", float(value)))[0] for value in (x, y))
+    return single_x == single_y == float(y)
 
 
 # --- text

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from grading.answers.exact import Value, number
 from grading.answers.terms import ParseError
-from grading.answers.units import CURRENCIES, UNIT_WORDS
+from grading.answers.units import CURRENCIES, CURRENCY_CODES, UNIT_WORDS
 
 _CHARACTERS = str.maketrans(
     {
@@ -78,6 +78,7 @@ _QUALIFIER = re.compile(  # the set of a parameter: k \in Z in \pi + k\pi, k \in
     r"(?<=[\w})])\s*(?:[,;(]|(?=\\text)|\\quad)\s*(?:\\text\s*\{[,; ]*(?:where|for|with|for (?:some|any|all|every)(?: integers?)?)?"
     r"\s*\})?\s*\(?\s*[a-zA-Z]\s*(?:\\in\s*(?:\\mathbb\s*)?\{?[ZNQ]\}?(?:\^\{?[+*]\}?)?|\\text\s*\{ *(?:is )?an integer *\})\s*\)*$"
 )
+_CURRENCY_CODE = re.compile(rf"({'|'.join(map(re.escape, CURRENCY_CODES))})\s*(?=\d)")
 _WRAPPED = re.compile(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\text\s*\{([^{}]*)\}")
 
 
@@ -95,6 +96,8 @@ def tidy(text: str) -> str:
             break
         text = inner
     text = re.sub(r"(?<!\\)\$", "", text).lstrip("= ").removeprefix(r"\approx").lstrip()
+    if text[:1].isupper() and (code := _CURRENCY_CODE.match(text)):
+        text = CURRENCY_CODES[code[1]] + text[code.end() :]
     if "\\in" in text or "integer" in text:
         text = _QUALIFIER.sub("", text)
     return text

@@ -18,21 +18,31 @@ _SYNONYMS = {  # canonical name: its synonyms, in the singular
 }  # fmt: skip
 _CANONICAL = {other: name for name, others in _SYNONYMS.items() for other in others.split()}
 _SPEEDS = {"mph": "mi/h", "mps": "m/s", "fps": "ft/s", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "psi": "lb/in^2"}
+CURRENCY_CODES = {
+    "USD": r"\$",
+    "US$": r"\$",
+    r"US\$": r"\$",
+    "EUR": "€",
+    "GBP": "£",
+    "INR": "₹",
+    "Rs": "₹",
+    "Rs.": "₹",
+}  # before a number
 CURRENCIES = "$€£¥₹₩₽₺₫₪฿₴₦₱¢"
 _PERCENT_WORDS = re.compile(r"per ?cent(?:age)?(?: points?)?\b", re.IGNORECASE)
 PERCENT = frozenset({("unit:%", 1)})
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALES |= {"十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 _FOREIGN_NOT_UNITS = re.compile("[半多几不非约以之至或和到比倍0-9]")  # half, many, a few, not, about, or, to, times ...
+# Short units with other letters than these could be products of variables.
 _UNIT = (
-    "per\\s?cent|mm|cm|dm|km|in|ft|yds?|mi|mg|kgs?|gms?|lbs?|oz|ml|gal|qts?|pts?|tbsp|tsp|hrs?|mins?|secs?|wks?|mos?|yrs?|mph|mps|kph|kmp?h|fps|"
-    "psi|rpm|hz|khz|mhz|ghz|kwh|kw|mw|wh|kj|kcal|cal|kpa|kn|mol|db|[kmgt]b|units?|days?|cents?|pcs?|pct|usd|eur|gbp|inr|cny|rmb|sq|cu"
+    "mm|cm|dm|km|in|ft|yds?|mi|mg|kgs?|lbs?|oz|ml|mL|hr|kW|kN|kJ|Hz|dB|[kKMGT]B|(?i:per\\s?cent|pct|gms|hrs|gal|qts|tbsp|tsp|mins?|secs?|"
+    "wks|yrs|mph|mps|kph|kmp?h|fps|psi|rpm|[kmg]hz|kwh|kcal|cal|kpa|mol|pcs|units?|days?|cents?|usd|eur|gbp|inr|cny|rmb)"
 )
-# Units that are recognized after a number without \\text{}, since they cannot be products of variables.
+# Units that are recognized after a number without \\text{}.
 UNIT_WORDS = re.compile(
     rf"\s*((?:(?:sq|cu)\.?\s*)?(?:{_UNIT})\b\.?(?:\s*/\s*(?:{_UNIT}|h|s)\b)?|m\s*/\s*(?:s|sec|h|min)(?![A-Za-z0-9])|"
-    r"sq(?:uare)?\.? (?:units?|meters?|feet|inches|miles))(?![A-Za-z0-9])",
-    re.IGNORECASE,
+    r"(?:sq|square)\.? (?:units?|meters?|feet|inches|miles))(?![A-Za-z0-9])"
 )
 
 # Words that modify or describe the number instead of being a unit.
