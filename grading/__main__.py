@@ -4,9 +4,9 @@
     python -m grading math-table FILE.tsv     grade a table of answers and compare with the expected verdicts
 
 The table is tab-separated without quoting. Its first line names the columns: kind, gold, answer and expected (accept or
-reject) are required, question is optional, others, such as a note, are ignored. An answer that starts with @ or contains a
-final answer in \\boxed{}, after #### and the like is a whole completion, in which \\n is a line break; any other answer is
-put into \\boxed{}.
+reject) are required, question is optional, others, such as a note, are ignored. An answer that starts with @, or that
+contains a final answer (\\boxed{}, #### and the like), is a whole completion, in which \\n is a line break; any other
+answer is put into \\boxed{}.
 """
 
 import argparse

@@ -13,11 +13,11 @@ _ROUNDED = re.compile(r"[-+]?\d+(?:\.(\d+))?", re.ASCII)
 
 
 def equal_sides(text: str) -> list[str]:
-    r"""Return the sides of an equation that are its answer, the last one first: only 16 of `|r-s| = 16`.
+    r"""Return the sides of an equation that are its answer, the last one first: only 16 for `|r-s| = 16`.
 
-    A side before the last may be an expression without a value, such as E(2,3), a number that is equal to the last side,
-    or a formula with several variables. It is an answer itself if it is a number that is rounded: `\frac{2}{3}\approx 0.67`.
-    Returns an empty list if the text is not an equation, an equation that is not solved (2x = 16), or one that is false.
+    Each side before the last must be an expression without a value, such as E(2,3), a formula with several variables, or a
+    number that is equal to the last side. A number that the last side rounds, as in `\frac{2}{3} \approx 0.67`, is an
+    answer too. Returns an empty list if the text is no equation, or one that is not solved (2x = 16) or false.
     """
     *others, last = split_sides(text)
     result = [last[1]] if others else []

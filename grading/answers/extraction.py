@@ -45,7 +45,7 @@ def extract_answer(text: str) -> str | None:
     r"""Return the final answer, or None if the text has none or only a box without an end.
 
     The last balanced `\boxed{}` counts, else `#### x`, `<answer>x</answer>`, `the answer is x` or `Answer: x`. Other
-    numbers in the text are not considered. Boxes joined by a comma or a word, as in \boxed{3} and \boxed{4}, are a list.
+    numbers in the text are not considered. Boxes joined by a comma or a word are a list: \boxed{3} and \boxed{4}.
     """
     if "\\boxed" in text or "\\fbox" in text:
         answer = _last_boxes(text)

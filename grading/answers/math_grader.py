@@ -9,10 +9,17 @@ An answer is compared in these steps, of which the first that decides counts:
 4. math-verify in a worker process that can be killed: only for formulas that agree in floating point but not term by
    term (tan^2 + 1 and sec^2), or if the gold answer has notation that the parser does not evaluate (\sum).
 
-Nothing is ever evaluated as code. Rules: The last box counts. A decimal with at least six significant digits may have a
-relative error of at most 1e-6 (absolute for a whole number); everything else must be exact. A unit may be omitted or
-added, but not changed; 5 % is 0.05. Order matters in tuples, not in lists and sets; duplicates count. Variable names
-before `=` are ignored. Sums and products of plain numbers must be evaluated: `7+5` is wrong for 12.
+Nothing is ever evaluated as code. Rules:
+
+* The last box counts; boxes joined by a comma or a word are a list.
+* A decimal with at least six significant digits may be rounded, with a relative error of at most 1e-6 (absolute for a
+  whole number); everything else must be exact. A gold answer may have the rounding errors of floats.
+* A unit may be omitted or added, but not changed. 5 % is 0.05, and 5 if the gold answer is at least 1.
+* Order matters in tuples, not in lists and sets; duplicates count.
+* Variable names before `=` are ignored, and so is `|r-s|` in `|r-s| = 16`.
+* Sums, products and quotients of plain numbers must be evaluated: `7+5` and `\lfloor 7+5\rfloor` are wrong for 12. A
+  single power, root or function, as in `4!`, may be left.
+* An answer must not repeat an expression of the question (question.py), unless the gold answer has this form.
 """
 
 import contextlib

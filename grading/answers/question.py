@@ -1,7 +1,7 @@
 """Answers that repeat an expression of the question instead of evaluating it, also inside another expression.
 
-Expressions are compared as lists of tokens without differences of notation: 31^{2} and 31^2, \\frac{1}{2} and 1/2, 2*x and
-2x have the same tokens. An expression that the gold answer contains may be repeated.
+Expressions are compared as lists of tokens, without differences of notation: 31^{2} and 31^2, \\frac{1}{2} and 1/2, 2*x
+and 2x have the same tokens. An answer may repeat an expression that the gold answer contains.
 """
 
 import functools

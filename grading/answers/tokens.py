@@ -43,7 +43,7 @@ _COMMAND = re.compile(
 
 
 def _replace_command(match: re.Match) -> str:
-    """Return a command without formatting: a font around a single letter or formula is removed, around words is \\text."""
+    """Return the synonym of a command. A font command is \\text around words and removed around a letter or formula."""
     if match["letter"]:
         return f" {match['letter']} "
     return r"\text" if match["words"] is not None else _COMMANDS.get(match["name"], match[0]) if match["name"] else ""

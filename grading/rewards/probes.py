@@ -134,7 +134,7 @@ def hostile_probes(row: dict, style: str) -> Iterator[Probe]:
 
 
 def copy_probes(row: dict, style: str) -> Iterator[Probe]:
-    """Yield completions that repeat the question instead of answering it, bare and inside formulas of the same value."""
+    """Yield completions that repeat the question instead of answering it, bare and in formulas of the same value."""
     question = prompt_text(row["prompt"]).strip()
     if row_kind(row) == "code":
         if question:
