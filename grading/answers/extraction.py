@@ -10,8 +10,9 @@ MAX_PROSE_CHARS = 1000  # in a longer answer, no prose is removed
 MAX_BOXES = 20  # boxes that are joined to a list, as in \boxed{3} and \boxed{4}
 
 _MARKER = re.compile(
-    r"(?:\b(?:final|the|correct|my) answer[*_]* (?:is|would be)\b|\banswer[*_ ]*[:：]|\bfinal answer[*_ ]*\n)[\s:*_]*",
-    re.IGNORECASE,
+    r"(?:\b(?:final|the|correct|my) (?:answer|option|choice)[*_]* (?:is|would be)\b|^[*_# ]{0,9}answer is\b"
+    r"|\bans(?:wer)?[*_ ]*[:：=]|\bfinal answer[*_ ]*\n)[\s:*_]*",
+    re.IGNORECASE | re.MULTILINE,
 )
 _LEAD_IN = re.compile(
     r"(\\[a-z]+\s*\{)?\s*(?:(?:the|my) )?(?:(?:final|correct) )?answer\s*(?:is\b|[:：])[\s:]*(\}\s*)?", re.IGNORECASE

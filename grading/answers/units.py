@@ -30,6 +30,7 @@ CURRENCY_CODES = {
 }  # before a number
 CURRENCIES = "$€£¥₹₩₽₺₫₪฿₴₦₱¢"
 _PERCENT_WORDS = re.compile(r"per ?cent(?:age)?(?: points?)?\b", re.IGNORECASE)
+_TOTAL = re.compile(r"(?:^|\s+)(?:in total|in all|altogether|overall|total)$")
 PERCENT = frozenset({("unit:%", 1)})
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALES |= {"十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
@@ -41,7 +42,7 @@ _UNIT = (
 )
 # Units that are recognized after a number without \\text{}.
 UNIT_WORDS = re.compile(
-    rf"\s*((?:(?:sq|cu)\.?\s*)?(?:{_UNIT})\b\.?(?:\s*/\s*(?:{_UNIT}|h|s)\b)?|m\s*/\s*(?:s|sec|h|min)(?![A-Za-z0-9])|"
+    rf"\s*((?:(?:sq|cu)\.?\s*)?(?:{_UNIT})\b\.?(?:\s*/\s*(?:{_UNIT}|h|s)\b)?|m\s*/\s*(?:s|sec|h|min)(?![A-Za-z0-9])|(?:[mck]?m|in|ft|yd)[23]\b|"
     r"(?:sq|square)\.? (?:units?|meters?|feet|inches|miles))(?![A-Za-z0-9])"
 )
 
@@ -63,7 +64,7 @@ def parse_unit(text: str) -> Value:
     Raises ParseError if the words are not a unit.
     """
     text = text.strip().strip(".").replace("²", "^2").replace("³", "^3")
-    text = _PERCENT_WORDS.sub("percent", text)
+    text = _TOTAL.sub("", _PERCENT_WORDS.sub("percent", text))
     numerator, *denominators = re.split(r"\s*/\s*|\s+per\s+|^per\s+", _SPEEDS.get(text.lower(), text))
     result = _parse_factor(numerator) if numerator else number(1)
     for denominator in denominators:

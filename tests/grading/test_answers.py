@@ -221,10 +221,11 @@ PIECES = [
 
 @given(
     st.lists(st.sampled_from(PIECES), max_size=9).map("".join),
-    st.sampled_from(["7", "x", "(7,8)", r"x \le 7", r"\{7,8\}"]),
+    st.sampled_from(["7", "x", "(7,8)", r"x \le 7", r"\{7,8\}", "E", r"7\%", "3.141593", r"f(7)<f(8)"]),
+    st.sampled_from([None, "Compute $7 + 8x$.", r"Is it \frac{7}{8} or 7|8!?"]),
 )
-def test_every_answer_gets_a_verdict(answer, gold):
-    score, reason = grade_math(f"#### {answer}", gold)
+def test_every_answer_gets_a_verdict(answer, gold, question):
+    score, reason = grade_math(f"#### {answer}", gold, question)
     assert reason.split(":")[0] in ("right", "wrong", "no_answer", "gave_up") and (score == 1.0) == (reason == "right")
 
 
@@ -299,16 +300,22 @@ def run_table(monkeypatch, capsys, path):
 
 def test_math_table_prints_mismatches_and_counts(monkeypatch, capsys, tmp_path):
     rows = [
-        "kind\tgold\tanswer\texpected",
+        "kind\tgold\tanswer\texpected\tnote\tquestion",
         "num\t5\t5\taccept\ta note",
         "num\t5\t6\taccept",
         "num\t5\t5.0\treject",
         "num\t5\t@the answer is 5\taccept",
+        "num\t5\t#### 5\\n####\taccept",  # a whole completion, with an escaped line break
+        "num\t25\t5^2\taccept\t\tCompute $5^2$.",
     ]
     (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n")
     *mismatches, last = run_table(monkeypatch, capsys, tmp_path / "t.tsv")
-    assert mismatches == ["false reject: num: 6 for 5: wrong: 6 is not 5", "false accept: num: 5.0 for 5"]
-    assert last.startswith("right 2 of 4, false accepts 1, false rejects 1, seconds ")
+    assert mismatches == [
+        "false reject: num: 6 for 5: wrong: 6 is not 5",
+        "false accept: num: 5.0 for 5",
+        "false reject: num: 5^2 for 25: wrong: 5^2 repeats the question and is not worked out",
+    ]
+    assert last.startswith("right 3 of 6, false accepts 1, false rejects 2, seconds ")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -181,8 +182,6 @@ def test_numbers_units_and_choices_of_the_question_may_be_repeated():
 
 
 def test_very_long_questions_are_searched_quickly():
-    import time
-
     start = time.perf_counter()
     for question in ("1" * 50_000, "{" * 50_000, "x+1 " * 20_000, "\\frac" * 20_000, "((" * 20_000):
         repeats_question("x + 1" * 60, "x+1", question)
