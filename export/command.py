@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the folder of a checkpoint, given by a run folder (its last checkpoint), checkpoints/best or itself.
+    """Return the checkpoint folder for a path: a run folder (its last checkpoint), checkpoints/best, or a checkpoint.
 
     Raises ConfigError if there is no checkpoint or it does not belong to a run.
     """

@@ -58,7 +58,7 @@ def grade_countdown(answer: str, target: int | str, nums: list | str) -> tuple[f
     if len(results) == 1 and _number(text) == target and _number(results[0]) is None:  # 6 = 1+2+3
         text, results = results[0], [text]
     if not _EXPRESSION.fullmatch(text) or "**" in text or "//" in text:
-        return 0.0, f"wrong: {shorten(text)} contains more than numbers, + - * / and brackets"
+        return 0.0, f"wrong: {shorten(text)} contains something other than numbers, + - * / and brackets"
     if results and (len(results) > 1 or _number(results[0]) != target):
         return 0.0, f"wrong: {shorten(' = '.join(results))} is not the target {target}"
     try:

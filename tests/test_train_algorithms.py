@@ -58,7 +58,10 @@ def test_curriculum_starts_with_easy_questions(tmp_path):
         ({"algorithm": "rloo", "num_generations": 1}, "rloo compares the completions of a group"),
         ({"algorithm": "ppo", "num_generations": 1, "dynamic_sampling": 1}, "dynamic_sampling compares"),
         ({"loss_type": "cispo"}, "epsilon_high is None, but with loss_type cispo"),
-        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level sequence .* loss_type sapo"),
+        (
+            {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+            "importance_sampling_level sequence .* loss_type sapo",
+        ),
         ({"target_kl": 0.1}, "target_kl ends the epochs early"),
         ({"algorithm": "dpo", "beta": 0.1, "entropy_coef": 0.1}, "entropy_coef .* dpo"),
         ({"gamma": 1.5}, "gamma is 1.5"),

@@ -127,7 +127,8 @@ def start_round(page: Page, session: Session, left, right, blind, question, expe
     config = load_config(run)
     row, prompt = None, question
     if session.held_out_row and question.strip() == prompt_text(session.held_out_row["prompt"]).strip():
-        row, prompt = session.held_out_row, session.held_out_row["prompt"]
+        row = session.held_out_row
+        prompt = row["prompt"]
         session.rounds = []
     elif (expected or "").strip():
         answer = expected.strip()

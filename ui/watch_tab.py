@@ -139,7 +139,8 @@ def follow(runs: Runs, launcher: Launcher, selected: str | None, seen: dict) -> 
             key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
             curves = describe_curves(run, metrics, summary) if key != seen.get("key") else {}
     except Exception as error:  # a file may have any contents
-        is_active, key = False, None
+        is_active = False
+        key = None
         is_known = isinstance(error, (UiError, ConfigError))
         updates["status"] = str(error) if is_known else f"Cannot show {name}: {type(error).__name__}: {error}"
     updates |= curves

@@ -43,7 +43,7 @@ _CHANGES_VALUE = re.compile(
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Return the final answer, or None if the text has none or only a box without an end.
+    r"""Return the final answer, or None if the text has none or only an unclosed box.
 
     The last balanced `\boxed{}` counts, else `#### x`, `<answer>x</answer>`, `the answer is x` or `Answer: x`. Other
     numbers in the text are not considered. Boxes joined by a comma or a word are a list: \boxed{3} and \boxed{4}.

@@ -1,6 +1,6 @@
 r"""The math grader: extract the final answer of a completion and compare it with the gold answer.
 
-An answer is compared in these steps, of which the first that decides counts:
+An answer is compared in these steps, and the first conclusive one decides:
 
 1. Plain numbers, compared as exact fractions.
 2. The same text, after `tidy` (tokens.py).
@@ -52,8 +52,8 @@ def grade_math(answer: str, gold, question: str | None = None) -> tuple[float, s
         answer: The text after the thinking (`Completion.answer`), or a whole completion.
         gold: The right answer as a text or number, or a solution that contains it after `####`, in `\\boxed{}` or after
             "the answer is". A list contains several right answers, each of which counts.
-        question: The question (`Completion.prompt`). An answer that repeats an expression of it, such as 115^2, is not
-            worked out, unless the gold answer has this form.
+        question: The question (`Completion.prompt`). An answer that repeats an expression of it, such as 115^2, is
+            wrong, unless the gold answer has this form.
 
     Returns:
         1.0 if the final answer equals the gold answer, else 0.0; and a reason with the outcome right, wrong, no_answer
@@ -78,7 +78,7 @@ def grade_math(answer: str, gold, question: str | None = None) -> tuple[float, s
         if outcome == "right":
             if not question or final_answer == text or not _repeats_question(final_answer, text, question):
                 return 1.0, outcome
-            outcome, detail = "wrong", f"{shorten(final_answer)} repeats the question and is not worked out"
+            outcome, detail = "wrong", f"{shorten(final_answer)} repeats the question and is not evaluated"
         reasons.append(f"{outcome}: {detail}")
     return 0.0, reasons[0]
 
@@ -145,7 +145,7 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     except TooBig as error:
         return "gave_up", f"{error} is too large to be compared"
     except NotEvaluated:
-        return "wrong", f"{shorten(answer)} is not worked out"
+        return "wrong", f"{shorten(answer)} is not fully evaluated"
     if verdict is None:
         return judge_symbolically(answer, gold)
     return ("right", "") if verdict else wrong
@@ -291,7 +291,7 @@ def judge_symbolically(answer: str, gold: str) -> tuple[str, str]:
 
 
 def verify_symbolic(answer: str, gold: str) -> bool:
-    """Return math-verify's verdict. To be called in a worker: it may not end, and its own time limits are off."""
+    """Return math-verify's verdict. Call it in a worker: it may not terminate, and its own time limits are off."""
     from math_verify import parse, verify
 
     answer, gold = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, gold))

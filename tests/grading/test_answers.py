@@ -136,7 +136,7 @@ def test_graded_table_matches_expected_verdicts():
         (r"\boxed{4}", r"so \boxed{4}.", "right"),
         (r"<think>\boxed{4}</think>\boxed{5}", "5", "right"),  # a whole completion may be passed
         (r"\boxed{6}", "5", "wrong: 6 is not 5"),
-        (r"\boxed{2+3}", "5", "wrong: 2+3 is not worked out"),
+        (r"\boxed{2+3}", "5", "wrong: 2+3 is not fully evaluated"),
         ("5", "5", "no_answer: no \\boxed{}, ####, <answer> or 'the answer is'"),
         (r"\boxed{}", "5", "no_answer: the answer is empty"),
         ("#### " + "1" * 401, "5", "gave_up: the answer has 401 characters, over 400"),
@@ -313,7 +313,7 @@ def test_math_table_prints_mismatches_and_counts(monkeypatch, capsys, tmp_path):
     assert mismatches == [
         "false reject: num: 6 for 5: wrong: 6 is not 5",
         "false accept: num: 5.0 for 5",
-        "false reject: num: 5^2 for 25: wrong: 5^2 repeats the question and is not worked out",
+        "false reject: num: 5^2 for 25: wrong: 5^2 repeats the question and is not evaluated",
     ]
     assert last.startswith("right 3 of 6, false accepts 1, false rejects 2, seconds ")
 

@@ -100,7 +100,7 @@ def test_reading_settings_imports_no_memory_predictor():
 def test_missing_files():
     with pytest.raises(ConfigError, match="no file configs/tny.yaml; .*configs/tiny.yaml"):
         read_config(["--config=configs/tny.yaml"], "unused")
-    with pytest.raises(ConfigError, match="--config needs a path"):
+    with pytest.raises(ConfigError, match="--config .* a path"):
         read_config(["--config"], "unused")
 
 
