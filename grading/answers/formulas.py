@@ -24,6 +24,7 @@ _BRACKETS = {"(", "[", "{"}
 # Tokens that start a factor of a product without a sign, as in 2x and 2(x+1).
 _FACTORS = _BRACKETS | {"name", r"\frac", r"\sqrt", r"\binom", *_DELIMITERS, *_FUNCTIONS, *_CONSTANTS, *GREEK}
 _CALLED = {*"fghFGH", r"\phi", r"\varphi", r"\zeta", r"\Gamma"}  # names of functions if a bracket follows
+_AS_BRACKETS = str.maketrans("{}", "()")
 _MONEY = (r"\$", *CURRENCIES)
 _BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}
 
@@ -71,6 +72,14 @@ class FormulaParser:
             str(value.rational) if isinstance(value, Value) else value
             for _, value in self.tokens[start : self.position]
         )
+
+    def source_of(self, count: int) -> str:
+        """Return the text of the next tokens."""
+        start = self.position
+        self.position += count
+        text = self.source(start)
+        self.position = start
+        return text
 
     def parse_structure(self, kind: str):
         """Parse a structure that is not a formula; its first token has been consumed. Overridden in structures.py."""
@@ -241,40 +250,43 @@ class FormulaParser:
         Returns None for a product, such as h(a+b), and for a variable, such as f.
         """
         start = self.position
+        primes = ""
         while self.accept("'"):
-            name += "'"
-        if [kind for kind, _ in self.tokens[self.position : self.position + 2]] == ["^", "{"]:
-            self.position += 1
-            inverse = self.parse_word()
-            name += "^{-1}"
-            if inverse != "-1":
-                self.position = start
-                return None
+            primes += "'"
+        if self.source_of(5) == "^{-1}":
+            self.position += 5
+            primes += "^-1"
         opening = self.position
-        if not self.accept("("):
-            if name[-1] != "'":
-                self.position = start
-                return None
-            return symbol(name)
-        depth = 1
-        while depth:
-            if self.kind == "end":
-                raise ParseError("a missing bracket")
-            depth += (self.kind == "(") - (self.kind == ")")
-            self.position += 1
-        inner = self.tokens[opening + 1 : self.position - 1]
-        letters = [kind for kind, _ in inner if kind == "name" or kind in GREEK]
-        if name[0] != "f" and letters and (len(inner) > 1 or name in GREEK):
+        if self.kind != "(":
+            is_variable = "'" not in primes or "^" in primes
+            self.position = start if is_variable else opening
+            return None if is_variable else symbol(name + primes)
+        self.skip_bracket()
+        end = self.position
+        inner = self.tokens[opening + 1 : end - 1]
+        has_letters = any(kind == "name" or kind in GREEK for kind, _ in inner)
+        if name != "f" and not primes and has_letters and (len(inner) > 1 or name in GREEK):
             self.position = start
             return None
-        end = self.position
-        self.position = opening + 1
-        argument = None
+        arguments = self.source(opening).translate(_AS_BRACKETS)
         if not any(kind == "," for kind, _ in inner):
-            argument = as_value(self.parse_sum()).rational
-        self.position = end
-        text = self.source(opening) if argument is None else f"({argument})"
-        return symbol(name + text.replace("{", "(").replace("}", ")"))
+            self.position = opening
+            value = as_value(self.parse_primary()).rational
+            arguments = arguments if value is None or self.position != end else f"({value})"
+            self.position = end
+        return symbol(name + primes + arguments)
+
+    def skip_bracket(self) -> None:
+        """Advance past the bracket that closes the one at this position. Raises ParseError if it is missing."""
+        depth = 0
+        while True:
+            kind, _ = self.tokens[self.position]
+            if kind == "end":
+                raise ParseError("a missing bracket")
+            depth += (kind == "(") - (kind == ")")
+            self.position += 1
+            if not depth:
+                return
 
     def parse_number_base(self, value: Value) -> Value:
         """Parse the base of 204_5. The number is not converted: it equals only the same digits in the same base."""
