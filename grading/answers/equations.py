@@ -9,6 +9,7 @@ from grading.answers.terms import ParseError
 from grading.answers.units import without_percent
 
 _SIDE = re.compile(r"\\[A-Za-z]+|\\.|(?<![<>!])=|.", re.DOTALL)
+_RATIOS = ("sin", "cos", "tan", "cot", "sec", "csc")
 _ROUNDED = re.compile(r"[-+]?\d+(?:\.(\d+))?", re.ASCII)
 
 
@@ -36,9 +37,14 @@ def equal_sides(text: str) -> list[str]:
                 result.append(side)
             elif not _has_value(node, last[1]):
                 return []
-        elif len(names) == 1 and not node.is_variable():
+        elif len(names) == 1 and not node.is_variable() and not _is_ratio_of_angle(node):
             return []
     return result
+
+
+def _is_ratio_of_angle(node: Value) -> bool:
+    r"""Return whether a value is a function of an angle, such as \sin A, which is a quantity to be found itself."""
+    return all(isinstance(atom, tuple) and atom[0] in _RATIOS for atom in node.atoms())
 
 
 def split_sides(text: str) -> list[tuple[str, str]]:

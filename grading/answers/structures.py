@@ -69,7 +69,7 @@ _SETS_AS_TEXT = dict.fromkeys(("empty set", "no solution", "no solutions"), Item
 _SETS_AS_TEXT |= dict.fromkeys(("all real numbers", "all reals"), REALS)
 _NAME = re.compile(  # x, A_1, f(x), \theta, BC, P(A), |AB|, \angle ABC, f^{-1}(x), words
     rf"(?:[A-Za-z]|[A-Z]{{2,3}}|\\(?:{'|'.join(name[1:] for name in sorted(GREEK))}))"
-    r"(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?(?:\([^()]+\))?"
+    r"(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?(?:\([\w,]+\)|(?<=^[f-hA-Z])\([^()]+\))?"
     r"|\\angle[A-Z]+|\|[A-Z]{2}\||#words"
 )
 
