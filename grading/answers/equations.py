@@ -1,4 +1,4 @@
-"""Equations as answers: which of their sides is the answer."""
+"""Equations as answers: the sides that count as the answer."""
 
 import re
 

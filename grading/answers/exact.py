@@ -39,9 +39,9 @@ class Value:
     Args:
         num, den: Numerator and denominator: sums as {term: Fraction}; a denominator of None is 1.
         digits: Number of significant digits if the value was written as one decimal, else 0.
-        pending: What is left to be computed, set by the parser: PLAIN for a sum, product or quotient of plain numbers,
-            as in 7+5; SYMBOLIC for another sum, product or quotient, as in 2x; EVALUABLE for a power, root or function
-            that is a rational number, as in 4!; else 0.
+        pending: Kind of the operations that are not evaluated, set by the parser: PLAIN for a sum, product or quotient
+            of plain numbers, as in 7+5; SYMBOLIC for another sum, product or quotient, as in 2x; EVALUABLE for a power,
+            root or function that is a rational number, as in 4!; else 0.
     """
 
     __slots__ = ("num", "den", "digits", "pending")

@@ -36,7 +36,7 @@ from grading.answers.question import repeats_question
 from grading.answers.structures import Items, Relation, parse
 from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.tokens import tidy
-from grading.base import Completion, Ungraded, shorten
+from grading.base import Completion, Ungraded, prompt_text, shorten
 from grading.sandbox.workers import WorkerError, run_in_worker
 
 MAX_ANSWER_CHARS = 400  # a longer answer is not parsed
@@ -45,15 +45,15 @@ MAX_DIGITS = 40  # a longer run of digits is not parsed, since arithmetic on it 
 SYMBOLIC_SECONDS = 3.0  # time limit of math-verify
 
 
-def grade_math(answer: str, gold, question: str | None = None) -> tuple[float, str]:
+def grade_math(answer: str, gold, question: str | list[dict] | None = None) -> tuple[float, str]:
     """Grade a math answer. Thread-safe.
 
     Args:
         answer: The text after the thinking (`Completion.answer`), or a whole completion.
         gold: The right answer as a text or number, or a solution that contains it after `####`, in `\\boxed{}` or after
             "the answer is". A list contains several right answers, each of which counts.
-        question: The question (`Completion.prompt`). An answer that repeats an expression of it, such as 115^2, is
-            wrong, unless the gold answer has this form.
+        question: The question (`Completion.prompt`), or a conversation that ends with it. An answer that repeats an
+            expression of it, such as 115^2, is wrong, unless the gold answer has this form.
 
     Returns:
         1.0 if the final answer equals the gold answer, else 0.0; and a reason with the outcome right, wrong, no_answer
@@ -120,7 +120,7 @@ def _repeats_question(answer: str, gold: str, question: str) -> bool:
     """Return whether an answer that is equal to the gold answer copies an expression of the question."""
     if plain_number(answer) is not None and plain_number(gold) is not None:
         return False
-    return repeats_question(answer, gold, question)
+    return repeats_question(answer, gold, prompt_text(question))
 
 
 # --- comparison with the gold answer

@@ -101,9 +101,9 @@ def _common_runs(tokens: list[str], question_text: str) -> Iterator[list[str]]:
 
 def _has_form(run: list[str], gold: str) -> bool:
     """Return whether the gold answer contains an expression, or is it up to the order of its terms."""
-    tokens = _tokens_of(gold)
+    tokens = _without_all_brackets(_tokens_of(gold))
     value = tokens[tokens.index("=") + 1 :] if "=" in tokens else tokens
-    bare = [token for token in run if token != "%"]
+    bare = [token for token in _without_all_brackets(run) if token != "%"]
     return _joined(bare) in _joined(tokens) or sorted(bare) in (sorted(tokens), sorted(value))
 
 

@@ -191,5 +191,6 @@ def test_very_long_questions_are_searched_quickly():
 def test_grade_row_passes_the_question():
     row = {"answer": "13225", "prompt": [{"role": "user", "content": "Compute $115^2$."}]}
     assert grade_row("\\boxed{115^2}", row) == (0.0, "wrong: 115^2 repeats the question and is not evaluated")
+    assert not is_right("115^2", "13225", row["prompt"])
     assert grade_row("\\boxed{115^2}", {"answer": "13225"}) == grade_row("\\boxed{13225}", row) == (1.0, "right")
     assert re.search("grade_math.*completion.prompt", REWARDS.read_text())
