@@ -24,12 +24,15 @@ WRONG = "it is not the right answer"
 ROUNDING = 1e-4  # answers are rounded to four decimals
 PROBABILITY_ERROR = 0.01  # relative; a tiny probability is not 0
 _DECIMAL = re.compile(r"[+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,3})?", re.ASCII)
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", re.ASCII)
 _FRACTION = re.compile(r"[+-]?\d{1,40}/\d{1,40}", re.ASCII)
 
 
 def _number(text: str) -> float:
     """Return the value of a finite decimal number. Raise ValueError for any other text, such as nan."""
-    text = text.strip().replace(",", "").replace("−", "-")
+    text = text.strip().replace("−", "-")
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
     if not _DECIMAL.fullmatch(text) or not math.isfinite(value := float(text)):
         raise ValueError(f"{shorten(text)} is not a number")
     return value
@@ -291,13 +294,13 @@ def _base(node: ast.expr) -> ast.expr:
     return node.left if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) else node
 
 
-def fraction_simplification(answer: str, entry: dict) -> str:
-    """Check that nothing follows the fraction."""
-    number = r"\s*[+-]?\d+\s*"
-    is_fraction = re.fullmatch(
-        rf"\$*{number}/{number}\$*|\$*\s*\\[dt]?frac\s*{{{number}}}\s*{{{number}}}\s*\$*", answer
-    )
-    return "" if is_fraction else "it is not one fraction"
+_INTEGER = r"\s*[+-]?\d+\s*"
+
+
+def only(form: str) -> Verdict:
+    """Return a check that the whole answer has a form, for families whose `score_answer` skips everything else."""
+    pattern = re.compile(form, re.ASCII)
+    return lambda answer, entry: "" if pattern.fullmatch(answer) else "it contains more than the answer"
 
 
 def palindrome_partitioning(answer: str, entry: dict) -> str:
@@ -344,12 +347,18 @@ VERDICTS: dict[str, Verdict] = {
     "word_sorting": word_sorting,
 }
 CHECKS: dict[str, Verdict] = {
-    "fraction_simplification": fraction_simplification,
+    "fraction_simplification": only(
+        rf"\$*(?:{_INTEGER}/{_INTEGER}|\s*\\[dt]?frac\s*{{{_INTEGER}}}\s*{{{_INTEGER}}}\s*)\$*"
+    ),
     "intermediate_integration": integral,
+    "kakurasu": only(r"[01\s,;|\[\]]*"),
     "palindrome_partitioning": palindrome_partitioning,
+    "quantum_lock": only(r"[A-Ca-c\s,→>\[\]()'\"-]*"),
     "rush_hour": rush_hour,
     "simple_integration": integral,
     "sokoban": sokoban,
+    "survo": only(r"[\d\s,;|\[\]-]*"),
+    "time_intervals": only(rf"{_INTEGER}(?:days?)?|(?:{_INTEGER}days?,\s*)?\d+:\d\d(?::\d\d(?:\.\d+)?)?"),
 }
 REFUSED = {
     "propositional_logic": "a premise copied from the question counts as a conclusion",

@@ -8,8 +8,9 @@ import functools
 
 def score(family: str, level: int | None, answer: str, entry: dict) -> tuple[float, str]:
     """Return what the family's `score_answer` gives, and the exception that it raised, if any."""
+    puzzles = dataset(family, level)
     try:
-        return float(dataset(family, level).score_answer(answer, entry)), ""
+        return float(puzzles.score_answer(answer, entry)), ""
     except Exception as error:
         return 0.0, f"{type(error).__name__}: {error}"[:100]
 
