@@ -2,7 +2,7 @@
 
 `reasoning_gym:NAME@1-4` generates equally many questions of levels 1 to 4 of the family's curriculum, and sets `level`.
 
-Questions are graded by the package's `score_answer` (grading/gym.py), which needs the complete *entry* of a question.
+Questions are graded by grading/gym.py, which needs the complete *entry* of a question.
 They are generated in a separate process with a fixed hash seed, because runs must be reproducible bit for bit: some
 families depend on the order of a set, use the global random state, or print.
 """

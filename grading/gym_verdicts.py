@@ -361,6 +361,6 @@ CHECKS: dict[str, Verdict] = {
     "time_intervals": only(rf"{_INTEGER}(?:days?)?|(?:{_INTEGER}days?,\s*)?\d+:\d\d(?::\d\d(?:\.\d+)?)?"),
 }
 REFUSED = {
-    "propositional_logic": "a premise copied from the question counts as a conclusion",
-    "game_of_life_halting": "every text that is not empty counts as True",
+    "game_of_life_halting": "its score_answer accepts nonsense, because every text counts as True",
+    "propositional_logic": "its score_answer accepts a premise copied from the question as the conclusion",
 }

@@ -130,11 +130,10 @@ def wrong_answers(row: dict) -> list[str]:
     if kind == "countdown":
         target = row["target"]
         return [str(target), f"{gold} + 1", f"-({gold})", str(row["nums"][0]), f"{gold} = {target + 1}"]
-    if numbers := wrong_numbers(gold):
-        return numbers
+    numbers = wrong_numbers(gold)
     if kind == "reasoning_gym":  # a text with one letter changed may also solve the puzzle
-        return ["another answer"]
-    return [*changed_texts(gold), "another answer"]
+        return [*numbers, "another answer", "nan", prompt_text(row["prompt"])]
+    return numbers or [*changed_texts(gold), "another answer"]
 
 
 def wrong_numbers(gold: str) -> list[str]:
