@@ -200,7 +200,7 @@ FUNCTIONS = {
     "exp", "log", "ln", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot", "sinh", "cosh",
     "tanh", "asinh", "acosh", "atanh", "abs", "Abs", "erf", "Si", "Ci", "Ei",
 }  # fmt: skip
-CONSTANTS = {"C", "c", "K", "k", "E", "pi"}
+CONSTANTS = {"C", "C1", "C_1", "c", "K", "k", "E", "pi"}
 _FORMULA = re.compile(r"[A-Za-z0-9_.+\-*/() ]+", re.ASCII)
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.USub, ast.UAdd)
 

@@ -221,7 +221,7 @@ def run_in_worker(
 
     Args:
         function: "module:name".
-        timeout: Wall time in seconds, after which the child is killed.
+        timeout: Wall time of the call in seconds, after which the child is killed. Starting a server does not count.
         preload: Modules that the server imports once, so that every child has them.
         start: Function that starts the server, for one that does not have this user's rights.
 
@@ -231,17 +231,16 @@ def run_in_worker(
         NotPlain: If an argument is not plain data.
     """
     server = start or preload
-    deadline = time.monotonic() + timeout
+    message = {"function": function, "args": [encode(value) for value in args]}
     with lock_released():
-        message = {"function": function, "args": [encode(value) for value in args]}
         child = _idle_child(server)
-        try:  # the first call also waits for the imports, so it gets at least half a second
+        try:
             try:
-                answer = child.request(message, max(deadline, time.monotonic() + 0.5))
+                answer = child.request(message, time.monotonic() + timeout)
             except EOFError:  # the child died while idle, was killed, or will be killed again by this call
                 child.end()
                 child = _new_child(server)
-                answer = child.request(message, max(deadline, time.monotonic() + 0.5))
+                answer = child.request(message, time.monotonic() + timeout)
         except TimeoutError:
             child.end()
             raise TimeoutError(f"{function} took over {timeout:g} s") from None
