@@ -347,6 +347,7 @@ VERDICTS: dict[str, Verdict] = {
     "word_sorting": word_sorting,
 }
 CHECKS: dict[str, Verdict] = {
+    "advanced_geometry": only(r"[^,]*,?[^,]*"),
     "fraction_simplification": only(
         rf"\$*(?:{_INTEGER}/{_INTEGER}|\s*\\[dt]?frac\s*{{{_INTEGER}}}\s*{{{_INTEGER}}}\s*)\$*"
     ),

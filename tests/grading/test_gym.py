@@ -333,3 +333,26 @@ def test_evaluates_the_integrals_in_golds():
     rows = rows_of("intermediate_integration", 40)
     assert any("Integral" in row["entry"]["answer"] for row in rows)
     assert not any("Integral" in row["answer"] for row in rows)
+
+
+@pytest.mark.parametrize("family, moves", [("sokoban", "LR" * 200), ("rush_hour", "A+1 " * 400)])
+def test_random_walks_are_refused(family, moves):
+    """A walk of thousands of random moves solves a share of the small puzzles."""
+    for row in rows_of(family):
+        score, reason = grade_gym(f"<answer>{moves}{row['answer'] or ''}</answer>", row)
+        assert score == 0.0 and "moves, over" in reason
+
+
+@pytest.mark.parametrize(
+    "family, tail",
+    [("kakurasu", "\nor 7"), ("survo", "\nor x"), ("quantum_lock", " or D"), ("time_intervals", " or 7"), ("word_sorting", ", z"),
+     ("letter_jumble", " z"), ("fraction_simplification", " or 1/2"), ("pool_matrix", "\n0"), ("shortest_path", " up"), ("advanced_geometry", ", 7")],
+)  # fmt: skip
+def test_right_answer_with_a_tail_is_wrong(family, tail):
+    for row in rows_of(family):
+        assert grade_gym(f"<answer>{row['answer']}{tail}</answer>", row)[0] == 0.0
+
+
+def test_workers_receive_plain_data_unchanged():
+    value = {(1, 2.5): [{"a"}, None, True], "b": b"c"}
+    assert run_in_worker("builtins:repr", value) == repr(value)
