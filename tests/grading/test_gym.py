@@ -353,6 +353,12 @@ def test_right_answer_with_a_tail_is_wrong(family, tail):
         assert grade_gym(f"<answer>{row['answer']}{tail}</answer>", row)[0] == 0.0
 
 
+def test_grades_long_right_answers():
+    board = json.dumps([[0, 1] * 60] * 120)
+    assert grade_gym(f"<answer>{board}</answer>", entry_of("game_of_life", board)) == (1.0, "right")
+    assert grade_gym(f"<answer>{board * 3}</answer>", entry_of("game_of_life", board))[1].startswith("no_answer")
+
+
 def test_workers_receive_plain_data_unchanged():
     value = {(1, 2.5): [{"a"}, None, True], "b": b"c"}
     assert run_in_worker("builtins:repr", value) == repr(value)
