@@ -118,6 +118,8 @@ def hostile_probes(row: dict, style: str) -> Iterator[Probe]:
                 yield Probe(name, write(style, text))
     if row_kind(row) == "countdown":  # its answers are Python expressions
         yield Probe("hostile: numbers", write(style, "9**9**9**9"))
+    if row_kind(row) == "reasoning_gym":  # a distance to nan is not above any limit
+        yield Probe("hostile: numbers", write(style, "nan"))
     yield Probe("hostile: characters", "\x00\x1b[2J <answer>?</answer>")
 
 
@@ -130,10 +132,11 @@ def wrong_answers(row: dict) -> list[str]:
     if kind == "countdown":
         target = row["target"]
         return [str(target), f"{gold} + 1", f"-({gold})", str(row["nums"][0]), f"{gold} = {target + 1}"]
-    numbers = wrong_numbers(gold)
+    if numbers := wrong_numbers(gold):
+        return numbers
     if kind == "reasoning_gym":  # a text with one letter changed may also solve the puzzle
-        return [*numbers, "another answer", "nan", prompt_text(row["prompt"])]
-    return numbers or [*changed_texts(gold), "another answer"]
+        return ["another answer"]
+    return [*changed_texts(gold), "another answer"]
 
 
 def wrong_numbers(gold: str) -> list[str]:
