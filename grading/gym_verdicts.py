@@ -318,6 +318,9 @@ def sokoban(answer: str, entry: dict) -> str:
 
 
 def rush_hour(answer: str, entry: dict) -> str:
+    """Check that the moves are few and short, because `score_answer` skips those that are not possible."""
+    if re.search(r"\d\d", answer):
+        return "it moves a car by more than 9 squares"
     return _few_moves(len(re.findall(r"[A-Z][+-]\d+", answer)), 5 * entry["metadata"]["min_moves"])
 
 
@@ -347,7 +350,7 @@ VERDICTS: dict[str, Verdict] = {
     "word_sorting": word_sorting,
 }
 CHECKS: dict[str, Verdict] = {
-    "advanced_geometry": only(r"[^,]*,?[^,]*"),
+    "advanced_geometry": only(r"[^,]*(?:,[^,]*)?"),
     "fraction_simplification": only(
         rf"\$*(?:{_INTEGER}/{_INTEGER}|\s*\\[dt]?frac\s*{{{_INTEGER}}}\s*{{{_INTEGER}}}\s*)\$*"
     ),

@@ -341,6 +341,7 @@ def test_random_walks_are_refused(family, moves):
     for row in rows_of(family):
         score, reason = grade_gym(f"<answer>{moves}{row['answer'] or ''}</answer>", row)
         assert score == 0.0 and "moves, over" in reason
+    assert "9 squares" in grade_gym("<answer>A+999999999</answer>", rows_of("rush_hour")[0])[1]
 
 
 @pytest.mark.parametrize(
