@@ -21,10 +21,11 @@ import time
 from pathlib import Path
 
 from data import DataError, load, parse_columns
-from grading.base import RewardError, RewardFunction, Rewards, row_kind, shorten
+from grading.base import RewardError, Rewards, row_kind, shorten
 from grading.rewards import probes
-from grading.rewards.preflight import Trial, preflight, try_probes, try_rows
+from grading.rewards.preflight import preflight
 from grading.rewards.reward_file import load_rewards
+from grading.rewards.trials import Trial, example_probes, misfit, try_probes, try_rows
 from tools.rescore import rescore
 
 WIDTH = 110  # characters per line of the table
@@ -92,7 +93,7 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
     notes = preflight(rewards, [row for loaded in rows.values() for row in loaded])
     functions = ", ".join(f"{f.name} {f.weight:g}" if f.weight else f"{f.name} (metric)" for f in rewards.functions)
     _print_wrapped(f"{Path(file).name}: {functions}")
-    trials = try_probes(rewards, _examples(rewards))
+    trials = try_probes(rewards, example_probes(rewards))
     best_example = max((t.score.total for t in trials if t.probe.is_right), default=math.nan)
     failures = []
     if trials:
@@ -103,7 +104,8 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
             block = [row for row in loaded if row_kind(row) == kind]
             style, block_trials = try_rows(rewards, block)
             question = shorten(" ".join(probes.completion(block[0], "").prompt.split()), 50)
-            title = f"{name}: answers written as {style}, first question {question!r}"
+            form = style.replace("\n", "\\n")
+            title = f"{name}: answers written as {form}, first question {question!r}"
             failures += _print_block(rewards, name, title, block_trials, best_example)
             notes += _gold_notes(name, block_trials)
             trials += block_trials
@@ -124,23 +126,6 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
     return not failures
 
 
-def _examples(rewards: Rewards) -> list[tuple[dict, probes.Probe]]:
-    """Return the examples of a reward file as rows and probes. Raise RewardError for an invalid example."""
-    row_probes = []
-    for number, example in enumerate(rewards.examples, 1):
-        text = example.get("text") if isinstance(example, dict) else None
-        if not isinstance(text, str) or example.get("label") not in ("right", "wrong"):
-            raise RewardError(
-                f"{rewards.path.name}: example {number} must be a dict with label ('right' or 'wrong'), text, and the "
-                "columns of its row, such as prompt and answer"
-            )
-        row = {"id": f"example {number}", "task": "examples", "prompt": ""} | example
-        label, text = row.pop("label"), row.pop("text")
-        name = f"{number}. {shorten(' '.join(text.split()), 20)}"
-        row_probes.append((row, probes.Probe(name, text, label == "right", row.pop("truncated", False))))
-    return row_probes
-
-
 def _gold_notes(source: str, trials: list[Trial]) -> list[str]:
     """Return notes on rows without a gold, or with an ungraded gold."""
     if not any(t.probe.is_right for t in trials):
@@ -159,7 +144,7 @@ def _print_wrapped(text: str) -> None:
 def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float) -> list[str]:
     """Print a table with a line for each kind of completion. Return the failures."""
     failures = _overpaid(source, trials, best_example)
-    functions = [f for f in rewards.functions if any(_value(t, f) is not None for t in trials)]
+    functions = [f for f in rewards.functions if any(t.value(f) is not None for t in trials)]
     limit = max(6, NAMES_WIDTH // len(functions))  # width of the column of a function
     lines = [["  completion", "label", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
     for name in dict.fromkeys(t.probe.name for t in trials):
@@ -169,7 +154,7 @@ def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial],
             [
                 f"{'!' if name in failures else ' '} {name}",
                 "right" if group[0].probe.is_right else "wrong",
-                *(_range([_value(t, f) for t in group], limit) for f in functions),
+                *(_range([t.value(f) for t in group], limit) for f in functions),
                 _range([t.score.total for t in group], 10),
                 "/".join(dict.fromkeys(t.score.verdict for t in group))[:9],
                 f"{max(t.score.seconds for t in group) * 1000:.0f}",
@@ -217,10 +202,6 @@ def _overpaid(source: str, trials: list[Trial], best_example: float) -> dict[str
             "questions"
         )
     return failures
-
-
-def _value(trial: Trial, f: RewardFunction) -> float | None:
-    return (trial.score.parts if f.weight else trial.score.metrics)[f.name]
 
 
 def _range(values: list[float | None], width: int) -> str:

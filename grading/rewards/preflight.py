@@ -1,12 +1,10 @@
 """Checks before a run: test a reward file on its data, with completions that are known to be right or wrong.
 
-`preflight` raises RewardError for errors and returns notes and warnings. `try_rows` scores the probes of rows
-(probes.py); the self-test prints the results as a table.
+`preflight` raises RewardError for errors and returns notes and warnings.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from grading.answers.math_grader import grade_math
 from grading.base import (
@@ -15,16 +13,17 @@ from grading.base import (
     RewardFunction,
     Rewards,
     Row,
-    Score,
     did_you_mean,
     row_kind,
     shorten,
 )
 from grading.rewards import probes
 from grading.rewards.scoring import make_reward_error, score_all
+from grading.rewards.trials import Trial, learn_payments, misfit, row_with_gold
+from grading.rewards.verdicts import TOLERANCE, payment, reads_gold
 
 MAX_WARNINGS = 4
-PROBED_KINDS = ("math", "code", "countdown")  # kinds of rows whose gold can be turned into a completion
+PROBED_KINDS = ("math", "code", "countdown", None)  # kinds of rows whose gold can be turned into a completion
 
 
 def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
@@ -46,11 +45,16 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
         samples.setdefault((row.get("task"), filled), row)
     texts = ("", "<think>two</think>2")
     score_all(rewards, [probes.completion(row, text) for row in samples.values() for text in texts])
+    trials = {}
+    for (kind, task, names), group_trials in learn_payments(rewards, rows).items():
+        trials.setdefault((kind or task, names), []).extend(group_trials)
     warnings = []
-    for (kind, names), group in groups.items():
+    thresholds = []
+    for (kind, names), group_trials in trials.items():
         functions = [f for f in rewards.functions if f.name in names]
-        warnings += _warnings(rewards, f"warning: on {kind} rows", functions, group)
-    return rewards.notes + _gold_warnings(rows) + warnings[:MAX_WARNINGS]
+        warnings += _warnings(rewards, f"warning: on {kind} rows", functions, group_trials)
+        thresholds += _threshold_notes(rewards, f"on {kind} rows", group_trials)
+    return rewards.notes + _gold_warnings(rows) + warnings[:MAX_WARNINGS] + thresholds[:MAX_WARNINGS]
 
 
 def _applicable_rewards(rewards: Rewards, row: dict) -> list[RewardFunction]:
@@ -104,79 +108,68 @@ def _gold_problem(gold: str) -> str:
     return "" if score == 1 else reason
 
 
-def _warnings(rewards: Rewards, prefix: str, functions: list[RewardFunction], rows: list[dict]) -> list[str]:
-    """Return warnings about overpaid wrong completions and about reward models, for rows with the same rewards."""
+def _threshold_notes(rewards: Rewards, place: str, trials: list[Trial]) -> list[str]:
+    """Return notes on functions that do not pay 1 for the gold, and therefore decide from another value on."""
+    paid = {}
+    for trial in trials:
+        f = next((f for f in rewards.functions if f.name == trial.score.judge), None)
+        if f and (known := payment(rewards, f, trial.row)) and abs(known.right - 1) > TOLERANCE:
+            paid[f.name] = math.copysign(1, f.weight) * known.right
+    return [f"{place} a completion is right if {name} pays {value:g}, as for the gold" for name, value in paid.items()]
+
+
+def _warnings(rewards: Rewards, place: str, functions: list[RewardFunction], trials: list[Trial]) -> list[str]:
+    """Return warnings and notes about what functions pay for right and wrong answers to rows of one group.
+
+    Args:
+        place: Text that names the rows.
+        functions: The rewards that apply to the rows.
+        trials: Trials of some of the rows; empty without a gold.
+    """
     warnings = []
     models = [f for f in functions if f.is_model]
     for f in models:
         if f.function.is_unbounded:
             warnings.append(
-                f"{prefix} {f.name} is the raw score of a reward model, which is unbounded and can outweigh all other "
-                "rewards: set sigmoid=True to keep it between 0 and 1"
+                f"{place} {f.name} is the raw score of a reward model, which is unbounded and can outweigh all "
+                "other rewards: set sigmoid=True to keep it between 0 and 1"
             )
     if not any(map(rewards.can_judge, functions)):
         if models:
             warnings.append(
-                f"{prefix} no reward checks correctness: the reward model {models[0].name} gives no verdict, so all "
-                "completions count as wrong. Watch the reward, not the accuracy"
+                f"{place} no reward checks correctness: the reward model {models[0].name} gives no verdict, so "
+                "all completions count as wrong. Watch the reward, not the accuracy"
             )
         return warnings
-    row = min(rows, key=lambda row: len(probes.gold_answer(row) or " " * 1000))  # prefer a short, plain gold
-    if not probes.gold_answer(row) or row_kind(row) not in PROBED_KINDS:
+    if not trials:
         return warnings
-    # No hostile probes: they could hang a function that evaluates the answer.
-    _, trials = try_rows(rewards, [row], (probes.wrong_probes,))
+    row = min((t.row for t in trials), key=lambda row: len(probes.gold_answer(row_with_gold(rewards, row))))
+    trials = [t for t in trials if t.row is row]
     right = next(t.score for t in trials if t.probe.name == probes.RIGHT)
     wrong = next(t.score for t in trials if t.probe.name == probes.WRONG)
+    judge = next((f for f in functions if f.name == right.judge), None)
+    paid = judge and payment(rewards, judge, row)
+    problem = misfit(rewards, trials)
+    if judge and not paid and row_kind(row) != "reasoning_gym":  # an answer of a puzzle may get less than full marks
+        most = max(t.value(judge) for t in trials if t.value(judge) is not None)
+        if problem or most < 1:
+            verdict = f"a completion counts as right if {judge.name} pays 1"
+            if most < 1:
+                verdict = f"no completion can count as right: {judge.name} pays at most {most:g} in the trials"
+            warnings.append(f"{place} {'. Until then '.join(filter(None, [problem, verdict]))}")
+    if problem or row_kind(row) not in PROBED_KINDS:
+        return warnings
+    # No hostile probes: they could hang a function that evaluates the answer.
     gain = right.total - wrong.total
     overpaid = [t for t in trials if not t.probe.is_right and t.score.total >= gain - 1e-9]
     if overpaid:
         worst = max(overpaid, key=lambda t: t.score.total)
         parts = [f"{f.name} {f.weight * value:g}" for f in functions if (value := worst.score.parts[f.name])]
         warnings.append(
-            f"{prefix} a wrong answer can earn as much as a right one: {worst.probe.name!r} gets "
+            f"{place} a wrong answer can earn as much as a right one: {worst.probe.name!r} gets "
             f"{' + '.join(parts) or 0}, and being right adds {gain:g}. Keep shaping to a fifth of that, or reward only "
             f"right answers; for details run the self-test of {rewards.path.name}"
         )
     if wrong.is_right:
-        warnings.append(f"{prefix} the verdict comes from {wrong.judge}, which accepts a wrong answer as right")
+        warnings.append(f"{place} the verdict comes from {wrong.judge}, which accepts a wrong answer as right")
     return warnings
-
-
-# --- probes
-
-
-@dataclass
-class Trial:
-    """A probe of a row, with the score that its completion got."""
-
-    row: dict
-    probe: probes.Probe
-    score: Score
-
-
-def try_probes(rewards: Rewards, row_probes: list[tuple[dict, probes.Probe]]) -> list[Trial]:
-    """Score probes, each with its row."""
-    scores = score_all(rewards, [probes.completion(row, p.text, p.is_truncated) for row, p in row_probes])
-    return [Trial(row, probe, score) for (row, probe), score in zip(row_probes, scores)]
-
-
-def try_rows(
-    rewards: Rewards,
-    rows: list[dict],
-    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes),
-) -> tuple[str, list[Trial]]:
-    """Score the probes of rows of one kind, written in the style that the rewards pay best.
-
-    Returns:
-        The style, and the trials of the right probes and then the wrong ones.
-    """
-    by_style = {}
-    for style in probes.answer_styles(rows[0]):
-        by_style[style] = try_probes(
-            rewards, [(row, probe) for row in rows for probe in probes.right_probes(row, style)]
-        )
-    totals = {style: [t.score.total for t in trials] for style, trials in by_style.items()}
-    best = max(totals, key=lambda style: sum(total for total in totals[style] if not math.isnan(total)))
-    wrong = [(row, probe) for row in rows for make_probes in wrong_probes for probe in make_probes(row, best)]
-    return best, by_style[best] + try_probes(rewards, wrong)

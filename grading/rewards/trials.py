@@ -1,0 +1,225 @@
+"""Trials: score probes (probes.py) with a reward file, and learn from them what its functions pay for the gold.
+
+`learn_payments` fills `Rewards.payments`, from which a completion's verdict follows (verdicts.py). It is called before
+training, evaluation and rescoring, always with the rows of the run, so that all of them judge alike.
+"""
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from grading.base import RewardError, RewardFunction, Rewards, Row, Score, row_kind, shorten
+from grading.rewards import probes
+from grading.rewards.scoring import score_all
+from grading.rewards.verdicts import NO_GOLD, TOLERANCE, Payment, columns_read, reads_gold, set_verdict
+
+MAX_GROUPS = 50  # with more tasks, rows are grouped by kind alone
+NUM_ROWS = 3  # number of rows of a group whose golds are tried
+BLANK = ("empty", "tags only", "no answer")  # probes without an answer
+GOLD_NAMES = ("solution", "ground_truth", "gold", "target", "label", "expected", "reference")
+LONG_THOUGHT = " ".join([probes.THOUGHT] * 40)
+
+
+@dataclass
+class Trial:
+    """A probe of a row, with the score that its completion got."""
+
+    row: dict
+    probe: probes.Probe
+    score: Score
+
+    def value(self, f: RewardFunction) -> float | None:
+        return (self.score.parts if f.weight else self.score.metrics).get(f.name)
+
+
+def try_probes(rewards: Rewards, row_probes: list[tuple[dict, probes.Probe]]) -> list[Trial]:
+    """Score probes, each with its row."""
+    scores = score_all(rewards, [probes.completion(row, p.text, p.is_truncated) for row, p in row_probes])
+    return [Trial(row, probe, score) for (row, probe), score in zip(row_probes, scores)]
+
+
+def try_rows(
+    rewards: Rewards,
+    rows: list[dict],
+    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes),
+) -> tuple[str, list[Trial]]:
+    """Score the probes of rows of one kind, written in the style that the rewards pay best.
+
+    The functions that read the gold choose the style by the most that they pay. A reward for the form alone may prefer a
+    style in which they find no answer.
+
+    Returns:
+        The style, and the trials of the right probes and then the wrong ones.
+    """
+    with_gold = [row_with_gold(rewards, row) for row in rows]
+    readers = [f for f in rewards.functions if f.weight and reads_gold(f, rows[0])]
+    best = None
+    for style in [*probes.answer_styles(with_gold[0]), *probes.own_styles(rewards.source)]:
+        pairs = [(row, p) for row, gold_row in zip(rows, with_gold) for p in probes.right_probes(gold_row, style)]
+        trials = try_probes(rewards, pairs)
+        paid = sum(
+            max((f.weight * (t.value(f) or 0.0) for t in trials if t.row is row), default=0.0)
+            for row in rows
+            for f in readers
+        )
+        total = sum(t.score.total for t in trials if not math.isnan(t.score.total))
+        if best is None or (paid, total) > best[0]:
+            best = (paid, total), style, trials
+    _, style, trials = best
+    wrong = [
+        (row, probe)
+        for row, gold_row in zip(rows, with_gold)
+        for make_probes in wrong_probes
+        for probe in make_probes(gold_row, style)
+    ]
+    return style, trials + try_probes(rewards, wrong)
+
+
+def row_with_gold(rewards: Rewards, row: dict) -> dict:
+    """Return a row whose column `answer` holds the gold, if only a column of another name does.
+
+    That column is the only number or text that the reward functions read, or the first one in GOLD_NAMES.
+    """
+    if probes.gold_answer(row) is not None or row_kind(row) is not None:
+        return row
+    read = set().union(*(columns_read(f, row) for f in rewards.functions)) - NO_GOLD
+    golds = [name for name in read if isinstance(row[name], (str, int, float))]
+    golds = [name for name in GOLD_NAMES if name in golds] or golds
+    return row | {"answer": row[golds[0]]} if golds and (len(golds) == 1 or golds[0] in GOLD_NAMES) else row
+
+
+def example_probes(rewards: Rewards) -> list[tuple[dict, probes.Probe]]:
+    """Return the examples of a reward file as rows and probes. Raise RewardError for an invalid example."""
+    row_probes = []
+    for number, example in enumerate(rewards.examples, 1):
+        text = example.get("text") if isinstance(example, dict) else None
+        if not isinstance(text, str) or example.get("label") not in ("right", "wrong"):
+            raise RewardError(
+                f"{rewards.path.name}: example {number} must be a dict with label ('right' or 'wrong'), text, and the "
+                "columns of its row, such as prompt and answer"
+            )
+        row = {"id": f"example {number}", "task": "examples", "prompt": ""} | example
+        label, text = row.pop("label"), row.pop("text")
+        name = f"{number}. {shorten(' '.join(text.split()), 20)}"
+        row_probes.append((row, probes.Probe(name, text, label == "right", row.pop("truncated", False))))
+    return row_probes
+
+
+# --- what the functions pay for the gold
+
+
+def learn_payments(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[Trial]]:
+    """Set `rewards.payments` from trials of golds, or of the examples in the file if no probe fits.
+
+    Returns:
+        The trials of each group of rows with the same kind, task and applicable rewards.
+    """
+    groups = _group(rewards, rows)
+    trials_of_group = {}
+    paid = defaultdict(list)  # for each function, kind and task
+    for key, group in groups.items():
+        trials_of_group[key] = []
+        for number, row in enumerate(_sample(rewards, group)):
+            functions = [f for f in rewards.functions if not (number and f.is_model)]  # reward models are slow
+            some = replace(rewards, functions=functions)
+            _, trials = try_rows(some, [row], (probes.wrong_probes, _long_gold))
+            trials_of_group[key] += trials
+            for f in functions:
+                if payment := _payment(f, trials):
+                    paid[f.name, *key[:2]].append(payment)
+    payments = {key: _combine(found) for key, found in paid.items()}
+    if rewards.examples:
+        examples = example_probes(rewards)
+        examples += [(row, probes.Probe(BLANK[0], "")) for row, probe in examples if probe.is_right]
+        trials = try_probes(rewards, examples)
+        for f in rewards.functions:
+            payment = _payment(f, trials, are_examples=True)
+            for kind, task, names in groups:
+                if payment and f.name in names:
+                    payments.setdefault((f.name, kind, task), payment)
+    rewards.payments.clear()
+    rewards.payments.update(payments)
+    for trials in trials_of_group.values():
+        for trial in trials:
+            if not math.isnan(trial.score.total):
+                set_verdict(rewards, trial.score, trial.row)
+    return trials_of_group
+
+
+def _group(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Group rows by kind, by task (None if there are too many), and by the names of the rewards that apply."""
+    has_many_tasks = len({row.get("task") for row in rows}) > MAX_GROUPS
+    groups = {}
+    for row in rows:
+        names = []
+        for f in rewards.functions:
+            with contextlib.suppress(Exception):  # raised again, with its place, when the row is scored
+                if f.weight and f.applies_to(Row(row)):
+                    names.append(f.name)
+        key = (row_kind(row), None if has_many_tasks else row.get("task"), tuple(names))
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _sample(rewards: Rewards, rows: list[dict]) -> list[dict]:
+    """Return a few rows with a gold, the same ones for every order of the rows; the shortest gold comes first."""
+    golds = [(probes.gold_answer(row_with_gold(rewards, row)), row) for row in rows]
+    ordered = sorted((len(gold), gold, str(row.get("id")), i) for i, (gold, row) in enumerate(golds) if gold)
+    return [rows[i] for *_, i in ordered[:: max(1, len(ordered) // NUM_ROWS)][:NUM_ROWS]]
+
+
+def _long_gold(row: dict, style: str) -> Iterator[probes.Probe]:
+    """Yield the gold after a long thought, for functions that also depend on the length."""
+    if gold := probes.gold_answer(row):
+        yield probes.Probe("gold, with long thinking", probes.write(style, gold, LONG_THOUGHT), True)
+
+
+def _payment(f: RewardFunction, trials: list[Trial], are_examples: bool = False) -> Payment | None:
+    """Return what a function pays for right and wrong completions; None if it does not pay more for the right ones."""
+    sign = math.copysign(1, f.weight)
+    right = []
+    wrong = []
+    blank = []
+    for t in trials:
+        if (value := t.score.parts.get(f.name)) is not None:
+            if t.probe.is_right:
+                right.append(sign * value)
+            elif t.probe.name in BLANK:
+                blank.append(sign * value)
+            elif are_examples or t.probe.name == probes.WRONG:
+                wrong.append(sign * value)
+    if f.is_model or not right or not wrong + blank:
+        return None
+    usual_wrong = min(wrong + blank) if are_examples else wrong[0] if wrong else blank[0]
+    if max(right) <= max([usual_wrong, *blank]) + TOLERANCE:
+        return None
+    partial = max(value for value in wrong + blank if value < max(right) - TOLERANCE)
+    return Payment(min(value for value in right if value > partial + TOLERANCE), usual_wrong, partial)
+
+
+def _combine(payments: list[Payment]) -> Payment:
+    """Return the payment of a function on several rows: the lowest value for a gold that no wrong answer gets."""
+    partial = max(payment.partial for payment in payments)
+    right = [payment.right for payment in payments]
+    return Payment(min((r for r in right if r > partial + TOLERANCE), default=max(right)), payments[0].wrong, partial)
+
+
+def misfit(rewards: Rewards, trials: list[Trial]) -> str:
+    """Return why the probes of rows of one kind do not show what a right answer earns; "" if they do."""
+    judges = [f for t in trials if t.probe.is_right for f in rewards.functions if f.name == t.score.judge]
+    if not judges or _payment(judges[0], trials):
+        return ""
+    f = judges[0]
+    gold = max(t.score.parts[f.name] for t in trials if t.probe.is_right and t.score.judge == f.name)
+    blank = max((v for t in trials if t.probe.name in BLANK and (v := t.value(f)) is not None), default=-math.inf)
+    wrong = next((v for t in trials if t.probe.name == probes.WRONG and (v := t.value(f)) is not None), gold)
+    if wrong < gold <= blank:
+        return f"{f.name} pays the gold {gold:g} and a completion without an answer {blank:g}: pay less for the latter"
+    if reads_gold(f, trials[0].row):
+        return (
+            f"no probe fits {f.name}: it pays the gold {gold:g}, in every form that was tried, and a wrong answer as "
+            f"much. Add completions of your model to `examples = [...]` in {rewards.path.name}, labelled right and wrong"
+        )
+    return ""

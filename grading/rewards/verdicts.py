@@ -1,0 +1,154 @@
+"""Verdicts: which reward function judges a completion, and from which value on the completion is right.
+
+A completion is right if its judge pays at least what it pays for the gold itself: 1 for most graders, but also 5 for a
+function with partial credit, or 0 if a wrong answer costs -1. The checks before a run find this value by scoring golds
+(trials.py). Until then, or without a gold, a completion is right from 1.
+"""
+
+import dis
+import functools
+import math
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import NamedTuple
+
+from grading.base import RewardFunction, Rewards, Score, outcome_of, row_kind
+
+GOLD_COLUMNS = {"math": {"answer"}, "code": {"tests", "solution"}, "countdown": {"target", "nums"}}
+NO_GOLD = {"id", "task", "prompt", "question", "problem", "grader", "level"}  # columns that hold no gold
+TOLERANCE = 1e-9
+
+
+class Payment(NamedTuple):
+    """What a reward function pays, unweighted; negated for a penalty, that is a negative weight."""
+
+    right: float  # the lowest value for a gold
+    wrong: float  # the value for a wrong answer
+    partial: float  # the highest value below that for a gold
+
+
+def payment(rewards: Rewards, f: RewardFunction, row: dict) -> Payment | None:
+    """Return what a function pays on rows of this kind and task; None if it is unknown."""
+    keys = [(f.name, row_kind(row), task) for task in (row.get("task"), None)]
+    return next((rewards.payments[key] for key in keys if key in rewards.payments), None)
+
+
+def set_verdict(rewards: Rewards, score: Score, row: dict) -> None:
+    """Set the judge of a graded score, and whether the completion is right."""
+    f = find_judge(rewards, score, row)
+    if f:
+        paid = payment(rewards, f, row)
+        threshold = paid.right if paid else 1.0
+        value = math.copysign(1, f.weight) * score.parts[f.name]
+        score.judge = f.name
+        score.verdict = "right" if value >= threshold - TOLERANCE * max(1, abs(threshold)) else "wrong"
+
+
+def gain(rewards: Rewards, judges: set[str]) -> float:
+    """Return how much more reward a right answer earns than a wrong one: the largest value among the judges."""
+    gains = []
+    for f in rewards.functions:
+        if f.name in judges:
+            paid = [p for (name, *_), p in rewards.payments.items() if name == f.name]
+            gains.append(abs(f.weight) * max((p.right - p.wrong for p in paid), default=1.0))
+    return max(gains, default=0.0)
+
+
+def find_judge(rewards: Rewards, score: Score, row: dict) -> RewardFunction | None:
+    """Return the reward that decides the verdict; None if no reward qualifies.
+
+    Rewards whose reason has a grader's outcome take precedence, then those that pay the gold more than a wrong answer,
+    then those that read the gold, then those that read another column, then those with the largest weight, then the
+    first in the file. Shaping and penalties that do not pay the gold more are never the judge, nor are reward models.
+    """
+
+    def rank(f: RewardFunction) -> tuple:
+        has_outcome = f.weight > 0 and outcome_of(score.reasons.get(f.name, "")) is not None
+        pays_gold = payment(rewards, f, row) is not None
+        return has_outcome, pays_gold, reads_gold(f, row), bool(columns_read(f, row)), abs(f.weight)
+
+    applied = [f for f in rewards.functions if score.parts.get(f.name) is not None and not f.is_model]
+    return max((f for f in applied if any(rank(f)[:2]) or rewards.can_judge(f)), key=rank, default=None)
+
+
+# --- what a reward function reads
+
+
+def columns_read(f: RewardFunction, row: dict) -> set[str]:
+    """Return the columns of a row that the code of a function, or of a helper that it calls, refers to."""
+    if f.is_model:
+        return set()
+    names, texts = _used_by(f)
+    if f.is_batch:
+        return {name for name in row if (name in f.columns and name in names) or (_takes_all(f) and name in texts)}
+    return {name for name in row if name in texts} if "row" in names else set()
+
+
+def reads_gold(f: RewardFunction, row: dict) -> bool:
+    """Return whether the function reads a column that holds the gold of the row."""
+    kind = row_kind(row)
+    return bool(columns_read(f, row) & (GOLD_COLUMNS.get(kind) or row.keys() - NO_GOLD))
+
+
+def _takes_all(f: RewardFunction) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in f.parameters.values())
+
+
+def _used_by(f: RewardFunction) -> tuple[set[str], set[str]]:
+    """Return the names and the strings in the code of a reward function and of the helpers that it calls."""
+    if f.used is None:
+        f.used = _names_and_strings(f.function)
+    return f.used
+
+
+def _names_and_strings(function) -> tuple[set[str], set[str]]:
+    """Return the names and the strings in the code of a function, its closures, and helpers in files of its folder."""
+    names = set()
+    texts = set()
+    visited = set()
+    pending = [function]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, functools.partial):
+            pending += [value.func, *value.keywords.values()]
+        elif isinstance(value, str):
+            texts.add(value)
+        elif isinstance(value, (tuple, frozenset)):
+            pending += value
+        elif isinstance(value, CodeType):
+            for instruction in dis.get_instructions(value):
+                argument = instruction.argval
+                if "CONST" in instruction.opname:
+                    pending.append(argument)
+                elif isinstance(argument, (str, tuple)):
+                    names.update([argument] if isinstance(argument, str) else argument)
+        elif id(value) not in visited and callable(value):
+            visited.add(id(value))
+            if not isinstance(value, FunctionType):
+                pending += [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, str)]
+            code = getattr(value, "__code__", None) or getattr(type(value).__call__, "__code__", None)
+            if code is None:
+                continue
+            pending.append(code)
+            pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _has_contents(cell)]
+            folder = Path(code.co_filename).parent
+            scope = getattr(value, "__globals__", {})
+            for name in _global_names(code):
+                used = scope.get(name)
+                if isinstance(used, str) or (
+                    isinstance(used, FunctionType) and Path(used.__code__.co_filename).parent == folder
+                ):
+                    pending.append(used)
+    return names, texts
+
+
+def _global_names(code: CodeType) -> set[str]:
+    nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_global_names, nested))
+
+
+def _has_contents(cell) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not assigned yet
+        return False
