@@ -25,7 +25,7 @@ from grading.base import RewardError, Rewards, row_kind, shorten
 from grading.rewards import probes
 from grading.rewards.preflight import preflight
 from grading.rewards.reward_file import load_rewards
-from grading.rewards.trials import Trial, example_probes, misfit, try_probes, try_rows
+from grading.rewards.trials import Trial, example_probes, try_probes, try_rows
 from tools.rescore import rescore
 
 WIDTH = 110  # characters per line of the table

@@ -20,7 +20,7 @@ from grading.base import (
 from grading.rewards import probes
 from grading.rewards.scoring import make_reward_error, score_all
 from grading.rewards.trials import Trial, learn_payments, misfit, row_with_gold
-from grading.rewards.verdicts import TOLERANCE, payment, reads_gold
+from grading.rewards.verdicts import TOLERANCE, payment
 
 MAX_WARNINGS = 4
 PROBED_KINDS = ("math", "code", "countdown", None)  # kinds of rows whose gold can be turned into a completion
@@ -37,10 +37,8 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
     """
     rewards = replace(rewards, reward_errors="stop")
     samples = {}  # one row for each task and set of filled columns
-    groups = {}  # rows grouped by kind and by the rewards that apply
     for row in rows:
-        names = tuple(f.name for f in _applicable_rewards(rewards, row))
-        groups.setdefault((row_kind(row) or row.get("task"), names), []).append(row)
+        _check_applicable_rewards(rewards, row)
         filled = frozenset(column for column, value in row.items() if value not in (None, "", []))
         samples.setdefault((row.get("task"), filled), row)
     texts = ("", "<think>two</think>2")
@@ -57,8 +55,8 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
     return rewards.notes + _gold_warnings(rows) + warnings[:MAX_WARNINGS] + thresholds[:MAX_WARNINGS]
 
 
-def _applicable_rewards(rewards: Rewards, row: dict) -> list[RewardFunction]:
-    """Return the rewards (no metrics) that apply to a row. Raise RewardError for a missing column or if none can judge."""
+def _check_applicable_rewards(rewards: Rewards, row: dict) -> None:
+    """Raise RewardError if a column of the row is missing, or if no reward that applies to it can judge it."""
     applicable = []
     for f in rewards.functions:
         try:
@@ -82,7 +80,6 @@ def _applicable_rewards(rewards: Rewards, row: dict) -> list[RewardFunction]:
             f"applies, but {judges} is needed. Add the column answer or tests (columns: {{answer: YOUR_COLUMN}} maps "
             f"yours), or change the reward's when= (the row's task is '{row.get('task')}')"
         )
-    return applicable
 
 
 def _gold_warnings(rows: list[dict]) -> list[str]:

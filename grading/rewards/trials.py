@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from grading.base import RewardError, RewardFunction, Rewards, Row, Score, row_kind, shorten
 from grading.rewards import probes
 from grading.rewards.scoring import score_all
-from grading.rewards.verdicts import NO_GOLD, TOLERANCE, Payment, columns_read, reads_gold, set_verdict
+from grading.rewards.verdicts import NO_GOLD, TOLERANCE, Payment, columns_read, payment, reads_gold, set_verdict
 
 MAX_GROUPS = 50  # with more tasks, rows are grouped by kind alone
 NUM_ROWS = 3  # number of rows of a group whose golds are tried
 BLANK = ("empty", "tags only", "no answer")  # probes without an answer
+GOLD_ALONE, WRONG_ALONE = "gold", "wrong answer, without thinking"
+COMPARED = {probes.RIGHT: probes.WRONG, GOLD_ALONE: WRONG_ALONE}  # pairs of probes that differ only in the answer
 GOLD_NAMES = ("solution", "ground_truth", "gold", "target", "label", "expected", "reference")
 LONG_THOUGHT = " ".join([probes.THOUGHT] * 40)
 
@@ -124,21 +126,21 @@ def learn_payments(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[Trial
         for number, row in enumerate(_sample(rewards, group)):
             functions = [f for f in rewards.functions if not (number and f.is_model)]  # reward models are slow
             some = replace(rewards, functions=functions)
-            _, trials = try_rows(some, [row], (probes.wrong_probes, _long_gold))
+            _, trials = try_rows(some, [row], (probes.wrong_probes, _more_probes))
             trials_of_group[key] += trials
             for f in functions:
-                if payment := _payment(f, trials):
-                    paid[f.name, *key[:2]].append(payment)
-    payments = {key: _combine(found) for key, found in paid.items()}
+                if found := _payment(f, trials):
+                    paid[f.name, *key[:2]].append(found)
+    payments = {key: _combine(several) for key, several in paid.items()}
     if rewards.examples:
         examples = example_probes(rewards)
         examples += [(row, probes.Probe(BLANK[0], "")) for row, probe in examples if probe.is_right]
         trials = try_probes(rewards, examples)
         for f in rewards.functions:
-            payment = _payment(f, trials, are_examples=True)
+            found = _payment(f, trials, are_examples=True)
             for kind, task, names in groups:
-                if payment and f.name in names:
-                    payments.setdefault((f.name, kind, task), payment)
+                if found and f.name in names:
+                    payments.setdefault((f.name, kind, task), found)
     rewards.payments.clear()
     rewards.payments.update(payments)
     for trials in trials_of_group.values():
@@ -170,56 +172,56 @@ def _sample(rewards: Rewards, rows: list[dict]) -> list[dict]:
     return [rows[i] for *_, i in ordered[:: max(1, len(ordered) // NUM_ROWS)][:NUM_ROWS]]
 
 
-def _long_gold(row: dict, style: str) -> Iterator[probes.Probe]:
-    """Yield the gold after a long thought, for functions that also depend on the length."""
+def _more_probes(row: dict, style: str) -> Iterator[probes.Probe]:
+    """Yield a wrong answer without a thought, and the gold after a long one, for functions that depend on the length."""
     if gold := probes.gold_answer(row):
+        yield probes.Probe(WRONG_ALONE, probes.write(style, probes.wrong_answers(row)[0]))
         yield probes.Probe("gold, with long thinking", probes.write(style, gold, LONG_THOUGHT), True)
 
 
 def _payment(f: RewardFunction, trials: list[Trial], are_examples: bool = False) -> Payment | None:
-    """Return what a function pays for right and wrong completions; None if it does not pay more for the right ones."""
-    sign = math.copysign(1, f.weight)
-    right = []
-    wrong = []
-    blank = []
+    """Return what a function pays for right and wrong completions; None if it does not pay more for the right ones.
+
+    Args:
+        trials: The trials of one row, or of the examples of a reward file.
+    """
+    values = defaultdict(list)  # by name of the probe
     for t in trials:
-        if (value := t.score.parts.get(f.name)) is not None:
-            if t.probe.is_right:
-                right.append(sign * value)
-            elif t.probe.name in BLANK:
-                blank.append(sign * value)
-            elif are_examples or t.probe.name == probes.WRONG:
-                wrong.append(sign * value)
-    if f.is_model or not right or not wrong + blank:
-        return None
-    usual_wrong = min(wrong + blank) if are_examples else wrong[0] if wrong else blank[0]
-    if max(right) <= max([usual_wrong, *blank]) + TOLERANCE:
+        if not f.is_model and (value := t.score.parts.get(f.name)) is not None:
+            name = t.probe.name if t.probe.name in (*COMPARED, *BLANK) else t.probe.is_right
+            values[name].append(math.copysign(1, f.weight) * value)
+    blank = [value for name in BLANK for value in values[name]]
+    right = values[True] + values[probes.RIGHT] + values[GOLD_ALONE]
+    wrong = values[probes.WRONG] + values[WRONG_ALONE] + (values[False] if are_examples else [])
+    pairs = [(right, sorted(wrong))] if are_examples else [(values[a], values[b]) for a, b in COMPARED.items()]
+    if not any(r and max(r) > max([*w[:1], *blank], default=math.inf) + TOLERANCE for r, w in pairs):
         return None
     partial = max(value for value in wrong + blank if value < max(right) - TOLERANCE)
-    return Payment(min(value for value in right if value > partial + TOLERANCE), usual_wrong, partial)
+    lowest = min(value for value in right if value > partial + TOLERANCE)
+    return Payment(lowest, (wrong or blank)[0], partial, are_examples)
 
 
 def _combine(payments: list[Payment]) -> Payment:
     """Return the payment of a function on several rows: the lowest value for a gold that no wrong answer gets."""
     partial = max(payment.partial for payment in payments)
     right = [payment.right for payment in payments]
-    return Payment(min((r for r in right if r > partial + TOLERANCE), default=max(right)), payments[0].wrong, partial)
+    lowest = min((value for value in right if value > partial + TOLERANCE), default=max(right))
+    return Payment(lowest, payments[0].wrong, partial)
 
 
 def misfit(rewards: Rewards, trials: list[Trial]) -> str:
     """Return why the probes of rows of one kind do not show what a right answer earns; "" if they do."""
     judges = [f for t in trials if t.probe.is_right for f in rewards.functions if f.name == t.score.judge]
-    if not judges or _payment(judges[0], trials):
+    paid = judges and payment(rewards, judges[0], trials[0].row)
+    if not judges or not reads_gold(judges[0], trials[0].row) or (paid and not paid.from_examples):
         return ""
     f = judges[0]
-    gold = max(t.score.parts[f.name] for t in trials if t.probe.is_right and t.score.judge == f.name)
+    gold = max(t.value(f) for t in trials if t.probe.is_right and t.score.judge == f.name)
     blank = max((v for t in trials if t.probe.name in BLANK and (v := t.value(f)) is not None), default=-math.inf)
     wrong = next((v for t in trials if t.probe.name == probes.WRONG and (v := t.value(f)) is not None), gold)
     if wrong < gold <= blank:
         return f"{f.name} pays the gold {gold:g} and a completion without an answer {blank:g}: pay less for the latter"
-    if reads_gold(f, trials[0].row):
-        return (
-            f"no probe fits {f.name}: it pays the gold {gold:g}, in every form that was tried, and a wrong answer as "
-            f"much. Add completions of your model to `examples = [...]` in {rewards.path.name}, labelled right and wrong"
-        )
-    return ""
+    return (
+        f"no probe fits {f.name}: it pays the gold {gold:g}, in every form that was tried, and a wrong answer as much. "
+        f"Add completions of your model to `examples = [...]` in {rewards.path.name}, labelled right and wrong"
+    )

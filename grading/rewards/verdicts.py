@@ -25,6 +25,7 @@ class Payment(NamedTuple):
     right: float  # the lowest value for a gold
     wrong: float  # the value for a wrong answer
     partial: float  # the highest value below that for a gold
+    from_examples: bool = False  # learned from the examples in the reward file, because no probe fits
 
 
 def payment(rewards: Rewards, f: RewardFunction, row: dict) -> Payment | None:

@@ -152,7 +152,7 @@ def test_selects_judge(tmp_path):
 
     assert judge_and_verdict("c.answer == c.row['answer']", 2) == ("right", "wrong")
     assert judge_and_verdict("any(c.row['answer'] == a for a in [c.answer])", 2) == ("right", "wrong")
-    assert judge_and_verdict("c.answer == gold(c)", 2) == ("format", "right")  # its use of the row is not visible
+    assert judge_and_verdict("c.answer == gold(c)", 2) == ("right", "wrong")  # a helper reads the row
     assert judge_and_verdict("grade_math(c.answer, gold(c))", 10) == ("right", "wrong")
     assert judge_and_verdict("c.answer == gold(c)", 0.5) == ("right", "wrong")
     assert judge_and_verdict("None", 0.1) == (None, "wrong")
@@ -248,15 +248,17 @@ def test_warnings_if_a_wrong_answer_can_earn_as_much(tmp_path):
     style = "@reward\ndef short(c): return max(0, 1 - len(c.text) / 100)\n"
     (warning,) = preflight(load_rewards(write(tmp_path, style)), rows[:1])
     assert "'empty' gets short 1" in warning and "adds 0." in warning
-    unseen = """
+    heavier = """
         def gold(c): return c.row["answer"]
         @reward
         def right(c): return gold(c) in c.text
         @reward(weight=2)
         def format(c): return 1
         """
-    warnings = preflight(load_rewards(write(tmp_path, unseen)), rows[:1])
-    assert len(warnings) == 2 and "verdict comes from format" in warnings[1]
+    (warning,) = preflight(load_rewards(write(tmp_path, heavier)), rows[:1])
+    assert "right 1 + format 2" in warning
+    form = "@reward\ndef form(c): return 1\n"
+    assert "verdict comes from form" in preflight(load_rewards(write(tmp_path, form)), rows[:1])[1]
 
 
 def test_counts_golds_that_cannot_be_parsed(tmp_path):
