@@ -25,7 +25,7 @@ from grading.base import RewardError, Rewards, row_kind, shorten
 from grading.rewards import probes
 from grading.rewards.preflight import preflight
 from grading.rewards.reward_file import load_rewards
-from grading.rewards.trials import Trial, example_probes, try_probes, try_rows
+from grading.rewards.trials import Trial, example_probes, misfit, try_probes, try_rows
 from tools.rescore import rescore
 
 WIDTH = 110  # characters per line of the table
@@ -97,23 +97,39 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
     best_example = max((t.score.total for t in trials if t.probe.is_right), default=math.nan)
     failures = []
     if trials:
-        failures += _print_block(rewards, "examples", "examples in the file", trials, math.nan)
+        overpaid = _overpaid("examples", trials, math.nan)
+        _print_block(rewards, "examples in the file", trials, overpaid)
+        failures += overpaid.values()
+    misfits = {}  # names of the sources whose probes do not fit the rewards, by reason
     for source, loaded in rows.items():
         name = Path(source).name
         for kind in dict.fromkeys(map(row_kind, loaded)):
             block = [row for row in loaded if row_kind(row) == kind]
             style, block_trials = try_rows(rewards, block)
+            problem = misfit(rewards, block_trials)
+            overpaid = {} if problem else _overpaid(name, block_trials, best_example)
             question = shorten(" ".join(probes.completion(block[0], "").prompt.split()), 50)
             form = style.replace("\n", "\\n")
             title = f"{name}: answers written as {form}, first question {question!r}"
-            failures += _print_block(rewards, name, title, block_trials, best_example)
+            _print_block(rewards, title, block_trials, overpaid)
+            failures += overpaid.values()
             notes += _gold_notes(name, block_trials)
             trials += block_trials
+            if problem:
+                misfits.setdefault(problem, []).append(name)
+    notes = [note for note in notes if not any(problem in note for problem in misfits)]
+    examples_decide = any(payment.from_examples for payment in rewards.payments.values())
+    for problem, names in misfits.items():
+        in_sources = ", ".join(dict.fromkeys(names))
+        if examples_decide:
+            notes.append(f"{in_sources}: no probe fits, so that only the examples in the file are checked")
+        else:
+            failures.append(f"{in_sources}: {problem}")
     for name in rewards.names:
         values = [t.score.parts[name] for t in trials if t.score.parts[name] is not None]
         if not values:
             notes.append(f"{name} does not apply to these questions: test others with --data SOURCE")
-        elif len(values) > 1 and len(set(values)) == 1:
+        elif len(values) > 1 and len(set(values)) == 1 and (examples_decide or not misfits):
             failures.append(f"{name} gives {values[0]:g} to all {len(values)} completions: it gives no learning signal")
     print()
     for text in [*notes, *(f"FAIL: {failure}" for failure in failures)]:
@@ -141,9 +157,8 @@ def _print_wrapped(text: str) -> None:
     print(textwrap.fill(text, WIDTH, subsequent_indent="    "))
 
 
-def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float) -> list[str]:
-    """Print a table with a line for each kind of completion. Return the failures."""
-    failures = _overpaid(source, trials, best_example)
+def _print_block(rewards: Rewards, title: str, trials: list[Trial], failures: dict[str, str]) -> None:
+    """Print a table with a line for each kind of completion, and mark those that fail."""
     functions = [f for f in rewards.functions if any(t.value(f) is not None for t in trials)]
     limit = max(6, NAMES_WIDTH // len(functions))  # width of the column of a function
     lines = [["  completion", "label", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
@@ -167,7 +182,6 @@ def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial],
         texts = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths)]
         numbers = [f"{cell:>{width}}" for cell, width in zip(cells[2:-1], widths[2:])]
         print(shorten("  ".join([*texts, *numbers, cells[-1]]), WIDTH))
-    return list(failures.values())
 
 
 def _overpaid(source: str, trials: list[Trial], best_example: float) -> dict[str, str]:

@@ -13,14 +13,16 @@ from grading.base import (
     RewardFunction,
     Rewards,
     Row,
+    Score,
     did_you_mean,
+    outcome_of,
     row_kind,
     shorten,
 )
 from grading.rewards import probes
 from grading.rewards.scoring import make_reward_error, score_all
 from grading.rewards.trials import Trial, learn_payments, misfit, row_with_gold
-from grading.rewards.verdicts import TOLERANCE, payment
+from grading.rewards.verdicts import TOLERANCE, payment, reads_gold
 
 MAX_WARNINGS = 4
 PROBED_KINDS = ("math", "code", "countdown", None)  # kinds of rows whose gold can be turned into a completion
@@ -42,7 +44,7 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
         filled = frozenset(column for column, value in row.items() if value not in (None, "", []))
         samples.setdefault((row.get("task"), filled), row)
     texts = ("", "<think>two</think>2")
-    score_all(rewards, [probes.completion(row, text) for row in samples.values() for text in texts])
+    scores = score_all(rewards, [probes.completion(row, text) for row in samples.values() for text in texts])
     trials = {}
     for (kind, task, names), group_trials in learn_payments(rewards, rows).items():
         trials.setdefault((kind or task, names), []).extend(group_trials)
@@ -52,6 +54,7 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
         functions = [f for f in rewards.functions if f.name in names]
         warnings += _warnings(rewards, f"warning: on {kind} rows", functions, group_trials)
         thresholds += _threshold_notes(rewards, f"on {kind} rows", group_trials)
+    thresholds += _untried_notes(rewards, list(samples.values()), scores[:: len(texts)])
     return rewards.notes + _gold_warnings(rows) + warnings[:MAX_WARNINGS] + thresholds[:MAX_WARNINGS]
 
 
@@ -115,6 +118,18 @@ def _threshold_notes(rewards: Rewards, place: str, trials: list[Trial]) -> list[
     return [f"{place} a completion is right if {name} pays {value:g}, as for the gold" for name, value in paid.items()]
 
 
+def _untried_notes(rewards: Rewards, rows: list[dict], scores: list[Score]) -> list[str]:
+    """Return notes on rows without a gold, if the function that judges them is not one of the graders."""
+    notes = {}
+    for row, score in zip(rows, scores):
+        f = next((f for f in rewards.functions if f.name == score.judge), None)
+        has_outcome = outcome_of(score.reasons.get(score.judge, "")) is not None
+        if f and not has_outcome and reads_gold(f, row) and probes.gold_answer(row_with_gold(rewards, row)) is None:
+            kind = row_kind(row) or row.get("task")
+            notes[kind] = f"on {kind} rows, which have no gold to try, a completion is right if {f.name} pays 1"
+    return list(notes.values())
+
+
 def _warnings(rewards: Rewards, place: str, functions: list[RewardFunction], trials: list[Trial]) -> list[str]:
     """Return warnings and notes about what functions pay for right and wrong answers to rows of one group.
 
@@ -150,10 +165,10 @@ def _warnings(rewards: Rewards, place: str, functions: list[RewardFunction], tri
     if judge and not paid and row_kind(row) != "reasoning_gym":  # an answer of a puzzle may get less than full marks
         most = max(t.value(judge) for t in trials if t.value(judge) is not None)
         if problem or most < 1:
-            verdict = f"a completion counts as right if {judge.name} pays 1"
+            limit = f"a completion is right if {judge.name} pays 1"
             if most < 1:
-                verdict = f"no completion can count as right: {judge.name} pays at most {most:g} in the trials"
-            warnings.append(f"{place} {'. Until then '.join(filter(None, [problem, verdict]))}")
+                limit = f"no completion may count as right: {limit}, and it pays at most {most:g} in the trials"
+            warnings.append(f"{place} {'. Until then '.join(filter(None, [problem, limit]))}")
     if problem or row_kind(row) not in PROBED_KINDS:
         return warnings
     # No hostile probes: they could hang a function that evaluates the answer.

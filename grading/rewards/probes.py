@@ -63,7 +63,9 @@ def write(style: str, answer: str, thought: str = "") -> str:
     text = STYLES.get(style, style)
     if thought and "THOUGHT" not in text:
         text = "<think>THOUGHT</think>" + text
-    return text.replace("THOUGHT", thought).replace("ANSWER", answer)
+    for name, value in (("THOUGHT", thought), ("ANSWER", answer)):
+        text = re.sub(rf"(?<![\w</\[|]){name}(?![\w>\]|])", lambda _: value, text)  # not the tag <ANSWER>
+    return text
 
 
 def answer_styles(row: dict) -> list[str]:

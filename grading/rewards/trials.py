@@ -20,6 +20,7 @@ NUM_ROWS = 3  # number of rows of a group whose golds are tried
 BLANK = ("empty", "tags only", "no answer")  # probes without an answer
 GOLD_ALONE, WRONG_ALONE = "gold", "wrong answer, without thinking"
 COMPARED = {probes.RIGHT: probes.WRONG, GOLD_ALONE: WRONG_ALONE}  # pairs of probes that differ only in the answer
+NAMED = {*COMPARED, *COMPARED.values(), *BLANK}
 GOLD_NAMES = ("solution", "ground_truth", "gold", "target", "label", "expected", "reference")
 LONG_THOUGHT = " ".join([probes.THOUGHT] * 40)
 
@@ -188,13 +189,13 @@ def _payment(f: RewardFunction, trials: list[Trial], are_examples: bool = False)
     values = defaultdict(list)  # by name of the probe
     for t in trials:
         if not f.is_model and (value := t.score.parts.get(f.name)) is not None:
-            name = t.probe.name if t.probe.name in (*COMPARED, *BLANK) else t.probe.is_right
+            name = t.probe.name if t.probe.name in NAMED else t.probe.is_right
             values[name].append(math.copysign(1, f.weight) * value)
     blank = [value for name in BLANK for value in values[name]]
     right = values[True] + values[probes.RIGHT] + values[GOLD_ALONE]
     wrong = values[probes.WRONG] + values[WRONG_ALONE] + (values[False] if are_examples else [])
     pairs = [(right, sorted(wrong))] if are_examples else [(values[a], values[b]) for a, b in COMPARED.items()]
-    if not any(r and max(r) > max([*w[:1], *blank], default=math.inf) + TOLERANCE for r, w in pairs):
+    if not any(r and w and max(r) > max([w[0], *blank]) + TOLERANCE for r, w in pairs):
         return None
     partial = max(value for value in wrong + blank if value < max(right) - TOLERANCE)
     lowest = min(value for value in right if value > partial + TOLERANCE)
