@@ -77,9 +77,9 @@ class Row(dict):
 def row_kind(row: dict) -> str | None:
     """Return the kind of grader for a row: its `grader` column, else "code" (has tests) or "math" (has an answer).
 
-    Returns None if the row has none of these columns.
+    Returns None if the row has none of these columns. A `grader` that is not text is some other data of the user.
     """
-    if row.get("grader"):
+    if row.get("grader") and isinstance(row["grader"], str):
         return row["grader"]
     return "code" if row.get("tests") else "math" if row.get("answer") is not None else None
 

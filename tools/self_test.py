@@ -26,6 +26,7 @@ from grading.rewards import probes
 from grading.rewards.preflight import preflight
 from grading.rewards.reward_file import load_rewards
 from grading.rewards.trials import Trial, example_probes, misfit, try_probes, try_rows
+from grading.rewards.verdicts import payment
 from tools.rescore import rescore
 
 WIDTH = 110  # characters per line of the table
@@ -115,21 +116,17 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
             failures += overpaid.values()
             notes += _gold_notes(name, block_trials)
             trials += block_trials
-            if problem:
+            if problem and _do_examples_decide(rewards, block[0]):
+                notes.append(f"{name}: no probe fits, so that only the examples in the file are checked")
+            elif problem:
                 misfits.setdefault(problem, []).append(name)
     notes = [note for note in notes if not any(problem in note for problem in misfits)]
-    examples_decide = any(payment.from_examples for payment in rewards.payments.values())
-    for problem, names in misfits.items():
-        in_sources = ", ".join(dict.fromkeys(names))
-        if examples_decide:
-            notes.append(f"{in_sources}: no probe fits, so that only the examples in the file are checked")
-        else:
-            failures.append(f"{in_sources}: {problem}")
+    failures += [f"{', '.join(dict.fromkeys(names))}: {problem}" for problem, names in misfits.items()]
     for name in rewards.names:
         values = [t.score.parts[name] for t in trials if t.score.parts[name] is not None]
         if not values:
             notes.append(f"{name} does not apply to these questions: test others with --data SOURCE")
-        elif len(values) > 1 and len(set(values)) == 1 and (examples_decide or not misfits):
+        elif len(values) > 1 and len(set(values)) == 1 and not misfits:
             failures.append(f"{name} gives {values[0]:g} to all {len(values)} completions: it gives no learning signal")
     print()
     for text in [*notes, *(f"FAIL: {failure}" for failure in failures)]:
@@ -140,6 +137,11 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
         f"completions, {time.perf_counter() - start:.1f} s"
     )
     return not failures
+
+
+def _do_examples_decide(rewards: Rewards, row: dict) -> bool:
+    """Return whether the examples in the file show what a right answer to the row earns."""
+    return any((paid := payment(rewards, f, row)) and paid.from_examples for f in rewards.functions)
 
 
 def _gold_notes(source: str, trials: list[Trial]) -> list[str]:

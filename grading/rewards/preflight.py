@@ -25,6 +25,12 @@ from grading.rewards.trials import Trial, learn_payments, misfit, row_with_gold
 from grading.rewards.verdicts import TOLERANCE, payment, reads_gold
 
 MAX_WARNINGS = 4
+NEEDED_COLUMNS = {  # the columns that the graders read, by kind
+    "math": ("answer",),
+    "code": ("tests",),
+    "countdown": ("target", "nums"),
+    "reasoning_gym": ("family", "entry"),
+}
 PROBED_KINDS = ("math", "code", "countdown", None)  # kinds of rows whose gold can be turned into a completion
 
 
@@ -37,12 +43,25 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
     Raises:
         RewardError: A column is misspelt, a row has no gold answer, or a function raises or returns an invalid value.
     """
-    rewards = replace(rewards, reward_errors="stop")
+    try:
+        return _check(replace(rewards, reward_errors="stop"), rows)
+    except RewardError as error:
+        notes = [note for completion in error.completions if (note := _column_note(rewards, completion.row))]
+        if not notes:
+            raise
+        raise RewardError(f"{error}. Note on the row: {notes[0]}", error.completions) from error.__cause__
+
+
+def _check(rewards: Rewards, rows: list[dict]) -> list[str]:
     samples = {}  # one row for each task and set of filled columns
+    ids = {}  # of the rows to which a note on their columns applies
     for row in rows:
         _check_applicable_rewards(rewards, row)
         filled = frozenset(column for column, value in row.items() if value not in (None, "", []))
         samples.setdefault((row.get("task"), filled), row)
+        if note := _column_note(rewards, row):
+            ids.setdefault(note, []).append(row["id"])
+    column_notes = [f"{len(names)} rows, such as {names[0]}: {note}" for note, names in ids.items()]
     texts = ("", "<think>two</think>2")
     scores = score_all(rewards, [probes.completion(row, text) for row in samples.values() for text in texts])
     trials = {}
@@ -55,7 +74,8 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
         warnings += _warnings(rewards, f"warning: on {kind} rows", functions, group_trials)
         thresholds += _threshold_notes(rewards, f"on {kind} rows", group_trials)
     thresholds += _untried_notes(rewards, list(samples.values()), scores[:: len(texts)])
-    return rewards.notes + _gold_warnings(rows) + warnings[:MAX_WARNINGS] + thresholds[:MAX_WARNINGS]
+    notes = column_notes[:MAX_WARNINGS] + _gold_warnings(rows) + warnings[:MAX_WARNINGS] + thresholds[:MAX_WARNINGS]
+    return rewards.notes + notes
 
 
 def _check_applicable_rewards(rewards: Rewards, row: dict) -> None:
@@ -70,7 +90,8 @@ def _check_applicable_rewards(rewards: Rewards, row: dict) -> None:
         if applies and missing:
             raise RewardError(
                 f"reward function '{f.name}' ({rewards.path.name}:{f.line}) needs the column '{missing[0]}', but row "
-                f"{row.get('id', '?')} has only {', '.join(row)}.{did_you_mean(missing[0], [*row, *TRL_ARGUMENTS])}"
+                f"{row.get('id', '?')} has only {', '.join(row)}.{did_you_mean(missing[0], [*row, *TRL_ARGUMENTS])}",
+                [probes.completion(row, "")],
             )
         if applies and f.weight:
             applicable.append(f)
@@ -81,8 +102,34 @@ def _check_applicable_rewards(rewards: Rewards, row: dict) -> None:
         raise RewardError(
             f"row {row['id']}: {rewards.path.name} cannot judge this row: {f'only {names}' if names else 'no reward'} "
             f"applies, but {judges} is needed. Add the column answer or tests (columns: {{answer: YOUR_COLUMN}} maps "
-            f"yours), or change the reward's when= (the row's task is '{row.get('task')}')"
+            f"yours), or change the reward's when= (the row's task is '{row.get('task')}')",
+            [probes.completion(row, "")],
         )
+
+
+def _column_note(rewards: Rewards, row: dict) -> str:
+    """Return how a column `grader` or `task` changes which rewards apply to a row; "" if it does not."""
+    kind = row_kind(row)
+    grader = row.get("grader")
+    used = {f.when for f in rewards.functions if isinstance(f.when, str)}
+    if grader and not isinstance(grader, str):
+        return f"the column grader is of type {type(grader).__name__} and names no grader, so that it is ignored"
+    if grader:
+        other = row_kind({name: value for name, value in row.items() if name != "grader"})
+        missing = [name for name in NEEDED_COLUMNS.get(grader, ()) if row.get(name) is None]
+        if missing and grader in used:
+            return f"the column grader is '{grader}', so that rewards with when='{grader}' apply, but {missing[0]} is missing"
+        if other in used and grader not in used:
+            return (
+                f"the column grader is '{grader}', so that rewards with when='{other}' do not apply: rename the column if "
+                "it does not name a grader of yours"
+            )
+    if (task := row.get("task")) in used & NEEDED_COLUMNS.keys() and task != kind:
+        return (
+            f"the task (the column task, or else the name of the file) is '{task}', so that rewards with when='{task}' "
+            f"apply as well as those for {kind or 'other'} rows: rename it if that is not intended"
+        )
+    return ""
 
 
 def _gold_warnings(rows: list[dict]) -> list[str]:

@@ -63,9 +63,8 @@ def write(style: str, answer: str, thought: str = "") -> str:
     text = STYLES.get(style, style)
     if thought and "THOUGHT" not in text:
         text = "<think>THOUGHT</think>" + text
-    for name, value in (("THOUGHT", thought), ("ANSWER", answer)):
-        text = re.sub(rf"(?<![\w</\[|]){name}(?![\w>\]|])", lambda _: value, text)  # not the tag <ANSWER>
-    return text
+    parts = {"THOUGHT": thought, "ANSWER": answer}
+    return re.sub(r"(?<![\w</\[|])(THOUGHT|ANSWER)(?![\w>\]|])", lambda name: parts[name[0]], text)  # no <ANSWER>
 
 
 def answer_styles(row: dict) -> list[str]:

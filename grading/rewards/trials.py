@@ -133,15 +133,14 @@ def learn_payments(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[Trial
                 if found := _payment(f, trials):
                     paid[f.name, *key[:2]].append(found)
     payments = {key: _combine(several) for key, several in paid.items()}
-    if rewards.examples:
-        examples = example_probes(rewards)
-        examples += [(row, probes.Probe(BLANK[0], "")) for row, probe in examples if probe.is_right]
-        trials = try_probes(rewards, examples)
-        for f in rewards.functions:
-            found = _payment(f, trials, are_examples=True)
-            for kind, task, names in groups:
-                if found and f.name in names:
-                    payments.setdefault((f.name, kind, task), found)
+    examples = example_probes(rewards)
+    examples += [(row, probes.Probe(BLANK[0], "")) for row, probe in examples if probe.is_right]
+    trials = try_probes(rewards, examples)
+    keys = {key[:2] for key in groups} | {(row_kind(row), row["task"]) for row, _ in examples}
+    for f in rewards.functions:
+        if found := _payment(f, trials, are_examples=True):
+            for kind, task in keys:
+                payments.setdefault((f.name, kind, task), found)
     rewards.payments.clear()
     rewards.payments.update(payments)
     for trials in trials_of_group.values():

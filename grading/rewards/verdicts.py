@@ -45,14 +45,24 @@ def set_verdict(rewards: Rewards, score: Score, row: dict) -> None:
         score.verdict = "right" if value >= threshold - TOLERANCE * max(1, abs(threshold)) else "wrong"
 
 
-def gain(rewards: Rewards, judges: set[str]) -> float:
-    """Return how much more reward a right answer earns than a wrong one: the largest value among the judges."""
-    gains = []
+def judge_range(rewards: Rewards, judges: set[str]) -> tuple[float, float]:
+    """Return the weighted rewards of a wrong and of a right answer, for the judge with the largest difference."""
+    ranges = []
     for f in rewards.functions:
         if f.name in judges:
-            paid = [p for (name, *_), p in rewards.payments.items() if name == f.name]
-            gains.append(abs(f.weight) * max((p.right - p.wrong for p in paid), default=1.0))
-    return max(gains, default=0.0)
+            paid = [payment for (name, *_), payment in rewards.payments.items() if name == f.name]
+            ranges += [(abs(f.weight) * wrong, abs(f.weight) * right) for right, wrong, *_ in paid or [(1.0, 0.0)]]
+    return max(ranges, key=lambda ends: ends[1] - ends[0], default=(0.0, 0.0))
+
+
+def payments_to_lists(rewards: Rewards) -> list[list]:
+    """Return the payments of a reward file in a form that JSON can store."""
+    return [[*key, *paid] for key, paid in rewards.payments.items()]
+
+
+def payments_from_lists(lists: list[list]) -> dict[tuple, Payment]:
+    """Return the payments from the result of `payments_to_lists`."""
+    return {(name, kind, task): Payment(*paid) for name, kind, task, *paid in lists}
 
 
 def find_judge(rewards: Rewards, score: Score, row: dict) -> RewardFunction | None:

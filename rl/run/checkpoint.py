@@ -299,7 +299,9 @@ def run_provenance(
     return {
         "config": json.loads(json.dumps(settings, default=str)),
         "rewards": sha256(rewards_file),
-        "reward_modules": {m.relative_to(rewards_file.parent).as_posix(): sha256(m) for m in modules_beside(rewards_file)},
+        "reward_modules": {
+            m.relative_to(rewards_file.parent).as_posix(): sha256(m) for m in modules_beside(rewards_file)
+        },
         "questions": hash_rows(train_rows),
         "held_out": hash_rows(eval_rows),
         "runs_on": runs_on,

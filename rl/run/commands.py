@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data import load_questions, local_prompts
 from grading import RewardError, check_tests, load_rewards, preflight, sandbox
+from grading.rewards.verdicts import payments_to_lists
 from rl.config import Config
 from rl.run import report
 from rl.run.files import read_jsonl, to_json
@@ -83,6 +84,7 @@ def eval_only(config: Config, name: str) -> None:
             "peak_memory_mb": peak_memory_mb(policy.device),
             "memory": memory.figures(policy.device) | shrunk_settings(config),
             "reward_errors": rewards.errors,
+            "payments": payments_to_lists(rewards),
         }
         folder.write("summary.json", to_json(summary, indent=2) + "\n")
         print("\n" + report.evaluation_table(**({"after": None, "gain": None} | summary["eval"])))
