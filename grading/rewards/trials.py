@@ -193,7 +193,7 @@ def _payment(f: RewardFunction, trials: list[Trial], are_examples: bool = False)
     blank = [value for name in BLANK for value in values[name]]
     right = values[True] + values[probes.RIGHT] + values[GOLD_ALONE]
     wrong = values[probes.WRONG] + values[WRONG_ALONE] + (values[False] if are_examples else [])
-    pairs = [(right, sorted(wrong))] if are_examples else [(values[a], values[b]) for a, b in COMPARED.items()]
+    pairs = [(right, sorted(wrong) or blank)] if are_examples else [(values[a], values[b]) for a, b in COMPARED.items()]
     if not any(r and w and max(r) > max([w[0], *blank]) + TOLERANCE for r, w in pairs):
         return None
     partial = max(value for value in wrong + blank if value < max(right) - TOLERANCE)
