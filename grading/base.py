@@ -69,7 +69,9 @@ class Row(dict):
         raise KeyError(f"the row has no column '{column}', only {', '.join(self)}.{did_you_mean(column, self)}")
 
     def _refuse(self, *args, **kwargs):
-        raise TypeError("a data row cannot be changed, since completions are graded by it: change a copy, dict(row)")
+        raise TypeError(
+            "data rows are read-only, because completions are graded against them: change a copy, dict(row)"
+        )
 
     __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
 
@@ -212,7 +214,7 @@ class Rewards:
     reward_errors: str = "stop"  # effect of an exception in a function: stop the run | skip the completion
     max_steps: int | None = None  # training steps of the run, passed to TRL functions
     source: str = ""  # text of the file
-    examples: list = field(default_factory=list)  # labelled completions in the file, for the self-test
+    examples: list = field(default_factory=list)  # labeled completions in the file, for the self-test
     notes: list[str] = field(default_factory=list)  # remarks on the file, for the user
     payments: dict = field(default_factory=dict)  # what the functions pay for golds (rewards/verdicts.py)
     scored: int = 0  # number of completions scored so far

@@ -223,5 +223,5 @@ def misfit(rewards: Rewards, trials: list[Trial]) -> str:
         return f"{f.name} pays the gold {gold:g} and a completion without an answer {blank:g}: pay less for the latter"
     return (
         f"no probe fits {f.name}: it pays the gold {gold:g}, in every form that was tried, and a wrong answer as much. "
-        f"Add completions of your model to `examples = [...]` in {rewards.path.name}, labelled right and wrong"
+        f"Add completions of your model to `examples = [...]` in {rewards.path.name}, labeled right and wrong"
     )
