@@ -1,6 +1,7 @@
 """Rescore the saved completions of a run with a reward file: `python rewards.py --rescore runs/NAME`."""
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -77,7 +78,8 @@ def learn_run_payments(rewards: Rewards, folder: Path | None, rows: list[dict]) 
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             rewards.payments.update(payments_from_lists(summary["payments"]))
     if not any(payment(rewards, f, row) for f in rewards.functions for row in rows[:1]):
-        with contextlib.suppress(RewardError):  # raised when a completion is scored, if it matters
+        # An error is raised when a completion is scored, if it matters; what the functions print belongs to no completion.
+        with contextlib.suppress(RewardError), contextlib.redirect_stdout(io.StringIO()):
             learn_payments(replace(rewards, reward_errors="skip"), rows)
 
 
