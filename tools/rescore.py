@@ -1,13 +1,11 @@
 """Rescore the saved completions of a run with a reward file: `python rewards.py --rescore runs/NAME`."""
 
 import contextlib
-import io
 import itertools
 import json
 import math
 import time
 from collections import Counter
-from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import yaml
 from data import load_questions
 from grading import Completion, RewardError, Rewards, Score, load_rewards, score_all
 from grading.base import did_you_mean, shorten
-from grading.rewards.trials import learn_payments
+from grading.rewards.trials import try_to_learn_payments
 from grading.rewards.verdicts import payment, payments_from_lists
 
 MAX_CHANGES = 8  # number of completions to print, those whose reward changes most
@@ -78,9 +76,7 @@ def learn_run_payments(rewards: Rewards, folder: Path | None, rows: list[dict]) 
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             rewards.payments.update(payments_from_lists(summary["payments"]))
     if not any(payment(rewards, f, row) for f in rewards.functions for row in rows[:1]):
-        # An error is raised when a completion is scored, if it matters; what the functions print belongs to no completion.
-        with contextlib.suppress(RewardError), contextlib.redirect_stdout(io.StringIO()):
-            learn_payments(replace(rewards, reward_errors="skip"), rows)
+        try_to_learn_payments(rewards, rows)
 
 
 def saved_completion(line: dict, row: dict) -> Completion:

@@ -5,6 +5,7 @@ training, evaluation and rescoring, always with the rows of the run, so that all
 """
 
 import contextlib
+import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -47,8 +48,12 @@ def try_rows(
     rewards: Rewards,
     rows: list[dict],
     wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes),
+    styles: list[str] | None = None,
 ) -> tuple[str, list[Trial]]:
     """Score the probes of rows of one kind, written in the style that the rewards pay best.
+
+    Args:
+        styles: The styles to try; all by default.
 
     The functions that read the gold choose the style by the most that they pay. A reward for the form alone may prefer a
     style in which they find no answer.
@@ -59,7 +64,7 @@ def try_rows(
     with_gold = [row_with_gold(rewards, row) for row in rows]
     readers = [f for f in rewards.functions if f.weight and reads_gold(f, rows[0])]
     best = None
-    for style in [*probes.answer_styles(with_gold[0]), *probes.own_styles(rewards.source)]:
+    for style in styles or [*probes.answer_styles(with_gold[0]), *probes.own_styles(rewards.source)]:
         pairs = [(row, p) for row, gold_row in zip(rows, with_gold) for p in probes.right_probes(gold_row, style)]
         trials = try_probes(rewards, pairs)
         paid = sum(
@@ -124,14 +129,20 @@ def learn_payments(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[Trial
     paid = defaultdict(list)  # for each function, kind and task
     for key, group in groups.items():
         trials_of_group[key] = []
-        for number, row in enumerate(_sample(rewards, group)):
-            functions = [f for f in rewards.functions if not (number and f.is_model)]  # reward models are slow
+        functions = rewards.functions
+        wrong_probes = probes.wrong_probes
+        styles = None
+        for row in _sample(rewards, group):
             some = replace(rewards, functions=functions)
-            _, trials = try_rows(some, [row], (probes.wrong_probes, _more_probes))
+            style, trials = try_rows(some, [row], (wrong_probes, _more_probes), styles)
             trials_of_group[key] += trials
             for f in functions:
                 if found := _payment(f, trials):
                     paid[f.name, *key[:2]].append(found)
+            # The other rows need fewer trials. Functions may be slow, reward models in particular.
+            functions = [f for f in rewards.functions if not f.is_model]
+            wrong_probes = _few_probes
+            styles = [style]
     payments = {key: _combine(several) for key, several in paid.items()}
     examples = example_probes(rewards)
     examples += [(row, probes.Probe(BLANK[0], "")) for row, probe in examples if probe.is_right]
@@ -148,6 +159,12 @@ def learn_payments(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[Trial
             if not math.isnan(trial.score.total):
                 set_verdict(rewards, trial.score, trial.row)
     return trials_of_group
+
+
+def try_to_learn_payments(rewards: Rewards, rows: list[dict]) -> None:
+    """Learn payments without the checks before a run: errors, and what the functions print, are ignored."""
+    with contextlib.suppress(RewardError), contextlib.redirect_stdout(io.StringIO()):
+        learn_payments(replace(rewards, reward_errors="skip"), rows)
 
 
 def _group(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -170,6 +187,11 @@ def _sample(rewards: Rewards, rows: list[dict]) -> list[dict]:
     golds = [(probes.gold_answer(row_with_gold(rewards, row)), row) for row in rows]
     ordered = sorted((len(gold), gold, str(row.get("id")), i) for i, (gold, row) in enumerate(golds) if gold)
     return [rows[i] for *_, i in ordered[:: max(1, len(ordered) // NUM_ROWS)][:NUM_ROWS]]
+
+
+def _few_probes(row: dict, style: str) -> Iterator[probes.Probe]:
+    """Yield only those wrong probes that `_payment` uses."""
+    return (probe for probe in probes.wrong_probes(row, style) if probe.name in NAMED)
 
 
 def _more_probes(row: dict, style: str) -> Iterator[probes.Probe]:
