@@ -86,7 +86,7 @@ def own_styles(source: str) -> list[str]:
         for gap in ("", "\n"):
             parts = [f"{tag}{gap}THOUGHT{gap}{end}{gap}" for tag, end in pairs if (tag, end) != pair]
             styles.append("".join(parts) + f"{pair[0]}{gap}ANSWER{gap}{pair[1]}")
-    return [style for style in styles if style not in STYLES.values()]
+    return styles
 
 
 def gold_answer(row: dict) -> str | None:

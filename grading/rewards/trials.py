@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from grading.base import RewardError, RewardFunction, Rewards, Row, Score, row_kind, shorten
 from grading.rewards import probes
 from grading.rewards.scoring import score_all
-from grading.rewards.verdicts import NO_GOLD, TOLERANCE, Payment, columns_read, payment, reads_gold, set_verdict
+from grading.rewards.verdicts import (
+    GOLD_COLUMNS,
+    NO_GOLD,
+    TOLERANCE,
+    Payment,
+    columns_read,
+    payment,
+    reads_gold,
+    set_verdict,
+)
 
 MAX_GROUPS = 50  # with more tasks, rows are grouped by kind alone
 NUM_ROWS = 3  # number of rows of a group whose golds are tried
@@ -52,11 +61,11 @@ def try_rows(
 ) -> tuple[str, list[Trial]]:
     """Score the probes of rows of one kind, written in the style that the rewards pay best.
 
-    Args:
-        styles: The styles to try; all by default.
-
     The functions that read the gold choose the style by the most that they pay. A reward for the form alone may prefer a
     style in which they find no answer.
+
+    Args:
+        styles: The styles to try. By default the ones in probes.py, and those with tags of the reward file.
 
     Returns:
         The style, and the trials of the right probes and then the wrong ones.
@@ -64,7 +73,10 @@ def try_rows(
     with_gold = [row_with_gold(rewards, row) for row in rows]
     readers = [f for f in rewards.functions if f.weight and reads_gold(f, rows[0])]
     best = None
-    for style in styles or [*probes.answer_styles(with_gold[0]), *probes.own_styles(rewards.source)]:
+    if not styles:
+        templates = {probes.STYLES[name]: name for name in probes.answer_styles(with_gold[0])}
+        styles = [templates.setdefault(style, style) for style in (*templates, *probes.own_styles(rewards.source))]
+    for style in styles:
         pairs = [(row, p) for row, gold_row in zip(rows, with_gold) for p in probes.right_probes(gold_row, style)]
         trials = try_probes(rewards, pairs)
         paid = sum(
@@ -90,7 +102,7 @@ def row_with_gold(rewards: Rewards, row: dict) -> dict:
 
     That column is the only number or text that the reward functions read, or the first one in GOLD_NAMES.
     """
-    if probes.gold_answer(row) is not None or row_kind(row) is not None:
+    if probes.gold_answer(row) is not None or row_kind(row) is not None or GOLD_COLUMNS["countdown"] <= row.keys():
         return row
     read = set().union(*(columns_read(f, row) for f in rewards.functions)) - NO_GOLD
     golds = [name for name in read if isinstance(row[name], (str, int, float))]

@@ -68,18 +68,24 @@ def payments_from_lists(lists: list[list]) -> dict[tuple, Payment]:
 def find_judge(rewards: Rewards, score: Score, row: dict) -> RewardFunction | None:
     """Return the reward that decides the verdict; None if no reward qualifies.
 
-    Rewards whose reason has a grader's outcome take precedence, then those that pay the gold more than a wrong answer,
-    then those that read the gold, then those that read another column, then those with the largest weight, then the
-    first in the file. Shaping and penalties that do not pay the gold more are never the judge, nor are reward models.
+    Rewards whose reason has a grader's outcome take precedence, then those that pay the gold more than a wrong answer or
+    read it, then those that are not shaping, then those that pay the gold more, then those that read it, then those that
+    read another column, then those with the largest weight, then the first in the file. Shaping and penalties that
+    neither read the gold nor pay it more are never the judge, nor are reward models. If a reward pays the gold more but
+    does not apply to the completion, one that does not know the gold is not the judge instead.
     """
 
     def rank(f: RewardFunction) -> tuple:
         has_outcome = f.weight > 0 and outcome_of(score.reasons.get(f.name, "")) is not None
         pays_gold = payment(rewards, f, row) is not None
-        return has_outcome, pays_gold, reads_gold(f, row), bool(columns_read(f, row)), abs(f.weight)
+        knows_gold = pays_gold or (reads_gold(f, row) and rewards.can_judge(f))
+        is_known = pays_gold, reads_gold(f, row), bool(columns_read(f, row))
+        return has_outcome, knows_gold, rewards.can_judge(f), *is_known, abs(f.weight)
 
+    is_gold_known = any(payment(rewards, f, row) for f in rewards.functions)
     applied = [f for f in rewards.functions if score.parts.get(f.name) is not None and not f.is_model]
-    return max((f for f in applied if any(rank(f)[:2]) or rewards.can_judge(f)), key=rank, default=None)
+    candidates = [f for f in applied if any(rank(f)[:2]) or (rewards.can_judge(f) and not is_gold_known)]
+    return max(candidates, key=rank, default=None)
 
 
 # --- what a reward function reads

@@ -244,6 +244,54 @@ def test_a_small_weight_may_judge_if_it_pays_the_gold_more(tmp_path):
     assert (judge, are_right) == ("points", [True, False, False, False, False])
 
 
+def test_shaping_that_finds_the_gold_does_not_replace_a_judge_that_no_probe_fits(tmp_path):
+    source = """
+        import json
+        @reward
+        def right(c):
+            try:
+                return float(str(json.loads(c.answer)["result"]) == c.row["answer"])
+            except Exception:
+                return 0
+        @reward(weight=0.1)
+        def mentions(c): return c.row["answer"] in c.text
+        """
+    judge, are_right, _ = verdicts(tmp_path, source, ['{"result": 100}', "100 apples"])
+    assert (judge, are_right) == ("right", [True, False])
+
+
+def test_a_form_reward_does_not_judge_if_the_judge_returns_none(tmp_path):
+    source = """
+        @reward
+        def right(c): return True if extract_answer(c.answer) == c.row["answer"] else None
+        @reward
+        def boxed(c): return "boxed" in c.text
+        """
+    rewards = load_rewards(write(tmp_path, source.replace("else None", "else 0")))
+    learn_payments(rewards, ROWS)
+    silent = load_rewards(write(tmp_path, source))
+    silent.payments = rewards.payments
+    scores = score_all(silent, [Completion("q", text, ROWS[0]) for text in BOXED])
+    assert [score.judge for score in scores] == ["right"] + [None] * 4
+    assert [score.is_right for score in scores] == [True] + [False] * 4
+
+
+def test_targets_of_countdown_are_not_answers(tmp_path):
+    """The functions read a target and numbers. No row has a solution."""
+    source = """
+        import re
+        def format_reward(completions, target, **kwargs): return [1.0 for c in completions]
+        def equation(completions, target, nums, **kwargs):
+            found = [re.fullmatch(r"<answer>([-+*/() 0-9]+)</answer>", c[0]["content"]) for c in completions]
+            numbers = [sorted(map(int, re.findall(r"[0-9]+", match[1]))) if match else [] for match in found]
+            return [float(n == sorted(m) and eval(f[1]) == t) for n, m, f, t in zip(numbers, nums, found, target)]
+        reward_funcs = [format_reward, equation]
+        """
+    rows = [{"id": "r", "task": "t", "prompt": "q", "target": 6, "nums": [1, 2, 3]}]
+    judge, are_right, (note,) = verdicts(tmp_path, source, ["<answer>1+2+3</answer>", "<answer>6</answer>"], rows)
+    assert (judge, are_right) == ("equation", [True, False]) and "no gold to try" in note
+
+
 def test_the_value_does_not_depend_on_the_order_of_the_rows(tmp_path):
     source = "@reward\ndef points(c): return c.row['level'] * (extract_answer(c.answer) == c.row['answer'])\n"
     rows = [row | {"level": 1 + i % 4} for i, row in enumerate(ROWS)]
