@@ -12,6 +12,7 @@ right one, or if a reward is the same for all completions.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import subprocess
@@ -74,14 +75,17 @@ def self_test(file: str, arguments: list[str] | None = None) -> None:
 
 
 def _watch(file: str, arguments: list[str]) -> None:
-    """Run the self-test in a new process whenever the file changes."""
+    """Run the self-test in a new process whenever the file, or a module in its folder, changes."""
     command = [sys.executable, "-m", "grading", "self-test", file, *arguments]
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     last_modified = None
     try:
         while True:
-            modified = Path(file).stat().st_mtime_ns if Path(file).exists() else None
+            modified = None
+            with contextlib.suppress(OSError):  # a file that is being replaced
+                if Path(file).exists():
+                    modified = {path: path.stat().st_mtime_ns for path in Path(file).resolve().parent.glob("*.py")}
             if modified not in (last_modified, None):
                 last_modified = modified
                 print(f"--- {time.strftime('%H:%M:%S')} {file}", flush=True)

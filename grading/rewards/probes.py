@@ -30,7 +30,6 @@ STYLES = {
     "Answer:": "Answer: ANSWER",
     "plain": "ANSWER",
 }
-KNOWN_TAGS = {"<think>", "<answer>", "<reasoning>"}  # tags of STYLES
 CLOSING_TAG = (("<", "</"), ("[", "[/"), ("start", "end"), ("begin", "end"), ("START", "END"), ("BEGIN", "END"))
 MAX_TAG_PAIRS = 4
 HOSTILE_ANSWERS = {
@@ -82,7 +81,7 @@ def own_styles(source: str) -> list[str]:
     ends = [(tag, tag.replace(a, b, 1)) for tag in tags for a, b in CLOSING_TAG if a in tag]
     pairs = [(tag, end) for tag, end in ends if end in tags][:MAX_TAG_PAIRS]
     styles = [f"```{name}\nANSWER\n```" for name in dict.fromkeys(re.findall(r"```([a-z]\w*)", plain))]
-    for pair in pairs if {tag for tag, _ in pairs} - KNOWN_TAGS else []:
+    for pair in (pair for pair in pairs if pair[0] != "<think>"):
         for gap in ("", "\n"):
             parts = [f"{tag}{gap}THOUGHT{gap}{end}{gap}" for tag, end in pairs if (tag, end) != pair]
             styles.append("".join(parts) + f"{pair[0]}{gap}ANSWER{gap}{pair[1]}")

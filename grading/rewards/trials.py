@@ -221,9 +221,10 @@ def _payment(f: RewardFunction, trials: list[Trial], are_examples: bool = False)
     """
     values = defaultdict(list)  # by name of the probe
     for t in trials:
-        if not f.is_model and (value := t.score.parts.get(f.name)) is not None:
-            name = t.probe.name if t.probe.name in NAMED else t.probe.is_right
-            values[name].append(math.copysign(1, f.weight) * value)
+        name = t.probe.name if t.probe.name in NAMED else t.probe.is_right
+        value = t.score.parts.get(f.name)
+        if not f.is_model and (value is not None or name in (*COMPARED.values(), *BLANK)):
+            values[name].append(math.copysign(1, f.weight) * (value or 0.0))
     blank = [value for name in BLANK for value in values[name]]
     right = values[True] + values[probes.RIGHT] + values[GOLD_ALONE]
     wrong = values[probes.WRONG] + values[WRONG_ALONE] + (values[False] if are_examples else [])

@@ -267,11 +267,9 @@ def test_a_form_reward_does_not_judge_if_the_judge_returns_none(tmp_path):
         @reward
         def boxed(c): return "boxed" in c.text
         """
-    rewards = load_rewards(write(tmp_path, source.replace("else None", "else 0")))
-    learn_payments(rewards, ROWS)
-    silent = load_rewards(write(tmp_path, source))
-    silent.payments = rewards.payments
-    scores = score_all(silent, [Completion("q", text, ROWS[0]) for text in BOXED])
+    rewards = load_rewards(write(tmp_path, source))
+    preflight(rewards, ROWS)
+    scores = score_all(rewards, [Completion("q", text, ROWS[0]) for text in BOXED])
     assert [score.judge for score in scores] == ["right"] + [None] * 4
     assert [score.is_right for score in scores] == [True] + [False] * 4
 
@@ -334,7 +332,10 @@ def test_many_tasks_are_tried_together(tmp_path):
 
 
 def test_styles_with_the_tags_of_a_reward_file():
-    assert own_styles("<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>") == []
+    assert own_styles("no tags") == own_styles("<think> but no end") == own_styles("<think>...</think>") == []
+    assert "<think>\nTHOUGHT\n</think>\n<answer>\nANSWER\n</answer>" in own_styles(
+        r"^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$"
+    )
     (first, second, *others) = own_styles('A, B = "<work>", "</work>"\nC, D = r"\\[RESULT\\]", r"\\[/RESULT\\]"')
     assert write_style(first, "7", "x") == "[RESULT]x[/RESULT]<work>7</work>" and second.count("\n") == 5
     assert "<work>x</work>[RESULT]7[/RESULT]" in [write_style(style, "7", "x") for style in others]

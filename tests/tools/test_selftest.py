@@ -219,6 +219,10 @@ def test_watch_reruns_whenever_the_file_is_saved(tmp_path):
         assert first[0].startswith("--- ") and "correct 1" in first[1]
         write(tmp_path, CORRECT + "@reward(weight=0.2)\ndef same(c): return 1\n")
         assert any(line.startswith("FAIL: same gives 1") for line in read_until(process, "self-test FAILED"))
+        write(tmp_path, "from my_pay import pay\n@reward\ndef correct(c): return pay(c)\n")
+        assert "No module named 'my_pay'" in read_until(process, "error:")[-1]
+        (tmp_path / "my_pay.py").write_text("def pay(c): return 1.0\n")
+        assert any(line.startswith("FAIL: correct gives 1") for line in read_until(process, "self-test FAILED"))
         write(tmp_path, "def broken(:\n")
         assert "my_rewards.py:2: SyntaxError" in read_until(process, "error:")[-1]
         write(tmp_path, CORRECT)
