@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from grading.base import RewardError, Ungraded, lock_released, short_repr
 from grading.sandbox.cases import Call, Case, Check, Script, called_names, parse_tests
 from grading.sandbox.monty import Monty
-from grading.sandbox.tiers import Failed, Process, Unsupported, find_bubblewrap, first_line, start_unprotected
+from grading.sandbox.tiers import Failed, Process, Unsupported, bubblewrap, first_line, start_unprotected
 from grading.sandbox.workers import WorkerError
 
 MAX_PROGRAM_CHARS = 64 * 1024
@@ -298,7 +298,7 @@ def describe() -> str:
         return "in Monty, then UNPROTECTED with the rights of this user (unsafe_run_model_code)"
     if "bubblewrap" in names:
         return "in Monty, then in CPython inside bubblewrap"
-    return f"in Monty only: {_bubblewrap()[1]}; programs that Monty cannot run are ungraded"
+    return f"in Monty only: {bubblewrap()[1]}; programs that Monty cannot run are ungraded"
 
 
 @contextmanager
@@ -316,9 +316,9 @@ def use_only_tier(name: str):
 def _tiers() -> list[Monty | Process]:
     with _lock:
         tiers = [_monty()]
-        bubblewrap, _ = _bubblewrap()
-        if bubblewrap:
-            tiers.append(bubblewrap)
+        in_bubblewrap, _ = bubblewrap()
+        if in_bubblewrap:
+            tiers.append(in_bubblewrap)
         elif _settings["unsafe"]:
             tiers.append(_unprotected())
         return [tier for tier in tiers if _settings["only_tier"] in (None, tier.name)]
@@ -329,11 +329,6 @@ def _monty() -> Monty:
     tier = Monty()
     atexit.register(tier.close)
     return tier
-
-
-@functools.cache
-def _bubblewrap() -> tuple[Process | None, str]:
-    return find_bubblewrap()
 
 
 @functools.cache
