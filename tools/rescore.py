@@ -16,7 +16,7 @@ from data import load_questions
 from grading import Completion, RewardError, Rewards, Score, load_rewards, score_all
 from grading.base import did_you_mean, shorten
 from grading.rewards.trials import try_to_learn_payments
-from grading.rewards.verdicts import payment, payments_from_lists
+from grading.rewards.verdicts import find_payment, payments_from_lists
 
 MAX_CHANGES = 8  # number of completions to print, those whose reward changes most
 
@@ -75,7 +75,7 @@ def learn_run_payments(rewards: Rewards, folder: Path | None, rows: list[dict]) 
         if folder and (folder / "rewards.py").read_text(encoding="utf-8") == rewards.source:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             rewards.payments.update(payments_from_lists(summary["payments"]))
-    if not any(payment(rewards, f, row) for f in rewards.functions for row in rows[:1]):
+    if not any(find_payment(rewards, f, row) for f in rewards.functions for row in rows[:1]):
         try_to_learn_payments(rewards, rows)
 
 

@@ -27,7 +27,7 @@ from grading.rewards import probes
 from grading.rewards.preflight import preflight
 from grading.rewards.reward_file import load_rewards
 from grading.rewards.trials import Trial, example_probes, misfit, try_probes, try_rows
-from grading.rewards.verdicts import payment
+from grading.rewards.verdicts import find_payment
 from tools.rescore import rescore
 
 WIDTH = 110  # characters per line of the table
@@ -151,7 +151,7 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
 
 def _do_examples_decide(rewards: Rewards, row: dict) -> bool:
     """Return whether the examples in the file show what a right answer to the row earns."""
-    return any((paid := payment(rewards, f, row)) and paid.from_examples for f in rewards.functions)
+    return any((payment := find_payment(rewards, f, row)) and payment.from_examples for f in rewards.functions)
 
 
 def _gold_notes(source: str, trials: list[Trial]) -> list[str]:

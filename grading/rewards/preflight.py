@@ -22,7 +22,7 @@ from grading.base import (
 from grading.rewards import probes
 from grading.rewards.scoring import make_reward_error, score_all
 from grading.rewards.trials import Trial, learn_payments, misfit, row_with_gold
-from grading.rewards.verdicts import TOLERANCE, payment, reads_gold
+from grading.rewards.verdicts import TOLERANCE, find_payment, reads_gold
 
 MAX_WARNINGS = 4
 NEEDED_COLUMNS = {  # the columns that the graders read, by kind
@@ -53,6 +53,7 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
 
 
 def _check(rewards: Rewards, rows: list[dict]) -> list[str]:
+    """Run the checks of `preflight`. Errors do not explain yet how a column `grader` or `task` contributes."""
     samples = {}  # one row for each task and set of filled columns
     ids = {}  # of the rows to which a note on their columns applies
     for row in rows:
@@ -157,12 +158,14 @@ def _gold_problem(gold: str) -> str:
 
 def _threshold_notes(rewards: Rewards, place: str, trials: list[Trial]) -> list[str]:
     """Return notes on functions that do not pay 1 for the gold, and therefore decide from another value on."""
-    paid = {}
+    values = {}
     for trial in trials:
         f = next((f for f in rewards.functions if f.name == trial.score.judge), None)
-        if f and (known := payment(rewards, f, trial.row)) and abs(known.right - 1) > TOLERANCE:
-            paid[f.name] = math.copysign(1, f.weight) * known.right
-    return [f"{place} a completion is right if {name} pays {value:g}, as for the gold" for name, value in paid.items()]
+        if f and (payment := find_payment(rewards, f, trial.row)) and abs(payment.right - 1) > TOLERANCE:
+            values[f.name] = math.copysign(1, f.weight) * payment.right
+    return [
+        f"{place} a completion is right if {name} pays {value:g}, as for the gold" for name, value in values.items()
+    ]
 
 
 def _untried_notes(rewards: Rewards, rows: list[dict], scores: list[Score]) -> list[str]:
@@ -207,9 +210,9 @@ def _warnings(rewards: Rewards, place: str, functions: list[RewardFunction], tri
     right = next(t.score for t in trials if t.probe.name == probes.RIGHT)
     wrong = next(t.score for t in trials if t.probe.name == probes.WRONG)
     judge = next((f for f in functions if f.name == right.judge), None)
-    paid = judge and payment(rewards, judge, row)
+    payment = judge and find_payment(rewards, judge, row)
     problem = misfit(rewards, trials)
-    if judge and not paid and row_kind(row) != "reasoning_gym":  # an answer of a puzzle may get less than full marks
+    if judge and not payment and row_kind(row) != "reasoning_gym":  # an answer of a puzzle may get less than full marks
         most = max(t.value(judge) for t in trials if t.value(judge) is not None)
         if problem or most < 1:
             limit = f"a completion is right if {judge.name} pays 1"

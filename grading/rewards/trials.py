@@ -20,7 +20,7 @@ from grading.rewards.verdicts import (
     TOLERANCE,
     Payment,
     columns_read,
-    payment,
+    find_payment,
     reads_gold,
     set_verdict,
 )
@@ -79,14 +79,14 @@ def try_rows(
     for style in styles:
         pairs = [(row, p) for row, gold_row in zip(rows, with_gold) for p in probes.right_probes(gold_row, style)]
         trials = try_probes(rewards, pairs)
-        paid = sum(
+        gold_reward = sum(
             max((f.weight * (t.value(f) or 0.0) for t in trials if t.row is row), default=0.0)
             for row in rows
             for f in readers
         )
         total = sum(t.score.total for t in trials if not math.isnan(t.score.total))
-        if best is None or (paid, total) > best[0]:
-            best = (paid, total), style, trials
+        if best is None or (gold_reward, total) > best[0]:
+            best = (gold_reward, total), style, trials
     _, style, trials = best
     wrong = [
         (row, probe)
@@ -138,7 +138,7 @@ def learn_payments(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[Trial
     """
     groups = _group(rewards, rows)
     trials_of_group = {}
-    paid = defaultdict(list)  # for each function, kind and task
+    payments_of_rows = defaultdict(list)  # by function, kind and task
     for key, group in groups.items():
         trials_of_group[key] = []
         functions = rewards.functions
@@ -149,21 +149,21 @@ def learn_payments(rewards: Rewards, rows: list[dict]) -> dict[tuple, list[Trial
             style, trials = try_rows(some, [row], (wrong_probes, _more_probes), styles)
             trials_of_group[key] += trials
             for f in functions:
-                if found := _payment(f, trials):
-                    paid[f.name, *key[:2]].append(found)
+                if payment := _payment(f, trials):
+                    payments_of_rows[f.name, *key[:2]].append(payment)
             # The other rows need fewer trials. Functions may be slow, reward models in particular.
             functions = [f for f in rewards.functions if not f.is_model]
             wrong_probes = _few_probes
             styles = [style]
-    payments = {key: _combine(several) for key, several in paid.items()}
+    payments = {key: _combine(row_payments) for key, row_payments in payments_of_rows.items()}
     examples = example_probes(rewards)
     examples += [(row, probes.Probe(BLANK[0], "")) for row, probe in examples if probe.is_right]
     trials = try_probes(rewards, examples)
-    keys = {key[:2] for key in groups} | {(row_kind(row), row["task"]) for row, _ in examples}
+    example_keys = [(row_kind(row), row["task"]) for row, _ in examples]
     for f in rewards.functions:
-        if found := _payment(f, trials, are_examples=True):
-            for kind, task in keys:
-                payments.setdefault((f.name, kind, task), found)
+        if payment := _payment(f, trials, are_examples=True):
+            for kind, task in [*example_keys, *(key[:2] for key in groups if f.name in key[2])]:
+                payments.setdefault((f.name, kind, task), payment)
     rewards.payments.clear()
     rewards.payments.update(payments)
     for trials in trials_of_group.values():
@@ -247,8 +247,8 @@ def _combine(payments: list[Payment]) -> Payment:
 def misfit(rewards: Rewards, trials: list[Trial]) -> str:
     """Return why the probes of rows of one kind do not show what a right answer earns; "" if they do."""
     judges = [f for t in trials if t.probe.is_right for f in rewards.functions if f.name == t.score.judge]
-    paid = judges and payment(rewards, judges[0], trials[0].row)
-    if not judges or not reads_gold(judges[0], trials[0].row) or (paid and not paid.from_examples):
+    payment = judges and find_payment(rewards, judges[0], trials[0].row)
+    if not judges or not reads_gold(judges[0], trials[0].row) or (payment and not payment.from_examples):
         return ""
     f = judges[0]
     gold = max(t.value(f) for t in trials if t.probe.is_right and t.score.judge == f.name)

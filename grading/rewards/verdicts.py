@@ -28,7 +28,7 @@ class Payment(NamedTuple):
     from_examples: bool = False  # learned from the examples in the reward file, because no probe fits
 
 
-def payment(rewards: Rewards, f: RewardFunction, row: dict) -> Payment | None:
+def find_payment(rewards: Rewards, f: RewardFunction, row: dict) -> Payment | None:
     """Return what a function pays on rows of this kind and task; None if it is unknown."""
     keys = [(f.name, row_kind(row), task) for task in (row.get("task"), None)]
     return next((rewards.payments[key] for key in keys if key in rewards.payments), None)
@@ -38,8 +38,8 @@ def set_verdict(rewards: Rewards, score: Score, row: dict) -> None:
     """Set the judge of a graded score, and whether the completion is right."""
     f = find_judge(rewards, score, row)
     if f:
-        paid = payment(rewards, f, row)
-        threshold = paid.right if paid else 1.0
+        payment = find_payment(rewards, f, row)
+        threshold = payment.right if payment else 1.0
         value = math.copysign(1, f.weight) * score.parts[f.name]
         score.judge = f.name
         score.verdict = "right" if value >= threshold - TOLERANCE * max(1, abs(threshold)) else "wrong"
@@ -50,19 +50,20 @@ def judge_range(rewards: Rewards, judges: set[str]) -> tuple[float, float]:
     ranges = []
     for f in rewards.functions:
         if f.name in judges:
-            paid = [payment for (name, *_), payment in rewards.payments.items() if name == f.name]
-            ranges += [(abs(f.weight) * wrong, abs(f.weight) * right) for right, wrong, *_ in paid or [(1.0, 0.0)]]
+            payments = [payment for (name, *_), payment in rewards.payments.items() if name == f.name]
+            payments = payments or [Payment(1.0, 0.0, 0.0)]
+            ranges += [(abs(f.weight) * payment.wrong, abs(f.weight) * payment.right) for payment in payments]
     return max(ranges, key=lambda ends: ends[1] - ends[0], default=(0.0, 0.0))
 
 
 def payments_to_lists(rewards: Rewards) -> list[list]:
     """Return the payments of a reward file in a form that JSON can store."""
-    return [[*key, *paid] for key, paid in rewards.payments.items()]
+    return [[*key, *payment] for key, payment in rewards.payments.items()]
 
 
 def payments_from_lists(lists: list[list]) -> dict[tuple, Payment]:
     """Return the payments from the result of `payments_to_lists`."""
-    return {(name, kind, task): Payment(*paid) for name, kind, task, *paid in lists}
+    return {(name, kind, task): Payment(*values) for name, kind, task, *values in lists}
 
 
 def find_judge(rewards: Rewards, score: Score, row: dict) -> RewardFunction | None:
@@ -77,12 +78,12 @@ def find_judge(rewards: Rewards, score: Score, row: dict) -> RewardFunction | No
 
     def rank(f: RewardFunction) -> tuple:
         has_outcome = f.weight > 0 and outcome_of(score.reasons.get(f.name, "")) is not None
-        pays_gold = payment(rewards, f, row) is not None
+        pays_gold = find_payment(rewards, f, row) is not None
         knows_gold = pays_gold or (reads_gold(f, row) and rewards.can_judge(f))
         is_known = pays_gold, reads_gold(f, row), bool(columns_read(f, row))
         return has_outcome, knows_gold, rewards.can_judge(f), *is_known, abs(f.weight)
 
-    is_gold_known = any(payment(rewards, f, row) for f in rewards.functions)
+    is_gold_known = any(find_payment(rewards, f, row) for f in rewards.functions)
     applied = [f for f in rewards.functions if score.parts.get(f.name) is not None and not f.is_model]
     candidates = [f for f in applied if any(rank(f)[:2]) or (rewards.can_judge(f) and not is_gold_known)]
     return max(candidates, key=rank, default=None)

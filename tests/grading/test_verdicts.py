@@ -10,7 +10,7 @@ from grading import Completion, load_rewards, preflight, score_all
 from grading.rewards.probes import own_styles
 from grading.rewards.probes import write as write_style
 from grading.rewards.trials import learn_payments
-from grading.rewards.verdicts import columns_read, payments_from_lists, payments_to_lists
+from grading.rewards.verdicts import columns_read, judge_range, payments_from_lists, payments_to_lists
 from tools.rescore import learn_run_payments
 
 ROWS = [{"id": f"r{i}", "task": "t", "prompt": "q", "answer": str(100 + 7 * i)} for i in range(12)]
@@ -215,6 +215,27 @@ def test_examples_decide_if_no_probe_fits(tmp_path):
         ]
 
 
+def test_examples_of_one_kind_leave_other_kinds_alone(tmp_path):
+    source = """
+        @reward(when="math")
+        def right(c): return c.answer == "result: " + c.row["answer"]
+        @reward(when="jokes")
+        def funny(c): return "ha" in c.text
+        examples = [{"label": "right", "text": "result: 7", "answer": "7"}, {"label": "wrong", "text": "7", "answer": "7"}]
+        """
+    joke = {"id": "j", "task": "jokes", "prompt": "q"}
+    rewards = load_rewards(write(tmp_path, source))
+    assert preflight(rewards, [*ROWS, joke]) == []
+    answers = [(ROWS[0], "result: 100"), (ROWS[0], "100"), (joke, "ha"), (joke, "x")]
+    scores = score_all(rewards, [Completion("q", text, row) for row, text in answers])
+    assert [(score.judge, score.is_right) for score in scores] == [
+        ("right", True),
+        ("right", False),
+        ("funny", True),
+        ("funny", False),
+    ]
+
+
 def test_notes_if_nothing_can_count_as_right(tmp_path):
     constant = "@reward\ndef half(c): return 0.5\n"
     notes = verdicts(tmp_path, constant)[2]
@@ -293,12 +314,31 @@ def test_targets_of_countdown_are_not_answers(tmp_path):
 def test_the_value_does_not_depend_on_the_order_of_the_rows(tmp_path):
     source = "@reward\ndef points(c): return c.row['level'] * (extract_answer(c.answer) == c.row['answer'])\n"
     rows = [row | {"level": 1 + i % 4} for i, row in enumerate(ROWS)]
-    found = []
+    payments = []
     for order in (rows, rows[::-1], rows[5:] + rows[:5]):
         rewards = load_rewards(write(tmp_path, source))
         learn_payments(rewards, order)
-        found.append(rewards.payments)
-    assert found[0] and found[0] == found[1] == found[2]
+        payments.append(rewards.payments)
+    assert payments[0] and payments[0] == payments[1] == payments[2]
+
+
+@pytest.mark.parametrize(
+    "paid, weight, wrong, right",
+    [("5 * ok", 1, 0, 5), ("ok - 1", 2, -2, 0), ("2 * ok - 1", 1, -1, 1), ("ok", -1, -1, 0)],
+)
+def test_rewards_of_wrong_and_right_answers_for_the_alarms(tmp_path, paid, weight, wrong, right):
+    ok = "==" if weight > 0 else "!="
+    source = f"""
+        @reward(weight={weight})
+        def judge(c):
+            ok = extract_answer(c.answer) {ok} c.row["answer"]
+            return {paid}
+        """
+    rewards = load_rewards(write(tmp_path, source))
+    assert judge_range(rewards, {"judge"}) == (0, abs(weight))  # before any gold has been tried
+    preflight(rewards, ROWS)
+    assert judge_range(rewards, {"judge"}) == (wrong, right)
+    assert judge_range(rewards, set()) == (0, 0)
 
 
 def test_rescoring_uses_the_values_of_the_run(tmp_path):
