@@ -125,6 +125,8 @@ def _column_note(rewards: Rewards, row: dict) -> str:
                 f"the column grader is '{grader}', so that rewards with when='{other}' do not apply: rename the column if "
                 "it does not name a grader of yours"
             )
+        if other in used and grader in ("math", "code") and other != grader:
+            return f"the column grader is '{grader}', so that rewards with when='{other}' do not apply"
     if (task := row.get("task")) in used & NEEDED_COLUMNS.keys() and task != kind:
         return (
             f"the task (the column task, or else the name of the file) is '{task}', so that rewards with when='{task}' "
@@ -174,7 +176,8 @@ def _untried_notes(rewards: Rewards, rows: list[dict], scores: list[Score]) -> l
     for row, score in zip(rows, scores):
         f = next((f for f in rewards.functions if f.name == score.judge), None)
         has_outcome = outcome_of(score.reasons.get(score.judge, "")) is not None
-        if f and not has_outcome and reads_gold(f, row) and probes.gold_answer(row_with_gold(rewards, row)) is None:
+        has_gold = probes.gold_answer(row_with_gold(rewards, row)) is not None
+        if f and not has_outcome and reads_gold(f, row) and not has_gold and not find_payment(rewards, f, row):
             kind = row_kind(row) or row.get("task")
             notes[kind] = f"on {kind} rows, which have no gold to try, a completion is right if {f.name} pays 1"
     return list(notes.values())

@@ -298,6 +298,9 @@ def test_notes_columns_that_change_which_rewards_apply(tmp_path):
     for value in ({"type": "exact"}, 5):  # some other data
         (note,) = preflight(rewards, [row | {"grader": value}])
         assert "column grader is of type" in note and "ignored" in note
+    both = row | {"grader": "math", "tests": ["assert f(1) == 2"]}
+    (note,) = preflight(rewards, [both])
+    assert "the column grader is 'math', so that rewards with when='code' do not apply" in note
     own = load_rewards(write(tmp_path, right + other.format("exact")))
     assert preflight(own, [row, row | {"id": "r2", "grader": "exact"}, row | {"id": "r3", "task": "math"}]) == []
 
