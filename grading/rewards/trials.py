@@ -16,6 +16,7 @@ from grading.rewards import probes
 from grading.rewards.scoring import score_all
 from grading.rewards.verdicts import (
     GOLD_COLUMNS,
+    GOLD_NAMES,
     NO_GOLD,
     TOLERANCE,
     Payment,
@@ -31,7 +32,6 @@ BLANK = ("empty", "tags only", "no answer")  # probes without an answer
 GOLD_ALONE, WRONG_ALONE = "gold", "wrong answer, without thinking"
 COMPARED = {probes.RIGHT: probes.WRONG, GOLD_ALONE: WRONG_ALONE}  # pairs of probes that differ only in the answer
 NAMED = {*COMPARED, *COMPARED.values(), *BLANK}
-GOLD_NAMES = ("solution", "ground_truth", "gold", "target", "label", "expected", "reference")
 LONG_THOUGHT = " ".join([probes.THOUGHT] * 40)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from grading.base import RewardFunction, Rewards, Score, outcome_of, row_kind
 
 GOLD_COLUMNS = {"math": {"answer"}, "code": {"tests", "solution"}, "countdown": {"target", "nums"}}
+GOLD_NAMES = ("solution", "ground_truth", "gold", "target", "label", "expected", "reference", "reward_model")
 NO_GOLD = {"id", "task", "prompt", "question", "problem", "grader", "level"}  # columns that hold no gold
 TOLERANCE = 1e-9
 
@@ -104,8 +105,8 @@ def columns_read(f: RewardFunction, row: dict) -> set[str]:
 
 def reads_gold(f: RewardFunction, row: dict) -> bool:
     """Return whether the function reads a column that holds the gold of the row."""
-    kind = row_kind(row)
-    return bool(columns_read(f, row) & (GOLD_COLUMNS.get(kind) or row.keys() - NO_GOLD))
+    known = GOLD_COLUMNS.get(row_kind(row))
+    return bool(columns_read(f, row) & (known.union(GOLD_NAMES) if known else row.keys() - NO_GOLD))
 
 
 def _takes_all(f: RewardFunction) -> bool:

@@ -281,6 +281,20 @@ def test_shaping_that_finds_the_gold_does_not_replace_a_judge_that_no_probe_fits
     assert (judge, are_right) == ("right", [True, False])
 
 
+def test_a_judge_that_reads_the_original_column_of_a_converted_row(tmp_path):
+    source = """
+        import json
+        def boxed(completions, **kwargs): return [1.0 for c in completions]
+        def right(completions, **kwargs):
+            golds = [model["ground_truth"] for model in kwargs["reward_model"]]
+            return [float(c[0]["content"] == json.dumps({"result": gold})) for c, gold in zip(completions, golds)]
+        reward_funcs = [boxed, right]
+        """
+    rows = [row | {"reward_model": {"ground_truth": row["answer"]}} for row in ROWS]
+    judge, are_right, notes = verdicts(tmp_path, source, ['{"result": "100"}', "x"], rows)
+    assert (judge, are_right) == ("right", [True, False]) and "no probe fits right" in notes[0]
+
+
 def test_a_form_reward_does_not_judge_if_the_judge_returns_none(tmp_path):
     source = """
         @reward
