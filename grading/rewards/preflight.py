@@ -6,7 +6,7 @@
 import math
 from dataclasses import replace
 
-from grading.answers.math_grader import grade_math
+from grading.answers.math_grader import gold_answers, grade_math
 from grading.base import (
     TRL_ARGUMENTS,
     RewardError,
@@ -54,12 +54,12 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
 
 def _check(rewards: Rewards, rows: list[dict]) -> list[str]:
     """Run the checks of `preflight`. Errors do not explain yet how a column `grader` or `task` contributes."""
-    samples = {}  # one row for each task and set of filled columns
+    samples = {}  # one row for each task and set of filled columns, and one whose gold answer is refused
     ids = {}  # of the rows to which a note on their columns applies
     for row in rows:
         _check_applicable_rewards(rewards, row)
         filled = frozenset(column for column, value in row.items() if value not in (None, "", []))
-        samples.setdefault((row.get("task"), filled), row)
+        samples.setdefault((row.get("task"), filled, _is_refused(row)), row)
         if note := _column_note(rewards, row):
             ids.setdefault(note, []).append(row["id"])
     column_notes = [f"{len(names)} rows, such as {names[0]}: {note}" for note, names in ids.items()]
@@ -135,10 +135,19 @@ def _column_note(rewards: Rewards, row: dict) -> str:
     return ""
 
 
+def _is_refused(row: dict) -> bool:
+    """Return whether the gold answer is of a kind that the math grader refuses, such as a dict or nan."""
+    try:
+        return row_kind(row) == "math" and not gold_answers(row["answer"])
+    except ValueError:
+        return True
+
+
 def _gold_warnings(rows: list[dict]) -> list[str]:
     """Return a warning if the math grader does not accept gold answers themselves: too long, unclosed braces, empty."""
     math_rows = [row for row in rows if row_kind(row) == "math"]
-    problems = {gold: _gold_problem(gold) for gold in {str(row["answer"]) for row in math_rows}}
+    golds = {str(row["answer"]): row["answer"] for row in math_rows}
+    problems = {text: _gold_problem(gold) for text, gold in golds.items()}
     bad = [row for row in math_rows if problems[str(row["answer"])]]
     if not bad:
         return []
@@ -149,12 +158,15 @@ def _gold_warnings(rows: list[dict]) -> list[str]:
     ]
 
 
-def _gold_problem(gold: str) -> str:
+def _gold_problem(gold) -> str:
     """Return why the math grader rejects a gold answer as an answer to itself; "" if it accepts it."""
     answer = probes.gold_answer({"answer": gold})
     if answer is None:
         return "the answer is empty"
-    score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
+    try:
+        score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
+    except ValueError as error:
+        return str(error)
     return "" if score == 1 else reason
 
 

@@ -56,7 +56,7 @@ def try_probes(rewards: Rewards, row_probes: list[tuple[dict, probes.Probe]]) ->
 def try_rows(
     rewards: Rewards,
     rows: list[dict],
-    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes),
+    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes, probes.copy_probes),
     styles: list[str] | None = None,
 ) -> tuple[str, list[Trial]]:
     """Score the probes of rows of one kind, written in the style that the rewards pay best.
