@@ -77,17 +77,21 @@ def find_judge(rewards: Rewards, score: Score, row: dict) -> RewardFunction | No
     does not apply to the completion, one that does not know the gold is not the judge instead.
     """
 
-    def rank(f: RewardFunction) -> tuple:
+    best = None
+    is_gold_known = any(find_payment(rewards, f, row) for f in rewards.functions)
+    for f in rewards.functions:
+        if score.parts.get(f.name) is None or f.is_model:
+            continue
+        can_judge = rewards.can_judge(f)
         has_outcome = f.weight > 0 and outcome_of(score.reasons.get(f.name, "")) is not None
         pays_gold = find_payment(rewards, f, row) is not None
-        knows_gold = pays_gold or (reads_gold(f, row) and rewards.can_judge(f))
-        is_known = pays_gold, reads_gold(f, row), bool(columns_read(f, row))
-        return has_outcome, knows_gold, rewards.can_judge(f), *is_known, abs(f.weight)
-
-    is_gold_known = any(find_payment(rewards, f, row) for f in rewards.functions)
-    applied = [f for f in rewards.functions if score.parts.get(f.name) is not None and not f.is_model]
-    candidates = [f for f in applied if any(rank(f)[:2]) or (rewards.can_judge(f) and not is_gold_known)]
-    return max(candidates, key=rank, default=None)
+        columns = columns_read(f, row)
+        is_reader = _hold_gold(columns, row)
+        knows_gold = pays_gold or (is_reader and can_judge)
+        rank = has_outcome, knows_gold, can_judge, pays_gold, is_reader, bool(columns), abs(f.weight)
+        if (has_outcome or knows_gold or (can_judge and not is_gold_known)) and (best is None or rank > best[0]):
+            best = rank, f
+    return best and best[1]
 
 
 # --- what a reward function reads
@@ -105,8 +109,13 @@ def columns_read(f: RewardFunction, row: dict) -> set[str]:
 
 def reads_gold(f: RewardFunction, row: dict) -> bool:
     """Return whether the function reads a column that holds the gold of the row."""
+    return _hold_gold(columns_read(f, row), row)
+
+
+def _hold_gold(columns: set[str], row: dict) -> bool:
+    """Return whether one of the columns of a row holds its gold."""
     known = GOLD_COLUMNS.get(row_kind(row))
-    return bool(columns_read(f, row) & (known.union(GOLD_NAMES) if known else row.keys() - NO_GOLD))
+    return not columns.isdisjoint(known.union(GOLD_NAMES)) if known else not columns <= NO_GOLD
 
 
 def _takes_all(f: RewardFunction) -> bool:
