@@ -13,6 +13,7 @@ from grading import load_rewards, sandbox
 from grading.base import did_you_mean
 from rl.config import ConfigError, RunError
 from rl.run.read_config import read_yaml
+from tools.rescore import learn_run_payments
 
 
 @dataclass
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> None:
     if settings.eval_questions > 0:
         file = str(run / "rewards.py")
         rewards = load_rewards(file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps)
-        _, rows, _ = load_questions(config)
+        train_rows, rows, _ = load_questions(config)
+        learn_run_payments(rewards, run, train_rows + rows)
         rows = rows[:: -(-len(rows) // settings.eval_questions)]
 
     import torch  # not at the top of the file, so that --help and the checks above are fast

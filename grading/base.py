@@ -33,6 +33,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 OUTCOMES = (
@@ -77,9 +79,9 @@ class Row(dict):
 def row_kind(row: dict) -> str | None:
     """Return the kind of grader for a row: its `grader` column, else "code" (has tests) or "math" (has an answer).
 
-    Returns None if the row has none of these columns.
+    Returns None if the row has none of these columns. A `grader` that is not text is some other data of the user.
     """
-    if row.get("grader"):
+    if row.get("grader") and isinstance(row["grader"], str):
         return row["grader"]
     return "code" if row.get("tests") else "math" if row.get("answer") is not None else None
 
@@ -156,6 +158,7 @@ class RewardFunction:
     weight: float = 1.0  # factor in the weighted sum; 0 for a metric
     when: str | Callable | None = None  # restriction to some rows, see applies_to
     style: str | None = None  # form of completions for a batch function, "chat" or "text", once known (rewards/trl.py)
+    used: tuple[set, set] | None = None  # names and strings in its code, once known (rewards/verdicts.py)
     is_model = False  # True for a reward model, which is never the judge of a completion
 
     def applies_to(self, row: dict) -> bool:
@@ -186,11 +189,6 @@ class RewardFunction:
         data_parameters = [p for p in self.parameters.values() if p.kind in kinds and p.name not in TRL_ARGUMENTS]
         return {p.name: p.default is p.empty for p in data_parameters} if self.is_batch else {}
 
-    @functools.cached_property
-    def reads_row(self) -> bool:
-        """Whether the function uses the data row. One that does not cannot tell whether a completion is right."""
-        return bool(self.columns) if self.is_batch else "row" in _names_in(self.code)
-
     @property
     def code(self):
         """The code object of the unwrapped function, or None."""
@@ -201,13 +199,6 @@ class RewardFunction:
     def line(self) -> int | str:
         """The line of the definition in its file, or "?"."""
         return self.code.co_firstlineno if self.code else "?"
-
-
-def _names_in(code) -> set[str]:
-    """Return the names that a code object uses, including those in nested functions and comprehensions."""
-    if not hasattr(code, "co_names"):
-        return set()
-    return set(code.co_names).union(*map(_names_in, code.co_consts))
 
 
 # Arguments of a batch function that are not data columns.
@@ -222,8 +213,10 @@ class Rewards:
     functions: list[RewardFunction]  # rewards and metrics, in the order of the file
     reward_errors: str = "stop"  # effect of an exception in a function: stop the run | skip the completion
     max_steps: int | None = None  # training steps of the run, passed to TRL functions
+    source: str = ""  # text of the file
     examples: list = field(default_factory=list)  # labeled completions in the file, for the self-test
     notes: list[str] = field(default_factory=list)  # remarks on the file, for the user
+    payments: dict = field(default_factory=dict)  # what the functions pay for golds (rewards/verdicts.py)
     scored: int = 0  # number of completions scored so far
     errors: int = 0  # number of completions skipped because a function raised
 
@@ -240,23 +233,6 @@ class Rewards:
     def can_judge(self, f: RewardFunction) -> bool:
         """Return whether a reward may decide the verdict: not a reward model, and not so small that it is shaping."""
         return not f.is_model and f.weight > SHAPING_SHARE * self.heaviest
-
-    def judge(self, reasons: dict[str, str]) -> RewardFunction | None:
-        """Return the reward that decides the verdict: a completion is right if its value is at least 1.
-
-        Rewards whose reason has a grader's outcome take precedence, then those that use the data row, then those with
-        the largest weight, then the first in the file. Shaping, penalties and reward models are never the judge.
-
-        Args:
-            reasons: The reason of each reward that applies to the completion, by name; "" if it gave none.
-
-        Returns:
-            The judge, or None if no reward qualifies.
-        """
-        graders = {name for name, reason in reasons.items() if outcome_of(reason)}
-        candidates = [f for f in self.functions if f.name in reasons and f.weight > 0]
-        candidates = [f for f in candidates if f.name in graders or self.can_judge(f)]
-        return max(candidates, key=lambda f: (f.name in graders, f.reads_row, f.weight), default=None)
 
     def state_dict(self) -> dict[str, int]:
         return {"scored": self.scored, "errors": self.errors}
@@ -345,6 +321,16 @@ def did_you_mean(name: str, names) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error message, or the name of the error type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def to_number(value):
+    """Return a NumPy scalar, a tensor with one element, a Fraction or a Decimal as a number; other values unchanged."""
+    if isinstance(value, (Fraction, Decimal)):
+        return float(value)
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError, TypeError):  # more than one element
+        return value
 
 
 def is_finite_number(value) -> bool:

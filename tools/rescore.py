@@ -1,5 +1,6 @@
 """Rescore the saved completions of a run with a reward file: `python rewards.py --rescore runs/NAME`."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -14,6 +15,8 @@ import yaml
 from data import load_questions
 from grading import Completion, RewardError, Rewards, Score, load_rewards, score_all
 from grading.base import did_you_mean, shorten
+from grading.rewards.trials import try_to_learn_payments
+from grading.rewards.verdicts import find_payment, payments_from_lists
 
 MAX_CHANGES = 8  # number of completions to print, those whose reward changes most
 
@@ -39,6 +42,7 @@ def rescore(rewards_file: str, target: str) -> None:
         print(f"note  {len(lines) - len(known)} completions skipped: their questions are no longer in the run's data")
     if any("completion_ids" in f.parameters for f in rewards.functions):
         print("note  completion_ids are empty: runs do not save them")
+    learn_run_payments(rewards, folder, list(by_id.values()) or [line["row"] for line in lines])
     scores = []
     for _, group in itertools.groupby(known, key=itemgetter("step")):  # batch functions get whole steps, as in the run
         completions = [saved_completion(line, line.get("row") or by_id[line["prompt_id"]]) for line in group]
@@ -58,6 +62,21 @@ def load_run_rewards(rewards_file: str, settings: dict, source: str | None = Non
     chosen = [name for name in settings.get("reward_funcs") or [] if name in present]
     weights = {name: w for name, w in (settings.get("reward_weights") or {}).items() if name in present}
     return load_rewards(rewards_file, chosen, weights, source=source) if chosen or weights else rewards
+
+
+def learn_run_payments(rewards: Rewards, folder: Path | None, rows: list[dict]) -> None:
+    """Set `rewards.payments`, which verdicts follow from: those of the run if its reward file has not changed.
+
+    Args:
+        folder: The run folder, if any.
+        rows: The rows whose golds are tried otherwise.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if folder and (folder / "rewards.py").read_text(encoding="utf-8") == rewards.source:
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            rewards.payments.update(payments_from_lists(summary["payments"]))
+    if not any(find_payment(rewards, f, row) for f in rewards.functions for row in rows[:1]):
+        try_to_learn_payments(rewards, rows)
 
 
 def saved_completion(line: dict, row: dict) -> Completion:

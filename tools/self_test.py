@@ -12,6 +12,7 @@ right one, or if a reward is the same for all completions.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import subprocess
@@ -21,10 +22,12 @@ import time
 from pathlib import Path
 
 from data import DataError, load, parse_columns
-from grading.base import RewardError, RewardFunction, Rewards, row_kind, shorten
+from grading.base import RewardError, Rewards, row_kind, shorten
 from grading.rewards import probes
-from grading.rewards.preflight import Trial, preflight, try_probes, try_rows
+from grading.rewards.preflight import preflight
 from grading.rewards.reward_file import load_rewards
+from grading.rewards.trials import Trial, example_probes, misfit, try_probes, try_rows
+from grading.rewards.verdicts import find_payment
 from rl.run.process import command_output
 from tools.rescore import rescore
 
@@ -70,14 +73,17 @@ def self_test(file: str, arguments: list[str] | None = None) -> None:
 
 
 def _watch(file: str, arguments: list[str]) -> None:
-    """Run the self-test in a new process whenever the file changes."""
+    """Run the self-test in a new process whenever the file, or a module in its folder, changes."""
     command = [sys.executable, "-m", "grading", "self-test", file, *arguments]
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     last_modified = None
     try:
         while True:
-            modified = Path(file).stat().st_mtime_ns if Path(file).exists() else None
+            modified = None
+            with contextlib.suppress(OSError):  # a file that is being replaced
+                if Path(file).exists():
+                    modified = {path: path.stat().st_mtime_ns for path in Path(file).resolve().parent.glob("*.py")}
             if modified not in (last_modified, None):
                 last_modified = modified
                 print(f"--- {time.strftime('%H:%M:%S')} {file}", flush=True)
@@ -96,26 +102,39 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
     notes = preflight(rewards, [row for loaded in rows.values() for row in loaded])
     functions = ", ".join(f"{f.name} {f.weight:g}" if f.weight else f"{f.name} (metric)" for f in rewards.functions)
     _print_wrapped(f"{Path(file).name}: {functions}")
-    trials = try_probes(rewards, _examples(rewards))
+    trials = try_probes(rewards, example_probes(rewards))
     best_example = max((t.score.total for t in trials if t.probe.is_right), default=math.nan)
     failures = []
     if trials:
-        failures += _print_block(rewards, "examples", "examples in the file", trials, math.nan)
+        overpaid = _overpaid("examples", trials, math.nan)
+        _print_block(rewards, "examples in the file", trials, overpaid)
+        failures += overpaid.values()
+    misfits = {}  # names of the sources whose probes do not fit the rewards, by reason
     for source, loaded in rows.items():
         name = Path(source).name
         for kind in dict.fromkeys(map(row_kind, loaded)):
             block = [row for row in loaded if row_kind(row) == kind]
             style, block_trials = try_rows(rewards, block)
+            problem = misfit(rewards, block_trials)
+            overpaid = {} if problem else _overpaid(name, block_trials, best_example)
             question = shorten(" ".join(probes.completion(block[0], "").prompt.split()), 50)
-            title = f"{name}: answers written as {style}, first question {question!r}"
-            failures += _print_block(rewards, name, title, block_trials, best_example)
+            form = style.replace("\n", "\\n")
+            title = f"{name}: answers written as {form}, first question {question!r}"
+            _print_block(rewards, title, block_trials, overpaid)
+            failures += overpaid.values()
             notes += _gold_notes(name, block_trials)
             trials += block_trials
+            if problem and _do_examples_decide(rewards, block[0]):
+                notes.append(f"{name}: no probe fits, so that only the examples in the file are checked")
+            elif problem:
+                misfits.setdefault(problem, []).append(name)
+    notes = [note for note in notes if not any(problem in note for problem in misfits)]
+    failures += [f"{', '.join(dict.fromkeys(names))}: {problem}" for problem, names in misfits.items()]
     for name in rewards.names:
         values = [t.score.parts[name] for t in trials if t.score.parts[name] is not None]
         if not values:
             notes.append(f"{name} does not apply to these questions: test others with --data SOURCE")
-        elif len(values) > 1 and len(set(values)) == 1:
+        elif len(values) > 1 and len(set(values)) == 1 and not misfits:
             failures.append(f"{name} gives {values[0]:g} to all {len(values)} completions: it gives no learning signal")
     print()
     for text in [*notes, *(f"FAIL: {failure}" for failure in failures)]:
@@ -128,21 +147,9 @@ def _test(file: str, sources: list[str], columns: dict[str, str], n: int) -> boo
     return not failures
 
 
-def _examples(rewards: Rewards) -> list[tuple[dict, probes.Probe]]:
-    """Return the examples of a reward file as rows and probes. Raise RewardError for an invalid example."""
-    row_probes = []
-    for number, example in enumerate(rewards.examples, 1):
-        text = example.get("text") if isinstance(example, dict) else None
-        if not isinstance(text, str) or example.get("label") not in ("right", "wrong"):
-            raise RewardError(
-                f"{rewards.path.name}: example {number} must be a dict with label ('right' or 'wrong'), text, and the "
-                "columns of its row, such as prompt and answer"
-            )
-        row = {"id": f"example {number}", "task": "examples", "prompt": ""} | example
-        label, text = row.pop("label"), row.pop("text")
-        name = f"{number}. {shorten(' '.join(text.split()), 20)}"
-        row_probes.append((row, probes.Probe(name, text, label == "right", row.pop("truncated", False))))
-    return row_probes
+def _do_examples_decide(rewards: Rewards, row: dict) -> bool:
+    """Return whether the examples in the file show what a right answer to the row earns."""
+    return any((payment := find_payment(rewards, f, row)) and payment.from_examples for f in rewards.functions)
 
 
 def _gold_notes(source: str, trials: list[Trial]) -> list[str]:
@@ -160,10 +167,9 @@ def _print_wrapped(text: str) -> None:
     print(textwrap.fill(text, WIDTH, subsequent_indent="    "))
 
 
-def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial], best_example: float) -> list[str]:
-    """Print a table with a line for each kind of completion. Return the failures."""
-    failures = _overpaid(source, trials, best_example)
-    functions = [f for f in rewards.functions if any(_value(t, f) is not None for t in trials)]
+def _print_block(rewards: Rewards, title: str, trials: list[Trial], failures: dict[str, str]) -> None:
+    """Print a table with a line for each kind of completion, and mark those that fail."""
+    functions = [f for f in rewards.functions if any(t.value(f) is not None for t in trials)]
     limit = max(6, NAMES_WIDTH // len(functions))  # width of the column of a function
     lines = [["  completion", "label", *(f.name[:limit] for f in functions), "total", "verdict", "ms", "reason"]]
     for name in dict.fromkeys(t.probe.name for t in trials):
@@ -173,7 +179,7 @@ def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial],
             [
                 f"{'!' if name in failures else ' '} {name}",
                 "right" if group[0].probe.is_right else "wrong",
-                *(_range([_value(t, f) for t in group], limit) for f in functions),
+                *(_range([t.value(f) for t in group], limit) for f in functions),
                 _range([t.score.total for t in group], 10),
                 "/".join(dict.fromkeys(t.score.verdict for t in group))[:9],
                 f"{max(t.score.seconds for t in group) * 1000:.0f}",
@@ -186,7 +192,6 @@ def _print_block(rewards: Rewards, source: str, title: str, trials: list[Trial],
         texts = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths)]
         numbers = [f"{cell:>{width}}" for cell, width in zip(cells[2:-1], widths[2:])]
         print(shorten("  ".join([*texts, *numbers, cells[-1]]), WIDTH))
-    return list(failures.values())
 
 
 def _overpaid(source: str, trials: list[Trial], best_example: float) -> dict[str, str]:
@@ -221,10 +226,6 @@ def _overpaid(source: str, trials: list[Trial], best_example: float) -> dict[str
             "questions"
         )
     return failures
-
-
-def _value(trial: Trial, f: RewardFunction) -> float | None:
-    return (trial.score.parts if f.weight else trial.score.metrics)[f.name]
 
 
 def _range(values: list[float | None], width: int) -> str:

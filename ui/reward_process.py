@@ -23,7 +23,15 @@ from data import DataError
 from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox, score_all
 from grading.base import shorten
 from grading.rewards import probes
-from tools.rescore import differ, load_run_rewards, questions, read_settings, report, saved_completion
+from tools.rescore import (
+    differ,
+    learn_run_payments,
+    load_run_rewards,
+    questions,
+    read_settings,
+    report,
+    saved_completion,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_OUTPUT = 50_000  # only the last bytes of the printed output are kept
@@ -159,6 +167,7 @@ def score_task(job: dict) -> dict:
     """Score completions of one row. Returns the weight of each function, and the fields of each Score."""
     row = job["row"]
     rewards = load_job_rewards(job, [row])
+    learn_run_payments(rewards, job["run"] and Path(job["run"]), [row])
     completions = []
     for fields in job["completions"]:
         completion = probes.completion(row, fields["text"], fields["truncated"], fields.get("step") or 1)
@@ -174,6 +183,7 @@ def rescore_task(job: dict) -> dict:
     rows = questions(load_settings(job), Path(job["run"]))
     lines = [line | {"number": n} for n, line in enumerate(job["lines"], 1) if line["prompt_id"] in rows]
     rewards = load_job_rewards(job, [rows[line["prompt_id"]] for line in lines])
+    learn_run_payments(rewards, Path(job["run"]), list(rows.values()))
     scores = score_all(rewards, [saved_completion(line, rows[line["prompt_id"]]) for line in lines])
     with contextlib.redirect_stdout(io.StringIO()) as means:
         report(rewards, lines, scores, shown=0)

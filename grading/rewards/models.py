@@ -23,7 +23,6 @@ BATCH_SIZE = 16  # completions in one forward pass
 class ModelReward(RewardFunction):
     """The entry of a reward model in a reward file. It never decides whether a completion is right."""
 
-    reads_row = False
     is_model = True
 
     @property

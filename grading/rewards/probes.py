@@ -29,8 +29,11 @@ STYLES = {
     "####": "#### ANSWER",
     "<answer>": "<answer>ANSWER</answer>",
     "<reasoning>": "<reasoning>\nTHOUGHT\n</reasoning>\n<answer>\nANSWER\n</answer>\n",
+    "Answer:": "Answer: ANSWER",
     "plain": "ANSWER",
 }
+CLOSING_TAG = (("<", "</"), ("[", "[/"), ("start", "end"), ("begin", "end"), ("START", "END"), ("BEGIN", "END"))
+MAX_TAG_PAIRS = 4
 HOSTILE_ANSWERS = {
     "hostile: numbers": ("9^{9^{9^{9^{9}}}}", "99999999!", "9" * 4000),
     "hostile: brackets": ("\\boxed{" * 3000, "(" * 200 + "123456789" + ")" * 200),
@@ -60,16 +63,38 @@ def completion(row: dict, text: str, is_truncated: bool = False, step: int = 1) 
 
 
 def write(style: str, answer: str, thought: str = "") -> str:
-    """Format an answer, and optionally a thought, as the text of a completion."""
-    text = STYLES[style]
+    """Format an answer, and optionally a thought, as the text of a completion.
+
+    Args:
+        style: A name in STYLES, or a template that contains ANSWER.
+    """
+    text = STYLES.get(style, style)
     if thought and "THOUGHT" not in text:
         text = "<think>THOUGHT</think>" + text
-    return text.replace("THOUGHT", thought).replace("ANSWER", answer)
+    parts = {"THOUGHT": thought, "ANSWER": answer}
+    return re.sub(r"(?<![\w</\[|])(THOUGHT|ANSWER)(?![\w>\]|])", lambda name: parts[name[0]], text)  # no <ANSWER>
 
 
 def answer_styles(row: dict) -> list[str]:
     """Return the names of the styles in which an answer to a row may be written."""
     return [name for name in STYLES if name != ("\\boxed{}" if row_kind(row) == "code" else "```python")]
+
+
+def own_styles(source: str) -> list[str]:
+    """Return templates with the tags in the text of a reward file, such as <SOLUTION>ANSWER</SOLUTION>.
+
+    Which pair of tags encloses the answer is unknown, so that each is tried; the others enclose the thought.
+    """
+    plain = re.sub(r"\\([^\w\s])", r"\1", source)  # a regular expression escapes brackets
+    tags = dict.fromkeys(re.findall(r"</?[A-Za-z][\w|-]*>|<\|\w+\|>|\[/?[A-Z_]{2,}\]", plain))
+    ends = [(tag, tag.replace(a, b, 1)) for tag in tags for a, b in CLOSING_TAG if a in tag]
+    pairs = [(tag, end) for tag, end in ends if end in tags][:MAX_TAG_PAIRS]
+    styles = [f"```{name}\nANSWER\n```" for name in dict.fromkeys(re.findall(r"```([a-z]\w*)", plain))]
+    for pair in (pair for pair in pairs if pair[0] != "<think>"):
+        for gap in ("", "\n"):
+            parts = [f"{tag}{gap}THOUGHT{gap}{end}{gap}" for tag, end in pairs if (tag, end) != pair]
+            styles.append("".join(parts) + f"{pair[0]}{gap}ANSWER{gap}{pair[1]}")
+    return styles
 
 
 def gold_answer(row: dict) -> str | None:

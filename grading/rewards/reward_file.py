@@ -1,5 +1,6 @@
 """Reward files: import a file, and select its reward functions and their weights."""
 
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -8,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from grading.base import RewardError, RewardFunction, Rewards, did_you_mean, short_repr
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def load_rewards(
@@ -36,6 +39,8 @@ def load_rewards(
     file = Path(path).resolve()
     if source is None and not file.is_file():
         raise RewardError(f"rewards_file: there is no file {path}")
+    if source is None:
+        source = file.read_bytes()
     module = _import_file(file, source)
     registered = _registered_functions(module, file)
     plain = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
@@ -50,7 +55,9 @@ def load_rewards(
     weights = {name: registered[name].weight for name in chosen} | (reward_weights or {})
     functions = [replace(registered[name], weight=float(weights[name])) for name in chosen]
     examples = getattr(module, "examples", [])
-    rewards = Rewards(file, functions, reward_errors, max_steps, examples if isinstance(examples, list) else [])
+    rewards = Rewards(file, functions, reward_errors, max_steps)
+    rewards.source = source if isinstance(source, str) else source.decode(errors="replace")
+    rewards.examples = examples if isinstance(examples, list) else []
     if not rewards.names:
         raise RewardError(
             f"{file.name} has no reward with a weight: mark a function with @reward, or name it in reward_funcs = [...]"
@@ -90,20 +97,76 @@ def _registered_functions(module, file: Path) -> dict[str, RewardFunction]:
     return by_name
 
 
-def _import_file(file: Path, source: str | None):
+def _import_file(file: Path, source: str | bytes):
     """Execute a reward file as a module. Raise RewardError with file and line if it fails."""
     name = f"reward_file_{abs(hash(str(file)))}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses, among others, look up their module by name
     try:
-        # The loader is not used: its bytecode cache misses a change that keeps the file's size within the same second.
-        exec(compile(file.read_bytes() if source is None else source, file, "exec"), vars(module))
+        with _imports_from(file.parent):
+            # The loader is not used: its bytecode cache misses a change that keeps the file's size within a second.
+            exec(compile(source, file, "exec"), vars(module))
     except Exception as error:
         if isinstance(error, SyntaxError):
-            line = error.lineno
+            place = f"{Path(error.filename or file).name}:{error.lineno}"
         else:
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
-            line = lines[-1] if lines else "?"
-        raise RewardError(f"{file.name}:{line}: {type(error).__name__}: {error}") from error
+            place = f"{file.name}:{lines[-1] if lines else '?'}"
+        hint = _import_hint(file, error) if isinstance(error, ImportError) else ""
+        raise RewardError(f"{place}: {type(error).__name__}: {error}{hint}") from error
     return module
+
+
+_folders = []  # folders of the reward files that were loaded
+
+
+@contextlib.contextmanager
+def _imports_from(folder: Path):
+    """Let a reward file import the modules in its folder.
+
+    They are imported anew for each load, so that changes take effect. Their folder is first on sys.path while the file
+    is executed, and last while its functions run, so that it does not hide modules that others import later.
+    """
+    for name in [name for name in sys.modules if _is_beside(name, _folders)]:
+        del sys.modules[name]
+    for earlier in _folders:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(earlier))
+    _folders[:] = [] if folder == ROOT else [folder]
+    writes_bytecode = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
+        sys.path.remove(str(folder))
+        if _folders:
+            sys.path.append(str(folder))
+
+
+def modules_beside(file: Path) -> list[Path]:
+    """Return the files of the modules that a loaded reward file has imported from its folder."""
+    names = [name for name in sys.modules if _is_beside(name, [file.parent])] if file.parent in _folders else []
+    return sorted(Path(sys.modules[name].__file__) for name in names)
+
+
+def _is_beside(name: str, folders: list[Path]) -> bool:
+    """Return whether a module has been imported from one of the folders."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    stem = name.replace(".", "/")
+    return bool(file) and any(Path(file) in (f / f"{stem}.py", f / stem / "__init__.py") for f in folders)
+
+
+def _import_hint(file: Path, error: ImportError) -> str:
+    """Return advice if a module in the folder of the reward file is hidden by another one of the same name."""
+    name = (error.name or "").partition(".")[0]
+    own = next((path for path in (file.parent / f"{name}.py", file.parent / name) if name and path.exists()), None)
+    other = getattr(sys.modules.get(name), "__file__", None) or ""
+    if own and other and not _is_beside(name, [file.parent]):
+        return f". The name {name} means {other} here: rename {own}"
+    if isinstance(error, ModuleNotFoundError) and not own:
+        return f". Put {name}.py into {file.parent}, or install the package"
+    return ""

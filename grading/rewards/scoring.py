@@ -29,8 +29,10 @@ from grading.base import (
     lock_released,
     reward_lock,
     short_repr,
+    to_number,
 )
 from grading.rewards import trl
+from grading.rewards.verdicts import set_verdict
 
 THREADS = 64  # most of them wait: the sandbox limits the number of running programs
 # With reward_errors: skip, the run stops if more completions fail than this share and than this number.
@@ -179,7 +181,7 @@ class Scoring:
             if not entries:
                 return
             values, log = await trl.call(f, [entry.completion for entry in entries], self.rewards.max_steps)
-            if not isinstance(values, (list, tuple)):
+            if not isinstance(values, list):
                 raise _InvalidValue(
                     f"returned {short_repr(values)}, expected a list of {len(entries)} values, one per completion"
                 )
@@ -289,10 +291,7 @@ class Scoring:
             )
         else:
             score.total = sum(f.weight * score.parts[f.name] for f in applied)
-            judge = self.rewards.judge({f.name: score.reasons.get(f.name, "") for f in applied})
-            if judge:
-                score.judge = judge.name
-                score.verdict = "right" if score.parts[judge.name] >= 1 else "wrong"
+            set_verdict(self.rewards, score, entry.completion.row)
 
 
 class _InvalidValue(Exception):
@@ -306,9 +305,10 @@ def parse_result(result, length: int) -> tuple[float | None, str, list[tuple[int
         length: Number of characters of the completion: the largest position of a process reward.
     """
     value, reason = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
+    value = to_number(value)
     process = None
     if isinstance(value, list) and all(isinstance(step, (list, tuple)) and len(step) == 2 for step in value):
-        process = [(position, number) for position, number in value]
+        process = [(to_number(position), to_number(number)) for position, number in value]
         for position, _ in process:
             if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= length:
                 raise _InvalidValue(

@@ -4,6 +4,7 @@
 
 They get the keyword arguments that their signature accepts: prompts, completions, completion_ids, every column of the
 rows (one value per completion), trainer_state (global_step, max_steps), log_extra(column, values), log_metric(name, value).
+They return one value per completion, as a list, a generator, a NumPy array or a tensor.
 
 In TRL the dataset determines whether completions are chat messages or plain text. Here it is detected: the first call
 passes messages, `[{"role": "assistant", "content": text}]` for each completion, that record whether they are read. If one
@@ -12,9 +13,10 @@ with plain text, and always gets text.
 """
 
 import math
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
-from grading.base import Completion, RewardFunction
+from grading.base import Completion, RewardFunction, to_number
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Log:
 
     def log_extra(self, column: str, values: list) -> None:
         """Log one value per completion, saved as a column next to the completions in the run folder."""
-        values = list(values)
+        values = [to_number(value) for value in values]
         if len(values) != self.num_completions:
             raise ValueError(f"log_extra('{column}'): {len(values)} values for {self.num_completions} completions")
         self.extra[column] = values
@@ -58,6 +60,7 @@ async def call(f: RewardFunction, completions: list[Completion], max_steps: int 
             values = f.function(**_arguments(f, completions, message_type if style == "chat" else None, log, max_steps))
             if f.is_async:
                 values = await values
+            values = _to_list(values)  # a generator reads the messages only here
         except Exception:
             if is_final or message_type.was_read:
                 raise
@@ -66,6 +69,17 @@ async def call(f: RewardFunction, completions: list[Completion], max_steps: int 
             break
     f.style = style
     return values, log
+
+
+def _to_list(values):
+    """Return a tensor, array, generator or other ordered iterable as a list, as TRL does; other values unchanged."""
+    if getattr(values, "ndim", 1) == 2 and values.shape[1] == 1:  # one column, such as the output of a regression
+        values = values.reshape(-1)
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        return values
+    return list(values)
 
 
 def _arguments(

@@ -11,6 +11,7 @@ from collections import Counter
 
 from grading import Rewards, Score, outcome_of
 from grading.base import SHAPING_SHARE, shorten
+from grading.rewards.verdicts import judge_range
 from rl.config import Config
 from rl.evaluate import Z95, Evaluation
 from rl.rollout import Episode
@@ -122,7 +123,8 @@ def find_hacking(
         before, after = (mean(values(steps, "reward")) for steps in (base_steps, last_steps))
         variance = sum(std**2 for std in values(base_steps + last_steps, "reward_std")) / n**2 / config.prompts_per_step
         rise = after - before - Z95 * math.sqrt(variance)
-        if rise > _judge_weight(judges, rewards) * max(0, high, gain["ci95_sampled"][1]):
+        wrong, right = judge_range(rewards, judges)
+        if rise > (right - wrong) * max(0, high, gain["ci95_sampled"][1]):
             alarms["hacking"] = (
                 f"since step {base} the training reward has risen ({before:.2f} to {after:.2f}) but {accuracy}: the "
                 "reward pays for something other than right answers; look at the completions with the highest reward"
@@ -140,13 +142,14 @@ def _shaping_dominates(history: list[dict], scores: list[Score], judges: set[str
     """Return an alarm if shaping rewards outweigh the judging rewards, or pay wrong answers too much.
 
     Shaping rewards come from functions that give no verdict. Wrong answers may earn at most SHAPING_SHARE (a fifth) of
-    the weight of a right answer.
+    what a right answer adds.
     """
-    weight = _judge_weight(judges, rewards)
+    wrong, right = judge_range(rewards, judges)
+    added = right - wrong
     names = " and ".join(sorted(judges))
     reward, shaping, when_wrong = (recent(history, name) for name in ("reward", "shaping", "shaping_when_wrong"))
-    allowed = SHAPING_SHARE * weight + 1e-9  # 0.2 has no exact floating-point representation
-    if not judges or not (when_wrong > allowed or shaping > max(reward - shaping, allowed)):
+    allowed = SHAPING_SHARE * added + 1e-9  # 0.2 has no exact floating-point representation
+    if not judges or not (when_wrong > allowed or shaping > max(reward - shaping - wrong, allowed)):
         return {}
     reward_sums = Counter()
     for score in scores:
@@ -156,18 +159,11 @@ def _shaping_dominates(history: list[dict], scores: list[Score], judges: set[str
         f"{shaping:.2f} of the mean reward of {reward:.2f} comes from rewards other than {names}, mostly from {largest}"
     )
     if when_wrong > allowed:
-        problem = (
-            f"wrong answers earn {when_wrong:.2f}, mostly from {largest}; {names} pays {weight:g} for a right answer"
-        )
+        problem = f"wrong answers earn {when_wrong:.2f}, mostly from {largest}; {names} pays {added:g} for being right"
     return {
         "dominating": f"{problem}: the policy may learn something other than right answers. Lower the weights of these "
         "rewards to at most a fifth of the weight for right answers in total, or pay them only for right answers"
     }
-
-
-def _judge_weight(judges: set[str], rewards: Rewards) -> float:
-    """Return the reward of a right answer: the largest weight among the functions that judge."""
-    return max((f.weight for f in rewards.functions if f.name in judges), default=0.0)
 
 
 # --- steps without a learning signal, and updates that fail

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from grading.base import shorten
+from grading.rewards.reward_file import modules_beside
 from rl.config import Config, ConfigError, RunError
 from rl.model.oom import AUTO_SHRUNK, retry_on_oom
 from rl.model.policy import Policy, Question, reloaded_adapter, save_adapter
@@ -216,6 +217,9 @@ class Checkpoints:
             copies = [str(copy) for copy in self.run.glob("rewards*.py") if sha256(copy) == saved["rewards"]]
             hint = f" (original: {copies[0]})" if copies else ""
             texts.append(f"{provenance['config']['rewards_file']} differs from the reward file of the run{hint}")
+        for name, sha in saved.get("reward_modules", {}).items():
+            if provenance["reward_modules"].get(name) != sha:
+                texts.append(f"{name}, which the reward file imports, differs from {self.run / name}")
         if provenance["questions"] != saved["questions"]:
             texts.append("the training questions have changed")
         if texts and not accept_changes:
@@ -291,10 +295,13 @@ def check_saved(policy: Policy, folder: Path, questions: list[Question], config:
 def run_provenance(
     settings: dict, rewards_file: Path, train_rows: list[dict], eval_rows: list[dict], runs_on: str
 ) -> dict:
-    """Return settings, hashes of the reward file and the questions, device and dtype of a run, as JSON values."""
+    """Return settings, hashes of the reward files and the questions, device and dtype of a run, as JSON values."""
     return {
         "config": json.loads(json.dumps(settings, default=str)),
         "rewards": sha256(rewards_file),
+        "reward_modules": {
+            m.relative_to(rewards_file.parent).as_posix(): sha256(m) for m in modules_beside(rewards_file)
+        },
         "questions": hash_rows(train_rows),
         "held_out": hash_rows(eval_rows),
         "runs_on": runs_on,

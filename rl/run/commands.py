@@ -9,6 +9,8 @@ from pathlib import Path
 
 from data import load_questions, local_prompts
 from grading import RewardError, check_tests, load_rewards, preflight, sandbox
+from grading.rewards.trials import try_to_learn_payments
+from grading.rewards.verdicts import payments_to_lists
 from rl.config import Config
 from rl.run import report
 from rl.run.files import read_jsonl, to_json
@@ -37,8 +39,9 @@ def eval_only(config: Config, name: str) -> None:
     rewards = load_rewards(
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
     )
-    _, eval_rows, notes = load_questions(config)
+    train_rows, eval_rows, notes = load_questions(config)
     notes += check_tests(eval_rows) + preflight(rewards, eval_rows)
+    try_to_learn_payments(rewards, train_rows + eval_rows)  # from all rows, as in training
 
     from rl.model.backends import import_backend
 
@@ -83,6 +86,7 @@ def eval_only(config: Config, name: str) -> None:
             "peak_memory_mb": peak_memory_mb(policy.device),
             "memory": memory.figures(policy.device) | shrunk_settings(config),
             "reward_errors": rewards.errors,
+            "payments": payments_to_lists(rewards),
         }
         folder.write("summary.json", to_json(summary, indent=2) + "\n")
         print("\n" + report.evaluation_table(**({"after": None, "gain": None} | summary["eval"])))

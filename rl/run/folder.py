@@ -17,6 +17,7 @@ import filelock
 import yaml
 
 from grading import Completion, RewardError, Rewards
+from grading.rewards.reward_file import modules_beside
 from rl.config import Config, ConfigError, RunError
 from rl.evaluate import Evaluation
 from rl.rollout import Episode
@@ -84,10 +85,18 @@ class RunFolder:
             write_atomic(self.path / name, content)
 
     def write_settings(self, settings: dict, rewards_file: Path, step: int) -> None:
-        """Write the settings and copy the reward file. Back up existing ones that differ, as *_until_step_NNNNNN."""
+        """Write the settings, and copy the reward file with the modules in its folder that it imports.
+
+        Back up existing files that differ, as *_until_step_NNNNNN.
+        """
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
-        for name, content in {"rewards.py": rewards_file.read_bytes(), "config.yaml": text}.items():
+        files = {"rewards.py": rewards_file.read_bytes(), "config.yaml": text}
+        for module in modules_beside(rewards_file):
+            files.setdefault(str(module.relative_to(rewards_file.parent)), module.read_bytes())
+        for name, content in files.items():
             path = self.path / name
+            with write_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             backup = path.with_stem(f"{path.stem}_until_step_{step:06d}")
             if path.exists() and step and not backup.exists() and path.read_bytes() != content:
                 self.write(backup.name, path.read_bytes())

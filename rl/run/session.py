@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from grading import RewardError, Rewards
+from grading.rewards.verdicts import payments_to_lists
 from rl.checks import Agreement
 from rl.config import Config
 from rl.critic import Critic
@@ -274,6 +275,7 @@ class Run:
             "peak_memory_mb": peak_memory_mb(self.policy.device),
             "memory": self.memory.figures(self.policy.device) | shrunk_settings(self.config),
             "reward_errors": self.rewards.errors,
+            "payments": payments_to_lists(self.rewards),
         }
         self.folder.write("summary.json", to_json(summary, indent=2) + "\n")
 

@@ -1,5 +1,6 @@
 """Reward files: weights, `when`, verdicts, process rewards, the checks before a run, and error messages."""
 
+import importlib
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grading import Completion, RewardError, load_rewards, outcome_of, outcome_shares, preflight, row_kind, score_all
+from grading.rewards.reward_file import modules_beside
 from grading.rewards.scoring import parse_result
 
 
@@ -152,7 +154,7 @@ def test_selects_judge(tmp_path):
 
     assert judge_and_verdict("c.answer == c.row['answer']", 2) == ("right", "wrong")
     assert judge_and_verdict("any(c.row['answer'] == a for a in [c.answer])", 2) == ("right", "wrong")
-    assert judge_and_verdict("c.answer == gold(c)", 2) == ("format", "right")  # its use of the row is not visible
+    assert judge_and_verdict("c.answer == gold(c)", 2) == ("right", "wrong")  # a helper reads the row
     assert judge_and_verdict("grade_math(c.answer, gold(c))", 10) == ("right", "wrong")
     assert judge_and_verdict("c.answer == gold(c)", 0.5) == ("right", "wrong")
     assert judge_and_verdict("None", 0.1) == (None, "wrong")
@@ -222,6 +224,87 @@ def test_reloads_a_changed_file(tmp_path, monkeypatch):
     assert not (tmp_path / "__pycache__").exists()
 
 
+def test_imports_modules_beside_the_file(tmp_path):
+    """They are imported anew for each file and each load, also inside a function that runs later."""
+    for folder, value in (("a", 1), ("b", 2), ("b", 3)):
+        (tmp_path / folder / "package").mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "package" / "__init__.py").write_text("from package.inner import VALUE\n")
+        (tmp_path / folder / "package" / "inner.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder / "my_later.py").write_text(f"LATER = {10 * value}\n")
+        source = (
+            "from package import VALUE\n@reward\ndef f(c):\n    import my_later\n    return VALUE + my_later.LATER\n"
+        )
+        rewards = load_rewards(write(tmp_path / folder, source))
+        assert score_one(rewards, completion("x")).total == 11 * value
+        assert [file.name for file in modules_beside(rewards.path)] == ["my_later.py", "__init__.py", "inner.py"]
+        assert not list(tmp_path.rglob("__pycache__"))
+    assert modules_beside(load_rewards("rewards.py").path) == [] and str(tmp_path / "b") not in sys.path
+
+
+def test_modules_beside_the_file_do_not_hide_others(tmp_path):
+    (tmp_path / "colorsys.py").write_text("def hidden(): return 1\n")
+    load_rewards(write(tmp_path, "@reward\ndef f(c): return 1\n"))
+    assert "hidden" not in vars(importlib.import_module("colorsys"))
+
+
+@pytest.mark.parametrize(
+    "helper, source, message",
+    [
+        (
+            "my_helper.py",
+            "import my_helpr",
+            "No module named 'my_helpr'. Put my_helpr.py into .*, or install the package",
+        ),
+        ("data.py", "from data import my_check", r"cannot import name 'my_check'.* here: rename .*data.py"),
+        ("my_helper.py", "import my_helper", "my_helper.py:1: SyntaxError"),
+    ],
+)
+def test_names_the_module_that_cannot_be_imported(tmp_path, helper, source, message):
+    (tmp_path / helper).write_text("def my_check(:\n" if "Syntax" in message else "")
+    with pytest.raises(RewardError, match=message):
+        load_rewards(write(tmp_path, source + "\n@reward\ndef f(c): return 1\n"))
+
+
+@pytest.mark.parametrize(
+    "columns, note",
+    [
+        ({"grader": "human"}, "column grader is 'human', so that rewards with when='math' do not apply"),
+        ({"grader": "code"}, "column grader is 'code', so that rewards with when='code' apply, but tests is missing"),
+        ({"grader": "countdown"}, "column grader is 'countdown', .* but target is missing"),
+        (
+            {"task": "code"},
+            r"the task \(the column task, .*\) is 'code', so that rewards with when='code' apply as well",
+        ),
+        ({"task": "reasoning_gym"}, "is 'reasoning_gym', so that rewards with when='reasoning_gym' apply as well"),
+        (
+            {"task": "math", "tests": ["assert f(1) == 2"], "answer": None},
+            "when='math' apply as well as those for code",
+        ),
+    ],
+)
+def test_names_columns_that_change_which_rewards_apply(columns, note):
+    row = {"id": "r1", "task": "t", "prompt": "q", "answer": "12"} | columns
+    with pytest.raises(RewardError, match=note):
+        preflight(load_rewards("rewards.py"), [row])
+
+
+def test_notes_columns_that_change_which_rewards_apply(tmp_path):
+    row = {"id": "r1", "task": "t", "prompt": "q", "answer": "12"}
+    right = "@reward(when='math')\ndef right(c): return grade_math(c.answer, c.row['answer'])\n"
+    other = "@reward(when={!r})\ndef other(c): return c.row['answer'] == c.answer\n"
+    rewards = load_rewards(write(tmp_path, right + other.format("code")))
+    notes = preflight(rewards, [row | {"task": "code"}] * 3)
+    assert notes[0].startswith("3 rows, such as r1: the task (") and "'code'" in notes[0]
+    for value in ({"type": "exact"}, 5):  # some other data
+        (note,) = preflight(rewards, [row | {"grader": value}])
+        assert "column grader is of type" in note and "ignored" in note
+    both = row | {"grader": "math", "tests": ["assert f(1) == 2"]}
+    (note,) = preflight(rewards, [both])
+    assert "the column grader is 'math', so that rewards with when='code' do not apply" in note
+    own = load_rewards(write(tmp_path, right + other.format("exact")))
+    assert preflight(own, [row, row | {"id": "r2", "grader": "exact"}, row | {"id": "r3", "task": "math"}]) == []
+
+
 def test_warnings_if_a_wrong_answer_can_earn_as_much(tmp_path):
     rows = [
         {"id": "r1", "task": "t", "prompt": "q", "answer": "12"},
@@ -248,15 +331,17 @@ def test_warnings_if_a_wrong_answer_can_earn_as_much(tmp_path):
     style = "@reward\ndef short(c): return max(0, 1 - len(c.text) / 100)\n"
     (warning,) = preflight(load_rewards(write(tmp_path, style)), rows[:1])
     assert "'empty' gets short 1" in warning and "adds 0." in warning
-    unseen = """
+    heavier = """
         def gold(c): return c.row["answer"]
         @reward
         def right(c): return gold(c) in c.text
         @reward(weight=2)
         def format(c): return 1
         """
-    warnings = preflight(load_rewards(write(tmp_path, unseen)), rows[:1])
-    assert len(warnings) == 2 and "verdict comes from format" in warnings[1]
+    (warning,) = preflight(load_rewards(write(tmp_path, heavier)), rows[:1])
+    assert "right 1 + format 2" in warning
+    form = "@reward\ndef form(c): return 1\n"
+    assert "verdict comes from form" in preflight(load_rewards(write(tmp_path, form)), rows[:1])[1]
 
 
 def test_counts_golds_that_cannot_be_parsed(tmp_path):

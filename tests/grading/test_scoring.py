@@ -143,7 +143,10 @@ def test_arguments_of_trl_functions(tmp_path):
         ("[1.0] * 5", "returned 5 values for 4 completions"),
         ("1.0", "returned 1.0, expected a list of 4"),
         ("None", "returned None, expected a list of 4"),
-        ("(x for x in completions)", "returned <generator .*expected a list of 4"),
+        ("(x for x in [1, 2])", "returned 2 values for 4 completions"),
+        ("{1: 2}", "returned {1: 2}, expected a list of 4"),
+        ("{1, 2, 3, 4}", "returned {1, 2, 3, 4}, expected a list of 4"),
+        ("'1111'", "returned '1111', expected a list of 4"),
         ("[1, 1, float('nan'), 1]", "row r2: returned nan, expected a finite number"),
         ("[1, '1', 1, 1]", "row r1: returned '1', expected"),
         ("[log_extra('x', [1])] * 4", "ValueError: log_extra\\('x'\\): 1 values for 4 completions"),
@@ -157,6 +160,70 @@ def test_refuses_invalid_results_of_batch_functions(tmp_path, result, message):
     with pytest.raises(RewardError, match=rf"'odd' \(rewards.py:\d\).*{message}") as error:
         score_all(rewards, [Completion("q", "x", {"id": f"r{i}", "task": "t"}) for i in range(4)])
     assert len(error.value.completions) == (1 if "row r" in message and "more" not in message else 4)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "(float(c[0]['content'] == '1') for c in completions)",
+        "map(float, [1, 0, 0])",
+        "{'a': 1.0, 'b': 0.0, 'c': 0.0}.values()",
+        "np.array([1, 0, 0])",
+        "np.array([True, False, False])",
+        "np.array([[1.0], [0.0], [0.0]], dtype=np.float32)",
+        "[np.float32(1), np.int64(0), np.bool_(False)]",
+        "[np.array(1.0), np.array([0.0]), 0]",
+        "torch.tensor([1.0, 0.0, 0.0], dtype=torch.bfloat16, requires_grad=True)",
+        "torch.tensor([[1], [0], [0]])",
+        "[torch.tensor(1.0), torch.tensor([0.0]), torch.tensor(False)]",
+        "[Fraction(1), Decimal('0'), -0.0]",
+        "((np.float64(c[0]['content'] == '1'), 'reason') for c in completions)",
+        "pd.Series([1.0, 0.0, 0.0])",
+    ],
+)
+def test_values_that_trl_accepts(tmp_path, result):
+    if "pd." in result:
+        pytest.importorskip("pandas")
+    header = "import numpy as np, torch\nfrom fractions import Fraction\nfrom decimal import Decimal\n"
+    header += "import pandas as pd\n" * ("pd." in result)
+    batch = f"def batch(completions, **kwargs): return {result}\nreward_funcs = [batch]\n"
+    rewards = load_rewards(write(tmp_path, header + batch))
+    scores = score_all(rewards, [completion(text) for text in ("1", "2", "3")])
+    assert [score.total for score in scores] == [1.0, 0.0, 0.0]
+    assert all(type(score.parts["batch"]) is float for score in scores)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["np.float32(0.5)", "torch.tensor([0.5])", "(np.float16(0.5), 'half')", "[(np.int64(1), torch.tensor(0.5))]"],
+)
+def test_single_values_of_numpy_and_torch(tmp_path, value):
+    rewards = load_rewards(write(tmp_path, f"import numpy as np, torch\n@reward\ndef one(c): return {value}\n"))
+    score = score_one(rewards, completion("x"))
+    assert score.total == 0.5 and score.process == ({"one": [(1, 0.5)]} if "int64" in value else {})
+
+
+@pytest.mark.parametrize(
+    "value", ["np.float32('nan')", "torch.tensor([1.0, 2.0])", "np.str_('1')", "np.complex64(1)", "Decimal('inf')"]
+)
+def test_refuses_values_of_numpy_and_torch_that_are_no_finite_number(tmp_path, value):
+    source = f"import numpy as np, torch\nfrom decimal import Decimal\n@reward\ndef odd(c): return {value}\n"
+    with pytest.raises(RewardError, match="'odd' .*row r1: returned .*expected a finite number"):
+        score_one(load_rewards(write(tmp_path, source)), completion("x"))
+
+
+def test_logged_values_become_numbers(tmp_path):
+    source = """
+        import numpy as np
+        @reward
+        def logs(completions, log_extra, log_metric):
+            log_extra("sizes", np.array([1, 2]))
+            log_metric("mean", np.float32(1.5))
+            return [0, 0]
+        """
+    scores = score_all(load_rewards(write(tmp_path, source)), [completion("x"), completion("y")])
+    assert [score.extra for score in scores] == [{"sizes": 1}, {"sizes": 2}] and scores[0].metrics == {"mean": 1.5}
+    assert all(type(score.extra["sizes"]) is int for score in scores)
 
 
 def test_when_limits_a_batch_function(tmp_path):

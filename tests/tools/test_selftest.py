@@ -141,6 +141,55 @@ def test_detects_the_answer_style(tmp_path, capsys):
     assert status == 1 and "'only inside <think>'" in " ".join(lines)
 
 
+OWN_FORM = """
+    import json
+    @reward
+    def right(c):
+        try:
+            return 5.0 if str(json.loads(c.answer)["result"]) == c.row["answer"] else 2
+        except Exception:
+            return 0
+    @reward(weight=0.1)
+    def braces(c): return "{" in c.text
+    """
+
+
+def test_asks_for_examples_if_no_probe_fits(tmp_path, capsys):
+    path = write(tmp_path, OWN_FORM)
+    status, lines = run(capsys, path, "--data", "sums", "words")
+    text = " ".join(" ".join(lines).split())
+    assert status == 1 and text.count("no probe fits") == 1 and "self-test FAILED: 1 problem;" in lines[-1]
+    assert "FAIL: sums, words: no probe fits right" in text and "`examples = [...]` in my_rewards.py" in text
+    assert not [line for line in lines if line.startswith("! ")]
+    examples = [
+        {"prompt": "3+4?", "label": "right", "text": '{"result": 7}', "answer": "7"},
+        {"prompt": "3+4?", "label": "wrong", "text": '{"result": 8}', "answer": "7"},
+        {"prompt": "3+4?", "label": "wrong", "text": "", "answer": "7"},
+    ]
+    status, lines = run(
+        capsys, write(tmp_path, textwrap.dedent(OWN_FORM) + f"examples = {examples}\n"), "--data", "sums"
+    )
+    assert status == 0 and "sums: no probe fits, so that only the examples in the file are checked" in lines
+    assert find_row(lines, "1. ").split()[7] == "right" and find_row(lines, "2. ").split()[7] == "wrong"
+    examples[1]["text"] = examples[0]["text"]
+    status, lines = run(
+        capsys, write(tmp_path, textwrap.dedent(OWN_FORM) + f"examples = {examples}\n"), "--data", "sums"
+    )
+    assert status == 1 and any(line.startswith("FAIL: examples: '2. ") for line in lines)
+
+
+def test_finds_the_tags_of_the_file(tmp_path, capsys):
+    source = r"""
+        import re
+        @reward
+        def right(completions, **kwargs):
+            found = [re.match(r"<work>.*</work>\s*<RESULT>(.*?)</RESULT>\s*$", c[0]["content"]) for c in completions]
+            return [bool(match) and match[1] == gold for match, gold in zip(found, kwargs["answer"])]
+        """
+    status, lines = run(capsys, write(tmp_path, source), "--data", "sums")
+    assert status == 0 and any("written as <work>THOUGHT</work><RESULT>ANSWER</RESULT>" in line for line in lines)
+
+
 def test_errors_are_one_line(tmp_path, capsys):
     assert run(capsys, write(tmp_path, "@reward\ndef f(c): return c.row['gold']\n"))[0].startswith("error: reward function 'f' (my_rewards.py:3), row sums-train-0-0: KeyError")  # fmt: skip
     assert "there is no such file" in run(capsys, write(tmp_path, CORRECT), "--data", "nothing.jsonl")[0]
@@ -170,6 +219,10 @@ def test_watch_reruns_whenever_the_file_is_saved(tmp_path):
         assert first[0].startswith("--- ") and "correct 1" in first[1]
         write(tmp_path, CORRECT + "@reward(weight=0.2)\ndef same(c): return 1\n")
         assert any(line.startswith("FAIL: same gives 1") for line in read_until(process, "self-test FAILED"))
+        write(tmp_path, "from my_pay import pay\n@reward\ndef correct(c): return pay(c)\n")
+        assert "No module named 'my_pay'" in read_until(process, "error:")[-1]
+        (tmp_path / "my_pay.py").write_text("def pay(c): return 1.0\n")
+        assert any(line.startswith("FAIL: correct gives 1") for line in read_until(process, "self-test FAILED"))
         write(tmp_path, "def broken(:\n")
         assert "my_rewards.py:2: SyntaxError" in read_until(process, "error:")[-1]
         write(tmp_path, CORRECT)

@@ -22,7 +22,9 @@ from running import (
 )
 
 import train
+from grading import load_rewards
 from rl.config import Config, ConfigError
+from rl.run.checkpoint import Checkpoint, run_provenance
 from rl.run.files import sha256
 from rl.run.folder import RunFolder, choose_folder
 
@@ -178,6 +180,30 @@ def test_a_stop_file_created_while_the_model_loads_is_kept(tmp_path):
     folder.write_settings({}, Path("rewards.py"), 0)
     assert (tmp_path / "STOP").exists()
     folder.close()
+
+
+def test_modules_that_the_reward_file_imports_are_copied_and_checked(tmp_path):
+    user = tmp_path / "user"
+    (user / "checks").mkdir(parents=True)
+    (user / "checks" / "__init__.py").write_text("def pay(c): return 0.5\n")
+    (user / "unused.py").write_text("")
+    (user / "mine.py").write_text(
+        "from grading import reward\nfrom checks import pay\n@reward\ndef f(c): return pay(c)\n"
+    )
+    rewards = load_rewards(str(user / "mine.py"))
+    folder = RunFolder(tmp_path / "run", Config(output_dir=str(tmp_path / "run")))
+    folder.open()
+    folder.write_settings({}, rewards.path, 0)
+    provenance = run_provenance({"rewards_file": "mine.py"}, rewards.path, [], [], "cpu") | {"model": ""}
+    checkpoint = Checkpoint(tmp_path / "step_000001", 1, {"made": provenance}, {})
+    assert folder.checkpoints.check_provenance(checkpoint, provenance, False) == []
+    (user / "checks" / "__init__.py").write_text("def pay(c): return 1.0\n")
+    changed = run_provenance({"rewards_file": "mine.py"}, rewards.path, [], [], "cpu") | {"model": ""}
+    with pytest.raises(train.ConfigError, match="checks/__init__.py, which the reward file imports, differs from"):
+        folder.checkpoints.check_provenance(checkpoint, changed, False)
+    folder.close()
+    assert sorted(path.name for path in folder.path.rglob("*.py")) == ["__init__.py", "rewards.py"]
+    assert load_rewards(str(folder.path / "rewards.py")).functions[0].function(None) == 0.5  # the copy of the run
 
 
 def test_a_run_waits_for_a_lock_that_is_held_briefly(tmp_path):
