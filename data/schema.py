@@ -103,7 +103,7 @@ def look_up(value, path: str):
 
 
 def parse_text(text: str):
-    """Return the list or dict that a text is as JSON or as a Python literal, such as a CSV cell; else the text."""
+    """Parse text that is a list or dict, as JSON or as a Python literal (in CSV files). Return other text unchanged."""
     if text.lstrip()[:1] in ("[", "{"):
         for parse in (json.loads, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
@@ -127,7 +127,7 @@ def nested_names(value, prefix: str = ""):
 
 
 def _check_prompt(prompt, answer, column: str, place: str) -> str | list[dict]:
-    """Return a prompt; messages that are JSON text are parsed. Raise DataError if it is invalid or shows an answer."""
+    """Return the prompt, parsed if it is messages as text. Raise DataError if it is invalid or shows an answer."""
     if isinstance(prompt, str) and isinstance(messages := parse_text(prompt), list) and is_prompt(messages):
         prompt = messages
     if not is_prompt(prompt):
