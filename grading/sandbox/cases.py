@@ -12,6 +12,7 @@ import ast
 import builtins
 import functools
 import json
+import threading
 from typing import NamedTuple
 
 
@@ -24,10 +25,16 @@ class Call(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Test code that must not raise. It calls the program's functions in `names`, which take and return plain data."""
+    """Test code that must not raise. It calls the program's functions and classes in `names`.
+
+    in_place: The tests read arguments after the call: changes that the program made to them are sent back.
+    unsupported: Why no tier can run the tests, or "".
+    """
 
     source: str
     names: tuple[str, ...]
+    in_place: bool = False
+    unsupported: str = ""
 
 
 class Script(NamedTuple):
@@ -38,6 +45,9 @@ class Script(NamedTuple):
 
 
 Case = Call | Check | Script
+
+# Modules that test code may use without an import, because programs often import them.
+_MODULES = {"math", "re", "collections", "itertools", "functools", "string", "datetime", "random", "copy", "operator"}
 
 
 def called_names(cases: tuple[Case, ...]) -> set[str]:
@@ -78,9 +88,13 @@ def _parse(check: str, tests: tuple[str, ...], entry_point: str | None, setup: s
             if "def check(" in check
             else _parse_asserts((check,), entry_point, setup)
         )
-    if tests[0].startswith("{"):
-        return tuple(_parse_dict(json.loads(test), entry_point) for test in tests)
-    return _parse_asserts(tests, entry_point, setup)
+    dicts = [test.startswith("{") for test in tests]
+    if not any(dicts):
+        return _parse_asserts(tests, entry_point, setup)
+    cases = tuple(_parse_dict(json.loads(test), entry_point) for test in tests if test.startswith("{"))
+    if not all(dicts) or len(set(map(type, cases))) > 1:
+        raise ValueError("the tests of one row must all have one form: asserts, args and expected, or input and output")
+    return cases
 
 
 def _parse_dict(test: dict, entry_point: str | None) -> Case:
@@ -109,13 +123,14 @@ def _parse_asserts(tests: tuple[str, ...], entry_point: str | None, setup: str) 
         else:
             code.append(test)
     if code:
-        source = "\n".join([setup, *code])
         known_names = _bound_names(_tree(setup)) | _bound_names(_tree("\n".join(code))) | set(dir(builtins))
-        callees = {node.func.id for test in code for node in ast.walk(_tree(test)) if _is_named_call(node)}
-        names = (callees - known_names) | ({entry_point} & callees if entry_point else set())
+        read = {node.id for test in code for node in ast.walk(_tree(test)) if isinstance(node, ast.Name)}
+        modules = {name for name in read - known_names if name in _MODULES}
+        names = (read - known_names - modules) | ({entry_point} & read if entry_point else set())
+        source = "\n".join([*(f"import {name}" for name in sorted(modules)), setup, *code])
         if not names:
-            raise ValueError(f"this test calls no function of the program: {code[0].strip()[:80]!r}")
-        cases.append(Check(source, tuple(sorted(names))))
+            raise ValueError(f"this test uses no function of the program: {code[0].strip()[:80]!r}")
+        cases.append(_as_check(source, names))
     return tuple(cases)
 
 
@@ -131,12 +146,26 @@ def _parse_check(source: str, entry_point: str | None, setup: str) -> tuple[Case
     calls = [_as_call(node) for node in check.body if not _is_docstring(node)]
     if calls and all(call and call.name == candidate for call in calls):
         return tuple(Call(entry_point, call.args, call.expected) for call in calls)
-    return (Check(f"{setup}\n{source}\ncheck({entry_point})", (entry_point,)),)
+    return (_as_check(f"{setup}\n{source}\ncheck({entry_point})", {entry_point}, candidate),)
+
+
+_parser_lock = threading.Lock()
+
+
+def parse_python(source: str, mode: str = "exec") -> ast.AST:
+    """Return the syntax tree. In Python 3.11, parsing in two threads at once can raise SystemError."""
+    with _parser_lock:
+        for attempt in range(5):
+            try:
+                return ast.parse(source, mode=mode)
+            except SystemError:  # code outside of this lock was parsing too
+                if attempt == 4:
+                    raise ValueError("Python's parser failed") from None
 
 
 def _tree(source: str) -> ast.Module:
     try:
-        return ast.parse(source.strip() if "\n" not in source.strip() else source)
+        return parse_python(source.strip() if "\n" not in source.strip() else source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         kind = type(error).__name__
         excerpt = source.strip()[:80]
@@ -158,6 +187,63 @@ def _as_call(node: ast.stmt) -> Call | None:
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 return None
     return None
+
+
+def _as_check(source: str, names: set[str], candidate: str = "") -> Check:
+    """Return test code as a case. candidate: the name of the function under test inside check()."""
+    nodes = list(ast.walk(_tree(source)))
+    callees = names | ({candidate} if candidate else set())
+    return Check(
+        source, tuple(sorted(names)), _reads_changed_arguments(nodes, callees), _unsupported_use(nodes, callees)
+    )
+
+
+def _reads_changed_arguments(nodes: list[ast.AST], callees: set[str]) -> bool:
+    """Return True if the tests call a function for its effect on an argument.
+
+    They do if a call is a statement of its own, or if an assert reads an argument and no result of the program. Any
+    other test, such as `assert f(x) == sorted(x)`, expects `x` as it was before the call.
+    """
+
+    def calls(node):
+        return [n for n in ast.walk(node) if _is_named_call(n) and n.func.id in callees]
+
+    def names(node):
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+    results = set()  # variables that depend on a result
+    passed = set()  # variables that are arguments
+    for node in nodes:
+        if isinstance(node, ast.Assign) and (calls(node.value) or names(node.value) & results):
+            results.update(*map(names, node.targets))
+        for call in calls(node) if isinstance(node, ast.stmt) else ():
+            passed.update(*map(names, [*call.args, *(keyword.value for keyword in call.keywords)]))
+    for node in nodes:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            arguments = [argument for call in calls(node.value) for argument in call.args]
+            if any(isinstance(argument, ast.Name) for argument in arguments):
+                return True
+        if isinstance(node, ast.Assert) and not calls(node.test):
+            if names(node.test) & (passed - results) and not names(node.test) & results:
+                return True
+    return False
+
+
+def _unsupported_use(nodes: list[ast.AST], callees: set[str]) -> str:
+    """Return why the tests need a class of the program in their own process, or ""."""
+    for node in nodes:
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kinds]):
+                uses = kinds
+            case ast.ExceptHandler(type=ast.expr() as uses) | ast.ClassDef(bases=[uses, *_]):
+                pass
+            case ast.Attribute(value=ast.Name() as uses):
+                pass
+            case _:
+                continue
+        for name in sorted({n.id for n in ast.walk(uses) if isinstance(n, ast.Name)} & callees):
+            return f"the tests use {name} itself, not only what it returns"
+    return ""
 
 
 def _is_named_call(node: ast.AST) -> bool:
