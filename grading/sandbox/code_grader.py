@@ -53,6 +53,8 @@ def grade_code(
         ValueError: If the tests have none of these forms.
     """
     cases = parse_tests(tests, entry_point, setup)
+    if reason := next((case.unsupported for case in cases if isinstance(case, Check) and case.unsupported), ""):
+        raise Ungraded(f"unsupported: {reason}")
     code = extract_code(answer, called_names(cases))
     if not code.strip():
         return 0.0, "no_code: the answer contains no code"

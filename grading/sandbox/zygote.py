@@ -27,6 +27,7 @@ import shutil
 import signal
 import socket
 import sys
+import traceback
 import types
 
 if __name__ == "__main__":  # started as a script: the modules that it needs are in its folder
@@ -55,7 +56,8 @@ else:
 def error_outcome(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "memory"
-    return "syntax" if isinstance(error, (SyntaxError, ValueError)) and error.__traceback__.tb_next is None else "crash"
+    is_running = any(frame.f_code.co_filename == "<program>" for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "syntax" if isinstance(error, (SyntaxError, ValueError)) and not is_running else "crash"
 
 
 def serve_program(connection: socket.socket) -> None:
