@@ -182,8 +182,6 @@ def _as_call(node: ast.stmt) -> Call | None:
                 left=ast.Call(func=ast.Name(id=name), args=args, keywords=[]), ops=[ast.Eq()], comparators=[right]
             )
         ):
-            if isinstance(right, ast.Set):  # also equal to a frozenset
-                return None
             try:
                 return Call(name, tuple(map(ast.literal_eval, args)), ast.literal_eval(right))
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):

@@ -53,7 +53,7 @@ def grade_code(
         ValueError: If the tests have none of these forms.
     """
     cases = parse_tests(tests, entry_point, setup)
-    if reason := next((case.unsupported for case in cases if isinstance(case, Check) and case.unsupported), ""):
+    if reason := _unsupported(cases):
         raise Ungraded(f"unsupported: {reason}")
     code = extract_code(answer, called_names(cases))
     if not code.strip():
@@ -96,7 +96,7 @@ def _grade(code: str, cases: tuple[Case, ...], timeout: float, doubts: str) -> t
                 outcome = "crash" if outcome == "killed" else outcome
     except (WorkerError, OSError) as error:
         raise Ungraded(f"sandbox_error: {first_line(error)}") from error
-    if tier.name == "monty" and doubts and outcome in ("passed", "failed", "crash", "bad_type"):
+    if tier.name == "monty" and doubts and outcome in ("passed", "failed", "crash"):
         outcome, detail = "unsupported", doubts
     if outcome == "unsupported":
         hint = "" if len(available()) > 1 else " (install bubblewrap to run it in CPython)"
@@ -128,7 +128,10 @@ def _judge(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool)
                 for number, case in enumerate(cases, 1):
                     if isinstance(case, Check):
                         tier.check(case, session, seconds, slow)
-                    elif not is_same(result := session.call(case.name, case.args), case.expected):
+                        continue
+                    result = session.call(case.name, case.args)
+                    comparable = set(result) if type(result) is frozenset and type(case.expected) is set else result
+                    if not is_same(comparable, case.expected):
                         problem = f"{_call_text(case)} gave {short_repr(result)}"
                         return "failed", f"test {number} of {len(cases)}: {problem}"
     except Failed as failure:
@@ -291,9 +294,15 @@ def _unprotected() -> Process:
     return Process("unprotected", start_unprotected)
 
 
+def _unsupported(cases: tuple[Case, ...]) -> str:
+    """Return why no tier can run the tests, or ""."""
+    return next((case.unsupported for case in cases if isinstance(case, Check) and case.unsupported), "")
+
+
 def check_tests(rows: list[dict]) -> list[str]:
     """Return notes on how the rows' tests run. Raise RewardError for the first row whose tests have no known form."""
     kinds = Counter()
+    unsupported = Counter()
     for row in rows:
         if row.get("tests") is None:
             continue
@@ -301,10 +310,14 @@ def check_tests(rows: list[dict]) -> list[str]:
             cases = parse_tests(row["tests"], row.get("entry_point"), row.get("setup") or "")
         except (ValueError, TypeError) as error:
             raise RewardError(f"row {row['id']}, column tests: {error}") from None
+        if reason := _unsupported(cases):
+            unsupported[reason] += 1
         kinds[next((type(case) for case in cases if not isinstance(case, Call)), Call)] += 1
     if not kinds:
         return []
     notes = [f"model-written code runs {describe()}"]
+    if unsupported:
+        notes.append(f"{unsupported.total()} of {kinds.total()} code questions are ungraded: {next(iter(unsupported))}")
     if len(available()) == 1 and kinds[Check] + kinds[Script]:
         notes.append(
             f"{kinds[Check] + kinds[Script]} of {kinds.total()} code questions use test code or standard input: without bubblewrap, some may be ungraded"

@@ -53,13 +53,17 @@ def difference(code: str, may_hold_newlines: bool = True) -> str:
                 return f"Monty may not support {name}"
             case ast.Call(func=ast.Name(id="pow"), args=[_, _, _]):
                 return "Monty may not support pow() with a modulus"
+            case ast.Call(func=ast.Attribute(attr="encode" | "decode"), args=[_, *_]):
+                return "Monty may not support the encoding"
+            case ast.AugAssign(op=ast.Add(), value=ast.Tuple()):
+                return "Monty cannot add a tuple to a list"
             case ast.Name(id=name) if name in _INCOMPLETE:
                 return f"Monty supports {name} only in part"
     return ""
 
 
 def _is_special(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__") and name != "__init__"
+    return name.startswith("__") and name != "__init__"  # special, or private to a class
 
 
 def _names(node: ast.AST) -> set[str]:
@@ -79,6 +83,8 @@ def _treats_as_list(nodes: list[ast.AST]) -> bool:
         if isinstance(node, (ast.For, ast.comprehension)):
             read.add(id(node.iter))
         elif isinstance(node, ast.Starred):
+            read.add(id(node.value))
+        elif isinstance(node, ast.Assign) and all(isinstance(t, (ast.Tuple, ast.List)) for t in node.targets):
             read.add(id(node.value))
         elif isinstance(node, ast.Compare):
             unordered.update(map(id, [node.left, *node.comparators]))
