@@ -28,12 +28,14 @@ class Check(NamedTuple):
     """Test code that must not raise. It calls the program's functions and classes in `names`.
 
     in_place: The tests read arguments after the call: changes that the program made to them are sent back.
+    uses_objects: The tests use attributes of results or call them: results need not be plain data.
     unsupported: Why no tier can run the tests, or "".
     """
 
     source: str
     names: tuple[str, ...]
     in_place: bool = False
+    uses_objects: bool = False
     unsupported: str = ""
 
 
@@ -149,11 +151,14 @@ def _parse_check(source: str, entry_point: str | None, setup: str) -> tuple[Case
     return (_as_check(f"{setup}\n{source}\ncheck({entry_point})", {entry_point}, candidate),)
 
 
-_parser_lock = threading.Lock()
+_parser_lock = threading.RLock()
 
 
 def parse_python(source: str, mode: str = "exec") -> ast.AST:
-    """Return the syntax tree. In Python 3.11, parsing in two threads at once can raise SystemError."""
+    """Return the syntax tree of Python code.
+
+    In Python 3.11, ast.parse raises SystemError if a garbage collection lets another thread parse meanwhile.
+    """
     with _parser_lock:
         for attempt in range(5):
             try:
@@ -193,38 +198,71 @@ def _as_check(source: str, names: set[str], candidate: str = "") -> Check:
     """Return test code as a case. candidate: the name of the function under test inside check()."""
     nodes = list(ast.walk(_tree(source)))
     callees = names | ({candidate} if candidate else set())
+    results = _variables_with_results(nodes, callees)
     return Check(
-        source, tuple(sorted(names)), _reads_changed_arguments(nodes, callees), _unsupported_use(nodes, callees)
+        source,
+        tuple(sorted(names)),
+        in_place=_reads_changed_arguments(nodes, callees, results),
+        uses_objects=_uses_objects(nodes, callees, results),
+        unsupported=_unsupported_use(nodes, callees),
     )
 
 
-def _reads_changed_arguments(nodes: list[ast.AST], callees: set[str]) -> bool:
+def _calls(node: ast.AST, callees: set[str]) -> list[ast.Call]:
+    return [n for n in ast.walk(node) if _is_named_call(n) and n.func.id in callees]
+
+
+def _read_names(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def _variables_with_results(nodes: list[ast.AST], callees: set[str]) -> set[str]:
+    """Return the variables that depend on a result of the program."""
+    results = set()
+    for node in nodes:
+        if isinstance(node, ast.Assign) and (_calls(node.value, callees) or _read_names(node.value) & results):
+            results.update(*map(_read_names, node.targets))
+        if isinstance(node, (ast.For, ast.comprehension)) and _calls(node.iter, callees):
+            results.update(_read_names(node.target))
+    return results
+
+
+def _uses_objects(nodes: list[ast.AST], callees: set[str], results: set[str]) -> bool:
+    """Return True if the tests use a class, attributes of results, or results as functions."""
+    if any(name[:1].isupper() for name in callees):
+        return True
+    for node in nodes:
+        match node:
+            case ast.Attribute(value=base) | ast.Call(func=ast.Call() as base) | ast.Call(func=ast.Name() as base):
+                is_result = isinstance(base, ast.Name) and base.id in results
+                if (
+                    is_result
+                    or (isinstance(base, ast.Call) and _calls(base.func, callees))
+                    or base in _calls(base, callees)
+                ):
+                    return True
+            case ast.FunctionDef(decorator_list=decorators) if any(_read_names(d) & callees for d in decorators):
+                return True
+    return False
+
+
+def _reads_changed_arguments(nodes: list[ast.AST], callees: set[str], results: set[str]) -> bool:
     """Return True if the tests call a function for its effect on an argument.
 
     They do if a call is a statement of its own, or if an assert reads an argument and no result of the program. Any
     other test, such as `assert f(x) == sorted(x)`, expects `x` as it was before the call.
     """
-
-    def calls(node):
-        return [n for n in ast.walk(node) if _is_named_call(n) and n.func.id in callees]
-
-    def names(node):
-        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
-    results = set()  # variables that depend on a result
     passed = set()  # variables that are arguments
     for node in nodes:
-        if isinstance(node, ast.Assign) and (calls(node.value) or names(node.value) & results):
-            results.update(*map(names, node.targets))
-        for call in calls(node) if isinstance(node, ast.stmt) else ():
-            passed.update(*map(names, [*call.args, *(keyword.value for keyword in call.keywords)]))
+        for call in _calls(node, callees) if isinstance(node, ast.stmt) else ():
+            passed.update(*map(_read_names, [*call.args, *(keyword.value for keyword in call.keywords)]))
     for node in nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            arguments = [argument for call in calls(node.value) for argument in call.args]
+            arguments = [argument for call in _calls(node.value, callees) for argument in call.args]
             if any(isinstance(argument, ast.Name) for argument in arguments):
                 return True
-        if isinstance(node, ast.Assert) and not calls(node.test):
-            if names(node.test) & (passed - results) and not names(node.test) & results:
+        if isinstance(node, ast.Assert) and not _calls(node.test, callees):
+            if _read_names(node.test) & (passed - results) and not _read_names(node.test) & results:
                 return True
     return False
 
@@ -241,7 +279,7 @@ def _unsupported_use(nodes: list[ast.AST], callees: set[str]) -> str:
                 pass
             case _:
                 continue
-        for name in sorted({n.id for n in ast.walk(uses) if isinstance(n, ast.Name)} & callees):
+        for name in sorted(_read_names(uses) & callees):
             return f"the tests use {name} itself, not only what it returns"
     return ""
 
@@ -260,7 +298,9 @@ def _bound_names(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
             names.add(node.name)
         elif isinstance(node, ast.arg):
             names.add(node.arg)

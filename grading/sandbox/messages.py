@@ -248,3 +248,13 @@ def builtin_name(error: BaseException) -> str | None:
     """Return the name of the built-in exception that an error is, or None if it must not be raised in a test."""
     mro = type(error).__mro__
     return next((k.__name__ for k in mro if k.__name__ in PLAIN_EXCEPTIONS and vars(builtins)[k.__name__] is k), None)
+
+
+def error_message(error: BaseException) -> str:
+    """Return the argument that gives an exception the same text if the exception is raised with it."""
+    try:
+        args = BaseException.args.__get__(error)
+        is_quoted = type(error).__str__ is KeyError.__str__ and len(args) == 1 and type(args[0]) is str
+        return (args[0] if is_quoted else str.__str__(str(error)))[:1000]
+    except BaseException:
+        return ""

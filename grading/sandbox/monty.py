@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 
 from grading.sandbox.cases import Check, Script, parse_python
-from grading.sandbox.messages import MAX_MESSAGE_BYTES, MAX_NODES, PLAIN_EXCEPTIONS
+from grading.sandbox.messages import MAX_MESSAGE_BYTES, MAX_NODES, PLAIN_EXCEPTIONS, error_message
 from grading.sandbox.outcomes import TOO_SLOW, Failed, Unsupported, first_line, run_check
 from grading.sandbox.tiers import MAX_STDOUT_BYTES, NICE
 
@@ -72,9 +72,9 @@ class Monty:
             def remote(name):
                 def call_program(*args, **kwargs):
                     try:
-                        return call(_call_with_copies, session, name, args, kwargs)
+                        return call(_call_with_copies, session, case, name, args, kwargs)
                     except Failed as failure:
-                        raise getattr(builtins, failure.kind or "RuntimeError")(failure.detail) from None
+                        raise getattr(builtins, failure.kind or "RuntimeError")(failure.message) from None
 
                 return call_program
 
@@ -115,7 +115,7 @@ class Monty:
             return "".join(text for stream, text in session.printed.output if stream == "stdout")
 
 
-def _call_with_copies(session: "_MontySession", name: str, args: tuple, kwargs: dict):
+def _call_with_copies(session: "_MontySession", case: Check, name: str, args: tuple, kwargs: dict):
     """Call a function of the program for a test. In CPython, tests may also pass functions and get objects."""
     for value in [*args, *kwargs.values()]:
         if isinstance(value, str) and value.startswith(_OBJECTS) or not isinstance(value, _PLAIN):
@@ -123,7 +123,7 @@ def _call_with_copies(session: "_MontySession", name: str, args: tuple, kwargs: 
     try:
         return session.call(name, args, kwargs)
     except Failed as failure:
-        if failure.outcome == "bad_type":
+        if failure.outcome == "bad_type" and case.uses_objects:
             raise Unsupported("Monty cannot pass an object of the program to the tests") from None
         raise
 
@@ -208,7 +208,8 @@ class _MontySession:
                 raise Unsupported(first_line(error)) from None
             outcome = {TimeoutError: "timeout", MemoryError: "memory"}.get(type(cause), "crash")
             kind = type(cause).__name__ if type(cause).__name__ in {*PLAIN_EXCEPTIONS, "SystemExit"} else None
-            raise Failed(outcome, first_line(error), kind if outcome == "crash" else None) from None
+            kind = kind if outcome == "crash" else None
+            raise Failed(outcome, first_line(error), kind, error_message(cause)) from None
         except self.monty.MontyCrashedError:
             raise
         except self.monty.MontyError as error:

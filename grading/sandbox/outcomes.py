@@ -12,14 +12,18 @@ def first_line(error) -> str:
 
 
 class Failed(Exception):
-    """The program failed. `outcome` is a word such as timeout or crash, `kind` the built-in exception it raised."""
+    """The program failed. `outcome` is a word such as timeout or crash.
 
-    def __init__(self, outcome: str, detail: str, kind: str | None = None):
+    kind, message: The built-in exception that the program raised, for tests that expect it.
+    """
+
+    def __init__(self, outcome: str, detail: str, kind: str | None = None, message: str | None = None):
         super().__init__(f"{outcome}: {detail}")
         detail = "".join(c if c.isprintable() else "?" for c in detail[:200])  # may be text from the program
         self.outcome = outcome
         self.detail = detail
         self.kind = kind
+        self.message = detail if message is None else message
 
 
 class Unsupported(Exception):

@@ -15,6 +15,7 @@ if __name__ == "tester":  # inside the sandbox
 else:
     from grading.sandbox import messages
 
+_NOT_PLAIN = {"bad_type": "the program did not return plain data"}
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 
 
@@ -56,7 +57,7 @@ class Tests:
             messages.send(self.connection, self._call_back(answer))
             answer = messages.receive(self.connection)
         if answer.get("type"):  # an exception that a test may expect
-            error = getattr(builtins, answer["type"])(answer["detail"])
+            error = getattr(builtins, answer["type"])(answer["message"])
             error.is_of_program = True
             raise error
         if "ok" not in answer:
@@ -95,7 +96,7 @@ class Tests:
             return {"returned": messages.encode(self.functions[message["callback"]](*args), self._refer)}
         except Exception as error:
             kind = messages.builtin_name(error) or "RuntimeError"
-            return {"returned": None, "type": kind, "detail": messages.describe_error(error)}
+            return {"returned": None, "type": kind, "message": messages.error_message(error)}
 
 
 class Handle:
@@ -143,7 +144,9 @@ class Handle:
         return self._is_instance or self._refuse()
 
     def __eq__(self, other):
-        return self is other or (other is not None and self._refuse())
+        if self is other or other is None:
+            return self is other
+        return self._refuse() if type(other) is Handle else self._tests.stop(_NOT_PLAIN)
 
     def __ne__(self, other):
         return not self == other
@@ -154,7 +157,7 @@ class Handle:
         """Refuse an operation whose result would be the program's verdict on itself."""
         if self._is_instance:
             self._tests.stop({"unsupported": "the tests compare or compute with an object of the program"})
-        self._tests.stop({"bad_type": "the program did not return plain data"})
+        self._tests.stop(_NOT_PLAIN)
 
     __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __abs__ = __neg__ = __int__ = __float__ = __index__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse

@@ -117,9 +117,9 @@ class Process:
                 answer = _request_tester(tester, request, deadline)
                 while "passed" not in answer:
                     try:
-                        reply = call(session.forward, answer)
+                        reply = call(session.forward, answer, case.uses_objects)
                     except Failed as failure:
-                        reply = {"error": failure.outcome, "detail": failure.detail, "type": failure.kind}
+                        reply = {"type": failure.kind, "message": failure.message}
                     try:
                         answer = _request_tester(tester, reply, deadline)
                     except Unsupported:  # the returned value crashed the tests' process
@@ -184,15 +184,18 @@ class _ProcessSession:
         except (NotPlain, KeyError, RecursionError):
             raise Failed("bad_type", "the program did not return plain data") from None
 
-    def forward(self, message: dict) -> dict:
-        """Forward a message of the tests to the program, and return the program's answer, reduced to valid content."""
-        answer = self.request(message | {"keep": True})
+    def forward(self, message: dict, keep: bool) -> dict:
+        """Forward a message of the tests to the program, and return the program's answer, reduced to valid content.
+
+        keep: whether results may refer to objects that stay in the program's process.
+        """
+        answer = self.request(message | {"keep": keep})
         try:
             if type(number := answer.get("callback")) is int:
-                return {"callback": number, "args": [_validated(a) for a in answer["args"]]}
-            reply = {"ok": _validated(answer["ok"]), "made": answer.get("made") is True}
+                return {"callback": number, "args": [_validated(a, keep) for a in answer["args"]]}
+            reply = {"ok": _validated(answer["ok"], keep), "made": answer.get("made") is True}
             if message.get("in_place") and "args" in answer:
-                reply["args"] = [_validated(a) for a in answer["args"]]
+                reply["args"] = [_validated(a, keep) for a in answer["args"]]
             return reply
         except (NotPlain, KeyError, TypeError, RecursionError):
             raise Failed("bad_type", "the program did not return plain data") from None
@@ -213,11 +216,11 @@ class _ProcessSession:
         return answer
 
 
-def _validated(value):
-    """Return an encoded value of the program if it is plain data or refers to an object of the program."""
+def _validated(value, keep: bool):
+    """Return an encoded value of the program if it is plain data, or if keep and it refers to an object."""
 
     def resolve(kind, key):
-        if kind != "object" or type(key) is not int:
+        if not keep or kind != "object" or type(key) is not int:
             raise NotPlain("the value refers to something else than an object of the program")
         return Reference(kind, key)
 
@@ -230,7 +233,8 @@ def _failure(answer) -> Failed:
     outcome, kind = answer.get("error"), answer.get("type")
     outcome = outcome if isinstance(outcome, str) and outcome in FAILURES else "crash"
     kind = kind if isinstance(kind, str) and kind in PLAIN_EXCEPTIONS else None
-    return Failed(outcome, str(answer.get("detail", "")), kind)
+    message = answer.get("message")
+    return Failed(outcome, str(answer.get("detail", "")), kind, message if isinstance(message, str) else None)
 
 
 def _exit_outcome(exit_report: dict, seconds: float) -> tuple[str, str]:

@@ -32,7 +32,7 @@ import types
 
 if __name__ == "__main__":  # started as a script: the modules that it needs are in its folder
     import lockdown
-    from messages import NotPlain, Reference, builtin_name, decode, describe_error, encode, receive, send
+    from messages import NotPlain, Reference, builtin_name, decode, describe_error, encode, error_message, receive, send
     from tester import serve_tester
 
     sys.path.pop(0)
@@ -86,7 +86,8 @@ class Program:
         try:
             answer = self._answer(message)
         except BaseException as error:
-            answer = {"error": error_outcome(error), "detail": describe_error(error), "type": builtin_name(error)}
+            answer = {"error": error_outcome(error), "detail": describe_error(error)}
+            answer |= {"type": builtin_name(error), "message": error_message(error)}
         try:
             send(self.connection, answer)
         except NotPlain as error:
@@ -136,7 +137,7 @@ class Program:
         while "returned" not in (message := receive(self.connection)):
             self.serve(message)  # the function calls the program
         if message.get("type"):
-            raise getattr(builtins, message["type"])(message["detail"])
+            raise getattr(builtins, message["type"])(message["message"])
         return decode(message["returned"], self._resolve)
 
 

@@ -62,6 +62,10 @@ RIGHT = [
     (MATCH, "assert f('aab') and f('c') is None"),
     (MATCH, "assert f('aab').group() == 'aab' and f('a').groups() == ('a', None) and f('ab').span(2) == (1, 2)"),
     ("import math\ndef f(x): return math.sqrt(x)", "assert math.isclose(f(4), 2.0)"),
+    ("def f(x): raise KeyError('a b')", "try:\n    f(1)\nexcept KeyError as e:\n    assert e.args == ('a b',)"),
+    ("class E(ValueError): pass\ndef f(x): raise E('no')", "try:\n    f(1)\nexcept Exception as e:\n    assert str(e) == 'no'"),
+    ("class E(ValueError):\n    def __str__(self): return 'no'\ndef f(x): raise E", "try:\n    f(1)\nexcept ValueError as e:\n    assert str(e) == 'no'"),
+    ("def f(g):\n    try: g()\n    except ValueError as e: return str(e)", "def h(): raise ValueError('no')\nassert f(h) == 'no'"),
     ("def f(x):\n    if x < 0: raise ValueError('x')\n    return x", "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass"),
 ]  # fmt: skip
 
