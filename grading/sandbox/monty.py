@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from grading.sandbox.cases import Check, Script, parse_python
 from grading.sandbox.messages import MAX_MESSAGE_BYTES, MAX_NODES, PLAIN_EXCEPTIONS, error_message
@@ -16,6 +16,7 @@ from grading.sandbox.tiers import MAX_STDOUT_BYTES, NICE
 
 FAST_MEMORY_BYTES = 64 * 2**20  # filling more takes Monty longer than its time limit
 SLOW_MEMORY_BYTES = 256 * 2**20
+MAX_WORKERS = 64
 MAX_RECURSION = 994  # as in the CPython of the sandbox
 
 
@@ -31,7 +32,7 @@ class Monty:
             # Otherwise every call searches for it, which takes half of the time.
             sys.modules.setdefault("opentelemetry", None)
         self.monty = pydantic_monty
-        self.pool = pydantic_monty.Monty(min_processes=1, max_processes=64, request_timeout=30.0).__enter__()
+        self.pool = pydantic_monty.Monty(min_processes=1, max_processes=MAX_WORKERS, request_timeout=30.0).__enter__()
 
     def close(self) -> None:
         self.pool.__exit__(None, None, None)
@@ -41,7 +42,6 @@ class Monty:
         """Yield a session in which the program has run. seconds: running time for all of its calls together."""
         with self._session(seconds, slow) as session:
             session.code = code
-            session.feed(_SETUP.replace("S_", session.secret))
             session.run(code)
             yield session
 
@@ -56,13 +56,29 @@ class Monty:
             "max_suspensions": 100_000,
         }
         try:
-            with self.pool.checkout(limits=limits, assert_message_annotations=False) as session:
-                if hasattr(os, "setpriority") and (pid := session.worker_pid):
+            with ExitStack() as stack:
+                session = self._live_session(stack, limits, seconds)
+                if hasattr(os, "setpriority") and (pid := session.session.worker_pid):
                     with suppress(OSError):  # only root can raise the priority again after a slow program
                         os.setpriority(os.PRIO_PROCESS, pid, NICE if slow else os.nice(0))
-                yield _MontySession(self.monty, session, seconds)
+                yield session
         except self.monty.MontyCrashedError as error:
             raise Failed("timeout" if error.timed_out else "killed", first_line(error)) from None
+
+    def _live_session(self, stack: ExitStack, limits: dict, seconds: float) -> "_MontySession":
+        """Return a session in a worker that runs. Skip those that were killed while they were idle."""
+        for worker in range(MAX_WORKERS + 1):
+            with ExitStack() as attempt:
+                try:
+                    checkout = self.pool.checkout(limits=limits, assert_message_annotations=False)
+                    session = _MontySession(self.monty, attempt.enter_context(checkout), seconds)
+                    session.feed(_SETUP.replace("S_", session.secret))
+                except self.monty.MontyCrashedError:
+                    if worker == MAX_WORKERS:
+                        raise
+                    continue
+                stack.push(attempt.pop_all())
+                return session
 
     def check(self, case: Check, session, seconds: float, slow: bool) -> None:
         if case.in_place:

@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from grading import Ungraded, grade_code
@@ -182,6 +183,18 @@ def test_replaces_a_worker_that_died_while_idle():
     pid = run_in_worker("os:getpid", preload=("math",))
     os.kill(pid, 9)
     assert run_in_worker("math:sqrt", 4.0, preload=("math",)) == 2.0
+
+
+def test_killed_interpreters_change_no_verdict():
+    """Interpreters that were killed while idle are skipped; a program whose interpreter is killed runs again."""
+    program = "def f(x):\n    n = 0\n    for i in range(20000): n += i\n    return x"
+    with use_only_tier("monty"), ThreadPoolExecutor(16) as pool:
+        for _ in range(6):
+            verdicts = [pool.submit(grade_code, program, ["assert f(1) == 1"]) for _ in range(24)]
+            for child in psutil.Process().children(recursive=True):
+                if "monty" in child.name():
+                    child.kill()
+            assert [verdict.result()[0] for verdict in verdicts] == [1.0] * 24
 
 
 def test_slow_pass_in_monty_is_held_to_the_same_rules():
