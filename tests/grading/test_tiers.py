@@ -191,6 +191,7 @@ def test_killed_interpreters_change_no_verdict():
     with use_only_tier("monty"), ThreadPoolExecutor(16) as pool:
         for _ in range(6):
             verdicts = [pool.submit(grade_code, program, ["assert f(1) == 1"]) for _ in range(24)]
+            time.sleep(0.02)
             for child in psutil.Process().children(recursive=True):
                 if "monty" in child.name():
                     child.kill()
