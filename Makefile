@@ -8,7 +8,7 @@
 # make bench          a training step compared with TRL                         (ARGS="--reward task")
 # make test-gpu       tests that need an NVIDIA GPU, a few minutes
 # make test-unsloth   tests of the calls into Unsloth, with its CPU fallback, in .venv-unsloth-cpu
-# make screenshots    pictures of the page for the docs, from the newest run; needs chromium
+# make screenshots    screenshots of the page for the docs, from the newest run; needs chromium
 # make clean          remove environments and caches
 #
 # PYTHON=python3.12 selects the interpreter, PIP_ARGS="--extra-index-url ..." is passed to pip. On a machine with an NVIDIA
@@ -74,7 +74,7 @@ test-unsloth: .venv-unsloth-cpu/installed
 	@$(PY) $(PIP) -r .venv/dev.txt
 	@touch $@
 
-# Without its dependencies: on a CPU they would install packages for GPUs, and the rest is already there.
+# Unsloth is installed without its dependencies: some are packages for GPUs, and the others are installed already.
 .venv-unsloth-cpu/installed: requirements-cpu.txt requirements-dev.txt requirements.txt
 	@$(PYTHON) -m venv .venv-unsloth-cpu
 	@.venv-unsloth-cpu/bin/python $(PIP) -r requirements-cpu.txt -r requirements-dev.txt

@@ -4,7 +4,7 @@
     python bench/compare.py --only ppo gspo --seeds 0     two methods, one seed
 
 The run folders are runs/compare/METHOD-STEPS-SEED. Finished runs are not repeated, so an interrupted comparison can be
-resumed; delete the folders after a change of the code. Writes the table in docs/compare.md and docs/compare.png.
+resumed; delete the folders after changing the code. Writes the table in docs/compare.md and docs/compare.png.
 """
 
 import argparse
@@ -45,8 +45,8 @@ METHODS = {  # name: arguments of train.py
 GOAL = 0.8  # greedy accuracy on held-out questions
 LAST_STEPS = 6  # number of steps at the end over which the KL is averaged
 COLUMNS = {  # key in the figures of a run: heading, number format
-    "greedy": ("right, greedy", ".1%"),
-    "sampled": ("right, sampled", ".1%"),
+    "greedy": ("accuracy, greedy", ".1%"),
+    "sampled": ("accuracy, sampled", ".1%"),
     "to_goal": (f"completions to {GOAL:.0%} greedy", ",.0f"),
     "kl": ("KL, nats per token", ".3f"),
     "completions": ("completions", ",.0f"),
@@ -73,7 +73,7 @@ def train(steps: int, job: tuple[str, int]) -> dict:
 
 
 def read_figures(folder: Path) -> dict:
-    """Return the figures of a run. `points` has (completions, greedy accuracy) of each evaluation, untrained first."""
+    """Return the figures of a run. `points`: (completions, greedy accuracy) of each evaluation, from step 0 on."""
     evaluations = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["eval"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rollouts = sorted((folder / "rollouts").glob("*.jsonl"))  # one file per step, one line per completion
@@ -113,7 +113,7 @@ def spread(values: list[float], number_format: str) -> str:
 
 
 def table(runs: dict[str, list[dict]]) -> str:
-    """Return the table in Markdown, one row per method. runs: by method, the figures of all seeds."""
+    """Return the table in Markdown, one row per method. runs: the figures of all seeds, by method."""
     before = [run["before"] for seed_runs in runs.values() for run in seed_runs]
     cells = [spread([rates[key] for rates in before], ".1%") for key in ("accuracy", "accuracy_sampled")]
     lines = [f"| method | {' | '.join(heading for heading, _ in COLUMNS.values())} |", "|---" * 7 + "|"]
@@ -147,7 +147,7 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
                 axes.plot([n / 1000 for n in completions], [100 * rate for rate in accuracy], **style)
         axes.axhline(100 * GOAL, c="grey", lw=0.8, ls="--")
         axes.set(title=method, ylim=(-2, 102))
-    figure.supylabel("right (greedy), %")
+    figure.supylabel("accuracy (greedy), %")
     figure.supxlabel("completions, thousands")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="number of concurrent runs")
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # for each run

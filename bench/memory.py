@@ -1,10 +1,10 @@
 """Compare the memory predicted by `--dry-run` with the memory measured by `--probe`, for models with random weights.
 
-    python bench/memory.py                 all models; five to ten minutes on a CPU
+    python bench/memory.py                 all models; takes five to ten minutes on a CPU
     python bench/memory.py qwen3-167m      one model
 
-The measured value is, on a CPU, the peak of resident memory minus that after the imports (Linux); on a GPU, the peak of
-memory allocated by PyTorch.
+On a CPU (Linux), the measured value is the peak of resident memory minus the resident memory after the imports. On a
+GPU, it is the peak of the memory allocated by PyTorch.
 """
 
 import json
@@ -36,7 +36,7 @@ SMALL_SHAPES = {  # in addition to rl/fit/models.json
     "qwen3-167m": ("qwen3", 151936, 768, 2048, 8, 12, 4, 64, True),
     "llama-129m": ("llama", 8192, 640, 1728, 24, 10, 10, 64, False),
     "qwen2-199m": ("qwen2", 50304, 1536, 4096, 5, 12, 2, 128, True),  # head_dim is always hidden_size / heads
-    "qwen3-small": ("qwen3", 512, 64, 128, 2, 4, 2, 16, True),  # for tests of GPU benchmarks on a CPU
+    "qwen3-small": ("qwen3", 512, 64, 128, 2, 4, 2, 16, True),  # for testing the GPU benchmarks on a CPU
 }
 # fmt: on
 

@@ -1,20 +1,20 @@
 """Compare Ponder with another trainer: time and memory of the same training step, measured in interleaved rounds.
 
     python bench/vs_peer.py                                            TRL, with the bundled tiny model
-    python bench/vs_peer.py --random-weights Qwen/Qwen3-1.7B           in 4 bit, on a GPU
-    python bench/vs_peer.py --until 80                                 seconds until 80 % of completions are right
-    .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth       Unsloth if it is installed; its fallback on a CPU
+    python bench/vs_peer.py --random-weights Qwen/Qwen3-1.7B           4-bit weights, on a GPU
+    python bench/vs_peer.py --until 80                                 time until 80 % of the completions are right
+    .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth       Unsloth, or its CPU fallback
 
 The trainers run in two processes with the same packages and number of threads; while one works, the other waits. They
 use the same model and LoRA, prompts, group size, length limit, sampling, reward and loss (GRPO with `dapo`, no KL, one
 AdamW step per roll-out), and their log-probabilities are compared first. On the tiny model they start from a LoRA that
-train.py has trained for 10 steps, since completions are longer then; a tiny learning rate keeps their length. TRL is in
-requirements-dev.txt, Unsloth in the environment of `make test-unsloth`.
+train.py has trained for 10 steps, since its completions are longer; a tiny learning rate keeps their length constant.
+TRL is in requirements-dev.txt, Unsloth in the environment of `make test-unsloth`.
 
 Ratios are peer / Ponder: above 1 is better for Ponder. A round's figure is the median of its steps; the table has the
-median of the rounds, for ratios also the lowest and the highest round. Ponder's steps are those of train.py without
-logs. Their roll-out time includes scoring, since completions are scored as they end; the peer's (about 1 ms) counts as
-update.
+median of the rounds and, for ratios, the lowest and highest round. Ponder's steps are those of train.py without logs.
+Their roll-out time includes scoring, since completions are scored as they end; the peer's scoring (about 1 ms) is part
+of its update time.
 """
 
 import argparse
@@ -160,7 +160,7 @@ class Peer:
         try:
             return self.pipe.recv()
         except EOFError:
-            sys.exit("error: the peer has failed, see above")
+            sys.exit("error: the peer has failed: its error is printed above")
 
 
 def load_peer(peer: str, config: Config, adapter: str, length: int):
@@ -308,7 +308,7 @@ def summarize(steps: list[dict]) -> dict[str, float]:
 
 
 def compare(rounds: dict[str, list[list[dict]]]) -> dict:
-    """Return the figures of both trainers, and ratios. rounds: by trainer, for each round, the figures of its steps."""
+    """Return the figures of both trainers, and ratios. rounds: figures by trainer, round and step."""
     sides = {side: summarize([step for steps in by_round for step in steps]) for side, by_round in rounds.items()}
     pairs = [(summarize(ours), summarize(peer)) for ours, peer in zip(rounds["ours"], rounds["peer"])]
     spread = {}
@@ -319,7 +319,7 @@ def compare(rounds: dict[str, list[list[dict]]]) -> dict:
 
 
 def steps_until(goal: float, steps: list[dict]) -> dict[str, float] | None:
-    """Return the number of steps until one reaches this accuracy, and their seconds; None if none does."""
+    """Return the number of steps until one reaches this accuracy, and their total seconds; None if none does."""
     number = next((n for n, step in enumerate(steps, 1) if step["accuracy"] >= goal), None)
     return number and {"steps": number, "seconds": sum(step["step"] for step in steps[:number])}
 
@@ -337,7 +337,9 @@ def report(result: dict) -> str:
     lines.append(f"{versions}; log-probabilities differ by at most {result['off_by']:.1e} nats")
     for side, cold in result["cold"].items():
         name = "Ponder" if side == "ours" else result["peer"]
-        lines.append(f"{name}, cold: {cold['loading']:.1f} s to load, {cold['first_step']:.1f} s for the first step")
+        lines.append(
+            f"{name}, cold start: {cold['loading']:.1f} s to load, {cold['first_step']:.1f} s for the first step"
+        )
     return "\n".join(lines)
 
 
@@ -346,13 +348,13 @@ def main() -> None:
     parser.add_argument("--peer", choices=("trl", "unsloth"), default="trl")
     parser.add_argument("--model", default="data/tiny")
     parser.add_argument(
-        "--random-weights", metavar="NAME", help="random weights in the shape of this model in rl/fit/models.json"
+        "--random-weights", metavar="NAME", help="use random weights in the shape of this model from rl/fit/models.json"
     )
     parser.add_argument(
         "--reward", choices=("coin", "task"), default="coin", help="coin: random, so that Ponder cannot skip groups"
     )
     parser.add_argument(
-        "--until", type=float, metavar="PERCENT", help="train a new LoRA and report when this much is right"
+        "--until", type=float, metavar="PERCENT", help="train a new LoRA and report when this share of answers is right"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps per trainer and round")
@@ -385,7 +387,7 @@ def main() -> None:
     print(report(result))
     if args.until:
         result["until"] = {s: steps_until(args.until / 100, sum(rounds[s], warm_up[s])) for s in sides}
-        print(f"{args.until:g} % right: {result['until']}")
+        print(f"{args.until:g} % of the completions are right: {result['until']}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -6,7 +6,7 @@ is a complete solution. All other columns of the source are kept. Rows without a
 
     sums, words, functions, long_sums, ...      generated from a seed (data/tasks.py)
     reasoning_gym:NAME                          generated from a seed by the package reasoning_gym (data/gym.py)
-    questions.jsonl, .json, .csv, .parquet      a file; well-known datasets are recognised by columns (data/formats.py)
+    questions.jsonl, .json, .csv, .parquet      a file; well-known datasets are recognized by columns (data/formats.py)
     openai/gsm8k, OWNER/NAME:CONFIG[SPLIT]      a dataset on the Hugging Face Hub (data/hub.py)
 
     python -m data show sums                    # print a few rows of a source

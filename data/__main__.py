@@ -30,9 +30,13 @@ def main() -> None:
     check.add_argument("-n", type=int, help="number of rows (default: all; 100 for generated questions)")
     for command in (show, check):
         command.add_argument("source", help=SOURCES)
-        command.add_argument("--split", choices=["train", "eval", "pretrain"], default="train", help="(default train)")
+        command.add_argument(
+            "--split", choices=["train", "eval", "pretrain"], default="train", help="split to read (default train)"
+        )
         command.add_argument("--seed", type=int, default=0, help="seed of generated questions (default 0)")
-        command.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+        command.add_argument(
+            "--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="column names, such as prompt=question"
+        )
     args = parser.parse_args()
     if args.n is not None and args.n < 1:
         parser.error("-n must be at least 1")

@@ -1,6 +1,6 @@
 """Row formats of well-known datasets, and their conversion to the project's schema.
 
-A format is recognised by its columns, in files and on the Hub. To add one, write a function that converts a row, and add
+A format is recognized by its columns, in files and on the Hub. To add one, write a function that converts a row, and add
 a line to FORMATS. Code rows get `tests` (all tests of the dataset, including the one shown in the prompt: a program that
 hard-codes it fails the others), `setup` (code that runs before both program and tests) and `solution` (a gold program).
 """

@@ -118,8 +118,8 @@ def _to_row(raw: dict, name: str, columns: dict[str, str], place: str, form: For
         prompt_name = next((name for name in PROMPT_NAMES if name in row), None)
         if prompt_name is None:
             raise DataError(
-                f"{place}: no column prompt, question or problem, only {', '.join(raw)}: map yours with columns: "
-                "{prompt: YOUR_COLUMN}"
+                f"{place}: no column prompt, question or problem, only {', '.join(raw)}: map yours with "
+                "--columns prompt=YOUR_COLUMN, or columns: {prompt: YOUR_COLUMN} in the settings file"
             )
         row["prompt"] = row[prompt_name]
     if not is_prompt(row["prompt"]):

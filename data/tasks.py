@@ -176,7 +176,7 @@ MAKERS = {
     "words": make_word_problem,
     "functions": make_function,
     "big_sums": partial(make_sum, family="big_sums", low=10, high=99, terms=(2, 3, 4)),
-    # Longer than the sums that the bundled model was pretrained on; and even longer ones, to test generalisation.
+    # Longer than the sums that the bundled model was pretrained on; and even longer ones, to test generalization.
     "long_sums": partial(make_sum, family="long_sums", low=10, high=99, terms=(5,)),
     "longer_sums": partial(make_sum, family="longer_sums", low=10, high=99, terms=(6, 7)),
     "countdown": make_countdown,

@@ -19,7 +19,7 @@ from rl.run.read_config import read_yaml
 class Settings:
     """Merge a trained LoRA into its 16-bit base model, for transformers, vLLM, llama.cpp and Ollama."""
 
-    path: str  # run folder, for its last checkpoint, or the folder of a checkpoint
+    path: str  # run folder (its last checkpoint is exported), or the folder of a checkpoint
     gguf: Literal[CONVERTED_TYPES + QUANTIZED_TYPES] | None = None  # also write a GGUF file of this type
     llama_cpp: str | None = None  # llama.cpp folder; default: the PATH, ./llama.cpp, ~/llama.cpp, ~/.unsloth/llama.cpp
     eval_questions: int = 402  # maximum number of held-out questions to answer; 0: none
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the folder of a checkpoint, given by a run folder (its last checkpoint), checkpoints/best or itself.
+    """Return the checkpoint folder for a path: a run folder (its last checkpoint), checkpoints/best, or a checkpoint.
 
     Raises ConfigError if there is no checkpoint or it does not belong to a run.
     """

@@ -99,8 +99,8 @@ def compare_logits(base, trained, merged, rounding: float) -> dict[str, float]:
     if not (largest <= MAX_SHARE * largest_effect and rms <= bound):  # also true if one is nan
         raise RunError(
             f"the merged model is not the trained model: its logits differ by up to {largest:.2g} from base with LoRA, "
-            f"whose effect is up to {largest_effect:.2g} (root mean square {rms:.1%}, rounding at most {bound:.1%}); "
-            "if the LoRA is too small for 16 bits, use base and LoRA without merging (PeftModel.from_pretrained)"
+            f"which itself changes them by up to {largest_effect:.2g} (root mean square {rms:.1%}, at most {bound:.1%} "
+            "allowed); if the LoRA is too small for 16 bits, use base and LoRA unmerged (PeftModel.from_pretrained)"
         )
     return {"merged": largest, "lora": largest_effect, "relative_rms": rms, "rounding": rounding}
 

@@ -94,7 +94,8 @@ class Export:
             self.merged_logits = merge.compute_logits(self.load(folder, dtype=self.dtype).model, self.texts)
             figures = merge.compare_logits(base_logits, trained_logits, self.merged_logits, rounding)
         print(
-            f"read back   logits within {figures['merged']:.2g} of base and LoRA, whose effect is {figures['lora']:.2g}"
+            f"read back   logits differ from base with LoRA by up to {figures['merged']:.2g} "
+            f"(the LoRA changes them by up to {figures['lora']:.2g})"
         )
         print(f"written     {self.merged}")
         self.report["logits"] = {"places": len(trained_logits)} | figures
@@ -172,7 +173,7 @@ pipeline_tag: text-generation
 tags: [ponder]
 ---
 
-# {self.base} with a LoRA merged into it, trained by Ponder
+# {self.base} with a LoRA merged into it, trained with Ponder
 
 {config.algorithm.upper()}, step {self.state["step"]}, seed {config.seed}, on {", ".join(config.train_data)}.
 System prompt: {config.system_prompt or "none"}. Chat template settings: {json.dumps(config.chat_template_kwargs)}.

@@ -1,4 +1,4 @@
-"""Try the graders from the command line.
+"""Test graders and reward files from the command line.
 
     python -m grading self-test REWARDS.py    score good and bad completions with a reward file (tools/self_test.py)
     python -m grading math-table FILE.tsv     grade a table of answers and compare with the expected verdicts
@@ -22,11 +22,11 @@ COLUMNS = ("kind", "gold", "answer", "expected")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m grading", description="Try the graders.")
+    parser = argparse.ArgumentParser(prog="python -m grading", description="Test graders and reward files.")
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("math-table", help="grade a table of answers with expected verdicts")
     table.add_argument("file", metavar="FILE.tsv", help="columns kind, gold, answer, expected (accept or reject)")
-    test = commands.add_parser("self-test", help="self-test of a reward file; REWARDS.py --help lists its options")
+    test = commands.add_parser("self-test", help="test a reward file; self-test REWARDS.py --help lists its options")
     test.add_argument("file", metavar="REWARDS.py")
     test.add_argument("options", nargs=argparse.REMAINDER, help="such as --data SOURCE, --watch, --rescore RUN")
     args = parser.parse_args()

@@ -67,7 +67,9 @@ class Row(dict):
         raise KeyError(f"the row has no column '{column}', only {', '.join(self)}.{did_you_mean(column, self)}")
 
     def _refuse(self, *args, **kwargs):
-        raise TypeError("a data row cannot be changed, since completions are graded by it: change a copy, dict(row)")
+        raise TypeError(
+            "data rows are read-only, because completions are graded against them: change a copy, dict(row)"
+        )
 
     __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
 
@@ -220,7 +222,7 @@ class Rewards:
     functions: list[RewardFunction]  # rewards and metrics, in the order of the file
     reward_errors: str = "stop"  # effect of an exception in a function: stop the run | skip the completion
     max_steps: int | None = None  # training steps of the run, passed to TRL functions
-    examples: list = field(default_factory=list)  # labelled completions in the file, for the self-test
+    examples: list = field(default_factory=list)  # labeled completions in the file, for the self-test
     notes: list[str] = field(default_factory=list)  # remarks on the file, for the user
     scored: int = 0  # number of completions scored so far
     errors: int = 0  # number of completions skipped because a function raised

@@ -48,7 +48,7 @@ def grade_countdown(answer: str, target: int, nums: list[int]) -> tuple[float, s
         expression = replaced
     text, equals, result = (part.strip() for part in expression.translate(_SIGNS).partition("="))
     if not _EXPRESSION.fullmatch(text) or "**" in text or "//" in text:
-        return 0.0, f"wrong: {shorten(text)} contains more than numbers, + - * / and brackets"
+        return 0.0, f"wrong: {shorten(text)} contains something other than numbers, + - * / and brackets"
     if equals and result != str(target):
         return 0.0, f"wrong: {shorten(result)} is not the target {target}"
     try:

@@ -19,7 +19,7 @@ _TOLERANCE = 1e-9  # for rounding: some families sum up tenths
 def grade_gym(answer: str, row: dict) -> tuple[float, str]:
     """Grade an answer to a reasoning_gym puzzle with `score_answer`.
 
-    An exception in `score_answer` counts as a wrong answer: it expects a form that the answer does not have.
+    An exception in `score_answer` counts as a wrong answer: the answer does not have the form that it expects.
 
     Args:
         answer: Text that contains the final answer, see `final_answer`.
@@ -49,7 +49,7 @@ def grade_gym(answer: str, row: dict) -> tuple[float, str]:
 
 
 def final_answer(text: str) -> str | None:
-    """Return the content of the last <answer> ... </answer>, else the whole text; of a box in it, if any, its content.
+    r"""Return the content of the last <answer> ... </answer>, else the whole text; of a \boxed{} in it, its content.
 
     Other markers are ignored, since answers are often whole boards or programs. An answer in tags or in a box may be
     empty (a word reduced to nothing). Returns None if the text is empty and has neither tags nor a box.

@@ -1,7 +1,7 @@
 """Per-token advantages, computed from the rewards with the configured `algorithm`.
 
-Critic-free algorithms give all tokens of a completion the same advantage; process rewards add to it for the tokens up
-to the end of their step. In REINFORCE, PPO and A2C each token is an action with its own reward and advantage.
+GRPO, RLOO and REINFORCE++ give all tokens of a completion the same advantage; process rewards add to it for the tokens
+up to the end of their step. In REINFORCE, PPO and A2C each token is an action with its own reward and advantage.
 """
 
 import bisect
@@ -26,7 +26,7 @@ class Advantages:
         self.config = config
         self.weights = {f.name: f.weight for f in rewards.functions}
         self.mean_return = None  # running mean of the completions' mean returns, for `baseline: running`
-        self.beta = config.beta  # weight of the KL in PPO's rewards, adapted if beta_target_kl is set
+        self.beta = config.beta  # weight of the KL in the rewards of PPO and A2C, adapted if beta_target_kl is set
 
     def state_dict(self) -> dict:
         return {"mean_return": self.mean_return, "beta": self.beta}
@@ -37,9 +37,9 @@ class Advantages:
             self.beta = state["beta"]
 
     def compute(self, episodes: list[Episode]) -> dict[str, float]:
-        """Set `advantages` (C,) and `in_loss` of each episode, and with a critic `returns` (C,). Return metrics.
+        """Set `advantages` (C,) and `in_loss` of each episode and, with a critic, `returns` (C,). Return metrics.
 
-        Reads `reward`, which includes the process rewards, and with a critic `values`.
+        Reads `reward`, which includes the process rewards, and, with a critic, the results of `Updater.fill_values`.
         """
         config = self.config
         metrics = {}
@@ -142,7 +142,7 @@ class Advantages:
         return unpad(algorithms.whiten(advantages, loss_mask), episodes)
 
     def process_rewards(self, episodes: list[Episode]) -> dict[str, list[StepRewards]]:
-        """Return weighted process rewards by function and episode, in text order. Empty in a control run."""
+        """Return weighted process rewards by function and episode, in text order. A control run has none."""
         by_function = {}
         if self.config.control != "none":
             return by_function
@@ -158,13 +158,13 @@ class Advantages:
         """Convert (character position, value) pairs to (index of the token in which the step ends, value) pairs."""
         ids = episode.completion_ids
         decode = self.policy.decode
-        prefix_length = len(episode.completion.text) - len(decode(ids))  # characters written by the chat template
+        prefix_length = len(episode.completion.text) - len(decode(ids))  # characters that the chat template writes
 
         @functools.cache
         def end_position(num_tokens: int) -> int:
             return prefix_length + len(decode(ids[:num_tokens]))
 
-        counts = range(1, len(ids))  # positions beyond the second-to-last token belong to the last token
+        counts = range(1, len(ids))  # a position after the second-to-last token belongs to the last token
         return [(bisect.bisect_left(counts, position, key=end_position), value) for position, value in sorted(steps)]
 
 

@@ -9,7 +9,7 @@ import math
 import torch
 
 ADVANTAGE_EPSILON = 1e-4  # keeps the division by a standard deviation finite; TRL's value
-VARIANCE_FLOOR = 1e-8  # keeps the division by the root of a variance finite
+VARIANCE_FLOOR = 1e-8  # keeps the division by the square root of a variance finite
 MAX_LOG_RATIO = 20.0  # nats; keeps sums of exp(log-ratio) in the range of fp32
 
 StepRewards = list[tuple[int, float]]  # process rewards of one completion: (index of the step's last token, value)
@@ -19,8 +19,8 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
     """Return the advantages of GRPO (arXiv 2402.03300), (N,): A = (R - group mean) / (standard deviation + 1e-4).
 
     Args:
-        rewards: (N,), group by group. nan marks ungraded completions: they are excluded from their group and get A = 0.
-        scale_rewards: divide by the standard deviation (with n - 1) of the "group" or of the whole "batch", or do not
+        rewards: (N,), ordered by group. Completions with nan are ungraded: excluded from their group, with A = 0.
+        scale_rewards: Divide by the standard deviation (with n - 1) of the "group" or of the whole "batch", or do not
             divide: "none", as in Dr. GRPO (arXiv 2503.20783).
     """
     grouped = rewards.view(-1, num_generations)  # (N / G, G)
@@ -45,7 +45,7 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
 def leave_one_out_advantages(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     """Return the advantages of RLOO (arXiv 2402.14740), (N,): A_i = R_i - mean of the G - 1 other rewards of the group.
 
-    Ungraded completions (nan in rewards, (N,)) are excluded from their group and get A = 0. So does a lone graded one.
+    Ungraded completions (nan in rewards, (N,)) are excluded from their group and get A = 0, as does a lone graded one.
     """
     grouped = rewards.view(-1, num_generations)  # (N / G, G)
     graded = ~grouped.isnan()
@@ -77,7 +77,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 
 def whiten_by_token(advantages: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Whiten completion advantages, (N,), over the tokens of the batch: REINFORCE++ with baseline (arXiv 2501.03262).
+    """Whiten advantages, (N,), over the tokens of the batch, as in REINFORCE++ with baseline (arXiv 2501.03262).
 
     mask: (N,), False for completions that are ungraded or masked out of the loss: they are excluded and get 0.
     """
@@ -146,8 +146,8 @@ def token_rewards(
 def process_advantages(steps: list[StepRewards], lengths: list[int], num_generations: int) -> list[torch.Tensor]:
     """Return GRPO's advantages under process supervision (arXiv 2402.03300), (C,) for each completion.
 
-    A token's advantage is the sum of the normalised rewards of the steps that end at or after it. The rewards of all
-    steps of a group are normalised together, whatever `scale_rewards`: (value - mean) / (standard deviation + 1e-4).
+    A token's advantage is the sum of the normalised rewards of the steps that end at or after it. All step rewards of
+    a group are normalised together, regardless of `scale_rewards`: (value - mean) / (standard deviation + 1e-4).
     """
     advantages = [torch.zeros(n) for n in lengths]
     for start in range(0, len(steps), num_generations):
@@ -169,7 +169,7 @@ def overlong_penalty(lengths: torch.Tensor, max_length: int, cache: int) -> torc
 
 
 def has_varied_rewards(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Return whether the rewards of each group differ, (N / G,) bool. nan in rewards, (N,), is ignored."""
+    """Return for each group whether its rewards differ, (N / G,) bool. nan in rewards, (N,), is ignored."""
     grouped = rewards.view(-1, num_generations)
     highest = grouped.nan_to_num(nan=-torch.inf).max(1).values
     lowest = grouped.nan_to_num(nan=torch.inf).min(1).values
@@ -192,8 +192,8 @@ def clipped_policy_loss(
     """Return PPO's clipped token loss (arXiv 1707.06347), (B, C): -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A).
 
     Args:
-        epsilon_high: defaults to epsilon; larger in DAPO's clip-higher (arXiv 2503.14476).
-        delta: upper bound of r in the unclipped term, for A < 0 and a large r (two-sided clipping, arXiv 2505.07291).
+        epsilon_high: Defaults to epsilon; larger in DAPO's clip-higher (arXiv 2503.14476).
+        delta: Upper bound of r in the unclipped term, effective if A < 0 (two-sided clipping, arXiv 2505.07291).
     """
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     if delta is not None:
@@ -261,7 +261,7 @@ def clipped_value_loss(
 ) -> torch.Tensor:
     """Return PPO's token value loss, (B, C): 0.5 max((V - R)^2, (clip(V, V_old +- cliprange) - R)^2).
 
-    R are the returns. Without a cliprange the loss is not clipped.
+    R is the return of each token. With cliprange=None the loss is not clipped.
     """
     loss = (values - returns).square()
     if cliprange is not None:
@@ -271,7 +271,7 @@ def clipped_value_loss(
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 no better than a constant."""
+    """Return 1 - Var(returns - values) / Var(returns) over the mask: 1 if perfect, 0 if no better than a constant."""
     values, returns = values[mask], returns[mask]
     if len(returns) < 2 or returns.var() < VARIANCE_FLOOR:
         return math.nan
@@ -330,8 +330,8 @@ def token_weights(
     """Return the weight of each token in the loss, (B, C): loss = sum(weight * token loss).
 
     dapo, cispo: 1 / num_tokens. grpo, sapo: 1 / (completion length * num_sequences). dr_grpo: 1 / (num_sequences *
-    max_completion_length). Both counts are of the WHOLE optimizer step, so that the gradient does not depend on its
-    micro-batches. num_sequences includes completions that are masked out of the loss, num_tokens does not.
+    max_completion_length). Both counts cover the WHOLE optimizer step, so that the gradient does not depend on the
+    micro-batches. num_sequences includes completions that are masked out of the loss; num_tokens does not.
     """
     if loss_type in ("dapo", "cispo"):
         return mask / max(num_tokens, 1)

@@ -183,7 +183,7 @@ def try_update(updater: Updater, questions: list[Question]) -> None:
 
     def attempt() -> None:
         batch = max(updater.micro_batches(episodes), key=num_tokens)
-        # Later micro-batches run beside the accumulated gradients and AdamW's two moments.
+        # Later micro-batches run while the accumulated gradients and AdamW's two moments are in memory.
         allocated = [torch.zeros_like(p) for p in trained for _ in range(3)]
         try:
             with policy.training():

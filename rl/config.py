@@ -1,4 +1,4 @@
-"""Settings of a run and their checks. A setting that TRL has, too, has TRL's name and meaning.
+"""Settings of a run and their checks. Settings that TRL also has keep TRL's name and meaning.
 
 rl/run/read_config.py reads them from a YAML file and the command line. Imports neither torch nor transformers.
 """
@@ -62,7 +62,7 @@ class Config:
     eval_questions: int = 402  # number of held-out questions in total
     columns: dict[str, str] = field(default_factory=dict)  # column names, ours to yours: {answer: gold}
     system_prompt: str | None = None  # system message before every question
-    chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # YAML only: {enable_thinking: false}
+    chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # chat-template arguments (YAML only)
 
     # --- rewards
     rewards_file: str = "rewards.py"  # Python file with the reward functions
@@ -94,7 +94,7 @@ class Config:
     baseline: Literal["group", "running", "none"] = "group"  # reinforce: subtracted from the return
     gamma: float = 1.0  # ppo, reinforce: discount factor
     lam: float = 1.0  # ppo: lambda of GAE; 1: return minus value, 0: TD error
-    whiten_rewards: bool = False  # ppo: divide the rewards by their standard deviation
+    whiten_rewards: bool = False  # ppo: scale the rewards to standard deviation 1, keeping their mean
     bootstrap_truncated: bool = False  # ppo: value after a truncated completion: the critic's estimate, not 0
     missing_eos_penalty: float = 0.0  # subtracted from the reward of truncated completions
     soft_punish_cache: int = 0  # DAPO: tokens before max_completion_length over which a penalty rises to 1; 0: off
@@ -102,7 +102,7 @@ class Config:
     # --- critic (ppo, a2c)
     critic: Literal["adapter", "head"] = "adapter"  # a LoRA with a value head, or only a value head on the policy
     critic_learning_rate: float | None = None  # learning rate of the critic; empty: learning_rate
-    critic_warmup_steps: int = 0  # first steps that train only the critic (the learning-rate schedule includes them)
+    critic_warmup_steps: int = 0  # number of first steps that train only the critic (part of the LR schedule)
     cliprange_value: float | None = 0.2  # clip range of the value loss; empty: off
 
     # --- update
@@ -117,10 +117,10 @@ class Config:
     delta: float | None = None  # upper bound of the ratio for negative advantages (two-sided clipping); empty: off
     target_kl: float | None = None  # end a step's epochs once KL(old || new) exceeds this, nats per token; empty: off
     entropy_coef: float = 0.0  # weight of the entropy bonus
-    beta: float = 0.0  # weight of the KL to the reference (the model without the LoRA); dpo: scale of the margin
+    beta: float = 0.0  # weight of the KL to the reference (the model at the start); dpo: scale of the margin
     beta_target_kl: float | None = None  # ppo: adapt beta towards this KL, in nats per completion; empty: off
-    importance_sampling_cap: float = 2.0  # bf16, fp16: upper bound of pi / pi_sampler in the loss; 0: off
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # for the KL in the loss; in the reward (ppo) it is k1
+    importance_sampling_cap: float = 2.0  # bf16, fp16: upper bound of pi_old / pi_sampler in the loss; 0: off
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # estimator of the KL in the loss; in the reward (ppo) it is k1
     use_bias_correction_kl: bool = True  # multiply the KL estimate by the importance ratio (unbiased gradient)
     mask_truncated_completions: bool = False  # exclude truncated completions from the loss
     learning_rate: float = 1e-5  # peak learning rate; LoRA needs about 10 times that of full fine-tuning
@@ -128,7 +128,7 @@ class Config:
     warmup_ratio: float = 0.0  # fraction of the steps in which the learning rate rises from 0
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"  # 8-bit: less memory, CUDA only
     weight_decay: float = 0.0  # AdamW weight decay
-    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
+    max_grad_norm: float = 1.0  # maximum gradient norm, for clipping
     max_tokens_per_micro_batch: int = 8192  # tokens in one forward and backward pass, padding included
 
     # --- run
@@ -137,15 +137,15 @@ class Config:
     eval_steps: int = 10  # steps between evaluations; 0: only before and after training
     early_stopping: int = 0  # stop after this many evaluations in a row without a new best; 0: off
     save_steps: int = 20  # steps between checkpoints; 0: only the best and the last
-    save_total_limit: int = 3  # number of newest checkpoints to keep, besides the best; 0: all
+    save_total_limit: int = 3  # number of newest checkpoints to keep, in addition to the best; 0: all
     logging_steps: int = 1  # steps between console lines
-    log_completions_steps: int = 10  # steps between printing the two completions with the highest reward; 0: off
+    log_completions_steps: int = 10  # steps between printouts of the two completions with the highest reward; 0: off
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)  # experiment trackers
     eval_only: bool = False  # evaluate the model (and adapter) on the held-out questions, then exit
 
     # --- commands, only on the command line
     resume: str | None = None  # resume a run, runs/NAME, or one of its checkpoints
-    accept_changes: bool = False  # with --resume: continue although settings, rewards or questions have changed
+    accept_changes: bool = False  # with --resume: resume even if settings, rewards or questions have changed
     dry_run: bool = False  # predict the memory without loading the model, then exit
     gpu_memory: float | None = None  # with --dry-run: memory of the card in GB; empty: this machine's
     probe: bool = False  # load everything, run the largest batches and two steps, report time and memory, then exit
@@ -170,8 +170,8 @@ class Config:
         self._check_algorithm()
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ConfigError(
-                f"delta is {self.delta}, but is the upper bound of the ratio: it must exceed 1 + epsilon_high = "
-                f"{1 + (self.epsilon_high or self.epsilon):g}"
+                f"delta is {self.delta}, but must exceed 1 + epsilon_high = {1 + (self.epsilon_high or self.epsilon):g}: "
+                "it is the upper bound of the ratio"
             )
         if self.kl_in_loss and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
             raise ConfigError(
@@ -189,7 +189,9 @@ class Config:
                 "group is generated together"
             )
         if self.gpu_memory is not None and not (self.dry_run and 0 < self.gpu_memory < math.inf):
-            raise ConfigError(f"gpu_memory is {self.gpu_memory:g}, but must be the GB of a card, with --dry-run")
+            raise ConfigError(
+                f"gpu_memory is {self.gpu_memory:g}, but it needs --dry-run and a value above 0 (GB of a card)"
+            )
         if not self.train_data:
             raise ConfigError("train_data is empty: name built-in families (sums, words, functions) or files")
 
@@ -211,8 +213,8 @@ class Config:
             )
         if self.has_critic and self.critic_warmup_steps >= self.max_steps:
             raise ConfigError(
-                f"critic_warmup_steps ({self.critic_warmup_steps}) must be less than max_steps ({self.max_steps}), or the "
-                "policy never learns"
+                f"critic_warmup_steps ({self.critic_warmup_steps}) must be less than max_steps ({self.max_steps}): "
+                "otherwise the policy is never trained"
             )
         for name in ("target_kl", "entropy_coef"):
             if self.algorithm == "dpo" and getattr(self, name):
@@ -240,7 +242,7 @@ class Config:
         if self.soft_punish_cache >= self.max_completion_length:
             raise ConfigError(
                 f"soft_punish_cache ({self.soft_punish_cache}) must be less than max_completion_length "
-                f"({self.max_completion_length}): the penalty covers the last tokens of the limit"
+                f"({self.max_completion_length}): the penalty covers that many tokens before the limit"
             )
 
     @property

@@ -1,7 +1,7 @@
-"""PPO's critic: a value function that shares the base model with the policy.
+"""The critic of PPO and A2C: a value function that shares the base model with the policy.
 
 `critic: adapter` is a separate LoRA with a linear head on the last hidden state. `critic: head` is the head alone, on
-the policy's hidden states, without gradient to them. Actor, critic and reference share one set of base weights.
+the policy's hidden states, without a gradient to them. Actor, critic and reference share one set of base weights.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from rl.model.policy import Policy, lora_settings
 
 
 class Critic:
-    """Predicts V(s_t) for each token of a completion. The fp32 head is initialised to 0, and so are all values."""
+    """Predicts V(s_t) for each token of a completion. The fp32 head is initialised to 0, so all values start at 0."""
 
     def __init__(self, policy: Policy, config: Config):
         self.policy = policy
@@ -35,7 +35,7 @@ class Critic:
 
     @contextlib.contextmanager
     def active(self):
-        """Activate the critic's LoRA, trainable in place of the policy's."""
+        """Activate the critic's LoRA instead of the policy's and make it trainable. Does nothing for `critic: head`."""
         if not self.has_adapter:
             yield
             return

@@ -1,4 +1,4 @@
-"""AdamW with learning-rate schedule, gradient clipping, fp16 loss scaling, and skipping of non-finite gradients."""
+"""AdamW with a learning-rate schedule, gradient clipping, fp16 loss scaling, and skipping of non-finite gradients."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ from rl.model.policy import Policy
 
 
 class Optimizer:
-    """AdamW over one set of parameters, with schedule, gradient clipping and, in fp16, loss scaling."""
+    """AdamW over one set of parameters, with a learning-rate schedule, gradient clipping and, in fp16, loss scaling."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float, policy: Policy, config: Config):
         self.parameters = parameters
@@ -36,7 +36,7 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def step(self) -> float | None:
-        """Apply and clear the gradients. Return the unclipped norm: nan if not finite (no update), None without any."""
+        """Apply and clear the gradients. Return the unclipped norm: nan if not finite (no update), None if no grads."""
         norm = None
         if any(p.grad is not None for p in self.parameters):
             self.scaler.unscale_(self.adamw)
@@ -69,13 +69,13 @@ class Optimizer:
         return {name: getattr(self, name).state_dict() for name in ("adamw", "schedule", "scaler")}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a state, with the learning rate and weight decay of the current settings, which may have changed."""
+        """Restore a state, but keep the current settings of learning rate and weight decay, which may have changed."""
         group = self.adamw.param_groups[0]
         settings = {name: group[name] for name in ("initial_lr", "weight_decay")}
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"] | {"base_lrs": self.schedule.base_lrs})
         self.scaler.load_state_dict(state["scaler"])
-        if getattr(self.adamw, "is_paged", False):  # load_state_dict has put the state in unpaged memory
+        if getattr(self.adamw, "is_paged", False):  # load_state_dict has moved the state to unpaged memory
             for p, moments in self.adamw.state.items():
                 for name in ("state1", "state2"):
                     paged = self.adamw.get_state_buffer(p, dtype=moments[name].dtype)

@@ -1,7 +1,7 @@
 """The roll-out: sample completions from the policy, and score finished ones while others are still being generated.
 
 Sampling ignores the model's generation_config (temperature, top_k, ...), so that completions come from the policy that
-is trained. Llama, Qwen2 and Qwen3 run on the engine of rl/model/engine.py, other architectures through their own
+is trained. Llama, Qwen2 and Qwen3 use our engine (rl/model/engine.py); other architectures use their own
 `generate` with our sampling (rl/model/hf_generate.py).
 """
 
@@ -39,7 +39,7 @@ class Episode:
     completion: Completion | None = None  # input of the reward functions
     score: Score | None = None
     reward: float = math.nan  # training reward, after length penalties; nan if ungraded
-    has_signal: bool = True  # False if dynamic_sampling drops its group: all right or all wrong
+    has_signal: bool = True  # False if dynamic_sampling drops its group, see groups_with_signal
     in_loss: bool = True  # False if masked out of the loss
     advantages: torch.Tensor | None = None  # (C,)
     old_logprobs: torch.Tensor | None = None  # (C,), under the policy before the first update
@@ -66,12 +66,12 @@ def rollout(
     """Sample `num_generations` completions of each prompt.
 
     Args:
-        prompts: token ids of each prompt.
-        rollout_batch_size: number of completions generated at a time.
-        on_finished: called with the episodes that have just finished, by their index in the result.
+        prompts: Token ids of each prompt.
+        rollout_batch_size: Number of completions generated at a time.
+        on_finished: Called with the episodes that have just finished, by their index in the result.
 
     Returns:
-        The episodes in the order of the prompts, the completions of one prompt side by side.
+        The episodes in the order of the prompts, with the completions of one prompt next to each other.
     """
     set_mode(policy.model, False, policy.uses_unsloth)  # enables the KV cache, which gradient checkpointing disables
     engine = Engine if policy.decoder else HFGenerate
@@ -134,11 +134,11 @@ def rollout_and_score(
     On OOM, the whole roll-out restarts with a smaller batch: keeping the finished completions would favour short ones.
 
     Args:
-        label: text before the progress bar, which is shown on a terminal only.
+        label: Text before the progress bar, which is shown on a terminal only.
 
     Raises:
-        RewardError: if a reward function fails.
-        ConfigError: if not even one group fits into memory.
+        RewardError: A reward function fails.
+        ConfigError: Not even one group fits into memory.
     """
     prompts = [question.prompt_ids for question in questions]
     total = len(questions) * num_generations
@@ -175,8 +175,8 @@ def collect(
 ) -> list[Episode]:
     """Return the episodes of one training step, with scores and training rewards.
 
-    With `dynamic_sampling` (DAPO, arXiv 2503.14476), groups without signal are replaced by groups of new questions, up
-    to `dynamic_sampling` times per step. The replaced groups stay in the result with `has_signal` False.
+    With `dynamic_sampling` (DAPO, arXiv 2503.14476), groups without a learning signal are replaced by groups of new
+    questions, up to `dynamic_sampling` times per step. Replaced groups stay in the result with `has_signal` False.
     """
     sampling = Sampling.from_config(config)
     episodes = []

@@ -1,8 +1,8 @@
 """The update: optimizer steps of policy and critic on the episodes of one roll-out.
 
 Micro-batches with a token budget bound the memory without changing the gradient: the loss is normalised over the whole
-optimizer step. Completions without gradient (all advantages 0, no other term in the loss) are skipped, but counted in
-the normalisation. Policy and critic are updated one after the other by separate optimizers and share no gradients.
+optimizer step. Completions without a gradient (all advantages 0, no other term in the loss) are skipped, but counted
+in the normalisation. Policy and critic are updated one after the other by separate optimizers and share no gradients.
 """
 
 import math
@@ -57,11 +57,11 @@ class Updater:
 
     @property
     def corrects_sampler(self) -> bool:
-        """True in bf16 and fp16, in which the kernels of sampler and trainer differ by more than fp32 rounding."""
+        """True if importance weights correct for the sampler, whose log-probs differ noticeably in bf16 and fp16."""
         return self.config.importance_sampling_cap > 0 and self.policy.dtype != torch.float32
 
     def fill_values(self, episodes: list[Episode]) -> None:
-        """Set each episode's `values`, and its `old_logprobs` and `reference_logprobs` for a KL in the reward.
+        """Set each episode's `values` and, for a KL in the reward, its `old_logprobs` and `reference_logprobs`.
 
         Call before the advantages are computed. Does nothing without a critic.
         """
@@ -84,7 +84,7 @@ class Updater:
     def update(self, episodes: list[Episode]) -> dict[str, float]:
         """Run all optimizer steps on the episodes of one roll-out.
 
-        Reads each episode's `advantages`, and with a critic `values` and `returns`. Sets `old_logprobs`, and
+        Reads each episode's `advantages` and, with a critic, `values` and `returns`. Sets `old_logprobs`, and
         `reference_logprobs` if the loss needs them.
 
         Returns:
@@ -147,7 +147,7 @@ class Updater:
         return metrics
 
     def mini_batches(self, episodes: list[Episode]) -> Iterator[list[Episode]]:
-        """Yield num_mini_batches parts of the shuffled groups."""
+        """Yield the episodes in `num_mini_batches` parts: all at once, or whole groups in random order."""
         config = self.config
         if config.num_mini_batches == 1:
             yield episodes

@@ -76,7 +76,7 @@ def policy(config):
     return policy
 
 
-def asked_in_a_run(tmp_path):
+def run_with_questions(tmp_path):
     """Return a file of five questions, its rows, and the empty folder of a run `mine` with these questions."""
     questions = tmp_path / "q.jsonl"
     folder = tmp_path / "runs" / "mine"
@@ -105,7 +105,7 @@ def launcher(folder):
 
 @pytest.fixture
 def served(folder):
-    """A function that returns a client of the tab Watch over `folder`."""
+    """A function that returns a client of the Watch tab over `folder`."""
     from watching import serving
 
     with serving(folder) as client:
@@ -125,7 +125,7 @@ def read_tokens(folder):
     return [json.loads(file.read_text()) for file in sorted((folder / "tokens").iterdir())]
 
 
-def copy_of_tiny(folder, **changes):
+def copy_tiny(folder, **changes):
     """Copy the bundled model, with changes to its JSON files (file stem -> entries)."""
     shutil.copytree("data/tiny", folder)
     for stem, entries in changes.items():
@@ -206,7 +206,7 @@ class Rewards:
     functions = [RewardFunction("correct", None, 1.0), RewardFunction("right_steps", None, 0.5)]
 
 
-def marked(episodes, rewards, process=None):
+def with_rewards(episodes, rewards, process=None):
     """Set completions and scores with these rewards. process: (position, value) pairs for each episode."""
     for i, (episode, reward) in enumerate(zip(episodes, rewards)):
         verdict = "ungraded" if math.isnan(reward) else "right" if reward >= 1 else "wrong"
@@ -233,7 +233,7 @@ def make_episodes(*lengths, truncated=()):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
+def uninterrupted_run(tmp_path_factory):
     """A function that returns the folder of an uninterrupted run of a method, and its duration in seconds."""
     runs = {}
 

@@ -70,12 +70,12 @@ def start(folder: Path, method: str, faults=None, resume=False, more: str = ""):
     arguments = [*SHORT.split(), *METHODS[method].split(), "--output-dir", str(folder), *more.split()]
     if resume:
         arguments = ["--resume", str(folder), *more.split()]
-    process = processes.Process(target=into, args=(f"{folder}.txt", arguments, faults or {}))
+    process = processes.Process(target=work_with_output, args=(f"{folder}.txt", arguments, faults or {}))
     process.start()
     return process
 
 
-def into(file: str, arguments: list[str], faults: dict) -> None:
+def work_with_output(file: str, arguments: list[str], faults: dict) -> None:
     """Call `work` with its output in a file."""
     output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -90,7 +90,7 @@ def finish(folder: Path, method: str, **options) -> int:
     return process.exitcode
 
 
-def printed(folder: Path) -> str:
+def read_output(folder: Path) -> str:
     """Return the output of the last process."""
     return Path(f"{folder}.txt").read_text()
 
@@ -128,16 +128,16 @@ def assert_same(folder: Path, expected: Path):
         assert actual[part] == wanted[part], part
 
 
-def steps_logged(folder):
+def count_logged_steps(folder):
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def last(folder):
+def last_checkpoint(folder):
     return (folder / "checkpoints/last").read_text().strip()
 
 
-def refused(folder, more="", resume=None):
+def resume_error(folder, more="", resume=None):
     """Return the message of a refused --resume, and check that the folder is unchanged."""
 
     def contents():

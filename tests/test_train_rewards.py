@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import lines, make_episodes, marked, read_rollouts
+from conftest import lines, make_episodes, read_rollouts, with_rewards
 from test_train import SMALL, run, write_custom_files
 
 import train
@@ -23,7 +23,7 @@ from rl.run import report
 
 def coin_flips(n, seed, step):
     """Return the training rewards of a control run."""
-    episodes = marked(make_episodes(*[1] * n), [0.0] * n)
+    episodes = with_rewards(make_episodes(*[1] * n), [0.0] * n)
     set_rewards(episodes, Config(control="random-reward", seed=seed), step)
     return [episode.reward for episode in episodes]
 

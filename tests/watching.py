@@ -1,4 +1,4 @@
-"""Run folders with synthetic contents, and the tab Watch over them."""
+"""Run folders with synthetic contents, and the Watch tab over them."""
 
 import contextlib
 import itertools
@@ -14,15 +14,15 @@ from ui.runs import Page, Runs
 NAMES = ["name", "status", "alarms", "log", "started", "step", "shown_range", "timer", "seen"]
 
 
-def lines_of(dicts):
+def to_jsonl(dicts):
     return "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dicts)
 
 
-def metrics_of(steps, **more):
+def make_metrics(steps, **more):
     return [{"step": s, "reward": s / 10, "accuracy": 0.5, "alarms": []} | more for s in steps]
 
 
-def rollouts_of(steps, prompts=3, size=2, text="\\boxed{4}"):
+def make_rollouts(steps, prompts=3, size=2, text="\\boxed{4}"):
     return [
         {
             "step": s,
@@ -41,7 +41,7 @@ def write_rollouts(run, records):
     """Write rollouts/000001.jsonl etc. records: completions in the order of their steps."""
     (run / "rollouts").mkdir(exist_ok=True)
     for step, completions in itertools.groupby(records, key=lambda record: record["step"]):
-        (run / f"rollouts/{step:06d}.jsonl").write_text(lines_of(completions))
+        (run / f"rollouts/{step:06d}.jsonl").write_text(to_jsonl(completions))
 
 
 def write_tokens(run, records):
@@ -51,15 +51,15 @@ def write_tokens(run, records):
         (run / f"tokens/{record['step']:06d}.json").write_text(json.dumps(record))
 
 
-def cut_rollouts(run, step):
+def truncate_rollouts(run, step):
     """Remove the files of later steps, as --resume does."""
     for file in run.glob("rollouts/*.jsonl"):
         if int(file.stem) > step:
             file.unlink()
 
 
-def followed(launcher, chosen=None, seen=None):
-    return watch_tab.follow(launcher.runs, launcher, chosen, seen or {})
+def follow_run(launcher, selected=None, seen=None):
+    return watch_tab.follow(launcher.runs, launcher, selected, seen or {})
 
 
 def real_metrics(steps, **more):
@@ -70,7 +70,7 @@ def real_metrics(steps, **more):
         "time/score": 0.0,
         "time/update": 1.0,
     }
-    return metrics_of(steps, **{"kl": None, "peak_memory_mb": 500.0} | parts | more)
+    return make_metrics(steps, **{"kl": None, "peak_memory_mb": 500.0} | parts | more)
 
 
 def stopped_run(tmp_path):
@@ -80,8 +80,8 @@ def stopped_run(tmp_path):
     (run / "config.yaml").write_text("num_generations: 2\nprompts_per_step: 3\nmax_steps: 20\neval_steps: 5\n")
     metrics = real_metrics(range(1, 11))
     metrics[4]["eval/accuracy"], metrics[4]["eval/accuracy_sampled"] = 0.5, 0.25
-    (run / "metrics.jsonl").write_text(lines_of(metrics))
-    write_rollouts(run, rollouts_of(range(1, 11)))
+    (run / "metrics.jsonl").write_text(to_jsonl(metrics))
+    write_rollouts(run, make_rollouts(range(1, 11)))
     rates = {"accuracy": 0.1, "accuracy_sampled": 0.2}
     (run / "summary.json").write_text(json.dumps({"eval": {"before": rates}, "seconds": {"eval": 10.0}, "steps": 5}))
     (run / "console.log").write_text("step 1/20\n  alarm: nothing is <b>right</b>\nstep 2/20\n")
@@ -114,7 +114,7 @@ def serving(folder):
         page.close()
 
 
-def watched(client, name=None, visible=True):
+def watch_run(client, name=None, visible=True):
     return dict(
         zip(
             [n for n in NAMES if n not in ("shown_range", "seen")], client.predict(visible, name, api_name="/watch_run")
@@ -122,9 +122,9 @@ def watched(client, name=None, visible=True):
     )
 
 
-def until(client, condition, seconds=60):
+def wait_until(client, condition, seconds=60):
     end = time.monotonic() + seconds
-    while not condition(values := watched(client)):
+    while not condition(values := watch_run(client)):
         assert time.monotonic() < end, values
         time.sleep(0.2)
     return values

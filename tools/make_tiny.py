@@ -1,7 +1,7 @@
 """Pretrain the bundled tiny model: a 0.8-million-parameter Qwen3 that can think but seldom does.
 
 It is trained from scratch on demonstrations of the built-in families. In the first stage, a quarter of them reason
-inside <think> ... </think> and are right; the rest answer immediately, and a fifth of these is right. So the skill exists
+inside <think> ... </think> and are right; the rest answer immediately, and a fifth of these are right. So the skill exists
 but is rarely used: reinforcement learning has to elicit it. The later stages add sums of two to four numbers with two
 digits, most of them with thinking. Longer sums (long_sums) are never shown, and the model fails at them: reinforcement
 learning has to improve it. All questions come from the split "pretrain", which is disjoint from the questions for

@@ -39,8 +39,14 @@ def self_test(file: str, arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     sources = ["sums", "words", "functions"]
-    add("--data", nargs="+", metavar="SOURCE", default=sources, help="sources (default: sums words functions)")
-    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    add(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        default=sources,
+        help="sources of questions (default: sums words functions)",
+    )
+    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="column names, such as prompt=question")
     add("-n", type=int, default=3, help="questions per source (default 3)")
     add("--watch", action="store_true", help="rerun whenever the file is saved, until Ctrl-C")
     add("--rescore", metavar="RUN", help="a run folder, or a file in it such as rollouts/000012.jsonl or failed.jsonl")

@@ -1,4 +1,4 @@
-"""The web page: compare the model before and after training, see what changed, watch a run, try out rewards.
+"""The web page: compare the model before and after training, see what changed, watch a run, and try out rewards.
 
     make ui                                                   serve runs/ at 127.0.0.1
     python ui/app.py --runs FOLDER --port 7861
@@ -83,7 +83,7 @@ def build(settings: Settings) -> gr.Blocks:
     runs = Runs(settings.runs)
     page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file)
     with gr.Blocks(title="Ponder", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown("# Ponder\nCompare the answers of a model before and after training.")
+        gr.Markdown("# Ponder\nCompare a model's answers before and after training.")
         for tab in (compare_tab, watch_tab, rewards_tab, learn_tab):
             tab.build(page)
     return blocks
@@ -95,13 +95,13 @@ def launch(settings: Settings) -> tuple[gr.Blocks, str]:
     Exits if others could reach the page without a password. Raises OSError if the port is taken.
     """
     if not settings.is_local and not settings.auth:
-        sys.exit("error: host: other machines can reach this address: set a password with --auth NAME:PASSWORD")
+        sys.exit("error: auth: other machines can reach this page: set a password with --auth NAME:PASSWORD")
     if ":" in settings.host:
         sys.exit("error: host: expected a host name or an IPv4 address, such as 127.0.0.1 or 0.0.0.0")
     name, _, password = (settings.auth or "").partition(":")
     if settings.auth and not (name and password):
         sys.exit("error: auth: expected NAME:PASSWORD")
-    hosts = LOOPBACK if settings.is_local else ["*"]  # any other name is a site that resolves to 127.0.0.1
+    hosts = LOOPBACK if settings.is_local else ["*"]  # another name may belong to a site that resolves to 127.0.0.1
     blocks = build(settings).queue(default_concurrency_limit=8, max_size=64)
     _, address, shared = blocks.launch(
         server_name=settings.host,
@@ -131,7 +131,7 @@ if __name__ == "__main__":
         _, address = launch(settings)
     except OSError as error:  # the port is taken
         sys.exit(f"error: port: {first_line(error)}")
-    print(f"Page: {address}, runs: {settings.runs} (Ctrl-C stops the page; runs that it started continue)", flush=True)
+    print(f"Page: {address}, runs: {settings.runs} (Ctrl-C stops the page; runs started from it continue)", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # removes temporary files, as Ctrl-C does
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

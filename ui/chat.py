@@ -1,7 +1,7 @@
 """A chat with two models: questions, verdicts of the reward functions, and downloads.
 
-The raw texts stay on the server, in a `Session`. One reward file scores both sides: the copy in the run on the right,
-else in the run on the left, else in the newest run, else the project's rewards.py. Does not import gradio or torch.
+The raw texts stay on the server, in a `Session`. Both sides are scored with the same reward file: the copy in the right
+side's run, else in the left side's, else in the newest run, else rewards.py. Does not import gradio or torch.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Round:
     names: list[str]  # model name of each side
     is_hidden: bool  # in a blind chat: names and verdicts are hidden until the vote
     request: ChatRequest
-    row: dict | None = None  # data row to score with; None: no expected answer
+    row: dict | None = None  # data row for scoring; None: no expected answer
     answers: tuple[Answer, ...] = ()
     is_done: bool = False  # answered and scored
     weights: dict[str, float] = field(default_factory=dict)  # by reward function
@@ -61,7 +61,7 @@ def side_choices(page: Page) -> list[tuple[str, str]]:
     """Return (label, value) for the base model and each checkpoint of each run, newest first."""
     choices = [(BASE, BASE)]
     for name in page.runs.names():
-        with contextlib.suppress(UiError):  # shown when the run is selected
+        with contextlib.suppress(UiError):  # the error is shown when the run is selected
             for checkpoint in reversed(page.runs.get(name).checkpoints()):
                 choices.append((f"{name}, step {int(checkpoint[5:])}", f"{name}/{checkpoint}"))
     return choices
@@ -127,7 +127,8 @@ def start_round(page: Page, session: Session, left, right, blind, question, expe
     config = load_config(run)
     row, prompt = None, question
     if session.held_out_row and question.strip() == prompt_text(session.held_out_row["prompt"]).strip():
-        row, prompt = session.held_out_row, session.held_out_row["prompt"]
+        row = session.held_out_row
+        prompt = row["prompt"]
         session.rounds = []
     elif (expected or "").strip():
         answer = expected.strip()
@@ -192,7 +193,7 @@ def verdict(sample: Sample, max_tokens: int) -> str:
     if score.verdict == "ungraded":
         return f"ungraded: {next(iter(score.reasons.values()), '')}"
     if not score.judge:
-        return "no verdict: no reward function that applies to this question can judge it"
+        return "no verdict: no reward function decides whether this answer is correct"
     if score.is_right:
         return "correct"
     return cut_off or ("no answer" if outcome_of(score.reasons.get(score.judge, "")) == "no_answer" else "wrong")

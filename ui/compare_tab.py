@@ -1,4 +1,4 @@
-"""The tabs Compare (two models side by side) and What changed (held-out questions before and after training).
+"""The Compare tab (two models side by side) and the What changed tab (held-out questions before and after training).
 
 Model output is always shown as plain text: it is escaped for components that would render it as HTML. The chat logic is
 in ui/chat.py.
@@ -21,7 +21,7 @@ NO_RUN = (
     "There is no run yet: both sides are the bundled tiny model before training. Run `make train` to train it (about "
     "two minutes)."
 )
-CHANGES = {"fixed": (False, True), "broke": (True, False), "both right": (True, True), "both wrong": (False, False)}
+CHANGES = {"fixed": (False, True), "broken": (True, False), "both right": (True, True), "both wrong": (False, False)}
 ALL = "all"
 INTERNAL = {"show_progress": "hidden", "api_visibility": "private"}  # options of events that are not part of the API
 
@@ -165,7 +165,7 @@ def update_downloads(session: Session) -> list:
     return [gr.DownloadButton(value=file, interactive=file is not None) for file in chat.write_downloads(session)]
 
 
-# --- tab Compare
+# --- the Compare tab
 
 
 def refresh(page: Page, old_values: list[str], left, right) -> tuple:
@@ -253,7 +253,7 @@ def build(page: Page) -> None:
     build_changes(page)
 
 
-# --- tab What changed
+# --- the What changed tab
 
 
 def pair_records(page: Page, name: str, before: str, after: str) -> list[tuple[int, str, dict, dict]]:
@@ -265,7 +265,7 @@ def pair_records(page: Page, name: str, before: str, after: str) -> list[tuple[i
 
 
 def choose(page: Page, name, before, after, which) -> tuple:
-    """Update the choices of runs and evaluations and keep the selection. Outputs: run, evaluations, `show_changes`."""
+    """Update the choices and keep the selection. Outputs: run, both evaluations, and the outputs of `show_changes`."""
     names = page.runs.names()
     name = name if name in names else next(iter(names), None)
     evaluations = page.runs.get(name).evaluations() if name else []
@@ -282,7 +282,7 @@ def show_changes(page: Page, name, before, after, which) -> tuple:
         return "There is no evaluation yet. A run writes the first one before its first step.", *empty
     pairs = pair_records(page, name, before, after)
     if not pairs:
-        return "The two evaluations have no question in common.", *empty
+        return "The two evaluations have no question in common. Choose others.", *empty
     counts = Counter(change for _, change, _, _ in pairs)
     verdicts = [Counter(record["verdict"] for record in records) for records in list(zip(*pairs))[2:]]
     rates = " -> ".join(chat.format_accuracy(count["right"], len(pairs)) for count in verdicts)
@@ -322,7 +322,9 @@ def build_changes(page: Page) -> None:
     with gr.Tab("What changed") as tab:
         with gr.Row():
             run = gr.Dropdown([], label="Run", allow_custom_value=True)
-            evals = [gr.Dropdown([], label=f"Evaluation {end}", allow_custom_value=True) for end in ("before", "after")]
+            evals = [
+                gr.Dropdown([], label=f"{end}: evaluation", allow_custom_value=True) for end in ("Before", "After")
+            ]
         summary = gr.Textbox(label="Held-out questions", interactive=False, lines=2, elem_id="changes")
         which = gr.Radio([ALL, *CHANGES], value=ALL, label="Show")
         table = gr.Dataframe(

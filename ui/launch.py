@@ -21,7 +21,7 @@ READ_ONLY = "Other machines can reach this page. Serve it at 127.0.0.1 to start 
 class Launcher:
     """Starts one train.py process at a time.
 
-    The state of a run is read from its folder, so it is still known after the page was reloaded or restarted.
+    The state of a run is read from its folder, so it is still known after the page is reloaded or restarted.
     """
 
     def __init__(self, runs: Runs):
@@ -72,7 +72,7 @@ class Launcher:
             return f"{name} will save a checkpoint and stop after the current step."
         if self.is_alive() and (name == self.name or self.name not in self.runs.names()):
             self.process.terminate()
-            return f"{self.name} was terminated before it began to train."
+            return f"{self.name} was terminated before training began."
         raise UiError(f"{name or 'The run'} is not running. Choose a running one.")
 
     def describe(self) -> str:
@@ -92,7 +92,9 @@ def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> g
     with gr.Accordion("Start or stop a run", open=False) as controls:
         recipe = gr.Dropdown(list(load_recipes()), value="configs/tiny.yaml", label="Recipe")
         description = gr.Textbox(load_recipes()["configs/tiny.yaml"], label="Description", max_lines=12)
-        overrides = gr.Textbox(label="Other settings", placeholder="--max-steps 20", info="Options of train.py")
+        overrides = gr.Textbox(
+            label="Other settings", placeholder="--max-steps 20", info="Command-line options of train.py"
+        )
         command = gr.Textbox(label="Command", max_lines=4)
         with gr.Row():
             start = gr.Button("Start run", variant="primary")

@@ -1,4 +1,4 @@
-"""The tab Learn: interactive demos of GAE and of PPO's clipping, computed by the functions that training uses."""
+"""The Learn tab: interactive demos of GAE and of PPO's clipping, computed by the functions that training uses."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def gae(episode: list[list], gamma: float, lam: float, noise: float) -> tuple:
     """Compute advantages and returns for an episode of [token, reward, value] rows.
 
     Bias and spread are the errors of the critic's target, A_t + V(s_t), at the first token: over NUM_EPISODES episodes
-    with normal noise added to the rewards, relative to the return without noise.
+    with Gaussian noise added to the rewards, relative to the return without noise.
 
     Returns:
         Summary, table, advantage plot, error plot.
@@ -97,7 +97,7 @@ def clip(ratio: float, advantage: float, epsilon: float, epsilon_high: float) ->
             bound = f"A < 0 and the ratio is below {1 - epsilon:g}"
         verdict = f"The gradient is CLIPPED to 0: {bound}."
     elif not 1 - epsilon <= ratio <= 1 + epsilon_high:
-        verdict = "The gradient is not clipped although the ratio is out of range: it points back into it, or A is 0."
+        verdict = "The gradient is not clipped although the ratio is out of range: it moves the ratio back, or A is 0."
     summary = f"{verdict} Objective {value.item():.3f} (unclipped {ratio * advantage:.3f}), slope {slope.item():.3g}."
     return summary, frame(points)
 
@@ -109,8 +109,8 @@ def frame(points: list[tuple]) -> pd.DataFrame:
 def build(page: Page) -> None:
     with gr.Tab("Learn") as tab:
         gr.Markdown(
-            "## GAE: how far to trust the critic\nGAE distributes a reward at the end over the tokens that led to it, "
-            "using the critic's values. With lambda 0, an advantage relies on the critic's value of the next token: little "
+            "## GAE: how far to trust the critic\nGAE uses the critic's values to distribute the final reward over the "
+            "tokens that led to it. With lambda 0, an advantage relies on the critic's value of the next token: little "
             "noise, but all of the critic's errors. With lambda 1, it relies on the actual return: all of the noise, but "
             "none of the critic's errors."
         )
@@ -121,7 +121,7 @@ def build(page: Page) -> None:
                 episode = gr.Dataframe(EPISODE, label=label, type="array", interactive=True, **columns)
                 gamma = gr.Slider(0, 1, 1.0, step=0.01, label="gamma (discount per token)")
                 lam = gr.Slider(0, 1, 0.95, step=0.01, label="lambda")
-                noise = gr.Slider(0, 2, 0.5, step=0.05, label="reward noise (for bias and spread)")
+                noise = gr.Slider(0, 2, 0.5, step=0.05, label="reward noise (standard deviation, for bias and spread)")
             with gr.Column():
                 advantages = plot("Advantage of each token", LAMBDAS, 260, "token", "advantage")
                 errors = plot("Errors of the critic's target", ERRORS, 260, "lambda", "error")
@@ -129,16 +129,18 @@ def build(page: Page) -> None:
         table = gr.Dataframe(headers=ESTIMATES, label="Estimates for each token", interactive=False)
         gr.Markdown(term("GAE"))
         gr.Markdown(
-            "## PPO's clip: how far one roll-out may move a token\nThe ratio is the token's probability now divided by its "
-            "probability when it was sampled. Once the ratio leaves the range in the direction of the advantage, the "
-            "gradient is 0."
+            "## PPO clipping: how far one roll-out may move a token's probability\nThe ratio is the token's current "
+            "probability divided by its probability when it was sampled. Once the ratio leaves the range in the direction "
+            "of the advantage, the gradient is 0."
         )
         with gr.Row():
             with gr.Column():
                 ratio = gr.Slider(0, 3, 1.3, step=0.01, label="ratio")
                 advantage = gr.Slider(-2, 2, 1.0, step=0.1, label="advantage A")
-                epsilon = gr.Slider(0.01, 0.99, 0.2, step=0.01, label="epsilon (below 1)")
-                epsilon_high = gr.Slider(0.01, 1.5, 0.28, step=0.01, label="epsilon_high (above 1; DAPO: 0.28)")
+                epsilon = gr.Slider(0.01, 0.99, 0.2, step=0.01, label="epsilon (lower bound 1 - epsilon)")
+                epsilon_high = gr.Slider(
+                    0.01, 1.5, 0.28, step=0.01, label="epsilon_high (upper bound 1 + epsilon_high; DAPO: 0.28)"
+                )
                 verdict = gr.Textbox(label="Summary", lines=2)
             objective = plot("Objective of the token", OBJECTIVES, 260, "ratio", "objective")
         gr.Markdown(term("PPO clip"))

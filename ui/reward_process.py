@@ -1,4 +1,4 @@
-"""Run a reward file in a separate process: its code may loop forever, exit or print endlessly without harm to the page.
+"""Run a reward file in a separate process. The page survives code that loops forever, exits or prints endlessly.
 
 `run_task` starts `python -m ui.reward_process FOLDER` with a time limit. It imports neither gradio nor torch.
 """
@@ -35,7 +35,7 @@ def run_task(task: str, run: Path | None, file: Path, source: str, seconds: floa
     """Run one of TASKS. Returns its result, and the end of its printed output.
 
     Args:
-        run: The run folder whose settings apply, if any.
+        run: The run folder whose settings are used, if any.
         source: The text of the reward file, saved or not.
         stop: A threading.Event that stops the task early.
 
@@ -72,7 +72,7 @@ def run_task(task: str, run: Path | None, file: Path, source: str, seconds: floa
         raise RewardError("stopped")
     if traceback:
         frames = re.findall(r'File "(.*)", line (\d+) in (.*)', traceback)
-        place = next((f"in {f}, line {n}" for path, n, f in frames if Path(path).name == file.name), "busy")
+        place = next((f"in {f}, line {n}" for path, n, f in frames if Path(path).name == file.name), "in another file")
         raise RewardError(
             f"{file.name} did not finish within {seconds:g} s: it was {place}. Look for an infinite loop there."
         )
@@ -162,7 +162,7 @@ def score_task(job: dict) -> dict:
     completions = []
     for fields in job["completions"]:
         completion = probes.completion(row, fields["text"], fields["truncated"], fields.get("step") or 1)
-        if fields.get("tokens"):  # otherwise its bytes are its tokens
+        if fields.get("tokens"):  # otherwise each byte counts as a token
             completion.tokens, completion.token_ids = fields["tokens"], fields.get("token_ids", [])
         completions.append(completion)
     scores = [dataclasses.asdict(dataclasses.replace(score, extra={})) for score in score_all(rewards, completions)]

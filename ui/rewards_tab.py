@@ -57,7 +57,7 @@ def pick(page: Page, name: str | None, step: float | None, number: float | None)
     row, message = None, logged_score(record)
     try:
         row = next((row for split in run.questions() for row in split if row["id"] == record["prompt_id"]), None)
-        message += "" if row else " The question is no longer in the data of the run: enter the expected answer."
+        message += "" if row else " The question is no longer in the run's data: enter the expected answer."
     except (ConfigError, DataError) as error:  # the completion can be shown without the data
         message += f" {error}"
     values = record.get("rewards", {}) | record.get("metrics", {})
@@ -67,11 +67,11 @@ def pick(page: Page, name: str | None, step: float | None, number: float | None)
 
 
 def score(page: Page, name, step, number, question, row_text, text, truncated, source) -> tuple[str, list]:
-    """Score the completion in the fields, from a run or not. Outputs: message, which also holds errors, and table."""
+    """Score the completion in the fields. Outputs: message, which may be an error, and table."""
     run = page.runs.get(name) if name else None
     row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(row_text)
     completion, logged = {"text": text, "truncated": truncated}, ""
-    with contextlib.suppress(UiError):  # it need not come from a run
+    with contextlib.suppress(UiError):  # the completion need not come from a run
         record = find_completion(page, name, step, number)[1]
         if (question, text) == (record["prompt"], cut(record["completion"])):
             completion |= {"text": record["completion"], "tokens": record.get("tokens"), "step": record["step"]}
@@ -83,13 +83,13 @@ def score(page: Page, name, step, number, question, row_text, text, truncated, s
         return str(error), []
     verdict = f"{result.verdict} (judged by {result.judge})" if result.judge else result.verdict
     if result.verdict == "wrong" and not result.judge:
-        verdict = "no verdict: no applicable reward can judge it; enter the expected answer"
-    message = f"Scored by {file_label(page, source)}: total {format_number(result.total)}, {verdict}. {logged}"
+        verdict = "no verdict: no reward function decides whether it is correct; enter the expected answer"
+    message = f"Scored with {file_label(page, source)}: total {format_number(result.total)}, {verdict}. {logged}"
     return message + output_text(printed), reward_rows(result, weights)
 
 
 def rescore(page: Page, name: str | None, step: float | None, source: str) -> tuple[str, list]:
-    """Rescore a step. Outputs: message, which also holds errors, and table with the largest changes first."""
+    """Rescore a step. Outputs: message, which may be an error, and table with the largest changes first."""
     run = page.runs.get(name or "")
     records = run.completions(int(step or 0))
     try:
@@ -97,9 +97,11 @@ def rescore(page: Page, name: str | None, step: float | None, source: str) -> tu
     except RewardError as error:
         return str(error), []
     rows = result["rows"]
-    message = f"{len(rows)} completions of step {int(step)}, scored by {file_label(page, source)}:\n{result['report']}"
+    message = (
+        f"{len(rows)} completions of step {int(step)}, scored with {file_label(page, source)}:\n{result['report']}"
+    )
     if len(rows) < len(records):
-        message += f"{len(records) - len(rows)} skipped: their questions are no longer in the data of the run.\n"
+        message += f"{len(records) - len(rows)} skipped: their questions are no longer in the run's data.\n"
     return message + output_text(printed), rows
 
 
@@ -129,7 +131,7 @@ def read_file(page: Page, request: gr.Request) -> tuple[str, str, str]:
     file, draft = file_and_draft(page)
     page.draft_owner = request.session_hash
     if draft.is_file():
-        message = f"Unsaved edits of {file.name}, kept in {draft.name}. Save or discard them."
+        message = f"Showing unsaved edits of {file.name} from {draft.name}. Save or discard them."
         return message, read_text(draft), read_text(file)
     return f"Editing {file}.", read_text(file), read_text(file)
 
@@ -142,7 +144,7 @@ def reload_file(page: Page, request: gr.Request) -> tuple[str, str, str]:
 
 
 def save_draft(page: Page, source: str, request: gr.Request) -> str:
-    """Write the text in the editor to the draft, unless the draft has the edits of another visitor."""
+    """Write the text in the editor to the draft, unless the draft contains the edits of another visitor."""
     file, draft = file_and_draft(page)
     with WRITE_LOCK:
         if draft.is_file() and page.draft_owner != request.session_hash:
@@ -206,7 +208,9 @@ def write(file: Path, source: str) -> None:
 
 def build(page: Page) -> None:
     with gr.Tab("Rewards") as tab:
-        gr.Markdown("See how each reward function scores a completion, and why. Load one from a run or write one.")
+        gr.Markdown(
+            "See how each reward function scores a completion, and why. Load a completion from a run, or type one."
+        )
         with gr.Row():
             run = gr.Dropdown(page.runs.names(), label="Run")
             step = gr.Number(label="Step", precision=0)

@@ -224,8 +224,8 @@ def config_of(path: Path, modified: int) -> Config:
 @functools.lru_cache(4)
 def questions_of(path: Path, modified: int) -> tuple[list[dict], list[dict]]:
     """Load the training rows and the held-out rows for the settings in a file. Cached like `config_of`."""
-    c = config_of(path, modified)
-    return load_questions(c)[:2]
+    config = config_of(path, modified)
+    return load_questions(config)[:2]
 
 
 def downsample(values: Sequence, max_points: int = MAX_POINTS) -> list:

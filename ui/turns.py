@@ -1,4 +1,4 @@
-"""A question to both sides of the tab Compare, and the state of each side's answer. Does not import torch."""
+"""A question to both sides of the Compare tab, and the state of each side's answer. Does not import torch."""
 
 import threading
 from collections.abc import Iterator

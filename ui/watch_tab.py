@@ -20,15 +20,18 @@ CURVES = {  # label: (factor, {series: metric}); the first two plots are large
     "Held-out accuracy, %": (100, {"greedy": "eval/accuracy", "sampled": "eval/accuracy_sampled"}),
     "Reward": (1, {"mean": "reward"}),
     "Completion length, tokens": (1, {"mean": "completions/mean_length"}),
-    "With thinking, % of completions": (100, {"mean": "completions/thinking"}),
+    "Completions with thinking, %": (100, {"mean": "completions/thinking"}),
     "KL from the reference, nats per token": (1, {"mean": "kl"}),
     "Entropy, nats per token": (1, {"mean": "entropy"}),
-    "Clipped, %": (100, {"truncated completions": "completions/clipped_ratio", "ratios": "clip_ratio/region_mean"}),
+    "Truncated and clipped, %": (
+        100,
+        {"truncated completions": "completions/clipped_ratio", "clipped ratios": "clip_ratio/region_mean"},
+    ),
     "Peak memory, MB": (1, {"peak": "peak_memory_mb"}),
     "Tokens per second": (1, {"whole step": "tokens_per_second"}),
 }
 MEASURES = {"advantage": "advantages", "value": "values", "KL": "kl", "entropy": "entropy"}
-CELL_CHARS = 300  # longer texts are cut in tables
+CELL_CHARS = 300  # longer texts are truncated in tables
 MAX_TOKENS = 2_000  # coloured tokens of a completion
 NEAR_ZERO = 0.05  # a token is grey up to this fraction of the largest absolute value in the group
 LARGE = 0.5  # its colour is dark above this fraction
@@ -136,7 +139,8 @@ def follow(runs: Runs, launcher: Launcher, selected: str | None, seen: dict) -> 
             key = [name, len(metrics), metrics[-1:], summary.get("finished"), list(summary.get("eval", {}))]
             curves = describe_curves(run, metrics, summary) if key != seen.get("key") else {}
     except Exception as error:  # a file may have any contents
-        is_active, key = False, None
+        is_active = False
+        key = None
         is_known = isinstance(error, (UiError, ConfigError))
         updates["status"] = str(error) if is_known else f"Cannot show {name}: {type(error).__name__}: {error}"
     updates |= curves
@@ -163,7 +167,7 @@ def describe_status(run: Run, metrics: list[dict], summary: dict) -> str:
     done = metrics[-1]["step"] if metrics else 0
     label = {"finished": "Finished", "stopped": "Stopped early", "running": "Running"}[status]
     if status == "running" and run.file("STOP").exists():
-        label = "Running, will save and stop after this step"
+        label = "Running (will save and stop after this step)"
     text = f"{label}: step {done} of {config.max_steps}"
     if status == "running" and done:
         parts = ("rollout", "update")

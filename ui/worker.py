@@ -35,7 +35,7 @@ class Worker:
         threading.Thread(target=self._work, name="models", daemon=True).start()
 
     def answer(self, request: ChatRequest) -> Iterator[tuple[Answer, ...]]:
-        """Yield the state of both sides until both are over. Closing the iterator stops generation."""
+        """Yield the state of both sides until both have ended. Closing the iterator stops generation."""
         turns = [Turn(request, side, messages) for side, messages in zip(request.sides, request.messages, strict=True)]
         advanced = threading.Event()
         advance = functools.partial(self._advance, turns, advanced)
@@ -55,7 +55,7 @@ class Worker:
                 yield answers
         finally:
             request.stop.set()
-            self._inbox.put(advance)  # releases the memory of sides that are not over
+            self._inbox.put(advance)  # releases the memory of sides that have not ended
             self._jobs.remove(turns)
 
     def preload(self, run: str | None) -> None:

@@ -116,7 +116,7 @@ class FormulaParser:
         return result
 
     def parse_mixed_number(self) -> Value | None:
-        r"""Parse a mixed number, 2\frac{1}{2}, which is a sum. Returns None for anything else, as 2\frac{\pi}{2}."""
+        r"""Parse a mixed number, 2\frac{1}{2}, which is a sum. Return None for anything else (2\frac{\pi}{2})."""
         start = self.position
         if self.kind != "number" or self.tokens[start + 1][0] != r"\frac":
             return None

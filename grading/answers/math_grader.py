@@ -1,6 +1,6 @@
 r"""The math grader: extract the final answer of a completion and compare it with the gold answer.
 
-An answer is compared in these steps, of which the first that decides counts:
+An answer is compared in these steps, and the first conclusive one decides:
 
 1. Plain numbers, compared as exact fractions.
 2. The same text, after `tidy` (tokens.py).
@@ -79,7 +79,7 @@ _MATH = re.compile(r"\s*(?:\$\$(.*?)\$\$|\$(.*?)\$|\\\((.*?)\\\)|\\\[(.*?)\\\])"
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer: the last balanced `\boxed{}`, else `#### x`, `<answer>x</answer>` or `the answer is x`.
 
-    Returns None if there is none of these, or only a box without an end: other numbers in the text are not considered.
+    Returns None if there is none of these, or only an unclosed box: other numbers in the text are not considered.
     """
     if "\\boxed" in text or "\\fbox" in text:
         return _last_box(text)
@@ -141,7 +141,7 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     except TooBig as error:
         return "gave_up", f"{error} is too large to be compared"
     except NotEvaluated:
-        return "wrong", f"{shorten(answer)} is not worked out"
+        return "wrong", f"{shorten(answer)} is not fully evaluated"
     if verdict is None:
         return judge_symbolically(answer, gold)
     return ("right", "") if verdict else wrong
@@ -249,7 +249,7 @@ def judge_symbolically(answer: str, gold: str) -> tuple[str, str]:
 
 
 def verify_symbolic(answer: str, gold: str) -> bool:
-    """Return math-verify's verdict. To be called in a worker: it may not end, and its own time limits are off."""
+    """Return math-verify's verdict. Call it in a worker: it may not terminate, and its own time limits are off."""
     from math_verify import parse, verify
 
     answer, gold = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, gold))

@@ -172,5 +172,5 @@ def _encode(tokenizer, model, prompts: list, texts: list[str]) -> tuple[list[dic
         removed = {index for _, index in removable[: max(0, len(ids) - limit)]}
         remaining = [index for index in range(len(ids)) if index not in removed]
         rows.append({name: [encoded[name][i][index] for index in remaining] or [0] for name in names})
-        reasons.append(f"truncated: the reward model misses {len(removed)} of {len(ids)} tokens" if removed else "")
+        reasons.append(f"truncated: {len(removed)} of {len(ids)} tokens exceed the context" if removed else "")
     return rows, reasons

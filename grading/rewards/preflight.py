@@ -34,7 +34,7 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
         Notes for the user: unparsable gold answers, and wrong completions that can earn as much as a right one.
 
     Raises:
-        RewardError: A column is misspelt, a row has no gold answer, or a function raises or returns an invalid value.
+        RewardError: A column is misspelled, a row has no gold answer, or a function raises or returns an invalid value.
     """
     rewards = replace(rewards, reward_errors="stop")
     samples = {}  # one row for each task and set of filled columns
@@ -135,8 +135,8 @@ def _warnings(rewards: Rewards, prefix: str, functions: list[RewardFunction], ro
         parts = [f"{f.name} {f.weight * value:g}" for f in functions if (value := worst.score.parts[f.name])]
         warnings.append(
             f"{prefix} a wrong answer can earn as much as a right one: {worst.probe.name!r} gets "
-            f"{' + '.join(parts) or 0}, and being right adds {gain:g}. Keep shaping to a fifth of that, or reward only "
-            f"right answers; for details run the self-test of {rewards.path.name}"
+            f"{' + '.join(parts) or 0}, and being right adds {gain:g}. Limit shaping to a fifth of that, or reward "
+            f"only right answers; for details run the self-test of {rewards.path.name}"
         )
     if wrong.is_right:
         warnings.append(f"{prefix} the verdict comes from {wrong.judge}, which accepts a wrong answer as right")

@@ -68,12 +68,10 @@ def find_machine(config: Config) -> Machine:
     """Return a typical card with `gpu_memory` GB if that is set, otherwise this machine. Raises ConfigError."""
     if config.gpu_memory is not None:
         if not config.gpu_memory > 0:
-            raise ConfigError(
-                f"gpu_memory is {config.gpu_memory:g}, but must be the memory of a card in GB, such as 12"
-            )
+            raise ConfigError(f"gpu_memory is {config.gpu_memory:g}, but must be the memory of a GPU in GB, such as 12")
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
         card = typical_card(config.gpu_memory, bf16=dtype != "float16")
-        return Machine("cuda", dtype, config.gpu_memory * GB, f"a CUDA card with {config.gpu_memory:g} GB", card)
+        return Machine("cuda", dtype, config.gpu_memory * GB, f"a CUDA GPU with {config.gpu_memory:g} GB", card)
     if config.device != "cpu" and shutil.which("nvidia-smi"):  # without a driver, do not spend time on importing torch
         import torch
 
@@ -86,7 +84,7 @@ def find_machine(config: Config) -> Machine:
             return Machine("cuda", dtype, free, f"{name} with {free / GB:.1f} GB free", known_card(name, total / GB))
     if config.device == "cuda":
         raise ConfigError(
-            "device is cuda, but this machine has no NVIDIA GPU: give the memory of a card, --gpu-memory 12"
+            "device is cuda, but this machine has no NVIDIA GPU: set the memory of a GPU in GB, such as --gpu-memory 12"
         )
     import psutil
 

@@ -59,7 +59,7 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
         f"  fixed      {human(prediction.fixed)}",
     ]
     if prediction.load:
-        lines.append(f"  loading    {human(prediction.load)}   in place of the parts above")
+        lines.append(f"  loading    {human(prediction.load)}   instead of the parts above, while loading")
     lines.append(f"  peak       {human(prediction.peak)}   {total}")
     lines.append(f"  needed     {human(needed)}   including {overhead}")
     if needed <= machine.memory and machine.card:
@@ -73,7 +73,9 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
     if needed <= machine.memory:
         lines.append(f"It fits: {needed / GB:.1f} of {machine.memory / GB:.1f} GB.")
     else:
-        lines.append(f"It does not fit: it needs {needed / GB:.1f} GB, and {machine.memory / GB:.1f} GB are available.")
+        lines.append(
+            f"It does not fit: it needs {needed / GB:.1f} GB, but only {machine.memory / GB:.1f} GB are available."
+        )
         lines.append(advice(config, shape, machine, prompt_length))
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ class Prediction:
     rollout: float
     update: float
     fixed: float
-    load: float  # peak while loading, in place of all other parts except `fixed`
+    load: float  # peak while loading, instead of all other parts except `fixed`
     allocator_keeps: bool  # freed blocks are kept, so roll-out and update add up
     rows: int  # rows generated at a time
     rows_requested: int  # rows that would be generated at a time with enough memory

@@ -111,7 +111,7 @@ class SharedPrompts:
         self.positions = torch.cat([self.prompts.column, starts[self.completions.row] + self.completions.column])
         decoder.prepare(int(self.positions.max()) + 1)
 
-        # Padding attends to something, too: its softmax would be nan otherwise, and with it every gradient.
+        # Padding attends to some keys, too: otherwise its softmax, and with it every gradient, would be nan.
         p, c = (torch.arange(rows.width, device=device, dtype=torch.int32) for rows in (self.prompts, self.completions))
         query_positions = starts[:, None].int() + c  # (B, C)
         key_positions = torch.cat([p.expand(len(starts), -1), query_positions], 1)  # (B, P + C)

@@ -107,7 +107,7 @@ def is_for_unsloth(model_config) -> bool:
 def load_with_unsloth(config: Config, dtype: torch.dtype):
     """Load and patch the base model with Unsloth, in 4-bit NF4 with double quantization if `load_in_4bit` is set.
 
-    Raises ConfigError if weights are missing, which would otherwise be random numbers.
+    Raises ConfigError if weights are missing, which would otherwise be initialized randomly.
     """
     from transformers import AutoConfig
     from unsloth import FastLanguageModel
@@ -146,7 +146,7 @@ def saved_names(model: str) -> set[str]:
 
 
 def refuse_missing_weights(model: str, names: set[str]) -> None:
-    """Raise ConfigError if there are names of missing weights, which would otherwise be random numbers."""
+    """Raise ConfigError if any weights (given by name) are missing: they would be initialized randomly."""
     if names:
         raise ConfigError(f"model: the weight files of {model} are incomplete: missing {', '.join(sorted(names)[:3])}")
 

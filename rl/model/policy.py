@@ -1,7 +1,7 @@
 """The policy: a language model with a LoRA on every linear layer, and its tokenizer.
 
-With the LoRA enabled the model is the policy, with it disabled the reference, so both share one set of weights. It
-is loaded by Unsloth or by transformers and peft (rl/model/backends.py), optionally in 4-bit NF4 by bitsandbytes.
+With the LoRA enabled the model is the policy, with it disabled the reference, so both share one set of weights. The
+model is loaded by Unsloth or by transformers and peft (rl/model/backends.py), optionally in 4-bit NF4 by bitsandbytes.
 """
 
 import contextlib
@@ -189,7 +189,8 @@ def load_policy(config: Config) -> Policy:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         matches = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
         reason = f"did you mean {matches[0]}?" if matches else first_line(error)
-        raise ConfigError(f"model: {config.model} cannot be loaded: {reason}") from error
+        place = "" if Path(config.model).exists() else " (it is not a local folder)"
+        raise ConfigError(f"model: {config.model} cannot be loaded{place}: {reason}") from error
     config.backend = "unsloth" if uses_unsloth else "transformers"
     if device.type == "cpu":
         keep_freed_memory(model.config.get_text_config().hidden_size)
@@ -240,7 +241,7 @@ def check_folders(config: Config) -> None:
 
 
 def load_with_transformers(config: Config, device: torch.device, dtype: torch.dtype):
-    """Load the base model and freeze it. Raises ConfigError if weights are missing, which would be random numbers."""
+    """Load the base model and freeze it. Raises ConfigError if weights are missing."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

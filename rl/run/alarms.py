@@ -23,7 +23,7 @@ DIVERGED_KL = 1.0  # nats per token: at most 0.7 in forty runs of the tiny model
 MEAN_MISMATCH = 0.1  # sampler vs. trainer, nats per token: 1e-6 in fp32, 0.01 to 0.03 in bf16
 MAX_MISMATCH = 5.0  # the same for the worst token of a step
 STILL_KL = 1e-7  # nats per token: with a smaller KL the policy has hardly moved
-STILL_STEPS = 10  # number of steps with updates before that is noted
+STILL_STEPS = 10  # the note on it appears only after more than this many steps with updates
 
 Alarms = dict[str, str]  # one line of text by subject
 
@@ -48,10 +48,10 @@ def find_alarms(
     alarms |= _shaping_dominates(history, scores, judges, rewards)
     alarms |= _excluded(history, scores) | _sampler_mismatch(history) | _diverged(history, config)
     repetitive = recent(history, "completions/repetitive")
-    at_first = mean(values(history[:WINDOW], "completions/repetitive"))
-    if repetitive > at_first + 0.1:
+    initial = mean(values(history[:WINDOW], "completions/repetitive"))
+    if repetitive > initial + 0.1:
         alarms["repetition"] = (
-            f"{repetitive:.0%} of the completions are long and mostly repeat themselves ({at_first:.0%} in the first "
+            f"{repetitive:.0%} of the completions are long and mostly repeat themselves ({initial:.0%} in the first "
             "steps): check in rollouts/ which reward pays for it"
         )
     if "kl" not in alarms:
@@ -153,15 +153,15 @@ def _shaping_dominates(history: list[dict], scores: list[Score], judges: set[str
         reward_sums.update({f.name: f.weight * (score.parts.get(f.name) or 0.0) for f in rewards.functions})
     largest = next((name for name, _ in reward_sums.most_common() if name not in judges), "other rewards")
     problem = (
-        f"{shaping:.2f} of the mean reward of {reward:.2f} come from rewards other than {names}, mostly from {largest}"
+        f"{shaping:.2f} of the mean reward of {reward:.2f} comes from rewards other than {names}, mostly from {largest}"
     )
     if when_wrong > allowed:
         problem = (
             f"wrong answers earn {when_wrong:.2f}, mostly from {largest}; {names} pays {weight:g} for a right answer"
         )
     return {
-        "dominating": f"{problem}: the policy may learn something other than right answers. Lower the weights of such "
-        "rewards to a fifth of that for right answers in total, or pay them only for right answers"
+        "dominating": f"{problem}: the policy may learn something other than right answers. Lower the weights of these "
+        "rewards to at most a fifth of the weight for right answers in total, or pay them only for right answers"
     }
 
 
@@ -239,7 +239,7 @@ def _no_signal(history: list[dict], episodes: list[Episode], config: Config) -> 
     last_steps = history[-WINDOW:]
     has_window = len(last_steps) == min(WINDOW, config.max_steps)
     reason = _most_common_reason(scores, "wrong")
-    example = f"Most common reason: {reason}. One completion ends in {episodes[0].completion.text[-100:]!r}"
+    example = f"Most common reason: {reason}. One completion ends with {episodes[0].completion.text[-100:]!r}"
 
     def is_always(name, value):
         return values(last_steps, name) == [value] * len(last_steps)

@@ -172,7 +172,7 @@ class Checkpoints:
         return Checkpoint(folder, meta["step"], meta, state)
 
     def suggest_older(self, folder: Path) -> str:
-        """Return the advice for a damaged checkpoint: to resume from the newest intact one before it."""
+        """Return advice for a damaged checkpoint: resume from the newest intact checkpoint before it."""
         for other in reversed([other for other in self.all() if other < folder]):
             if not damage(other):
                 return f"To resume from the last intact checkpoint before it: python train.py --resume {other}"
@@ -188,7 +188,7 @@ class Checkpoints:
             Notes on accepted changes.
 
         Raises:
-            ConfigError: If something has changed that cannot change, or that was not accepted with --accept-changes.
+            ConfigError: If a fixed setting has changed, or a change was not accepted with --accept-changes.
         """
         saved = checkpoint.meta["made"]
         folder = checkpoint.folder
@@ -203,7 +203,7 @@ class Checkpoints:
             changes["held_out"] = "the held-out questions have changed"
         if fixed := [text for name, text in changes.items() if name in FIXED]:
             raise ConfigError(
-                f"resume: {'; '.join(fixed)}: this cannot change during a run. To start a new run from its LoRA: "
+                f"resume: {'; '.join(fixed)}: this cannot change during a run. To start a new run from the saved LoRA: "
                 f"--adapter {folder}"
             )
         if provenance.get("model", saved["model"]) != saved["model"]:
@@ -279,13 +279,13 @@ def check_saved(policy: Policy, folder: Path, questions: list[Question], config:
     with reloaded_adapter(policy, folder):
         if greedy_answers() != in_memory:
             raise RunError(
-                f"{folder}: the saved LoRA, read back, gives other answers than the policy in memory: do not use it"
+                f"{folder}: the saved LoRA, read back, gives different answers than the policy in memory: do not use it"
             )
     with policy.reference():
         return len(prompts), sum(a != b for a, b in zip(in_memory, greedy_answers(), strict=True))
 
 
-# --- the provenance of a run, and the state that belongs to no other object
+# --- provenance, and random states
 
 
 def run_provenance(

@@ -113,7 +113,7 @@ def probe(config: Config, train: Callable[[Config, str, StopSignals], None], sig
     sizes = memory["rollout_batch_size"], memory["max_tokens_per_micro_batch"]
     print(f"""
 Probe of {PROBE_STEPS} steps (nothing was saved):
-  step     {last["step_time"]:.1f} s (rollout {last["time/rollout"]:.1f} s, update {last["time/update"]:.1f} s) with \
+  step     {last["step_time"]:.1f} s (roll-out {last["time/rollout"]:.1f} s, update {last["time/update"]:.1f} s) with \
 {last["completions/mean_length"]:.0f} tokens per completion; longer completions take longer
   run      about {report.clock(total)}: {config.max_steps} steps, and {evaluations} evaluations of about \
 {report.clock(evaluation)} each

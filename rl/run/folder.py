@@ -70,7 +70,7 @@ class RunFolder:
                 raise RunError(
                     f"{self.path} is in use by a run that is still active; to stop that run: touch {self.path / 'STOP'}"
                 ) from None
-            (self.path / "STOP").unlink(missing_ok=True)  # of an earlier run
+            (self.path / "STOP").unlink(missing_ok=True)  # left by an earlier run
             self.console.__enter__()
         self.is_open = True
 
@@ -148,7 +148,7 @@ class RunFolder:
         if summary.get("finished") and not self.config.accept_changes:
             option = "--max-steps N" if num_steps >= self.config.max_steps else "--early-stopping 0"
             raise ConfigError(
-                f"resume: {self.path} has finished at step {num_steps}. To train on, add {option} --accept-changes"
+                f"resume: {self.path} has finished at step {num_steps}. To continue it, add {option} --accept-changes"
             )
         if not self.checkpoints.all() and not self.config.accept_changes and 0 < self.config.save_steps < num_steps:
             raise ConfigError(

@@ -98,7 +98,7 @@ def config_to_resume(resume: str, arguments: list[str], file: str | None) -> str
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             return str(folder / "config.yaml")
     runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-    example = f" An example of a run: {runs[-1]}." if runs else " There are no runs in runs/."
+    example = f" Example: --resume {runs[-1]}." if runs else " There are no runs in runs/."
     hint = did_you_mean(resume, runs) or example
     raise ConfigError(f"resume: {resume} is not the folder of a run: config.yaml or checkpoints/ is missing.{hint}")
 
@@ -111,7 +111,7 @@ def pop_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
             return value, [*arguments[:i], *arguments[i + 1 :]]
         if option == name:
             if i + 1 == len(arguments):
-                raise ConfigError(f"{name} needs a path after it")
+                raise ConfigError(f"{name} requires a path")
             return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
     return None, list(arguments)
 

@@ -44,7 +44,7 @@ def highest_rewards(step: int, episodes: list) -> str:
 
 
 def printable(text: str) -> str:
-    """Remove control characters except line feeds: text of a model must not control the terminal."""
+    """Remove control characters except line feeds, so that model output cannot control the terminal."""
     return "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cc")
 
 

@@ -333,7 +333,7 @@ class Run:
 
     def _print_results(self, checkpoint: Path, num_answers: int, num_changed: int) -> None:
         count = f"{num_answers} of {num_answers}"
-        print(f"\nSaved {checkpoint}; read back, it gives the same greedy answers as in memory ({count}).")
+        print(f"\nSaved {checkpoint}. When read back, it gives the same greedy answers as in memory ({count}).")
         print(f"Training changed {num_changed} of these answers.")
         if not num_changed:
             print("  hint: training changed no greedy answer: raise learning_rate or max_steps")

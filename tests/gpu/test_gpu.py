@@ -100,14 +100,16 @@ def load_model(model_folder):
 def train(folder: Path, settings: str, faults: dict | None = None) -> tuple[dict, list[dict]]:
     """Run train.py in a separate process, and return its summary and metrics."""
     exit_code = start(folder, f"{settings} --output-dir {folder} --device {DEVICE} {SMALL if DRY else ''}", faults)
-    assert exit_code == 0, running.printed(folder)[-3000:]
+    assert exit_code == 0, running.read_output(folder)[-3000:]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return json.loads((folder / "summary.json").read_text()), metrics
 
 
 def start(folder: Path, arguments: str, faults: dict | None = None) -> int:
     """Run train.py and return its exit status. Its output goes to FOLDER.txt. faults: see running.py."""
-    process = processes.Process(target=running.into, args=(f"{folder}.txt", arguments.split(), faults or {}))
+    process = processes.Process(
+        target=running.work_with_output, args=(f"{folder}.txt", arguments.split(), faults or {})
+    )
     process.start()
     process.join()
     return process.exitcode
@@ -281,10 +283,10 @@ def test_resumed_run_is_bitwise_identical(tmp_path, optim):
     )
     whole = tmp_path / "whole"
     run = tmp_path / "run"
-    assert start(whole, f"{settings} --output-dir {whole}") == 0, running.printed(whole)[-3000:]
+    assert start(whole, f"{settings} --output-dir {whole}") == 0, running.read_output(whole)[-3000:]
     faults = {"rl.update:Updater:update": (6, signal.SIGKILL)}
     assert start(run, f"{settings} --output-dir {run}", faults) == -signal.SIGKILL
-    assert start(run, f"--resume {run}") == 0, running.printed(run)[-3000:]
+    assert start(run, f"--resume {run}") == 0, running.read_output(run)[-3000:]
     running.assert_same(run, whole)
 
 

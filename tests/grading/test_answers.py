@@ -114,7 +114,7 @@ def test_graded_table_matches_expected_verdicts():
         (r"\boxed{4}", r"so \boxed{4}.", "right"),
         (r"<think>\boxed{4}</think>\boxed{5}", "5", "right"),  # a whole completion may be passed
         (r"\boxed{6}", "5", "wrong: 6 is not 5"),
-        (r"\boxed{2+3}", "5", "wrong: 2+3 is not worked out"),
+        (r"\boxed{2+3}", "5", "wrong: 2+3 is not fully evaluated"),
         ("5", "5", "no_answer: no \\boxed{}, ####, <answer> or 'the answer is'"),
         (r"\boxed{}", "5", "no_answer: the answer is empty"),
         ("#### " + "1" * 401, "5", "gave_up: the answer has 401 characters, over 400"),

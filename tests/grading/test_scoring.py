@@ -309,7 +309,7 @@ def test_sys_exit_in_a_function_is_an_error(tmp_path):
 
 def test_a_function_cannot_change_the_row(tmp_path):
     rewards = load_rewards(write(tmp_path, "@reward\ndef f(c):\n    c.row['answer'] = '1'\n    return 1\n"))
-    with pytest.raises(RewardError, match="'f' .*a data row cannot be changed"):
+    with pytest.raises(RewardError, match="'f' .*data rows are read-only"):
         score_all(rewards, [completion("x", answer="2")])
     row = {"id": "r1", "task": "t", "tests": ["assert f(1) == 2"]}
     Completion("q", "x", row).row["tests"].clear()

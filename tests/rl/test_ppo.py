@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Rewards, fill_lora, marked, vectors
+from conftest import Rewards, fill_lora, vectors, with_rewards
 
 from rl.advantages import Advantages
 from rl.config import Config, ConfigError
@@ -46,7 +46,7 @@ def test_gradients_of_policy_and_critic_are_separate(policy, episodes, ppo, kind
     critic = Critic(policy, ppo)
     updater = Updater(policy, critic, ppo)
     updater.fill_values(episodes)
-    Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+    Advantages(policy, Rewards, ppo).compute(with_rewards(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     policy_parameters, critic_parameters = policy.trainable_parameters(), critic.parameters
     before = vectors(policy_parameters), vectors(critic_parameters)
     updater.critic_step(episodes, Counter())
@@ -100,7 +100,7 @@ def test_critic_changes_neither_policy_nor_reference(policy, episodes, ppo):
     updater.fill_values(episodes)
     with torch.no_grad():
         assert torch.equal(completion_logprobs(policy, *ids)[0], before)
-    metrics = Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+    metrics = Advantages(policy, Rewards, ppo).compute(with_rewards(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     assert metrics["kl"] == 0.0
     assert all(torch.equal(e.old_logprobs, e.reference_logprobs) for e in episodes)
     assert all(e.values.abs().max() > 0.1 for e in episodes)
@@ -131,7 +131,7 @@ def test_values_start_at_zero_and_are_learnt(policy, episodes, ppo):
     critic = Critic(policy, ppo)
     updater = Updater(policy, critic, ppo)
     estimator = Advantages(policy, Rewards, ppo)
-    marked(episodes, [1.0 if i < 8 else 0.0 for i in range(16)])
+    with_rewards(episodes, [1.0 if i < 8 else 0.0 for i in range(16)])
     losses, explained = [], []
     for _ in range(20):
         updater.fill_values(episodes)
@@ -155,7 +155,7 @@ def test_critic_warmup_does_not_update_the_policy(policy, episodes, ppo):
     is_updated = []
     for _ in range(3):
         updater.fill_values(episodes)
-        estimator.compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+        estimator.compute(with_rewards(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
         before = vectors(policy.trainable_parameters()), vectors(critic.parameters)
         metrics = updater.update(episodes)
         is_updated.append(not torch.equal(vectors(policy.trainable_parameters()), before[0]))
@@ -177,7 +177,7 @@ def test_critic_gradient_does_not_depend_on_micro_batches(policy, episodes, ppo,
     torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
     updater = Updater(policy, critic, ppo)
     updater.fill_values(episodes)
-    Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+    Advantages(policy, Rewards, ppo).compute(with_rewards(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     gradients = []
     updater.critic_optimizer.step = lambda: gradients.append(
         torch.cat([p.grad.flatten() for p in critic.parameters if p.grad is not None])
@@ -197,7 +197,7 @@ def test_fp16_with_a_critic_and_fewer_groups_than_mini_batches(ppo, episodes):
     updater = Updater(policy, critic, ppo)
     subset = episodes[:8]
     updater.fill_values(subset)
-    Advantages(policy, Rewards, ppo).compute(marked(subset, [1.0, 0.0, 0.0, 1.0] * 2))
+    Advantages(policy, Rewards, ppo).compute(with_rewards(subset, [1.0, 0.0, 0.0, 1.0] * 2))
     metrics = updater.update(subset)
     assert metrics["updates"] == 2 and metrics["skipped_updates"] == 0 and metrics["critic_grad_norm"] > 0
 
@@ -207,7 +207,7 @@ def test_target_kl_ends_the_epochs(policy, episodes, ppo):
     critic = Critic(policy, ppo)
     updater = Updater(policy, critic, ppo)
     updater.fill_values(episodes)
-    Advantages(policy, Rewards, ppo).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+    Advantages(policy, Rewards, ppo).compute(with_rewards(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     metrics = updater.update(episodes)
     assert 1 <= metrics["updates"] < 6 and metrics["policy/approxkl_avg"] > 0
     assert updater.critic_optimizer.schedule.last_epoch == updater.optimizer.schedule.last_epoch == 6
@@ -240,7 +240,7 @@ def test_ppo_from_a_saved_adapter(policy, episodes, ppo, tmp_path):
     kls = []
     for _ in range(2):
         updater.fill_values(episodes)
-        kls.append(estimator.compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))["kl"])
+        kls.append(estimator.compute(with_rewards(episodes, [1.0, 0.0, 0.0, 1.0] * 4))["kl"])
         updater.update(episodes)
         for e in episodes:
             e.old_logprobs = e.reference_logprobs = None

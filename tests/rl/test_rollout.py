@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 import transformers
-from conftest import copy_of_tiny, fill_lora
+from conftest import copy_tiny, fill_lora
 
 from rl.model import engine, hf_generate
 from rl.model.logprobs import completion_logprobs
@@ -48,7 +48,7 @@ def chi_square(counts, probabilities, n):
 def test_generation_config_does_not_change_the_distribution(tmp_path, config):
     """Token frequencies follow the raw softmax, whatever the model folder's generation_config."""
     qwen = {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.3}
-    config.model = copy_of_tiny(tmp_path / "m", generation_config=qwen)
+    config.model = copy_tiny(tmp_path / "m", generation_config=qwen)
     policy = load_policy(config)
     prompt = policy.encode_prompt("What is 8 - 3 + 9?") + policy.tokenizer.encode("\\boxed{", add_special_tokens=False)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_on_finished_is_called_as_completions_end(policy, rows):
 def test_several_end_tokens(tmp_path, config):
     """Any of the end-of-sequence tokens ends a completion; here the digit 1 is one of them."""
     one = 8 + 1 + ord("1") - ord(" ")
-    config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [1, one]})
+    config.model = copy_tiny(tmp_path / "m", generation_config={"eos_token_id": [1, one]})
     policy = load_policy(config)
     assert policy.tokenizer.decode([one]) == "1"
     episodes = roll(policy, ["What is 5 + 5 + 5?", "What is 2 + 3 + 2?"], n=64)
@@ -161,7 +161,7 @@ def test_a_repetition_penalty_sees_prompt_and_completion(policy, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["hf generate"], indirect=True)
 def test_batches_do_not_exceed_rollout_batch_size(policy, monkeypatch):
-    """Even if a group is split."""
+    """The limit holds even if a group is split."""
     sizes = []
     complete = hf_generate.HFGenerate.complete
 
@@ -198,7 +198,7 @@ def test_generation_config_does_not_change_generate(policy, config, tmp_path):
         "return_dict_in_generate": True,
         "use_cache": False,
     }
-    config.model = copy_of_tiny(tmp_path / "m", generation_config=hostile)
+    config.model = copy_tiny(tmp_path / "m", generation_config=hostile)
     policy = load_policy(config)
     policy.decoder = None
     fill_lora(policy, 0.02)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import fill_lora, marked
+from conftest import fill_lora, with_rewards
 
 from rl import algorithms
 from rl.model.logprobs import completion_logprobs
@@ -119,7 +119,7 @@ def test_kl_is_exactly_zero_at_step_0(episodes, config):
     updater = Updater(policy, None, config)
     with policy.reference():
         updater.fill_logprobs(episodes, "reference_logprobs")
-    inspected = inspect_tokens(updater, marked(episodes, [0.0] * 16))
+    inspected = inspect_tokens(updater, with_rewards(episodes, [0.0] * 16))
     assert all(kl == 0.0 for row in inspected["completions"] for kl in row["kl"])
     _, totals = gradient(policy, episodes, config)
     assert totals["kl"] == 0.0
@@ -290,7 +290,7 @@ def test_inspect_tokens_returns_one_value_per_token(policy, episodes, config):
     config.max_tokens_per_micro_batch = 60  # several forward passes; the order is preserved
     for episode in episodes[4:8]:
         episode.advantages = 2 * episode.advantages
-    rows = inspect_tokens(Updater(policy, None, config), marked(episodes, [0.0] * 16))["completions"]
+    rows = inspect_tokens(Updater(policy, None, config), with_rewards(episodes, [0.0] * 16))["completions"]
     assert len(rows) == 4  # the group with the largest advantages
     for row, episode in zip(rows, episodes[4:8]):
         assert {len(row[name]) for name in ("tokens", "logprobs", "advantages", "entropy", "kl")} == {

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from conftest import asked_in_a_run
+from conftest import run_with_questions
 
 from tools.self_test import WIDTH, self_test
 
@@ -204,7 +204,7 @@ def saved_line(question, text, step=1, **fields):
 @pytest.fixture
 def run_folder(tmp_path):
     """A run of two steps on three questions of a file, whose reward accepted any boxed answer."""
-    questions, rows, folder = asked_in_a_run(tmp_path)
+    questions, rows, folder = run_with_questions(tmp_path)
     settings = {
         "train_data": [str(questions)], "eval_data": [], "train_questions": 100, "eval_questions": 1, "columns": {}, "seed": 0,
         "reward_funcs": [], "reward_weights": {"correct": 2.0, "gone": 1.0},

@@ -1,4 +1,4 @@
-"""The tabs Compare and What changed: verdicts, samples, chats, votes, downloads, errors."""
+"""The Compare and What changed tabs: verdicts, samples, chats, votes, downloads, errors."""
 
 import json
 import re
@@ -333,7 +333,7 @@ def test_thinking_collapses_when_complete():
 
 @pytest.fixture
 def evaluated(page):
-    """A page and two evaluations: one question fixed, one broke, one right and two wrong in both."""
+    """A page and two evaluations: one question fixed, one broken, one right and two wrong in both."""
     run = page.runs.folder / "one"
     before = [
         make_record(f"q{i}", verdict) for i, verdict in enumerate(["wrong", "right", "right", "wrong", "ungraded"])
@@ -351,12 +351,12 @@ def test_changes(evaluated):
     text, which, rows, *answers = compare_tab.show_changes(*evaluated, "all")
     assert answers == ["", "", ""]
     assert text.startswith(
-        "1 fixed, 1 broke, 1 both right, 2 both wrong (5 questions). before -> after: 2/5 correct (40%"
+        "1 fixed, 1 broken, 1 both right, 2 both wrong (5 questions). before -> after: 2/5 correct (40%"
     )
     assert text.endswith(" 1 before, 0 after.")
     assert [row[:2] for row in rows] == [
         [1, "fixed"],
-        [2, "broke"],
+        [2, "broken"],
         [3, "both right"],
         [4, "both wrong"],
         [5, "both wrong"],

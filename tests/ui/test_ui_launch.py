@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from watching import followed, until, watched  # noqa: E402
+from watching import follow_run, wait_until, watch_run  # noqa: E402
 
 from ui.launch import load_recipes  # noqa: E402
 from ui.runs import Runs, UiError  # noqa: E402
@@ -84,19 +84,19 @@ def test_starts_watches_and_stops_a_run_also_after_a_reload(folder, served):
     assert started.startswith(command.split(" --prompts")[0]) and timer["active"]
     with pytest.raises(Exception, match="is running"):
         client.predict("configs/tiny.yaml", SHORT, api_name="/start_run")
-    values = until(client, lambda v: "Running: step" in v["status"] and "step 0 of" not in v["status"])
+    values = wait_until(client, lambda v: "Running: step" in v["status"] and "step 0 of" not in v["status"])
     assert values["timer"]["value"] == 2 and "of 2000, about" in values["status"]
     assert os.getsid(pid := int(values["started"].split("process ")[1].split(".")[0])) == pid, "outlives the page"
 
     reloaded = served()  # a second load of the page
-    values = watched(reloaded)
+    values = watch_run(reloaded)
     assert values["name"]["value"] == "tiny-1" and "Running" in values["status"] and "step" in values["log"]
     outputs = reloaded.predict("tiny-1", 1, "entropy", api_name="/show_step")
     assert len(outputs[0]["data"]) == 2 and outputs[6].startswith("entropy: ") and outputs[7]
     with pytest.raises(Exception, match="a is not running"):
         reloaded.predict("a", api_name="/stop_run")
     assert "stop after the current step" in reloaded.predict("tiny-1", api_name="/stop_run")
-    values = until(client, lambda v: "Stopped early" in v["status"] and v["timer"]["value"] == 10)
+    values = wait_until(client, lambda v: "Stopped early" in v["status"] and v["timer"]["value"] == 10)
     assert "exit code 0" in values["started"] and Runs(folder).get("tiny-1").checkpoints()
     assert "step_" in values["log"]
 
@@ -104,7 +104,7 @@ def test_starts_watches_and_stops_a_run_also_after_a_reload(folder, served):
 def test_shows_the_exit_code_and_the_error_of_a_wrong_setting(folder, served):
     client = served()
     client.predict("configs/tiny.yaml", "--lerning-rate 1", api_name="/start_run")
-    values = until(client, lambda v: "exit code" in v["started"])
+    values = wait_until(client, lambda v: "exit code" in v["started"])
     assert "exit code 1" in values["started"] and "'learning_rate'" in values["started"]
     assert not (folder / "tiny-1").exists()
 
@@ -118,7 +118,7 @@ def test_a_killed_run_is_shown_as_stopped_and_can_be_resumed(folder, launcher):
     os.kill(launcher.process.pid, signal.SIGKILL)
     launcher.process.wait()
     assert "exit code -9" in launcher.describe()
-    values = followed(launcher, "tiny-1")
+    values = follow_run(launcher, "tiny-1")
     assert values["status"].startswith("Stopped early: step")
     assert launcher.resume_command("tiny-1", "")[2] == "--resume"
 

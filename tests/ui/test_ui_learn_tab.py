@@ -1,4 +1,4 @@
-"""The tab Learn: GAE and PPO's clip against hand-computed values, and their entries in docs/algorithms.md."""
+"""The Learn tab: GAE and PPO's clip against hand-computed values, and their entries in docs/algorithms.md."""
 
 import pytest
 

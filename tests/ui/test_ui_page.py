@@ -124,7 +124,7 @@ def record_chats(page, action) -> list[tuple[str, str]]:
 
 
 def ask_held_out(page, number: int) -> None:
-    """Put a held-out question, and wait for both verdicts."""
+    """Ask a held-out question, and wait for both verdicts."""
     page.get_by_label("Held-out question number").fill(str(number))
     page.get_by_role("button", name="Load this question").click()
     wait_until(lambda: page.get_by_label("Question", exact=True).first.input_value() != "")
@@ -198,7 +198,7 @@ def test_all_tabs_work_in_a_browser(trained, width):
         wait_until(lambda: page.get_by_label("Completion, including thinking").input_value())
         page.get_by_role("button", name="Score", exact=True).click()
         wait_until(
-            lambda: page.get_by_label("Verdict", exact=True).input_value().startswith("Scored by rewards.py: total")
+            lambda: page.get_by_label("Verdict", exact=True).input_value().startswith("Scored with rewards.py: total")
         )
         for cell in ("generous", "0.125", "for nothing"):
             page.get_by_text(cell, exact=True).locator("visible=true").first.wait_for()
@@ -265,7 +265,7 @@ def screenshots(folder: Path) -> None:
     with served(folder) as address, browser() as chromium, open_page(chromium, address, 1280) as page:
         ask_held_out(page, 20)  # loads the model
         page.get_by_role("button", name="New chat").click()
-        for number in range(1, 20):  # find a question that the base answers wrong and the run right
+        for number in range(1, 20):  # find a question that only the run answers correctly
             ask_held_out(page, number)
             if not read_value(page, "left-verdict").startswith("correct") and read_value(
                 page, "right-verdict"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 import yaml
-from conftest import asked_in_a_run
+from conftest import run_with_questions
 from watching import write_rollouts
 
 from ui import learn_tab, rewards_tab
@@ -41,7 +41,7 @@ SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 @pytest.fixture
 def page(tmp_path):
     """A run with one step of four completions to two questions, whose reward function accepted every answer."""
-    questions, rows, folder = asked_in_a_run(tmp_path)
+    questions, rows, folder = run_with_questions(tmp_path)
     settings = {
         "train_data": [str(questions)],
         "train_questions": 100,
@@ -95,7 +95,7 @@ def cells(table):
 
 def test_scores_a_pasted_completion(page):
     message, table = score(page, "<think>1+1=2</think>\\boxed{2}", "2")
-    assert message.startswith("Scored by rewards.py: total 1, right (judged by correct).")
+    assert message.startswith("Scored with rewards.py: total 1, right (judged by correct).")
     assert cells(table) == {
         "correct": ["1", "1", "1", "right"],
         "short": ["0", "0.2", "0", "29 tokens"],  # its bytes, as no model wrote it
@@ -116,7 +116,9 @@ def test_loads_a_completion_of_a_run_and_scores_it_with_the_weights_of_the_run(p
     assert (question, text, truncated) == ("0 + 1?", "\\boxed{2}", False) and json.loads(row_text)["answer"] == "1"
     place = {"name": "mine", "step": 3, "number": 2, "question": question}
     message, table = score(page, text, row_text, **place)
-    assert message.startswith("Scored by rewards.py: total 0.2, wrong (judged by correct). In the run: total 2, right.")
+    assert message.startswith(
+        "Scored with rewards.py: total 0.2, wrong (judged by correct). In the run: total 2, right."
+    )
     assert cells(table)["correct"][1] == "2", "the weight of the run"
     assert cells(table)["short"] == ["1", "0.2", "0.2", "3 tokens"], "the number of tokens in the run"
 
@@ -205,7 +207,7 @@ def test_shows_printed_html_and_html_reasons_as_text(page):
 
 def test_rescores_a_step(page):
     message, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
-    assert message.startswith("4 completions of step 3, scored by rewards.py:")
+    assert message.startswith("4 completions of step 3, scored with rewards.py:")
     figures = {line.split()[0]: line.split()[1:] for line in message.splitlines() if line.startswith("  ")}
     assert figures["correct"] == ["1.0000", "0.5000", "2"]
     assert figures["short"] == ["-", "0.2500", "4"]
@@ -232,7 +234,7 @@ def test_skips_completions_whose_question_is_missing(page):
     rollouts.write_text(rollouts.read_text().replace('"q0"', '"missing"'))
     message, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
     assert "2 skipped" in message and [row[0] for row in table] == [4, 3]
-    assert "no longer in the data" in rewards_tab.pick(page, "mine", 3, 1)[0]
+    assert "no longer in the run's data" in rewards_tab.pick(page, "mine", 3, 1)[0]
 
 
 # --- the editor
@@ -246,7 +248,7 @@ def test_saves_the_file_and_keeps_edits_with_errors_in_the_draft(page):
     message, loaded = rewards_tab.save(page, REWARDS + "def broken(:", loaded, A)
     assert "Not saved: rewards.py:14: SyntaxError" in message and file.read_text() == loaded == REWARDS
     message, source, loaded = rewards_tab.read_file(page, A)  # a later visit
-    assert "Unsaved edits of rewards.py" in message and source == REWARDS + "def broken(:\n"
+    assert "unsaved edits of rewards.py" in message and source == REWARDS + "def broken(:\n"
     assert loaded == REWARDS
     better = REWARDS.replace("<= 3", "<= 4")
     message, loaded = rewards_tab.save(page, better, loaded, A)
@@ -271,7 +273,7 @@ def test_scores_with_unsaved_edits_and_keeps_them_in_the_draft(page):
     file, draft = rewards_tab.file_and_draft(page)
     message, _ = score(page, "\\boxed{2}", "2", source=REWARDS.replace("weight=0.2", "weight=0.25"))
     assert "rewards.py with unsaved edits: total" in message and file.read_text() == REWARDS
-    assert "Scored by rewards.py: total" in score(page, "\\boxed{2}", "2")[0]
+    assert "Scored with rewards.py: total" in score(page, "\\boxed{2}", "2")[0]
     rewards_tab.save_draft(page, REWARDS + "# mine", A)  # while the user types
     assert draft.read_text() == REWARDS + "# mine\n" == rewards_tab.read_file(page, A)[1]
     rewards_tab.save_draft(page, REWARDS, A)

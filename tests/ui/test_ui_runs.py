@@ -8,7 +8,7 @@ import tracemalloc
 
 import filelock
 import pytest
-from watching import cut_rollouts, lines_of, metrics_of, rollouts_of, write_rollouts, write_tokens
+from watching import make_metrics, make_rollouts, to_jsonl, truncate_rollouts, write_rollouts, write_tokens
 
 from rl.config import ConfigError
 from ui.runs import MAX_POINTS, Runs, UiError, downsample, shows_errors, tail
@@ -20,11 +20,11 @@ def folder(tmp_path):
     run = tmp_path / "runs/a"
     (run / "eval").mkdir(parents=True)
     (run / "config.yaml").write_text("num_generations: 2\nmax_steps: 20\n")
-    (run / "metrics.jsonl").write_text(lines_of(metrics_of(range(1, 21))))
-    write_rollouts(run, rollouts_of(range(1, 21)))
+    (run / "metrics.jsonl").write_text(to_jsonl(make_metrics(range(1, 21))))
+    write_rollouts(run, make_rollouts(range(1, 21)))
     write_tokens(run, [{"step": s, "prompt_id": f"q{s}-0", "completions": []} for s in range(1, 21)])
     for name in ("after", "step_000010", "before"):
-        (run / f"eval/{name}.jsonl").write_text(lines_of([{"question": "<b>", "verdict": "right"}] * 3))
+        (run / f"eval/{name}.jsonl").write_text(to_jsonl([{"question": "<b>", "verdict": "right"}] * 3))
     for name in ("step_000010", "step_000005", "step_000015.unfinished", "step_000020"):
         (run / "checkpoints" / name).mkdir(parents=True)
         (run / "checkpoints" / name / "adapter_config.json").write_text("{}")
@@ -161,7 +161,7 @@ def test_groups_hold_the_completions_of_each_prompt(run):
 
 
 def test_a_prompt_that_was_drawn_twice_in_a_row_gives_two_groups(folder, run):
-    lines = rollouts_of([1], prompts=1, size=4)
+    lines = make_rollouts([1], prompts=1, size=4)
     write_rollouts(folder / "a", lines)
     assert run.groups(1) == [lines[:2], lines[2:]]
 
@@ -171,7 +171,7 @@ def test_steps_come_from_the_file_names(folder, run):
     rollouts = folder / "a/rollouts"
     for step in (1, 7, 20):
         (rollouts / f"{step:06d}.jsonl").unlink()
-    write_rollouts(folder / "a", rollouts_of([1_000_000]))
+    write_rollouts(folder / "a", make_rollouts([1_000_000]))
     for name in ("000021.jsonl.unfinished", "x.jsonl", "00002\N{SUPERSCRIPT TWO}.jsonl", "000022.json"):
         (rollouts / name).write_text("{}\n")
     assert run.steps() == [*range(2, 7), *range(8, 20), 1_000_000]
@@ -191,21 +191,21 @@ def test_reads_the_files_anew_after_a_resume(folder, run):
     """--resume truncates metrics.jsonl, which may exceed its former length before the next read."""
     metrics = folder / "a/metrics.jsonl"
     assert len(run.metrics()) == 20
-    metrics.write_text(lines_of(metrics_of(range(1, 6))))
-    cut_rollouts(folder / "a", 5)
+    metrics.write_text(to_jsonl(make_metrics(range(1, 6))))
+    truncate_rollouts(folder / "a", 5)
     assert [m["step"] for m in run.metrics()] == run.steps() == [1, 2, 3, 4, 5]
-    resumed = metrics_of(range(1, 6)) + metrics_of(range(6, 41), reward=7.0, alarms=["clipped"])
-    metrics.write_text(lines_of(resumed))
+    resumed = make_metrics(range(1, 6)) + make_metrics(range(6, 41), reward=7.0, alarms=["clipped"])
+    metrics.write_text(to_jsonl(resumed))
     assert run.metrics() == resumed and run.alarms() == {"clipped": 6}
-    metrics.write_text(lines_of(metrics_of(range(1, 42))))
+    metrics.write_text(to_jsonl(make_metrics(range(1, 42))))
     assert run.alarms() == {} and run.metrics()[-1]["step"] == 41
 
 
 def test_downsamples_metrics_and_keeps_evaluations(folder, run):
-    lines = metrics_of(range(1, 5001))
+    lines = make_metrics(range(1, 5001))
     for line in lines[99::100]:
         line["eval/accuracy"] = 0.5
-    (folder / "a/metrics.jsonl").write_text(lines_of(lines))
+    (folder / "a/metrics.jsonl").write_text(to_jsonl(lines))
     metrics = run.metrics(500)
     assert len(run.metrics(5000)) == 5000 and 500 <= len(metrics) <= 550
     assert [m["step"] for m in metrics] == sorted(m["step"] for m in metrics)
@@ -245,8 +245,8 @@ def write_long_run(path, num_steps, num_completions, length):
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(f"num_generations: 2\nmax_steps: {num_steps}\n")
     extra = {f"part/{n}/mean": 0.123456789 for n in range(60)}  # makes lines of about 2 KB, as in a real run
-    (path / "metrics.jsonl").write_text(lines_of(metrics_of(range(1, num_steps + 1), **extra)))
-    write_rollouts(path, rollouts_of(range(1, num_steps + 1), num_completions // 2, 2, "x" * length))
+    (path / "metrics.jsonl").write_text(to_jsonl(make_metrics(range(1, num_steps + 1), **extra)))
+    write_rollouts(path, make_rollouts(range(1, num_steps + 1), num_completions // 2, 2, "x" * length))
     write_tokens(
         path,
         (
@@ -265,7 +265,7 @@ def poll_run(run, num_polls, num_steps):
         assert len(run.metrics(500)) <= 1000 and run.steps()[-1] >= num_steps
         assert run.groups(step)[0][0]["step"] == run.tokens(step)["step"] == step
         with run.file("metrics.jsonl").open("a") as file:
-            file.write(lines_of(metrics_of([num_steps + poll + 1])))
+            file.write(to_jsonl(make_metrics([num_steps + poll + 1])))
         slowest = max(slowest, time.monotonic() - start)
         if poll == num_polls // 4 or poll == num_polls - 1:
             memory.append(tracemalloc.get_traced_memory()[0] / 2**20)

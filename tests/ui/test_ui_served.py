@@ -1,4 +1,4 @@
-"""The tab Compare through the served page: an empty runs folder, two visitors, stopping, errors, hostile text."""
+"""The Compare tab through the served page: an empty runs folder, two visitors, stopping, errors, hostile text."""
 
 import html
 import shutil

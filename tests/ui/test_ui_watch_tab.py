@@ -10,12 +10,12 @@ gr = pytest.importorskip("gradio")
 
 from watching import (  # noqa: E402
     build,
-    cut_rollouts,
-    followed,
-    lines_of,
+    follow_run,
+    make_rollouts,
     real_metrics,
-    rollouts_of,
-    watched,
+    to_jsonl,
+    truncate_rollouts,
+    watch_run,
     write_rollouts,
     write_tokens,
 )
@@ -33,12 +33,12 @@ def points(frame):
 
 
 def test_asks_for_a_run_if_there_is_none(tmp_path):
-    values = followed(Launcher(Runs(tmp_path)))
+    values = follow_run(Launcher(Runs(tmp_path)))
     assert "There is no run yet" in values["status"] and values["timer"].value == 10 and values["Reward"] is None
 
 
 def test_shows_a_stopped_run(launcher):
-    values = followed(launcher)
+    values = follow_run(launcher)
     assert (values["name"].value, values["name"].choices) == ("a", [("a", "a")])
     assert values["status"] == (
         "Stopped early: step 10 of 20.\nHeld-out accuracy (greedy): 10.0% at step 0, 50.0% at step 5."
@@ -61,32 +61,32 @@ def test_shows_the_time_left_of_a_run_in_progress(folder, launcher):
     (folder / "b/config.yaml").write_text("")  # newer, but not in progress
     os.utime(folder / "b/config.yaml", (2**32, 2**32))
     with filelock.FileLock(folder / "a/lock"):
-        values = followed(launcher)
+        values = follow_run(launcher)
         assert [name for name, _ in values["name"].choices] == ["a", "b"] and values["timer"].value == 2
         # 10 steps of 2 s and two evaluations of 10 / 3 s are left
         assert values["status"].startswith("Running: step 10 of 20, about 0:27 min left.")
         (folder / "a/STOP").touch()
-        assert followed(launcher, "a")["status"].startswith("Running, will save and stop after this step: ")
-    assert followed(launcher, "a")["timer"].value == 10
+        assert follow_run(launcher, "a")["status"].startswith("Running (will save and stop after this step): ")
+    assert follow_run(launcher, "a")["timer"].value == 10
 
 
 def test_sends_only_the_values_that_changed(folder, launcher):
-    first = followed(launcher)
-    second = followed(launcher, "a", first["seen"])
+    first = follow_run(launcher)
+    second = follow_run(launcher, "a", first["seen"])
     assert not {"name", "step", "shown_range", *watch_tab.CURVES} & set(second)
     with (folder / "a/metrics.jsonl").open("a") as file:
-        file.write(lines_of(real_metrics([11])) + '{"step": 12, "rew')
-    write_rollouts(folder / "a", rollouts_of([11]))
-    third = followed(launcher, "a", second["seen"])
+        file.write(to_jsonl(real_metrics([11])) + '{"step": 12, "rew')
+    write_rollouts(folder / "a", make_rollouts([11]))
+    third = follow_run(launcher, "a", second["seen"])
     assert points(third["Reward"])[-1] == (11, 1.1, "mean") and third["status"].startswith("Stopped early: step 11")
     assert third["step"].maximum == 11 and third["step"].value != 11, "the selected step stays"
 
 
 def test_shows_the_last_step_of_a_truncated_run(folder, launcher):
-    seen = followed(launcher)["seen"]
-    (folder / "a/metrics.jsonl").write_text(lines_of(real_metrics(range(1, 4), reward=9.0)))
-    cut_rollouts(folder / "a", 3)
-    values = followed(launcher, "a", seen)
+    seen = follow_run(launcher)["seen"]
+    (folder / "a/metrics.jsonl").write_text(to_jsonl(real_metrics(range(1, 4), reward=9.0)))
+    truncate_rollouts(folder / "a", 3)
+    values = follow_run(launcher, "a", seen)
     assert points(values["Reward"]) == [(1, 9.0, "mean"), (2, 9.0, "mean"), (3, 9.0, "mean")]
     assert values["step"].maximum == values["step"].value == 3
 
@@ -94,32 +94,32 @@ def test_shows_the_last_step_of_a_truncated_run(folder, launcher):
 def test_watches_a_run_from_its_start(folder, launcher):
     (folder / "a/metrics.jsonl").rename(folder / "metrics.jsonl")
     (folder / "a/rollouts").rename(folder / "rollouts")
-    first = followed(launcher, seen={"range": ["z", 1, 45]})
+    first = follow_run(launcher, seen={"range": ["z", 1, 45]})
     assert (first["step"].minimum, first["step"].maximum, first["step"].value) == (1, 2, 1), (
         "nothing is left of the previous run"
     )
     assert first["Reward"] is None, "an empty frame makes the plot treat numbers as categories"
     (folder / "metrics.jsonl").rename(folder / "a/metrics.jsonl")
     (folder / "rollouts").rename(folder / "a/rollouts")
-    values = followed(launcher, "a", first["seen"])
+    values = follow_run(launcher, "a", first["seen"])
     assert (values["step"].minimum, values["step"].maximum, values["step"].value) == (1, 10, 10)
     assert values["shown_range"] == ["a", 1, 10] != first["shown_range"], "its completions are shown"
 
 
 def test_lists_alarms_with_their_texts(folder, launcher):
     metrics = real_metrics([1, 2], alarms=["all wrong"]) + real_metrics([3])
-    (folder / "a/metrics.jsonl").write_text(lines_of(metrics))
-    assert followed(launcher)["alarms"] == "all wrong: since step 1, resolved\nnothing is <b>right</b>"
+    (folder / "a/metrics.jsonl").write_text(to_jsonl(metrics))
+    assert follow_run(launcher)["alarms"] == "all wrong: since step 1, resolved\nnothing is <b>right</b>"
 
 
 def test_names_a_damaged_file_and_polls_slowly(folder, launcher):
     with filelock.FileLock(folder / "a/lock"):
         (folder / "a/metrics.jsonl").write_text("nonsense\n")
-        values = followed(launcher)
+        values = follow_run(launcher)
         assert "metrics.jsonl" in values["status"] and values["timer"].value == 10
         (folder / "a/metrics.jsonl").unlink()
         (folder / "a/metrics.jsonl").symlink_to("/etc/passwd")
-        values = followed(Launcher(Runs(folder)))
+        values = follow_run(Launcher(Runs(folder)))
         assert values["status"].startswith("a/metrics.jsonl links outside") and values["timer"].value == 10
 
 
@@ -127,10 +127,10 @@ def test_draws_a_long_run_with_at_most_500_points(folder, launcher):
     metrics = real_metrics(range(1, 5001))
     for line in metrics[::2]:
         line["eval/accuracy"] = 0.5
-    (folder / "a/metrics.jsonl").write_text(lines_of(metrics))
-    followed(launcher)
+    (folder / "a/metrics.jsonl").write_text(to_jsonl(metrics))
+    follow_run(launcher)
     start = time.monotonic()
-    values = followed(launcher, "a")
+    values = follow_run(launcher, "a")
     assert time.monotonic() - start < 2
     for label in watch_tab.CURVES:
         assert values[label] is None or values[label].groupby("series").size().max() <= 500
@@ -250,7 +250,7 @@ def test_a_click_selects_a_prompt_completion_or_token(folder):
     runs = Runs(folder)
     tokens = [{"tokens": ["a", "b"], "logprobs": [-0.5, -1.5]}]
     write_tokens(folder / "a", [{"step": 3, "prompt_id": "q3-0", "completions": tokens}])
-    write_rollouts(folder / "a", rollouts_of([3], text="<b>"))
+    write_rollouts(folder / "a", make_rollouts([3], text="<b>"))
     groups, _, _, _, _, _, _, logged, *_ = watch_tab.show_step(runs, "a", 3, "KL")
     assert groups == runs.get("a").groups(3) and logged == tokens
     group, question, rows, text, _ = click(page, "pick_prompt", groups, row=["2", "2 + 2 = ?"])
@@ -287,22 +287,22 @@ def test_a_missing_or_damaged_file_gives_an_empty_step(folder):
         )
         assert empty == [[], [], []] and completions == reasons == tokens == choice.choices == [] and text == ""
         assert rollout_error in question and token_error in legend
-    values = followed(Launcher(runs))
+    values = follow_run(Launcher(runs))
     assert (values["step"].minimum, values["step"].maximum) == (1, 10) and "step 10 of 20" in values["status"]
 
 
 def test_stops_the_timer_while_another_tab_is_open(folder, served):
     with filelock.FileLock(folder / "a/lock"):
         client = served()
-        assert watched(client)["timer"]["active"]
-        assert not watched(client, visible=False)["timer"]["active"]
+        assert watch_run(client)["timer"]["active"]
+        assert not watch_run(client, visible=False)["timer"]["active"]
 
 
 def test_a_page_for_other_machines_only_reads_runs(served):
     client = served(editable=False)
     names = client.view_api(return_format="dict")["named_endpoints"]
     assert "/watch_run" in names and not {"/start_run", "/resume_run", "/stop_run", "/show_command"} & set(names)
-    values = watched(client)
+    values = watch_run(client)
     assert values["started"] == "No run yet." and "step 10 of 20" in values["status"]
     with pytest.raises(Exception, match="."):
         client.predict("../a", 1, "KL", api_name="/show_step")

@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import safetensors.torch
 import torch
-from conftest import copy_of_tiny, fill_lora, vectors
+from conftest import copy_tiny, fill_lora, vectors
 
 from rl.config import Config, ConfigError
 from rl.model.logprobs import completion_logprobs
@@ -86,7 +86,7 @@ def test_dropout_is_disabled(policy, tmp_path, config):
     save_adapter(policy, tmp_path / "a")
     lora = json.loads((tmp_path / "a/adapter_config.json").read_text())
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(lora | {"lora_dropout": 0.5}))
-    config.model = copy_of_tiny(tmp_path / "m", config={"attention_dropout": 0.5})
+    config.model = copy_tiny(tmp_path / "m", config={"attention_dropout": 0.5})
     config.adapter = str(tmp_path / "a")
     policy = load_policy(config)
     policy.model.train()
@@ -269,7 +269,7 @@ def test_prompt_has_a_single_bos(policy):
 
 
 def test_eos_ids_are_the_union_of_all_sources(tmp_path, config):
-    config.model = copy_of_tiny(tmp_path / "m", generation_config={"eos_token_id": [0, 2]}, config={"eos_token_id": 3})
+    config.model = copy_tiny(tmp_path / "m", generation_config={"eos_token_id": [0, 2]}, config={"eos_token_id": 3})
     policy = load_policy(config)
     assert policy.eos_ids == {0, 1, 2, 3}
     for eos in policy.eos_ids:
@@ -299,7 +299,7 @@ def test_refuses_prompts_that_leave_no_room_for_a_completion(policy):
 @pytest.mark.parametrize("damage", ["truncated", "pointer", "missing", "shape"])
 def test_refuses_damaged_weights(tmp_path, config, damage):
     """They would otherwise be random numbers."""
-    config.model = copy_of_tiny(tmp_path / "m", config={"vocab_size": 256} if damage == "shape" else {})
+    config.model = copy_tiny(tmp_path / "m", config={"vocab_size": 256} if damage == "shape" else {})
     weights = tmp_path / "m/model.safetensors"
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:100_000])

@@ -26,7 +26,7 @@ from rl.model.backends import import_backend, set_mode  # noqa: E402
 import_backend(Config(backend="unsloth"))
 
 import torch  # noqa: E402
-from conftest import copy_of_tiny, fill_lora  # noqa: E402
+from conftest import copy_tiny, fill_lora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rl.checks import check_sampler  # noqa: E402
@@ -54,7 +54,7 @@ def load_with_backend(config, backend, noise=0.02):
 def both(config, request, tmp_path):
     """The same policy loaded by Unsloth and by transformers. The model's generation_config must have no effect."""
     config.load_in_4bit = request.param
-    config.model = copy_of_tiny(tmp_path / "model", generation_config={"repetition_penalty": 5.0})
+    config.model = copy_tiny(tmp_path / "model", generation_config={"repetition_penalty": 5.0})
     return [load_with_backend(config, backend) for backend in ("unsloth", "transformers")]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from running import SHORT, assert_same, finish, printed, result
+from running import SHORT, assert_same, finish, read_output, result
 from safetensors.torch import load_file
 
 import train
@@ -93,7 +93,7 @@ def test_a_real_memory_error_on_a_cpu_is_recognized():
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "dpo"])
 def test_the_gradient_is_the_same_after_a_retry_on_out_of_memory(policy, config, monkeypatch, algorithm):
     """Memory runs out in the second micro-batch, after the gradient of the first has been accumulated."""
-    from conftest import Rewards, marked
+    from conftest import Rewards, with_rewards
 
     import rl.critic
     import rl.update
@@ -111,7 +111,7 @@ def test_the_gradient_is_the_same_after_a_retry_on_out_of_memory(policy, config,
     updater = Updater(policy, critic, config)
     name = "critic_optimizer" if critic else "optimizer"
     updater.fill_values(episodes)
-    Advantages(policy, Rewards, config).compute(marked(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
+    Advantages(policy, Rewards, config).compute(with_rewards(episodes, [1.0, 0.0, 0.0, 1.0] * 4))
     gradients = []
 
     def record_gradient(self):
@@ -146,11 +146,11 @@ def test_the_gradient_is_the_same_after_a_retry_on_out_of_memory(policy, config,
         assert retried[metric] == pytest.approx(expected[metric], abs=1e-6, nan_ok=True)
 
 
-def test_out_of_memory_in_a_roll_out_loses_no_step(tmp_path, whole):
+def test_out_of_memory_in_a_roll_out_loses_no_step(tmp_path, uninterrupted_run):
     """The questions are the same, and the halved settings are kept for the rest of the run."""
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.model.engine:Engine:step": (250, OUT_OF_MEMORY)}) == 0
-    assert "rollout_batch_size 9 -> 4" in printed(folder)
+    assert "rollout_batch_size 9 -> 4" in read_output(folder)
     for file, key in (("checkpoints/step_000008/trainer_state.json", "shrunk"), ("summary.json", "memory")):
         settings = json.loads((folder / file).read_text())
         settings = settings[key]
@@ -158,18 +158,18 @@ def test_out_of_memory_in_a_roll_out_loses_no_step(tmp_path, whole):
     assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
     rollouts, expected = (
         [json.loads(line) for file in sorted((run / "rollouts").iterdir()) for line in file.read_text().splitlines()]
-        for run in (folder, whole("grpo")[0])
+        for run in (folder, uninterrupted_run("grpo")[0])
     )
     assert [sum(r["step"] == step for r in rollouts) for step in range(1, 9)] == [16] * 8
     assert [r["prompt_id"] for r in rollouts] == [r["prompt_id"] for r in expected]
 
 
-def test_out_of_memory_in_an_update_changes_no_result_beyond_rounding(tmp_path, whole):
+def test_out_of_memory_in_an_update_changes_no_result_beyond_rounding(tmp_path, uninterrupted_run):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.update::completion_logprobs": (12, OUT_OF_MEMORY)}) == 0
-    assert "out of memory: max_tokens_per_micro_batch" in printed(folder)
+    assert "out of memory: max_tokens_per_micro_batch" in read_output(folder)
     first = metrics(folder)[0]
-    expected = metrics(whole("grpo")[0])[0]
+    expected = metrics(uninterrupted_run("grpo")[0])[0]
     for name in ("reward", "loss", "grad_norm", "entropy", "kl"):
         assert first[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
     assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
@@ -220,7 +220,7 @@ def test_an_update_with_a_nan_loss_is_skipped_and_counted(tmp_path):
     assert finish(folder, "grpo", faults={"rl.algorithms::policy_loss": (10, nan_once)}) == 0
     skipped = [m["skipped_updates"] for m in metrics(folder)]
     assert sum(skipped) == 1 and metrics(folder)[skipped.index(1)]["updates"] == 3
-    assert "  alarm: 1 of " in printed(folder) and "were skipped" in printed(folder)
+    assert "  alarm: 1 of " in read_output(folder) and "were skipped" in read_output(folder)
     weights = load_file(folder / "checkpoints/step_000008/adapter_model.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
 
@@ -236,19 +236,19 @@ def kill_children(scorer):
     return scorer.scoring.results()
 
 
-def test_killed_sandboxes_and_workers_change_no_reward(tmp_path, whole):
+def test_killed_sandboxes_and_workers_change_no_reward(tmp_path, uninterrupted_run):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.rollout:StreamingScorer:results": (4, kill_children)}) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
-def test_a_failing_tracker_does_not_change_the_run(tmp_path, whole):
+def test_a_failing_tracker_does_not_change_the_run(tmp_path, uninterrupted_run):
     folder = tmp_path / "run"
     faults = {"rl.run.trackers:TensorBoard:__init__": (1, RuntimeError("broken"))}
     assert finish(folder, "grpo", more="--report-to tensorboard wandb", faults=faults) == 0
-    assert "tracker tensorboard: failed with RuntimeError: broken" in printed(folder)
+    assert "tracker tensorboard: failed with RuntimeError: broken" in read_output(folder)
     actual = result(folder)
-    expected = result(whole("grpo")[0])
+    expected = result(uninterrupted_run("grpo")[0])
     assert actual["metrics"] == expected["metrics"] and actual["adapter"] == expected["adapter"]
 
 
@@ -278,7 +278,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_stops_the_run_which_resumes_once_there_is_space(small_disk, whole):
+def test_a_full_disk_stops_the_run_which_resumes_once_there_is_space(small_disk, uninterrupted_run):
     disk, remount = small_disk
     folder = disk / "run"
     assert finish(folder, "grpo") == 1
@@ -289,7 +289,7 @@ def test_a_full_disk_stops_the_run_which_resumes_once_there_is_space(small_disk,
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder / "checkpoints/step_000002", check=True)
     remount("size=64m")
     assert finish(folder, "grpo", resume=True) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -307,7 +307,7 @@ def test_an_unwritable_log_stops_the_run(tmp_path, monkeypatch):
         train.main([*SHORT.split(), "--output-dir", str(tmp_path / "run")])
 
 
-def test_a_read_only_folder_stops_the_run_at_the_start(small_disk, tmp_path, whole):
+def test_a_read_only_folder_stops_the_run_at_the_start(small_disk, tmp_path, uninterrupted_run):
     disk, remount = small_disk
     folder = disk / "run"
     remount("size=64m")
@@ -319,7 +319,7 @@ def test_a_read_only_folder_stops_the_run_at_the_start(small_disk, tmp_path, who
         train.main([*SHORT.split(), "--output-dir", str(disk / "other")])
     remount("rw")
     assert finish(folder, "grpo", resume=True) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_others_intact(tmp_path, monkeypatch, policy):
@@ -350,7 +350,7 @@ def raising(error):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX terminal")
-def test_a_run_survives_its_terminal(tmp_path, whole):
+def test_a_run_survives_its_terminal(tmp_path, uninterrupted_run):
     import pty
 
     folder = tmp_path / "run"

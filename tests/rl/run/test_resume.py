@@ -11,7 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from running import SHORT, assert_same, finish, last, printed, refused, start, step_files, steps_logged
+from running import (
+    SHORT,
+    assert_same,
+    count_logged_steps,
+    finish,
+    last_checkpoint,
+    read_output,
+    resume_error,
+    start,
+    step_files,
+)
 
 import train
 
@@ -37,36 +47,36 @@ FAST = ("while a checkpoint is written",)
 
 
 @pytest.mark.parametrize("moment", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])
-def test_resumes_after_a_kill_at_any_moment(tmp_path, whole, moment):
+def test_resumes_after_a_kill_at_any_moment(tmp_path, uninterrupted_run, moment):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults=MOMENTS[moment]) == -KILL
     assert finish(folder, "grpo", resume=True) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
 @pytest.mark.parametrize("method", ["ppo", pytest.param("running", marks=pytest.mark.slow)])
-def test_other_methods_resume_after_a_kill(tmp_path, whole, method):
+def test_other_methods_resume_after_a_kill(tmp_path, uninterrupted_run, method):
     """The run is killed in an update after the third checkpoint."""
     folder = tmp_path / "run"
     assert finish(folder, method, faults={"rl.update:Updater:update": (7, KILL)}) == -KILL
     assert finish(folder, method, resume=True) == 0
-    assert_same(folder, whole(method)[0])
+    assert_same(folder, uninterrupted_run(method)[0])
 
 
 @pytest.mark.slow
-def test_resumes_after_two_kills(tmp_path, whole):
+def test_resumes_after_two_kills(tmp_path, uninterrupted_run):
     """The run is killed in an update, and after resuming in a roll-out."""
     folder = tmp_path / "run"
     assert finish(folder, "ppo", faults={"rl.update:Updater:update": (7, KILL)}) == -KILL
     assert finish(folder, "ppo", faults={"rl.model.engine:Engine:step": (60, KILL)}, resume=True) == -KILL
     assert finish(folder, "ppo", resume=True) == 0
-    assert_same(folder, whole("ppo")[0])
+    assert_same(folder, uninterrupted_run("ppo")[0])
 
 
 @pytest.mark.slow
-def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, whole):
+def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, uninterrupted_run):
     """The adapter that a run started from is its reference, also after resuming."""
-    more = f"--adapter {whole('grpo')[0] / 'checkpoints/step_000008'} --beta 0.1"
+    more = f"--adapter {uninterrupted_run('grpo')[0] / 'checkpoints/step_000008'} --beta 0.1"
     expected = tmp_path / "whole"
     folder = tmp_path / "run"
     assert finish(expected, "grpo", more=more) == 0
@@ -77,25 +87,25 @@ def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
-def test_resumes_after_a_kill_at_twenty_random_moments(tmp_path, whole, method):
+def test_resumes_after_a_kill_at_twenty_random_moments(tmp_path, uninterrupted_run, method):
     """The moments are spread evenly over the steps and the times before the first and after the last step.
 
     A run that was killed before it wrote config.yaml is started again.
     """
-    expected, seconds = whole(method)
+    expected, seconds = uninterrupted_run(method)
     rng = random.Random(method)
     kill_steps = []
     while len(kill_steps) < 20:
         folder = tmp_path / f"run{len(kill_steps)}"
         process = start(folder, method)
         min_steps = rng.randrange(9)
-        while process.is_alive() and min_steps > steps_logged(folder):
+        while process.is_alive() and min_steps > count_logged_steps(folder):
             time.sleep(0.01)
         process.join(rng.uniform(0, seconds / 8 if min_steps else seconds / 2))
         process.kill()
         process.join()
         if process.exitcode == -KILL:
-            kill_steps.append(steps_logged(folder))
+            kill_steps.append(count_logged_steps(folder))
             assert finish(folder, method, resume=(folder / "config.yaml").exists()) == 0
             assert_same(folder, expected)
         shutil.rmtree(folder)
@@ -119,28 +129,30 @@ def run_with_fault(tmp_path, function, nth, fault, method="grpo"):
         ("torch::save", 2, signal.SIGTERM, 4),  # in the checkpoint of step 4
     ],
 )  # fmt: skip
-def test_a_signal_stops_the_run_after_its_step_and_the_run_resumes(tmp_path, whole, function, nth, signal_number, step):
+def test_a_signal_stops_the_run_after_its_step_and_the_run_resumes(
+    tmp_path, uninterrupted_run, function, nth, signal_number, step
+):
     folder, status = run_with_fault(tmp_path, function, nth, signal_number)
     assert status == 128 + signal_number
-    output = printed(folder)
+    output = read_output(folder)
     assert f"To resume: python train.py --resume {folder}" in output and "Traceback" not in output
-    assert (step is None or last(folder) == f"step_{step:06d}") and last(folder)[-1] in output
+    assert (step is None or last_checkpoint(folder) == f"step_{step:06d}") and last_checkpoint(folder)[-1] in output
     assert "finishing and saving this step" in output
     assert finish(folder, "grpo", resume=True) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
-def test_a_stop_file_stops_the_run_after_its_step_and_the_run_resumes(tmp_path, whole):
+def test_a_stop_file_stops_the_run_after_its_step_and_the_run_resumes(tmp_path, uninterrupted_run):
     folder = tmp_path / "run"
     process = start(folder, "grpo")
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
     (folder / "STOP").touch()
     process.join()
-    assert process.exitcode == 0 and "Stopped after step" in printed(folder)
+    assert process.exitcode == 0 and "Stopped after step" in read_output(folder)
     assert not (folder / "STOP").exists()
     assert finish(folder, "grpo", resume=True) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
 def ctrl_c_twice(*_, **__):
@@ -149,12 +161,12 @@ def ctrl_c_twice(*_, **__):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_abandons_the_step_and_the_run_resumes(tmp_path, whole):
+def test_a_second_ctrl_c_abandons_the_step_and_the_run_resumes(tmp_path, uninterrupted_run):
     """Ctrl-C comes twice in the update of step 4, after some of its mini-batches."""
     folder, status = run_with_fault(tmp_path, "rl.update:Updater:policy_step", 14, ctrl_c_twice)
-    assert status == 130 and last(folder) in ("step_000002", "step_000003")
+    assert status == 130 and last_checkpoint(folder) in ("step_000002", "step_000003")
     assert finish(folder, "grpo", resume=True) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
 # --- special cases
@@ -164,21 +176,21 @@ def test_a_stopped_run_without_other_checkpoints_saves_its_step(tmp_path):
     folder = tmp_path / "run"
     faults = {"rl.model.engine:Engine:step": (330, signal.SIGINT)}
     assert finish(folder, "grpo", faults=faults, more="--save-steps 0 --eval-steps 0") == 130
-    assert int(last(folder)[-6:]) == steps_logged(folder) > 0
-    assert "Ctrl-C: finishing and saving this step" in printed(folder)
+    assert int(last_checkpoint(folder)[-6:]) == count_logged_steps(folder) > 0
+    assert "Ctrl-C: finishing and saving this step" in read_output(folder)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["steps"] == steps_logged(folder) and summary["completions"] == 16 * summary["steps"]
+    assert summary["steps"] == count_logged_steps(folder) and summary["completions"] == 16 * summary["steps"]
 
 
 @pytest.mark.slow
-def test_a_resumed_run_repeats_the_step_after_ctrl_c_twice_in_an_evaluation(tmp_path, whole):
+def test_a_resumed_run_repeats_the_step_after_ctrl_c_twice_in_an_evaluation(tmp_path, uninterrupted_run):
     """Ctrl-C comes twice in the evaluation of step 3; the last checkpoint is that of step 2."""
     folder = tmp_path / "run"
     faults = {"rl.evaluate::answer": (3, ctrl_c_twice)}  # the first evaluation makes two calls
     assert finish(folder, "grpo", faults=faults) == 130
-    assert last(folder) == "step_000002" and not (folder / "eval/step_000003.jsonl").exists()
+    assert last_checkpoint(folder) == "step_000002" and not (folder / "eval/step_000003.jsonl").exists()
     assert finish(folder, "grpo", resume=True) == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
 @pytest.mark.slow
@@ -190,25 +202,25 @@ def test_resumes_with_settings_without_a_json_type(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_its_first_file_can_be_started_again(tmp_path, whole):
+def test_a_run_killed_before_its_first_file_can_be_started_again(tmp_path, uninterrupted_run):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults={"rl.run.folder:RunFolder:write_settings": (1, KILL)}) == -KILL
     assert folder.exists() and not (folder / "config.yaml").exists()
     assert finish(folder, "grpo") == 0
-    assert_same(folder, whole("grpo")[0])
+    assert_same(folder, uninterrupted_run("grpo")[0])
 
 
 @pytest.mark.slow
-def test_refuses_to_resume_with_a_changed_starting_adapter(tmp_path, whole):
+def test_refuses_to_resume_with_a_changed_starting_adapter(tmp_path, uninterrupted_run):
     from safetensors.torch import load_file, save_file
 
-    adapter = shutil.copytree(whole("grpo")[0] / "checkpoints/step_000008", tmp_path / "adapter")
+    adapter = shutil.copytree(uninterrupted_run("grpo")[0] / "checkpoints/step_000008", tmp_path / "adapter")
     folder = tmp_path / "run"
     faults = {"rl.optimizer:Optimizer:step": (9, signal.SIGTERM)}
     assert finish(folder, "grpo", more=f"--adapter {adapter} --beta 0.1", faults=faults) == 143
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 3 * w for name, w in weights.items()}, adapter / "adapter_model.safetensors")
-    assert "reference adapter" in refused(folder)
+    assert "reference adapter" in resume_error(folder)
 
 
 RANDOM_REWARD = """
@@ -262,12 +274,12 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(tmp_path, capsys):
         finish(folder, "grpo", more=settings, faults={"rl.evaluate::evaluate": (5, KILL)}) == -KILL
     )  # in the final evaluation
     assert finish(folder, "grpo", resume=True) == 0
-    assert "Stopped early: no evaluation after step 0 was better (4 evaluations)" in printed(folder)
+    assert "Stopped early: no evaluation after step 0 was better (4 evaluations)" in read_output(folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["finished"] and summary["eval"]["gain"]["fixed"] == 0
     assert "unmoved" not in summary["alarms"]  # a learning rate of 0 raises no alarm
     assert not (folder / "checkpoints/best").exists()
-    assert last(folder) == "step_000003" and "has finished at step 3" in refused(folder)
+    assert last_checkpoint(folder) == "step_000003" and "has finished at step 3" in resume_error(folder)
 
 
 def test_the_checkpoint_with_the_highest_held_out_accuracy_is_best_and_is_kept(tmp_path, monkeypatch):

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import filelock
 import pytest
-from running import assert_same, finish, into, last, printed, processes, refused, start, steps_logged
+from running import (
+    assert_same,
+    count_logged_steps,
+    finish,
+    last_checkpoint,
+    processes,
+    read_output,
+    resume_error,
+    start,
+    work_with_output,
+)
 
 import train
 from rl.config import Config, ConfigError
@@ -24,7 +34,7 @@ def halfway(tmp_path_factory):
     """A run that was stopped after step 5, with checkpoints of steps 4 and 5."""
     folder = tmp_path_factory.mktemp("halfway") / "run"
     assert finish(folder, "grpo", faults={"rl.optimizer:Optimizer:step": (17, signal.SIGTERM)}) == 143
-    assert last(folder) == "step_000005"
+    assert last_checkpoint(folder) == "step_000005"
     return folder
 
 
@@ -52,20 +62,20 @@ def flip_bit(file):
 def test_refuses_a_damaged_checkpoint_and_suggests_the_previous_one(copy, damage, name):
     newest, older = (copy / f"checkpoints/step_00000{step}" for step in (5, 4))
     damage(newest / name)
-    message = refused(copy)
+    message = resume_error(copy)
     assert f"{newest} cannot be used: " in message and f"python train.py --resume {older}" in message
     if name != "SHA256SUMS":
         assert name in message
 
 
-def test_resumes_from_the_suggested_checkpoint(copy, whole):
+def test_resumes_from_the_suggested_checkpoint(copy, uninterrupted_run):
     flip_bit(copy / "checkpoints/step_000005/trainer_state.pt")
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "accura')  # a line cut off by a crash
     assert finish(copy, "grpo", resume=True) == 1
-    suggested = printed(copy).rpartition("--resume ")[2].strip()
+    suggested = read_output(copy).rpartition("--resume ")[2].strip()
     train.main(["--resume", suggested])
-    assert_same(copy, whole("grpo")[0])
+    assert_same(copy, uninterrupted_run("grpo")[0])
 
 
 def test_refuses_a_checkpoint_of_a_different_base_model(copy, tmp_path, monkeypatch):
@@ -82,7 +92,7 @@ def test_refuses_a_checkpoint_of_a_different_base_model(copy, tmp_path, monkeypa
     monkeypatch.setattr(
         rl.model.policy.AutoModelForCausalLM, "from_pretrained", lambda model, **k: load(str(tmp_path / "tiny"), **k)
     )
-    message = refused(copy)
+    message = resume_error(copy)
     assert "data/tiny" in message and "step_000005" in message and "start a new run" in message
 
 
@@ -91,19 +101,19 @@ def test_refuses_a_checkpoint_without_optimizer_state(copy):
     newest = copy / "checkpoints/step_000005"
     for name in ("SHA256SUMS", "trainer_state.pt"):
         (newest / name).unlink()
-    message = refused(copy)
+    message = resume_error(copy)
     assert "without the optimizer" in message and f"--adapter {newest}" in message
 
 
 def test_refuses_changes_that_are_not_accepted_and_names_them(copy, capsys):
-    message = refused(copy, "--learning-rate 1e-3 --eval-steps 4")
+    message = resume_error(copy, "--learning-rate 1e-3 --eval-steps 4")
     assert "learning_rate 0.002 -> 0.001; eval_steps 3 -> 4" in message and "--accept-changes" in message
-    assert "seed 0 -> 1: this cannot change" in refused(copy, "--seed 1 --accept-changes")
-    assert "lora_r 16 -> 8: this cannot change" in refused(copy, "--lora-r 8")
-    assert "the training questions have changed" in refused(copy, "--train-questions 31")
-    assert "the held-out questions have changed: this cannot change" in refused(copy, "--eval-questions 12")
-    assert "cpu in float32 -> cpu in float16: this cannot change" in refused(copy, "--dtype float16")
-    assert "--output-dir" in refused(copy, "--output-dir elsewhere")
+    assert "seed 0 -> 1: this cannot change" in resume_error(copy, "--seed 1 --accept-changes")
+    assert "lora_r 16 -> 8: this cannot change" in resume_error(copy, "--lora-r 8")
+    assert "the training questions have changed" in resume_error(copy, "--train-questions 31")
+    assert "the held-out questions have changed: this cannot change" in resume_error(copy, "--eval-questions 12")
+    assert "cpu in float32 -> cpu in float16: this cannot change" in resume_error(copy, "--dtype float16")
+    assert "--output-dir" in resume_error(copy, "--output-dir elsewhere")
     train.main(["--resume", str(copy), "--learning-rate", "1e-3", "--max-steps", "6", "--accept-changes"])
     output = capsys.readouterr().out
     assert "note     changed since step_000005: learning_rate 0.002 -> 0.001" in output
@@ -113,36 +123,36 @@ def test_refuses_changes_that_are_not_accepted_and_names_them(copy, capsys):
     assert "learning_rate: 0.001" in (copy / "config.yaml").read_text()
     assert "learning_rate: 0.002" in (copy / "config_until_step_000005.yaml").read_text()
     # The run has finished now.
-    assert "has finished at step 6" in refused(copy)
+    assert "has finished at step 6" in resume_error(copy)
 
 
 def test_refuses_a_changed_reward_file_and_accepts_a_moved_one(copy, tmp_path):
     changed = tmp_path / "mine.py"
     changed.write_text(Path("rewards.py").read_text() + "\n# changed\n")
-    message = refused(copy, f"--rewards-file {changed}")
+    message = resume_error(copy, f"--rewards-file {changed}")
     assert f"{changed} differs" in message and f"{copy / 'rewards.py'}" in message
     moved = tmp_path / "moved.py"
     shutil.copy("rewards.py", moved)
     train.main(["--resume", str(copy), "--rewards-file", str(moved)])  # a copy with the same content is no change
 
 
-def test_refuses_to_delete_newer_checkpoints_without_accept_changes(copy, whole):
+def test_refuses_to_delete_newer_checkpoints_without_accept_changes(copy, uninterrupted_run):
     older = copy / "checkpoints/step_000004"
-    message = refused(copy, resume=older)
+    message = resume_error(copy, resume=older)
     assert "newer than step_000004 would be deleted" in message and "step_000005" in message
     train.main(["--resume", str(older), "--accept-changes"])
-    assert_same(copy, whole("grpo")[0])
+    assert_same(copy, uninterrupted_run("grpo")[0])
 
 
 def test_refuses_to_resume_with_missing_lines_of_metrics(copy):
     text = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(text[:3]))
-    assert "metrics.jsonl has" in refused(copy) and "resume from an older checkpoint" in refused(copy)
+    assert "metrics.jsonl has" in resume_error(copy) and "resume from an older checkpoint" in resume_error(copy)
 
 
 def test_refuses_paths_that_are_no_run_or_checkpoint(tmp_path, copy):
-    assert "is not the folder of a run" in refused(copy, resume=tmp_path / "nothing")
-    assert "there is no checkpoint" in refused(copy, resume=copy / "checkpoints/step_000003")
+    assert "is not the folder of a run" in resume_error(copy, resume=tmp_path / "nothing")
+    assert "there is no checkpoint" in resume_error(copy, resume=copy / "checkpoints/step_000003")
 
 
 def test_an_active_run_locks_its_folder(tmp_path):
@@ -183,9 +193,9 @@ def test_a_run_waits_for_a_lock_that_is_held_briefly(tmp_path):
 def test_refuses_to_delete_the_logs_of_a_run_without_checkpoints(copy):
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
-    assert "logs of 5 steps but no checkpoint" in refused(copy)
+    assert "logs of 5 steps but no checkpoint" in resume_error(copy)
     (copy / "summary.json").write_text('{"finished": true}')
-    assert "has finished at step 5" in refused(copy)
+    assert "has finished at step 5" in resume_error(copy)
 
 
 def test_a_resumed_run_restores_checkpoints_last_and_best(copy):
@@ -196,7 +206,7 @@ def test_a_resumed_run_restores_checkpoints_last_and_best(copy):
     (copy / "checkpoints/last").write_text("step_000004\n")
     assert finish(copy, "grpo", resume=True, faults={"rl.model.engine:Engine:allocate_peak": (2, KILL)}) == -KILL
     assert finish(copy, "grpo", resume=True, faults={"rl.update:Updater:update": (1, KILL)}) == -KILL
-    assert last(copy) == "step_000005" and (copy / "checkpoints/best").read_text() == "step_000003\n"
+    assert last_checkpoint(copy) == "step_000005" and (copy / "checkpoints/best").read_text() == "step_000003\n"
 
 
 @pytest.mark.parametrize("nth", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6)), 4])
@@ -206,7 +216,7 @@ def test_resumes_after_a_kill_while_an_accepted_change_is_written(copy, nth):
     assert status == -KILL
     assert finish(copy, "grpo", resume=True, more=more) == 0
     assert "max_steps: 8" in (copy / "config_until_step_000005.yaml").read_text()
-    assert "max_steps: 6" in (copy / "config.yaml").read_text() and steps_logged(copy) == 6
+    assert "max_steps: 6" in (copy / "config.yaml").read_text() and count_logged_steps(copy) == 6
 
 
 def test_the_original_settings_are_backed_up_once(copy):
@@ -218,25 +228,26 @@ def test_the_original_settings_are_backed_up_once(copy):
 
 
 @pytest.mark.slow
-def test_resumes_after_a_kill_between_deleting_checkpoints_and_truncating_logs(copy, whole):
+def test_resumes_after_a_kill_between_deleting_checkpoints_and_truncating_logs(copy, uninterrupted_run):
     older = str(copy / "checkpoints/step_000004")
     process = processes.Process(
-        target=into, args=(f"{copy}.txt", ["--resume", older, "--accept-changes"], {"os::truncate": (1, KILL)})
+        target=work_with_output,
+        args=(f"{copy}.txt", ["--resume", older, "--accept-changes"], {"os::truncate": (1, KILL)}),
     )
     process.start()
     process.join()
     assert process.exitcode == -KILL
     assert finish(copy, "grpo", resume=True) == 0
-    assert_same(copy, whole("grpo")[0])
+    assert_same(copy, uninterrupted_run("grpo")[0])
 
 
 def test_refuses_to_resume_with_missing_answers_of_an_evaluation(copy):
     before = copy / "eval/before.jsonl"
     text = before.read_text()
     before.write_text("".join(text.splitlines(keepends=True)[:4]))
-    assert "eval/before.jsonl has" in refused(copy)
+    assert "eval/before.jsonl has" in resume_error(copy)
     before.unlink()
-    assert "eval/before.jsonl has 0 of 9 questions" in refused(copy)
+    assert "eval/before.jsonl has 0 of 9 questions" in resume_error(copy)
 
 
 def test_halved_settings_are_restored_before_the_memory_check(copy, monkeypatch):
@@ -268,7 +279,9 @@ def test_an_unreadable_file_is_reported_in_one_line(copy):
     broken = copy / "checkpoints/step_000005/trainer_state.pt"
     broken.unlink()
     broken.mkdir()
-    assert "step_000005 cannot be used: " in refused(copy) and "cannot be read: Is a directory" in refused(copy)
+    assert "step_000005 cannot be used: " in resume_error(copy) and "cannot be read: Is a directory" in resume_error(
+        copy
+    )
 
 
 def test_runs_started_in_the_same_second_get_different_folders(tmp_path, monkeypatch):
