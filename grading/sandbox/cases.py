@@ -65,7 +65,7 @@ def parse_tests(tests: str | list, entry_point: str | None = None, setup: str = 
 
     Args:
         tests: The tests in one of the four forms above.
-        entry_point: The name of the function under test.
+        entry_point: The name of the function under test, or an expression such as Solution().add.
         setup: Imports and helper functions that test code may use.
 
     Raises:
@@ -105,6 +105,8 @@ def _parse_dict(test: dict, entry_point: str | None) -> Case:
     if set(test) == {"args", "expected"} and isinstance(test["args"], list):
         if not entry_point:
             raise ValueError("tests with args and expected need the column entry_point, the name of the function")
+        if not entry_point.isidentifier():  # such as Solution().add
+            return _parse_asserts((f"assert {entry_point}(*{test['args']!r}) == {test['expected']!r}",), None, "")[0]
         return Call(entry_point, tuple(test["args"]), test["expected"])
     raise ValueError(
         f"a dict test needs input and output (both text), or args (a list) and expected, not {json.dumps(test)[:80]}"
@@ -146,9 +148,10 @@ def _parse_check(source: str, entry_point: str | None, setup: str) -> tuple[Case
     if not any(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(ast.Module(check.body, []))):
         raise ValueError("check(candidate) never uses its candidate: no program could fail")
     calls = [_as_call(node) for node in check.body if not _is_docstring(node)]
-    if calls and all(call and call.name == candidate for call in calls):
+    if entry_point.isidentifier() and calls and all(call and call.name == candidate for call in calls):
         return tuple(Call(entry_point, call.args, call.expected) for call in calls)
-    return (_as_check(f"{setup}\n{source}\ncheck({entry_point})", {entry_point}, candidate),)
+    names = _read_names(_tree(entry_point))  # a method such as Solution().add has the name of its class
+    return (_as_check(f"{setup}\n{source}\ncheck({entry_point})", names, candidate),)
 
 
 _parser_lock = threading.RLock()

@@ -35,15 +35,20 @@ def difference(code: str, may_hold_newlines: bool = True) -> str:
         may_hold_newlines: False if no text that the program gets holds a newline, before which `$` matches in CPython.
     """
     try:
-        tree = parse_python(code)
-        nodes = list(ast.walk(tree))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return _difference(parse_python(code), may_hold_newlines or "\\n" in code)
+    except RecursionError:
+        return "it is nested too deeply"
+    except (SyntaxError, ValueError, MemoryError):
         return "CPython cannot parse it"
+
+
+def _difference(tree: ast.Module, may_hold_newlines: bool) -> str:
+    nodes = list(ast.walk(tree))
     if _treats_as_list(nodes):
         return "an iterator or a set may have been treated as a list"
     if not _annotations_are_known(tree, nodes):
         return "an annotation may not be defined"
-    if not _patterns_are_common(nodes, may_hold_newlines or "\\n" in code):
+    if not _patterns_are_common(nodes, may_hold_newlines):
         return "a regular expression may have another meaning"
     for node in nodes:
         match node:
@@ -57,9 +62,23 @@ def difference(code: str, may_hold_newlines: bool = True) -> str:
                 return "Monty may not support the encoding"
             case ast.AugAssign(op=ast.Add(), value=ast.Tuple()):
                 return "Monty cannot add a tuple to a list"
+            case ast.Await() | ast.AsyncFor() | ast.comprehension(is_async=1):
+                return "Monty may accept an await that CPython refuses"
+            case ast.Module() if any(isinstance(n, ast.Return) for n in _outside_functions(node)):
+                return "Monty may accept a return outside of a function"
+            case ast.ClassDef() if any(isinstance(n, ast.comprehension) for n in _outside_functions(node)):
+                return "Monty may give a comprehension other variables"
             case ast.Name(id=name) if name in _INCOMPLETE:
                 return f"Monty supports {name} only in part"
     return ""
+
+
+def _outside_functions(tree: ast.Module | ast.ClassDef):
+    """Yield the nodes of a module or class that are not inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield node
+            yield from _outside_functions(node)
 
 
 def _is_special(name: str) -> bool:

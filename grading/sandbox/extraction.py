@@ -123,6 +123,7 @@ def _starts_inside_a_block(answer: str) -> bool:
 
 def complete_program(code: str, entry_point: str | None, setup: str, starter: str) -> str:
     """Return the whole program: `starter` before an answer that is a bare function body, `setup` before any other."""
+    entry_point = re.match(r"\w*", entry_point or "")[0]  # of Solution().add, the class
     defines = rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{entry_point}\b|^{entry_point}[ \t]*="
     if starter and entry_point and not re.search(defines, code, re.MULTILINE):
         first, _, rest = code.partition("\n")

@@ -281,6 +281,8 @@ def _is_unsupported(error: BaseException, code: str) -> bool:
         if module.split(".")[0] not in sys.stdlib_module_names:
             return False
         return not name or module not in sys.modules or hasattr(sys.modules[module], name)
+    if isinstance(error, AttributeError) and quoted[:1] == ["function"]:
+        return True
     if isinstance(error, AttributeError) and len(quoted) == 2:
         module, _, name = quoted[0].rpartition(".")
         owner = getattr(sys.modules.get(module or "builtins"), name, sys.modules.get(quoted[0]))

@@ -79,6 +79,21 @@ def test_right_program_passes_or_is_ungraded(program, test):
 
 
 @pytest.mark.parametrize(
+    "tests",
+    [
+        "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(a=2, b=2) == 4\n",
+        [{"args": [1, 2], "expected": 3}],
+    ],
+)
+def test_entry_point_may_be_a_method(tests):
+    for program, score in ((ADD, 1.0), (ADD.replace("+", "-"), 0.0)):
+        try:
+            assert grade_code(program, tests, "Solution().add", starter="class Solution:\n    pass\n")[0] == score
+        except Ungraded:
+            assert available() == ("monty",)
+
+
+@pytest.mark.parametrize(
     "program, test",
     [
         (STACK.replace("pop()", "pop(0)"), "s = Stack(); s.push(1); s.push(2); assert s.pop() == 2"),

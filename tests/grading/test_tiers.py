@@ -62,6 +62,8 @@ PASSES_IN_MONTY_ONLY = [
     ("def f(x):\n    m = map(str, x)\n    return list(m) + list(m)", "assert f([1]) == ['1', '1']"),
     ("def f(x): return list(x.keys() & {3, 1, 2})", "assert f({3: 0, 1: 0, 2: 0}) == [3, 1, 2]"),
     ("class A:\n    __x = 1\ndef f(x): return A().__x", "assert f(1) == 1"),
+    ("class A:\n    x = [1]\n    y = [i + x[0] for i in range(2)]\ndef f(x): return A.y", "assert f(1) == [1, 2]"),
+    ("def f(x): return x\nreturn 5", "assert f(1) == 1"),
 ]
 
 
@@ -90,6 +92,7 @@ FAILS_IN_MONTY_ONLY = [
     ("import time\ndef f(x):\n    time.sleep(0.15)\n    return x", "assert f(2) == 2"),
     ("class A:\n    def __len__(self): return 3\ndef f(x): return len(A())", "assert f(1) == 3"),
     ("def f(x): return f.__name__", "assert f(1) == 'f'"),
+    ("def f(x): return f.memo[x]\nf.memo = {1: 2}", "assert f(1) == 2"),
     ("def f(x): return pow(x, -1, 7)", "assert f(3) == 5"),
     ("def f(x): return bytes([x])", "assert f(65) == b'A'"),
     ("def f(x):\n    x += (4,)\n    return x", "assert f([1]) == [1, 4]"),
@@ -122,6 +125,16 @@ TRUSTED = [
 @pytest.mark.parametrize("program", TRUSTED)
 def test_common_features_are_left_to_monty(program):
     assert not _may_differ(program)
+
+
+@pytest.mark.parametrize(
+    "program", ["x = " + "+".join(["a"] * 3000), "x = " + "-" * 900 + "1", "if 1:\n" * 90 + "(" * 150]
+)
+def test_deeply_nested_program_is_no_error(program):
+    try:
+        assert grade_code(f"{program}\ndef f(x): return 0", ["assert f(1) == 1"])[0] == 0.0
+    except Ungraded:
+        assert available() == ("monty",)
 
 
 def test_programs_are_parsed_in_many_threads():
