@@ -115,9 +115,15 @@ def _parse_dict(test: dict, entry_point: str | None) -> Case:
 
 def _parse_asserts(tests: tuple[str, ...], entry_point: str | None, setup: str) -> tuple[Case, ...]:
     cases, code = [], []
-    for test in tests:
-        tree = _tree(test)
-        if not tree.body or not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+    tests = [test if "\n" in test.strip() else test.strip() for test in tests]
+    trees = [_tree(test) for test in tests]
+    asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(tree)) for tree in trees]
+    for number, (test, tree) in enumerate(zip(tests, trees)):
+        is_value = any(isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call) for node in tree.body)
+        if tree.body and not is_value and not asserts[number] and any(asserts[number:]):  # prepares a later assert
+            code.append(test)
+            continue
+        if not asserts[number]:
             raise ValueError(
                 f"a test must contain an assert, such as `assert name(values) == value`, not {test.strip()[:80]!r}"
             )

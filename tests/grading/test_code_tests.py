@@ -131,6 +131,16 @@ def test_tests_that_no_tier_can_run_are_noted_before_the_run(test):
     assert any("1 of 2 code questions" in note and "itself" in note for note in notes)
 
 
+def test_statements_of_a_test_may_be_separate():
+    try:
+        assert grade_code(STACK, ["s = Stack()", "s.push(1)", "assert s.pop() == 1"])[0] == 1.0
+    except Ungraded:
+        assert available() == ("monty",)
+    for bad in (["assert f(1) == 1", "f(2)"], ["f(1) == 1", "assert f(2) == 2"], ["x = 1"]):
+        with pytest.raises(ValueError, match="must contain an assert"):
+            parse_tests(bad)
+
+
 def test_module_that_the_tests_lack_makes_the_program_ungraded():
     with pytest.raises(Ungraded, match="unsupported"):
         grade_code("def f(x): return x", ["import no_such_module\nassert f(1) == no_such_module.one"])
