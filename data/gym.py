@@ -2,7 +2,7 @@
 
 `reasoning_gym:NAME@1-4` generates equally many questions of levels 1 to 4 of the family's curriculum, and sets `level`.
 
-Questions are graded by the package's `score_answer` (grading/gym.py), which needs the complete *entry* of a question.
+Questions are graded by grading/gym.py, which needs the complete *entry* of a question.
 They are generated in a separate process with a fixed hash seed, because runs must be reproducible bit for bit: some
 families depend on the order of a set, use the global random state, or print.
 """
@@ -20,6 +20,8 @@ from pathlib import Path
 from data.sources import DataError
 from data.tasks import assign_split
 from grading.base import did_you_mean
+from grading.gym_verdicts import REFUSED
+from grading.sandbox.gym_scorer import level_settings
 
 PREFIX = "reasoning_gym:"
 BATCH_SIZE = 500  # questions generated from one seed of the package
@@ -66,6 +68,8 @@ def _generate(name: str, split: str, n: int, seed: int) -> list[dict]:
     if name not in DATASETS:
         hint = did_you_mean(name, DATASETS) or f" It has {', '.join(sorted(DATASETS))}."
         raise DataError(f"reasoning_gym has no family {name}.{hint}")
+    if name in REFUSED:
+        raise DataError(f"the family {name} cannot be trained on: {REFUSED[name]}")
     if not at_sign:
         return _generate_level(name, None, split, n, seed, set())
     first, _, last = levels.partition("-")
@@ -84,7 +88,6 @@ def _generate_level(name: str, level: int | None, split: str, n: int, seed: int,
     """Generate n rows of a level (None: the family's default) whose questions are not in `seen`, and add them to it."""
     from reasoning_gym.factory import create_curriculum, create_dataset, has_curriculum
 
-    settings = {}
     label = split
     if level is not None:
         if not has_curriculum(name):
@@ -93,15 +96,12 @@ def _generate_level(name: str, level: int | None, split: str, n: int, seed: int,
         highest = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
         if level > highest:
             raise DataError(f"the family {name} has levels up to {highest}, not {level}")
-        curriculum.set_global_level(level)
-        configuration = vars(curriculum.generate_configuration())
-        settings = {key: value for key, value in configuration.items() if key not in ("seed", "size")}
         label = f"{split}-level{level}"
     rows = []
     num_skipped = 0  # questions of another split, and repeated ones
     for batch in itertools.count():
         batch_seed = random.Random(f"{name}/{label}/{seed}/{batch}").getrandbits(31)
-        dataset = create_dataset(name, seed=batch_seed, size=BATCH_SIZE, **settings)
+        dataset = create_dataset(name, seed=batch_seed, size=BATCH_SIZE, **level_settings(name, level))
         for i in range(BATCH_SIZE):
             entry = dataset[i]
             question = entry["question"]
@@ -138,12 +138,21 @@ def _score(dataset, answer: str, entry: dict) -> float:
 def _gold(dataset, entry: dict) -> str | None:
     """Return the answer or, for a puzzle with many, the example in the metadata (example_answer, ...) if it is right."""
     if entry["answer"] is not None:
-        return str(entry["answer"])
+        answer = str(entry["answer"])
+        return _evaluate_integrals(answer) if "Integral(" in answer else answer
     for name, value in entry["metadata"].items():
         if name.endswith("_answer"):
             example = value if isinstance(value, str) else json.dumps(value)
             return example if _score(dataset, example, entry) >= 1 else None
     return None
+
+
+def _evaluate_integrals(formula: str) -> str | None:
+    """Return an antiderivative of the package without the integrals that it left in it, or None if sympy finds none."""
+    import sympy
+
+    evaluated = str(sympy.sympify(formula).doit())
+    return None if "Integral(" in evaluated else evaluated
 
 
 def to_plain(value):

@@ -1,51 +1,91 @@
-"""The grader of reasoning_gym puzzles: the package's own `score_answer`, run in a worker process that can be killed.
+"""The grader of reasoning_gym puzzles.
+
+Most families are graded by the package's own `score_answer`, in a worker process that can be killed: inside bubblewrap,
+where no file of the user can be read, or in a process without file writes and network if bubblewrap does not run. No
+family evaluates model text: `score_answer` only gets text that is data, or a formula of numbers and known functions. The
+families that would evaluate more, or that accept wrong answers, have verdicts of this project (grading/gym_verdicts.py).
 
 Only a full score counts as right. Many families give partial credit to an answer that is merely close, well-formed or
 long enough, and a model would learn to exploit it. The reason contains the partial score.
 """
 
-import functools
+import sys
+from pathlib import Path
 
 from grading.answers.math_grader import extract_answer
 from grading.base import Ungraded
-from grading.sandbox.messages import decode, encode
-from grading.sandbox.workers import WorkerError, run_in_worker
+from grading.gym_verdicts import CHECKS, REFUSED, VERDICTS, Verdict
+from grading.sandbox.bubblewrap import start_server
+from grading.sandbox.messages import NotPlain
+from grading.sandbox.tiers import bubblewrap
+from grading.sandbox.workers import WorkerError, Zygote, run_in_worker
 
 MAX_ANSWER_CHARS = 10_000
 SECONDS = 3.0
-_TOLERANCE = 1e-9  # for rounding: some families sum up tenths
+_PRELOAD = ("reasoning_gym", "gym_scorer")
 
 
 def grade_gym(answer: str, row: dict) -> tuple[float, str]:
-    """Grade an answer to a reasoning_gym puzzle with `score_answer`.
+    """Grade an answer to a reasoning_gym puzzle.
 
     An exception in `score_answer` counts as a wrong answer: the answer does not have the form that it expects.
 
     Args:
         answer: Text that contains the final answer, see `final_answer`.
-        row: Data row with the columns `family` and `entry`, as data/gym.py creates them.
+        row: Data row with the columns `family` and `entry`, and `level` if it has one, as data/gym.py creates them.
 
     Returns:
         1.0 for a full score, else 0.0; and a reason that starts with an outcome.
 
     Raises:
-        Ungraded: If no worker process is available.
+        Ungraded: If no worker process is available, or if the family cannot be graded.
     """
+    family = row["family"]
+    entry = row["entry"]
+    if family in REFUSED:
+        raise Ungraded(f"unsupported: the family {family} cannot be graded: {REFUSED[family]}")
     final_text = final_answer(answer)
     if final_text is None:
         return 0.0, "no_answer: no <answer>, no \\boxed{}, no text"
-    if len(final_text) > MAX_ANSWER_CHARS:
-        return 0.0, f"no_answer: the answer has {len(final_text)} characters, over {MAX_ANSWER_CHARS}"
-    call = ("grading.gym:score_in_worker", row["family"], final_text, encode(row["entry"]))
+    limit = max(MAX_ANSWER_CHARS, 2 * len(str(entry.get("answer"))))  # some right answers are boards of 100 x 100 cells
+    if len(final_text) > limit:
+        return 0.0, f"no_answer: the answer has {len(final_text)} characters, over {limit}"
+    if family in VERDICTS or family in CHECKS:
+        problem = _read(VERDICTS.get(family) or CHECKS[family], final_text, entry)
+        if problem:
+            return 0.0, f"wrong: {problem}"
+    if family in VERDICTS:
+        return 1.0, "right"
+    call = ("gym_scorer:score", family, row.get("level"), final_text, entry)
     try:
-        score, exception = run_in_worker(*call, timeout=SECONDS, preload=("reasoning_gym", "grading.gym"))
+        score, exception = run_in_worker(*call, timeout=SECONDS, start=_start_server)
     except TimeoutError:
         return 0.0, f"gave_up: score_answer took over {SECONDS:g} s"
-    except WorkerError as error:
+    except (WorkerError, NotPlain) as error:
         raise Ungraded(f"sandbox_error: {error}") from None
-    if score >= 1 - _TOLERANCE:
+    if score == 1:
         return 1.0, "right"
-    return 0.0, "wrong: score_answer " + (f"raised {exception}" if exception else f"gives {score:.2g} of 1")
+    return 0.0, "wrong: score_answer " + (f"raised {exception}" if exception else f"gives {score:.2g}, not 1")
+
+
+def _read(verdict: Verdict, text: str, entry: dict) -> str:
+    """Return why an answer is wrong, or "". A text that cannot be read as data is wrong."""
+    try:
+        return verdict(text, entry)
+    except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
+        return f"it cannot be read: {str(error) or type(error).__name__}"[:200]
+
+
+def _start_server() -> Zygote:
+    """Start the server of the worker processes: in bubblewrap if possible, else with this user's rights to read files."""
+    script = Path(__file__).with_name("sandbox") / "gym_scorer.py"
+    if bubblewrap()[0]:
+        packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        try:
+            return start_server(_PRELOAD, modules=[script], packages=packages)
+        except WorkerError:  # perhaps the package lies in another folder
+            pass
+    return Zygote(preload=_PRELOAD, path=[*sys.path, str(script.parent)])
 
 
 def final_answer(text: str) -> str | None:
@@ -62,18 +102,3 @@ def final_answer(text: str) -> str | None:
     if boxed is not None:
         return boxed.strip()
     return text.strip() if is_tagged or text.strip() else None
-
-
-def score_in_worker(family: str, answer: str, entry) -> tuple[float, str]:
-    """Return the score, and the exception that `score_answer` raised, if any. Called in the worker process."""
-    try:
-        return float(_dataset(family).score_answer(answer, decode(entry))), ""
-    except Exception as error:
-        return 0.0, f"{type(error).__name__}: {error}"[:100]
-
-
-@functools.lru_cache(maxsize=8)
-def _dataset(family: str):
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(family, seed=0)

@@ -13,7 +13,7 @@ LAYERS = [
     ["rl/config.py"],  # the settings, which every layer may read
     ["grading/sandbox"],
     ["grading/answers"],
-    ["grading/countdown.py", "grading/gym.py"],
+    ["grading/countdown.py", "grading/gym.py", "grading/gym_verdicts.py"],
     ["grading/rewards"],
     ["grading"],
     ["data"],

@@ -118,6 +118,8 @@ def hostile_probes(row: dict, style: str) -> Iterator[Probe]:
                 yield Probe(name, write(style, text))
     if row_kind(row) == "countdown":  # its answers are Python expressions
         yield Probe("hostile: numbers", write(style, "9**9**9**9"))
+    if row_kind(row) == "reasoning_gym":  # a distance to nan is not above any limit
+        yield Probe("hostile: numbers", write(style, "nan"))
     yield Probe("hostile: characters", "\x00\x1b[2J <answer>?</answer>")
 
 

@@ -23,7 +23,7 @@ from grading.sandbox.differences import difference
 from grading.sandbox.extraction import MAX_PROGRAM_CHARS, complete_program, extract_code
 from grading.sandbox.monty import Monty
 from grading.sandbox.outcomes import Failed, Unsupported, first_line
-from grading.sandbox.tiers import Process, find_bubblewrap, start_unprotected
+from grading.sandbox.tiers import Process, bubblewrap, start_unprotected
 from grading.sandbox.workers import WorkerError
 
 FAST_SECONDS = 0.03  # a program that takes longer runs again in the slow lane, after the fast ones
@@ -251,7 +251,7 @@ def describe() -> str:
         return "in Monty, then UNPROTECTED with the rights of this user (unsafe_run_model_code)"
     if "bubblewrap" in names:
         return "in Monty, then in CPython inside bubblewrap"
-    return f"in Monty only: {_bubblewrap()[1]}; programs that Monty cannot run are ungraded"
+    return f"in Monty only: {bubblewrap()[1]}; programs that Monty cannot run are ungraded"
 
 
 @contextmanager
@@ -269,9 +269,9 @@ def use_only_tier(name: str):
 def _tiers() -> list[Monty | Process]:
     with _lock:
         tiers = [_monty()]
-        bubblewrap, _ = _bubblewrap()
-        if bubblewrap:
-            tiers.append(bubblewrap)
+        in_bubblewrap, _ = bubblewrap()
+        if in_bubblewrap:
+            tiers.append(in_bubblewrap)
         elif _settings["unsafe"]:
             tiers.append(_unprotected())
         return [tier for tier in tiers if _settings["only_tier"] in (None, tier.name)]
@@ -282,11 +282,6 @@ def _monty() -> Monty:
     tier = Monty()
     atexit.register(tier.close)
     return tier
-
-
-@functools.cache
-def _bubblewrap() -> tuple[Process | None, str]:
-    return find_bubblewrap()
 
 
 @functools.cache

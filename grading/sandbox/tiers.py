@@ -6,25 +6,24 @@ sandbox and call the program's functions through this process.
 """
 
 import atexit
+import functools
 import math
 import os
 import platform
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
+from grading.sandbox.bubblewrap import start_server
 from grading.sandbox.cases import Check, Script
 from grading.sandbox.messages import PLAIN_EXCEPTIONS, NotPlain, Reference, decode, encode
 from grading.sandbox.outcomes import FAILURES, TOO_SLOW, Failed, Unsupported, first_line, run_check
 from grading.sandbox.workers import WorkerError, Zygote, wait_for_output
 
 MAX_STDOUT_BYTES = 256 * 1024
-TEMPORARY_BYTES = 16 * 2**20
 MAX_IDLE = 16  # idle servers to keep for the next programs
 WALL_FACTOR = 3  # seconds of wall time for each second of running time, in the slow lane
 NICE = 5  # in the slow lane: a third of the processor time that a program in the fast lane gets
@@ -259,34 +258,8 @@ def _request_tester(tester, message: dict, deadline: float) -> dict:
     return answer
 
 
-BUBBLEWRAP_OPTIONS = """
---unshare-user --unshare-all --hostname sandbox --uid 1000 --gid 1000 --die-with-parent --new-session --cap-drop ALL
---clearenv --setenv PATH /usr/bin --setenv HOME /tmp --setenv TMPDIR /tmp --setenv LANG C.UTF-8 --setenv PYTHONHASHSEED 0
---ro-bind /usr /usr
-"""
-
-
 def start_in_bubblewrap() -> Zygote:
-    """Start a server in bubblewrap: no network, no files but /usr and the interpreter, own process table."""
-    folder = Path(__file__).parent
-    prefixes = {os.path.realpath(p) for p in (sys.base_prefix, sys.base_exec_prefix)} | {sys.base_prefix}
-    command = ["bwrap", *BUBBLEWRAP_OPTIONS.split()]
-    for name in ("lib", "lib64", "lib32", "bin"):
-        if os.path.islink(f"/{name}"):
-            command += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
-        elif os.path.isdir(f"/{name}"):
-            command += ["--ro-bind", f"/{name}", f"/{name}"]
-    for prefix in sorted(prefixes):
-        if not prefix.startswith("/usr/") and prefix != "/usr":
-            command += ["--ro-bind", prefix, prefix]
-    for device in ("null", "zero", "urandom", "random"):
-        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    for name in ("zygote.py", "tester.py", "messages.py", "lockdown.py"):
-        command += ["--ro-bind", str(folder / name), f"/ponder/{name}"]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    command += ["--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--"]
-    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    return Zygote(command, "/ponder/zygote.py", python, ("-S",), PRELOAD, clean=True)
+    return start_server(PRELOAD, clean=True)
 
 
 def start_unprotected() -> Zygote:
@@ -320,6 +293,12 @@ def probe():
         allowed.append("see the environment")
     return allowed
 """
+
+
+@functools.cache
+def bubblewrap() -> tuple[Process | None, str]:
+    """Return the result of `find_bubblewrap`, which is called once."""
+    return find_bubblewrap()
 
 
 def find_bubblewrap() -> tuple[Process | None, str]:

@@ -1,6 +1,6 @@
 """Worker processes: code that may hang, crash or exhaust memory runs in a limited child that can be killed.
 
-`run_in_worker` calls a function on untrusted text (math-verify, reasoning_gym's graders). `Zygote` is the server
+`run_in_worker` calls a function on untrusted text (math-verify, reasoning_gym). `Zygote` is the server
 process that forks such children, here and for the code sandbox (grading/sandbox/code_grader.py).
 """
 
@@ -15,11 +15,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from grading.base import lock_released
-from grading.sandbox.messages import MAX_MESSAGE_BYTES, receive, send
+from grading.sandbox.messages import MAX_MESSAGE_BYTES, encode, receive, send
 
 START_SECONDS = 30.0  # time for a server to import its modules on a busy machine
 ENDING_SECONDS = 1.0  # time for a killed child to end
@@ -201,36 +202,45 @@ def wait_for_output(fd: int, deadline: float, limit: int) -> bytes:
 # --- functions on untrusted text
 
 
-_idle: dict[tuple, list[Child]] = {}  # children waiting for a call, by preloaded modules
+ServerKey = tuple[str, ...] | Callable[[], Zygote]  # the modules that a server has preloaded, or how it is started
+_idle: dict[ServerKey, list[Child]] = {}  # children waiting for a call
 _idle_lock = threading.Lock()
 MAX_IDLE = 2
 
 
-def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str, ...] = ()):
+def run_in_worker(
+    function: str,
+    *args,
+    timeout: float = 3.0,
+    preload: tuple[str, ...] = (),
+    start: Callable[[], Zygote] | None = None,
+):
     """Call `function` in a child process with 1 GiB of memory and without file writes, network or new processes.
 
-    Can be called from any thread. Arguments and result must be JSON values.
+    Can be called from any thread. The arguments must be plain data (grading/sandbox/messages.py), the result a JSON value.
 
     Args:
         function: "module:name".
-        timeout: Wall time in seconds, after which the child is killed.
+        timeout: Wall time of the call in seconds, after which the child is killed. Starting a server does not count.
         preload: Modules that the server imports once, so that every child has them.
+        start: Function that starts the server, for one that does not have this user's rights.
 
     Raises:
         TimeoutError: If the call takes longer than `timeout`.
         WorkerError: If the function raised, the child died, or no child can be started.
+        NotPlain: If an argument is not plain data.
     """
-    deadline = time.monotonic() + timeout
+    server = start or preload
+    message = {"function": function, "args": [encode(value) for value in args]}
     with lock_released():
-        message = {"function": function, "args": args}
-        child = _idle_child(preload)
-        try:  # the first call also waits for the imports, so it gets at least half a second
+        child = _idle_child(server)
+        try:
             try:
-                answer = child.request(message, max(deadline, time.monotonic() + 0.5))
+                answer = child.request(message, time.monotonic() + timeout)
             except EOFError:  # the child died while idle, was killed, or will be killed again by this call
                 child.end()
-                child = _new_child(preload)
-                answer = child.request(message, max(deadline, time.monotonic() + 0.5))
+                child = _new_child(server)
+                answer = child.request(message, time.monotonic() + timeout)
         except TimeoutError:
             child.end()
             raise TimeoutError(f"{function} took over {timeout:g} s") from None
@@ -238,7 +248,7 @@ def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str
             child.end()
             raise WorkerError(f"{function} ended its worker, probably out of memory") from None
         with _idle_lock:
-            idle_children = _idle.setdefault(preload, [])
+            idle_children = _idle.setdefault(server, [])
             if len(idle_children) < MAX_IDLE:
                 idle_children.append(child)
                 child = None
@@ -249,29 +259,29 @@ def run_in_worker(function: str, *args, timeout: float = 3.0, preload: tuple[str
     return answer["ok"]
 
 
-def _idle_child(preload: tuple[str, ...]) -> Child:
+def _idle_child(server: ServerKey) -> Child:
     """Return an idle child, or a new one if there is none."""
     with _idle_lock:
-        if _idle.get(preload):
-            return _idle[preload].pop()
-    return _new_child(preload)
+        if _idle.get(server):
+            return _idle[server].pop()
+    return _new_child(server)
 
 
-def _new_child(preload: tuple[str, ...]) -> Child:
-    server = _function_server(preload)
+def _new_child(server: ServerKey) -> Child:
+    zygote = _function_server(server)
     try:
-        return server.spawn("function")
+        return zygote.spawn("function")
     except WorkerError:  # the server has died: replace it, once
-        return _function_server(preload, dead_server=server).spawn("function")
+        return _function_server(server, dead_zygote=zygote).spawn("function")
 
 
-_servers: dict[tuple[str, ...], Zygote] = {}
+_servers: dict[ServerKey, Zygote] = {}
 _server_lock = threading.Lock()
 
 
-def _function_server(preload: tuple[str, ...], dead_server: Zygote | None = None) -> Zygote:
-    """Return the server that has imported `preload`. Start it if there is none yet or if it is `dead_server`."""
+def _function_server(server: ServerKey, dead_zygote: Zygote | None = None) -> Zygote:
+    """Return the running server. Start it if there is none yet or if it is `dead_zygote`."""
     with _server_lock:
-        if _servers.get(preload) is dead_server:
-            _servers[preload] = Zygote(preload=preload, path=sys.path)
-        return _servers[preload]
+        if _servers.get(server) is dead_zygote:
+            _servers[server] = server() if callable(server) else Zygote(preload=server, path=sys.path)
+        return _servers[server]

@@ -171,7 +171,7 @@ def serve_functions(connection: socket.socket) -> None:
         message = receive(connection)
         module, name = message["function"].split(":")
         try:
-            answer = {"ok": getattr(importlib.import_module(module), name)(*message["args"])}
+            answer = {"ok": getattr(importlib.import_module(module), name)(*map(decode, message["args"]))}
         except BaseException as error:
             answer = {"error": describe_error(error)}
         try:
