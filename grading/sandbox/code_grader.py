@@ -27,6 +27,7 @@ from grading.sandbox.tiers import Process, bubblewrap, start_unprotected
 from grading.sandbox.workers import WorkerError
 
 FAST_SECONDS = 0.03  # a program that takes longer runs again in the slow lane, after the fast ones
+MAX_TRIES = 4  # of a program whose process is killed, perhaps for lack of memory
 
 graded_by_tier = Counter()  # number of programs by the tier that decided the verdict
 
@@ -85,15 +86,11 @@ def _grade(code: str, cases: tuple[Case, ...], timeout: float, doubts: str) -> t
             # A program whose result may depend on chance gets one try.
             for tier in tiers[-1:] if doubts or _NONDETERMINISTIC.search(code) else tiers:
                 outcome, detail = _judge(tier, code, cases, min(FAST_SECONDS, timeout), slow=False)
-                if outcome == "killed":  # perhaps for lack of memory: try once more
-                    outcome, detail = _judge(tier, code, cases, min(FAST_SECONDS, timeout), slow=False)
-                    outcome = "crash" if outcome == "killed" else outcome
                 if outcome == "passed":
                     break
         if outcome == "timeout" or (outcome == "memory" and tier.name == "monty"):
             with _slow_lane:
                 outcome, detail = _judge(tier, code, cases, timeout, slow=True)
-                outcome = "crash" if outcome == "killed" else outcome
     except (WorkerError, OSError) as error:
         raise Ungraded(f"sandbox_error: {first_line(error)}") from error
     if tier.name == "monty" and doubts and outcome in ("passed", "failed", "crash"):
@@ -115,7 +112,15 @@ _NONDETERMINISTIC = re.compile(r"random|secrets|time|uuid|\bid\b|hash")
 
 
 def _judge(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool) -> tuple[str, str]:
-    """Run a program in one tier and return (outcome, detail)."""
+    """Run a program in one tier and return (outcome, detail). If its process is killed, run it again."""
+    for _ in range(MAX_TRIES):
+        outcome, detail = _run(tier, code, cases, seconds, slow)
+        if outcome != "killed":
+            return outcome, detail
+    return "crash", detail
+
+
+def _run(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool) -> tuple[str, str]:
     number = 0
     try:
         if isinstance(cases[0], Script):
