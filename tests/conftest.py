@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 HOW_TO_RUN = {  # part of a skip's reason -> the tests, and how to run them
-    "no tier bubblewrap": ("of the code sandbox", "Linux with bubblewrap: apt install bubblewrap"),
+    "bubblewrap": ("of the sandbox", "Linux with bubblewrap: apt install bubblewrap"),
     "gpu": ("for a GPU", "make test-gpu on a machine with an NVIDIA GPU"),
     "unsloth": ("of Unsloth", "make test-unsloth"),
     "mounting a disk": ("of full disks", "run as root on Linux"),
