@@ -32,7 +32,7 @@ from grading import (
 @reward(weight=1.0, when="math")
 def correct(completion: Completion):
     """Return 1 if the final answer (in \\boxed{}, after ####, ...) equals the answer of the row."""
-    return grade_math(completion.answer, completion.row["answer"])
+    return grade_math(completion.answer, completion.row["answer"], completion.prompt)
 
 
 @reward(weight=1.0, when="code")

@@ -1,6 +1,7 @@
 """Grading of completions: reward files, the math grader and the code sandbox. Does not import torch."""
 
-from grading.answers.math_grader import extract_answer, grade_math
+from grading.answers.extraction import extract_answer
+from grading.answers.math_grader import grade_math
 from grading.base import (
     Completion,
     RewardError,
@@ -40,7 +41,7 @@ def grade_row(answer: str, row: dict) -> tuple[float, str]:
     """
     kind = row_kind(row)
     if kind == "math":
-        return grade_math(answer, row["answer"])
+        return grade_math(answer, row["answer"], prompt_text(row["prompt"]) if row.get("prompt") else None)
     if kind == "code":
         columns = (row.get(name) or "" for name in ("entry_point", "setup", "starter"))
         return grade_code(answer, row["tests"], *columns)

@@ -4,21 +4,25 @@
     python -m grading math-table FILE.tsv     grade a table of answers and compare with the expected verdicts
 
 The table is tab-separated without quoting. Its first line names the columns: kind, gold, answer and expected (accept or
-reject) are required, others, such as a note, are ignored. An answer that starts with @ is a whole completion; any other
+reject) are required, question is optional, others, such as a note, are ignored. An answer that starts with @, or that
+contains a final answer (\\boxed{}, #### and the like), is a whole completion, in which \\n is a line break; any other
 answer is put into \\boxed{}.
 """
 
 import argparse
 import csv
+import re
 import sys
 import time
 from pathlib import Path
 
+from grading.answers.extraction import extract_answer
 from grading.answers.math_grader import grade_math
 from grading.base import Completion
 from tools.self_test import self_test
 
 COLUMNS = ("kind", "gold", "answer", "expected")
+_LINE_BREAK = re.compile(r"\\n(?![A-Za-z])")  # not the start of \\ne
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def grade_table(path: str) -> None:
     rows = read_table(path)
     counts = {"accept": 0, "reject": 0}  # false accepts and false rejects
     for row in rows:
-        is_right, reason = grade_cell(row["answer"], row["gold"])
+        is_right, reason = grade_cell(row["answer"], row["gold"], row.get("question"))
         verdict = "accept" if is_right else "reject"
         if verdict != row["expected"]:
             counts[verdict] += 1
@@ -81,13 +85,13 @@ def read_table(path: str) -> list[dict]:
     return rows
 
 
-def grade_cell(answer: str, gold: str) -> tuple[bool, str]:
+def grade_cell(answer: str, gold: str, question: str | None = None) -> tuple[bool, str]:
     """Grade an answer of a table. Returns whether it is right, and the reason."""
     if answer.startswith("@"):
         answer = Completion("", answer[1:], {}).answer
-    else:
+    elif extract_answer(answer) is None:
         answer = f"\\boxed{{{answer}}}"
-    score, reason = grade_math(answer, gold)
+    score, reason = grade_math(_LINE_BREAK.sub("\n", answer), gold, question)
     return score == 1.0, reason
 
 

@@ -2,7 +2,7 @@
 
     @reward(weight=1.0, when="math")
     def correct(completion):                       # called once per completion
-        return grade_math(completion.answer, completion.row["answer"])
+        return grade_math(completion.answer, completion.row["answer"], completion.prompt)
 
     @reward(weight=0.1)
     def rare(prompts, completions, **columns):     # has a parameter `completions`: called once per step, as in TRL

@@ -5,23 +5,27 @@ import operator
 import re
 from fractions import Fraction
 
-from grading.answers.math_grader import extract_answer
+from grading.answers.extraction import extract_answer
 from grading.base import shorten
 
 MAX_CHARS = 200
 MAX_NESTING = 20
-_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
+_SIGNS = str.maketrans(
+    {"×": "*", "·": "*", "∗": "*", "✕": "*", "÷": "/", "∕": "/", "−": "-", "–": "-", "[": "(", "]": ")"}
+)
 _LATEX = (
     (re.compile(r"\\(?:left|right)|\\[,;:! ]|\$|\\[()\[\]]"), ""),
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
     (re.compile(r"\\div(?![A-Za-z])"), "/"),
+    (re.compile(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])"), "*"),  # 2x3
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,40}(?:\.[0-9]{1,40})?")
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def grade_countdown(answer: str, target: int, nums: list[int]) -> tuple[float, str]:
+def grade_countdown(answer: str, target: int | str, nums: list | str) -> tuple[float, str]:
     r"""Grade an expression that must equal the target and use each of the numbers exactly once.
 
     As in TinyZero's version of the game, every number must be used, as often as it occurs in `nums`. The operators
@@ -29,14 +33,18 @@ def grade_countdown(answer: str, target: int, nums: list[int]) -> tuple[float, s
 
     Args:
         answer: Text whose final answer, in `\boxed{}`, `<answer>` or another form supported by
-            `grading.extract_answer`, is the expression. It may end in `= target`.
-        target: Value that the expression must have.
-        nums: Numbers that the expression must use.
+            `grading.extract_answer`, is the expression. It may end in `= target` or start with `target =`.
+        target: Value that the expression must have, a number or its text.
+        nums: Numbers that the expression must use, or their texts, or the list as a text.
 
     Returns:
         1.0 if the expression is right, else 0.0; and a reason with the outcome right, wrong, no_answer or gave_up (the
         expression is too long).
+
+    Raises:
+        ValueError: If the target or one of the numbers is not a number.
     """
+    target, *nums = _as_numbers(target, nums)
     expression = extract_answer(answer)
     if not expression:
         return 0.0, "no_answer: no expression in \\boxed{} or <answer>"
@@ -46,11 +54,13 @@ def grade_countdown(answer: str, target: int, nums: list[int]) -> tuple[float, s
         expression = pattern.sub(replacement, expression)
     while (replaced := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
         expression = replaced
-    text, equals, result = (part.strip() for part in expression.translate(_SIGNS).partition("="))
+    text, *results = (side.strip(" .") for side in expression.translate(_SIGNS).split("="))
+    if len(results) == 1 and _number(text) == target and _number(results[0]) is None:  # 6 = 1+2+3
+        text, results = results[0], [text]
     if not _EXPRESSION.fullmatch(text) or "**" in text or "//" in text:
         return 0.0, f"wrong: {shorten(text)} contains something other than numbers, + - * / and brackets"
-    if equals and result != str(target):
-        return 0.0, f"wrong: {shorten(result)} is not the target {target}"
+    if results and (len(results) > 1 or _number(results[0]) != target):
+        return 0.0, f"wrong: {shorten(' = '.join(results))} is not the target {target}"
     try:
         used = []
         value = _evaluate(_parse(text), used)
@@ -63,6 +73,24 @@ def grade_countdown(answer: str, target: int, nums: list[int]) -> tuple[float, s
     if value != target:
         return 0.0, f"wrong: {shorten(text)} is {shorten(str(value))}, not {target}"
     return 1.0, "right"
+
+
+def _as_numbers(target, nums) -> list[Fraction]:
+    """Return the target and the numbers as fractions. Raises ValueError, which names the column that is wrong."""
+    if isinstance(nums, str):  # a list in a CSV file
+        nums = nums.strip("[]() ").replace(",", " ").split()
+    numbers = []
+    for column, value in [("target", target), *(("nums", value) for value in nums)]:
+        if (number := _number(str(value))) is None:
+            raise ValueError(f"the column {column} contains {value!r}, which is not a number")
+        numbers.append(number)
+    return numbers
+
+
+def _number(text: str) -> Fraction | None:
+    """Return the value of a whole or decimal number, or None for another text."""
+    text = text.strip()
+    return Fraction(text) if _NUMBER.fullmatch(text) else None
 
 
 def _parse(text: str) -> ast.expr:

@@ -12,7 +12,7 @@ long enough, and a model would learn to exploit it. The reason contains the part
 import sys
 from pathlib import Path
 
-from grading.answers.math_grader import extract_answer
+from grading.answers.extraction import extract_answer
 from grading.base import Ungraded
 from grading.gym_verdicts import CHECKS, REFUSED, VERDICTS, Verdict
 from grading.sandbox.bubblewrap import start_server

@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from grading.answers.math_grader import extract_answer, grade_math
+from grading.answers.extraction import extract_answer
+from grading.answers.math_grader import grade_math
 from grading.base import shorten
 from grading.countdown import grade_countdown
 

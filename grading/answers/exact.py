@@ -12,26 +12,25 @@ import math
 import random
 from fractions import Fraction
 
-MAX_TERMS = 200  # terms of a sum
-MAX_PRODUCTS = 3000  # products of two terms in one multiplication
-MAX_BITS = 20_000  # bits of a number
+from grading.answers.terms import (
+    MAX_TERMS,
+    ONE,
+    ParseError,
+    TooBig,
+    Unsupported,
+    add,
+    constant,
+    int_power,
+    multiply,
+    normalize_term,
+    prime_factors,
+    ratio,
+)
+
 MAX_FACTORIAL = 1000  # largest n of n!
 MAX_DEGREE = 30  # degree of a binomial coefficient that is expanded as a polynomial
-MAX_PRIME = 1000  # largest trial divisor when factorizing
 
-ONE = frozenset()  # the term without atoms; other terms are frozensets of (atom, exponent) pairs
-
-
-class ParseError(Exception):
-    """The text cannot be parsed, or has no value to compare."""
-
-
-class Unsupported(ParseError):
-    """The text contains notation that only the symbolic grader supports, such as an integral."""
-
-
-class TooBig(Exception):
-    """A number or formula, named in the message, is too large to be computed."""
+EVALUABLE, SYMBOLIC, PLAIN = 1, 2, 3  # levels of `Value.pending`
 
 
 class Value:
@@ -40,14 +39,16 @@ class Value:
     Args:
         num, den: Numerator and denominator: sums as {term: Fraction}; a denominator of None is 1.
         digits: Number of significant digits if the value was written as one decimal, else 0.
-        pending: Number of sums and products of plain numbers that were written but not evaluated, as in 7+5.
+        pending: Kind of the operations that are not evaluated, set by the parser: PLAIN for a sum, product or quotient
+            of plain numbers, as in 7+5; SYMBOLIC for another sum, product or quotient, as in 2x; EVALUABLE for a power,
+            root or function that is a rational number, as in 4!; else 0.
     """
 
     __slots__ = ("num", "den", "digits", "pending")
 
     def __init__(self, num: dict, den: dict | None = None, digits: int = 0, pending: int = 0):
-        if den is not None and (factor := _ratio(num, den)) is not None:  # equal up to a rational factor: cancel
-            num, den = _constant(factor), None
+        if den is not None and (factor := ratio(num, den)) is not None:  # equal up to a rational factor: cancel
+            num, den = constant(factor), None
         self.num, self.den, self.digits, self.pending = num, den, digits, pending
 
     @property
@@ -94,60 +95,42 @@ class Value:
         num = {term - unit: c for term, c in self.num.items()}
         return Value(num, self.den, self.digits, self.pending), unit - {("unit:unit", 1)}
 
+    def left_pending(self, level: int) -> "Value":
+        """Return the same value with `pending` raised to a level."""
+        return self if level <= self.pending else Value(self.num, self.den, self.digits, level)
+
     def __neg__(self):
         return Value({term: -c for term, c in self.num.items()}, self.den, self.digits, self.pending)
 
     def __add__(self, other):
-        pending = self.pending + other.pending + (self.rational is not None and other.rational is not None)
+        pending = max(self.pending, other.pending)
         if self.den == other.den:
-            return Value(_add(self.num, other.num), self.den, pending=pending)
-        num = _add(_multiply(self.num, other.den), _multiply(other.num, self.den))
-        return Value(num, _multiply(self.den, other.den), pending=pending)
+            return Value(add(self.num, other.num), self.den, pending=pending)
+        num = add(multiply(self.num, other.den), multiply(other.num, self.den))
+        return Value(num, multiply(self.den, other.den), pending=pending)
 
     def __sub__(self, other):
         return self + -other
 
     def __mul__(self, other):
-        pending = self.pending + other.pending + (self.rational is not None and other.rational is not None)
-        den = None if self.den is None and other.den is None else _multiply(self.den, other.den)
+        den = None if self.den is None and other.den is None else multiply(self.den, other.den)
         digits = 0 if self.digits and other.digits else self.digits or other.digits
-        return Value(_multiply(self.num, other.num), den, digits, pending)
+        return Value(multiply(self.num, other.num), den, digits, max(self.pending, other.pending))
 
     def __truediv__(self, other):
-        a, b = self.rational, other.rational
-        pending = self.pending + other.pending
-        pending += a is not None and b is not None and not a.denominator == b.denominator == 1
+        pending = max(self.pending, other.pending)
         if not other.num:
             raise ParseError("a division by zero")
-        den = _multiply(self.den, other.num) if self.den or len(other.num) > 1 else None
+        den = multiply(self.den, other.num) if self.den or len(other.num) > 1 else None
         if den is None:
             (term, c), *_ = other.num.items()
-            factor, term = _normalize_term({atom: -e for atom, e in term})
-            return Value(_multiply(_multiply(self.num, other.den), {term: factor / c}), None, self.digits, pending)
-        return Value(_multiply(self.num, other.den), den, 0, pending)
+            factor, term = normalize_term({atom: -e for atom, e in term})
+            num = multiply(multiply(self.num, other.den), {term: factor / c})
+            return Value(num, None, self.digits, pending)
+        return Value(multiply(self.num, other.den), den, 0, pending)
 
     def __pow__(self, power: "Value"):
-        n = power.rational
-        if n is None:
-            return _symbolic_power(self, power)
-        if n.denominator != 1:
-            return _root(self, n)
-        if n < 0:
-            return number(1) / self**-power
-        if not self.num and n == 0:
-            raise ParseError("0^0")
-        if self.den is None and len(self.num) == 1:
-            (term, c), *_ = self.num.items()
-            factor, term = _normalize_term({atom: e * n for atom, e in term})
-            return Value({term: factor * _int_power(c, n)}, pending=self.pending)
-        if n > MAX_TERMS:
-            raise TooBig(f"a power of {n}")
-        result, square, n = number(1), self, int(n)
-        while n:
-            result = result * square if n & 1 else result
-            n >>= 1
-            square = square * square if n else square
-        return result
+        return _power(self, power).left_pending(max(self.pending, power.pending))
 
     def approx(self, sample: int = 0) -> tuple[complex, float]:
         """Return the value in floating point, with a fixed random positive number for each variable, and its scale.
@@ -162,7 +145,7 @@ class Value:
 
 
 def number(value, digits: int = 0) -> Value:
-    return Value(_constant(Fraction(value)), digits=digits)
+    return Value(constant(Fraction(value)), digits=digits)
 
 
 def symbol(name) -> Value:
@@ -170,72 +153,9 @@ def symbol(name) -> Value:
     return Value({frozenset({(name, 1)}): Fraction(1)})
 
 
-def _constant(value: Fraction) -> dict:
-    return {ONE: value} if value else {}
-
-
-def _add(a: dict, b: dict) -> dict:
-    total = dict(a)
-    for term, c in b.items():
-        total[term] = total.get(term, 0) + c
-    if len(total) > MAX_TERMS:
-        raise TooBig(f"a sum of over {MAX_TERMS} terms")
-    return {term: c for term, c in total.items() if c}
-
-
-def _multiply(a: dict | None, b: dict | None) -> dict | None:
-    """Return the product of two sums; None is the sum 1."""
-    if a is None or b is None:
-        return b if a is None else a
-    if len(a) * len(b) > MAX_PRODUCTS:
-        raise TooBig(f"a product of over {MAX_PRODUCTS} terms")
-    total = {}
-    for s, c in a.items():
-        for t, d in b.items():
-            if s and t:
-                powers = dict(s)
-                for atom, e in t:
-                    powers[atom] = powers.get(atom, 0) + e
-                factor, term = _normalize_term(powers)
-                total[term] = total.get(term, 0) + c * d * factor
-            else:
-                total[s or t] = total.get(s or t, 0) + c * d
-    return _add({}, total)
-
-
-def _normalize_term(powers: dict) -> tuple[Fraction, frozenset]:
-    """Return a rational factor and the remaining term: primes have exponents in (0, 1) and i has exponent 1."""
-    factor = Fraction(1)
-    for atom, e in list(powers.items()):
-        if isinstance(atom, int):
-            whole = math.floor(e)
-            factor *= _int_power(Fraction(atom), whole)
-            e -= whole
-        elif atom == "i" and e == int(e):
-            factor *= (1, 1, -1, -1)[int(e) % 4]
-            e = e % 2
-        powers[atom] = e
-    return factor, frozenset((atom, e) for atom, e in powers.items() if e)
-
-
-def _int_power(value: Fraction, n) -> Fraction:
-    bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-    if value not in (1, -1) and bits * abs(n) > MAX_BITS:
-        raise TooBig(f"a number of about {'10^6 or more' if bits * abs(n) > 4e6 else int(bits * abs(n) * 0.3)} digits")
-    return value ** int(n)
-
-
-def _ratio(a: dict, b: dict) -> Fraction | None:
-    """Return the rational c != 0 with a = c b, or None if there is none."""
-    if len(a) != len(b) or not a or a.keys() != b.keys():
-        return None
-    ratios = {a[term] / b[term] for term in a}
-    return ratios.pop() if len(ratios) == 1 else None
-
-
 def proportionality_factor(a: Value, b: Value) -> Fraction | None:
     """Return the rational c != 0 with a = c b, or None if there is none."""
-    return _ratio(_multiply(a.num, b.den), _multiply(b.num, a.den))
+    return ratio(multiply(a.num, b.den), multiply(b.num, a.den))
 
 
 def are_equal(a: Value, b: Value) -> bool | None:
@@ -248,10 +168,10 @@ def are_equal(a: Value, b: Value) -> bool | None:
     has_value = False
     for sample in range(3):
         try:
-            (x, x_scale), (y, y_scale) = a.approx(sample), b.approx(sample)
+            d, scale = difference.approx(sample)
         except (ArithmeticError, ValueError):
             continue
-        if abs(x - y) > 1e-9 * max(x_scale, y_scale):
+        if abs(d) > 1e-9 * scale:  # the terms of the difference do not cancel
             return False
         has_value = True
     if not has_value:
@@ -262,18 +182,28 @@ def are_equal(a: Value, b: Value) -> bool | None:
 # --- powers, roots and functions
 
 
-def _prime_factors(n: int) -> list[tuple[int, int]]:
-    """Return (prime, exponent) pairs. A cofactor with only large primes is not split, except into a square."""
-    factors, p = [], 2
-    while p * p <= n and p < MAX_PRIME:
-        e = 0
-        while n % p == 0:
-            n, e = n // p, e + 1
-        if e:
-            factors.append((p, e))
-        p += 1 + (p > 2)
-    root = math.isqrt(n)
-    return factors + ([(root, 2)] if root * root == n > 1 else [(n, 1)] * (n > 1))
+def _power(base: Value, power: Value) -> Value:
+    n = power.rational
+    if n is None:
+        return _symbolic_power(base, power)
+    if n.denominator != 1:
+        return _root(base, n)
+    if n < 0:
+        return number(1) / base**-power
+    if not base.num and n == 0:
+        raise ParseError("0^0")
+    if base.den is None and len(base.num) == 1:
+        (term, c), *_ = base.num.items()
+        factor, term = normalize_term({atom: e * n for atom, e in term})
+        return Value({term: factor * int_power(c, n)})
+    if n > MAX_TERMS:
+        raise TooBig(f"a power of {n}")
+    result, square, n = number(1), base, int(n)
+    while n:
+        result = result * square if n & 1 else result
+        n >>= 1
+        square = square * square if n else square
+    return result
 
 
 def _root(base: Value, n: Fraction) -> Value:
@@ -290,7 +220,7 @@ def _root(base: Value, n: Fraction) -> Value:
     rest = {term: c / scale for term, c in base.num.items()}
     powers = {}
     for part, sign in ((scale.numerator, 1), (scale.denominator, -1)):
-        for p, e in _prime_factors(part):
+        for p, e in prime_factors(part):
             powers[p] = sign * e * n
     if len(rest) == 1:
         (term, c), *_ = rest.items()
@@ -303,8 +233,8 @@ def _root(base: Value, n: Fraction) -> Value:
             powers["root", Value(rest).key] = n
     else:
         powers["root", Value(rest).key] = n
-    factor, term = _normalize_term(powers)
-    return Value({term: factor}, pending=base.pending)
+    factor, term = normalize_term(powers)
+    return Value({term: factor})
 
 
 def _is_positive(term: frozenset) -> bool:
@@ -317,8 +247,8 @@ def _symbolic_power(base: Value, power: Value) -> Value:
         raise Unsupported("a power with a fraction in it")
     result, bases = number(1), [(base, 1)]
     if (value := base.rational) is not None and value > 0:
-        bases = [(number(p), e) for p, e in _prime_factors(value.numerator)]
-        bases += [(number(p), -e) for p, e in _prime_factors(value.denominator)]
+        bases = [(number(p), e) for p, e in prime_factors(value.numerator)]
+        bases += [(number(p), -e) for p, e in prime_factors(value.denominator)]
     for term, c in power.num.items():
         for part, e in bases:
             if term == ONE:
@@ -337,11 +267,15 @@ FUNCTIONS = {
     "ceil": lambda x: math.ceil(x.real), "factorial": lambda x: math.gamma(x.real + 1),
     "binomial": lambda n, k: math.gamma(n.real + 1) / math.gamma(k.real + 1) / math.gamma(n.real - k.real + 1),
 }  # fmt: skip
-CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "unit:%": 0.01}
 
 
 def apply_function(name: str, *args: Value) -> Value:
     """Apply exp, lg (base 10) or one of FUNCTIONS: exactly if that is easy, else as an opaque atom."""
+    return _apply(name, *args).left_pending(max(arg.pending for arg in args))
+
+
+def _apply(name: str, *args: Value) -> Value:
     x, value = args[0], args[0].rational
     if name == "exp":
         return symbol("e") ** x
@@ -352,8 +286,8 @@ def apply_function(name: str, *args: Value) -> Value:
     if name == "ln" and value is not None:
         if value <= 0:
             raise ParseError("a logarithm of zero or a negative number")
-        parts = [number(e) * symbol(("ln", number(p).key)) for p, e in _prime_factors(value.numerator)]
-        parts += [number(-e) * symbol(("ln", number(p).key)) for p, e in _prime_factors(value.denominator)]
+        parts = [number(e) * symbol(("ln", number(p).key)) for p, e in prime_factors(value.numerator)]
+        parts += [number(-e) * symbol(("ln", number(p).key)) for p, e in prime_factors(value.denominator)]
         return sum(parts, number(0))
     if name == "abs" and not x.variables() and not x.is_opaque() and "i" not in x.atoms():
         try:

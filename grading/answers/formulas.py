@@ -4,9 +4,8 @@ Unknown syntax raises ParseError, and no text is ever skipped. Sums, integrals a
 grading/answers/structures.py extends the parser to structures that contain formulas: lists, sets, relations, matrices.
 """
 
-from fractions import Fraction
-
-from grading.answers.exact import FUNCTIONS, ParseError, TooBig, Unsupported, Value, apply_function, number, symbol
+from grading.answers.exact import EVALUABLE, FUNCTIONS, PLAIN, SYMBOLIC, Value, apply_function, number, symbol
+from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.units import CURRENCIES, parse_unit
 
 GREEK = {
@@ -24,6 +23,8 @@ _TIMES, _DIVIDE = ("*", r"\cdot", r"\times", r"\ast"), ("/", r"\div")
 _BRACKETS = {"(", "[", "{"}
 # Tokens that start a factor of a product without a sign, as in 2x and 2(x+1).
 _FACTORS = _BRACKETS | {"name", r"\frac", r"\sqrt", r"\binom", *_DELIMITERS, *_FUNCTIONS, *_CONSTANTS, *GREEK}
+_CALLED = {*"fghFGH", r"\phi", r"\varphi", r"\zeta", r"\Gamma"}  # names of functions if a bracket follows
+_AS_BRACKETS = str.maketrans("{}", "()")
 _MONEY = (r"\$", *CURRENCIES)
 _BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}
 
@@ -72,6 +73,14 @@ class FormulaParser:
             for _, value in self.tokens[start : self.position]
         )
 
+    def source_of(self, count: int) -> str:
+        """Return the text of the next tokens."""
+        start = self.position
+        self.position += count
+        text = self.source(start)
+        self.position = start
+        return text
+
     def parse_structure(self, kind: str):
         """Parse a structure that is not a formula; its first token has been consumed. Overridden in structures.py."""
         raise ParseError(f"expected a formula, not {kind}")
@@ -93,7 +102,7 @@ class FormulaParser:
         while self.kind in _SIGNS:
             sign = self.parse_signs()
             term = as_value(self.parse_product())
-            result = as_value(result) + (term if sign > 0 else -term)
+            result = _pending(as_value(result) + (term if sign > 0 else -term), result, term)
         kinds = [kind for kind, _ in self.tokens[start : self.position] if kind not in _SIGNS]
         if isinstance(result, Value) and r"\infty" in kinds and len(kinds) > 1:
             raise ParseError("arithmetic with infinity")
@@ -108,9 +117,9 @@ class FormulaParser:
                 sign = self.parse_signs()
                 factor = as_value(self.parse_power())
                 factor = factor if sign > 0 else -factor
-                result = result / factor if kind in _DIVIDE else result * factor
+                result = _quotient(result, factor) if kind in _DIVIDE else _product(result, factor)
             elif kind in _FACTORS and not (kind == "|" and self.open_bars):
-                result = result * as_value(self.parse_power())
+                result = _product(result, as_value(self.parse_power()))
             else:
                 break
         return result
@@ -140,14 +149,14 @@ class FormulaParser:
                 result = (
                     with_unit(result, parse_unit("°"))
                     if self.accept_degree_sign()
-                    else result ** as_value(self.parse_argument())
+                    else _evaluable(result ** as_value(self.parse_argument()))
                 )
             elif self.accept("!"):
                 if self.kind == "!":
                     raise ParseError("a double factorial")
-                result = apply_function("factorial", result)
+                result = _evaluable(apply_function("factorial", result))
             elif self.accept("%", r"\%"):
-                result = with_unit(result, number(Fraction(1, 100)))
+                result = with_unit(result, symbol("unit:%"))
             elif self.kind in ("text", "word", *_MONEY):
                 unit = self.advance().removeprefix("\\")
                 if self.accept("^"):
@@ -198,22 +207,23 @@ class FormulaParser:
         if kind in _FUNCTIONS:
             return self.parse_function(kind[1:])
         if kind == r"\frac":
-            return as_value(self.parse_argument()) / as_value(self.parse_argument())
+            return _quotient(as_value(self.parse_argument()), as_value(self.parse_argument()))
         if kind == r"\binom":
-            return apply_function("binomial", as_value(self.parse_argument()), as_value(self.parse_argument()))
+            upper, lower = as_value(self.parse_argument()), as_value(self.parse_argument())
+            return _evaluable(apply_function("binomial", upper, lower))
         if kind == r"\sqrt":
             index = number(2)
             if self.accept("["):
                 index = as_value(self.parse_sum())
                 self.expect("]")
-            return _nth_root(as_value(self.parse_argument()), index)
+            return _evaluable(_nth_root(as_value(self.parse_argument()), index).left_pending(index.pending))
         if kind in _DELIMITERS:
             self.open_bars += kind == "|"
             inner = as_value(self.parse_sum())
             closing, name = _DELIMITERS[kind]
             self.expect(closing)
             self.open_bars -= kind == "|"
-            return apply_function(name, inner)
+            return apply_function(name, inner if name == "abs" else inner.left_pending(PLAIN))
         if kind in _MONEY:
             return with_unit(as_value(self.parse_product()), parse_unit(kind[-1]))
         if kind in _OPERATORS:
@@ -224,6 +234,8 @@ class FormulaParser:
         """Return the constant, variable with its index, or binomial coefficient C_n^k after its name was consumed."""
         if name in ("e", "i") and self.kind != "_":
             return symbol(name)
+        if name in _CALLED and (call := self.parse_call(name)):
+            return call
         if self.accept("_"):
             start = self.position
             index = as_value(self.parse_argument())
@@ -231,6 +243,50 @@ class FormulaParser:
                 return apply_function("binomial", index, as_value(self.parse_argument()))
             name += f"_{self.source(start).strip('{}')}"
         return symbol(name)
+
+    def parse_call(self, name: str) -> Value | None:
+        """Parse the rest of a call such as f(2), f'(x) or f^{-1}(3), which is a variable of its own.
+
+        Returns None for a product, such as h(a+b), and for a variable, such as f.
+        """
+        start = self.position
+        primes = ""
+        while self.accept("'"):
+            primes += "'"
+        if self.source_of(5) == "^{-1}":
+            self.position += 5
+            primes += "^-1"
+        opening = self.position
+        if self.kind != "(":
+            is_variable = "'" not in primes or "^" in primes
+            self.position = start if is_variable else opening
+            return None if is_variable else symbol(name + primes)
+        self.skip_bracket()
+        end = self.position
+        inner = self.tokens[opening + 1 : end - 1]
+        has_letters = any(kind == "name" or kind in GREEK for kind, _ in inner)
+        if name != "f" and not primes and has_letters and (len(inner) > 1 or name in GREEK):
+            self.position = start
+            return None
+        arguments = self.source(opening).translate(_AS_BRACKETS)
+        if not any(kind == "," for kind, _ in inner):
+            self.position = opening
+            value = as_value(self.parse_primary()).rational
+            arguments = arguments if value is None or self.position != end else f"({value})"
+            self.position = end
+        return symbol(name + primes + arguments)
+
+    def skip_bracket(self) -> None:
+        """Advance past the bracket that closes the one at this position. Raises ParseError if it is missing."""
+        depth = 0
+        while True:
+            kind, _ = self.tokens[self.position]
+            if kind == "end":
+                raise ParseError("a missing bracket")
+            depth += (kind == "(") - (kind == ")")
+            self.position += 1
+            if not depth:
+                return
 
     def parse_number_base(self, value: Value) -> Value:
         """Parse the base of 204_5. The number is not converted: it equals only the same digits in the same base."""
@@ -265,13 +321,13 @@ class FormulaParser:
         else:
             argument = as_value(self.parse_power())
             while self.kind in _FACTORS - _FUNCTIONS - _BRACKETS - {"|"}:
-                argument = argument * as_value(self.parse_power())
+                argument = _product(argument, as_value(self.parse_power()))
         argument = _in_radians(argument)
         if name == "log" and base is not None:
             result = apply_function("ln", argument) / apply_function("ln", base)
         else:
             result = apply_function("lg" if name == "log" else name, argument)
-        return result if power is None else result**power
+        return _evaluable(result if power is None else result**power)
 
 
 def as_value(node) -> Value:
@@ -279,6 +335,33 @@ def as_value(node) -> Value:
     if not isinstance(node, Value):
         raise ParseError("arithmetic with a structure")
     return node
+
+
+def _evaluable(result: Value) -> Value:
+    """Mark the result of a power, root or function, which is left to be computed if it is a rational number."""
+    return result if result.rational is None else result.left_pending(EVALUABLE)
+
+
+def _pending(result: Value, a: Value, b: Value) -> Value:
+    """Mark the result of an operation as one that the answer leaves to be computed."""
+    is_plain = a.rational is not None and b.rational is not None
+    return result.left_pending(PLAIN if is_plain else SYMBOLIC)
+
+
+def _product(a: Value, b: Value) -> Value:
+    result = a * b
+    is_zero = not result.num and (a.rational is None or b.rational is None)  # 0x
+    return result if is_zero else _pending(result, a, b)
+
+
+def _quotient(a: Value, b: Value) -> Value:
+    """Divide. A fraction of two integers is a number, unless it is an integer, as 12/3 is."""
+    result = a / b
+    x, y = a.rational, b.rational
+    if x is not None and y is not None and x.denominator == y.denominator == 1:
+        if y in (1, -1) or result.rational.denominator != 1:
+            return result
+    return _pending(result, a, b)
 
 
 def with_unit(value: Value, unit: Value) -> Value:

@@ -9,114 +9,118 @@ An answer is compared in these steps, and the first conclusive one decides:
 4. math-verify in a worker process that can be killed: only for formulas that agree in floating point but not term by
    term (tan^2 + 1 and sec^2), or if the gold answer has notation that the parser does not evaluate (\sum).
 
-Nothing is ever evaluated as code. Rules: The last box counts. A decimal with at least six significant digits may have a
-relative error of at most 1e-6 (absolute for a whole number); everything else must be exact. A unit may be omitted or
-added, but not changed; 5 % is 0.05. Order matters in tuples, not in lists and sets; duplicates count. Variable names
-before `=` are ignored. Sums and products of plain numbers must be evaluated: `7+5` is wrong for 12.
+Nothing is ever evaluated as code. Rules:
+
+* The last box counts; boxes joined by a comma or a word are a list.
+* A decimal with at least six significant digits may be rounded, with a relative error of at most 1e-6 (absolute for a
+  whole number); everything else must be exact. A gold answer may have the rounding errors of floats.
+* A unit may be omitted or added, but not changed. 5 % is 0.05, and 5 if the gold answer is at least 1.
+* Order matters in tuples, not in lists and sets; duplicates count.
+* Variable names before `=` are ignored, and so is `|r-s|` in `|r-s| = 16`.
+* Sums, products and quotients of plain numbers must be evaluated: `7+5` and `\lfloor 7+5\rfloor` are wrong for 12. A
+  single power, root or function, as in `4!`, may be left.
+* An answer must not repeat an expression of the question (question.py), unless the gold answer has this form.
 """
 
 import contextlib
 import functools
+import math
 import re
 from fractions import Fraction
 
 from grading.answers.equality import NotEvaluated, is_same, is_same_text
-from grading.answers.exact import ParseError, TooBig, Unsupported
-from grading.answers.structures import Items, parse
+from grading.answers.equations import equal_sides
+from grading.answers.exact import Value
+from grading.answers.extraction import extract_answer
+from grading.answers.question import repeats_question
+from grading.answers.structures import Items, Relation, parse
+from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.tokens import tidy
-from grading.base import Completion, Ungraded, shorten
+from grading.base import Completion, Ungraded, prompt_text, shorten
 from grading.sandbox.workers import WorkerError, run_in_worker
 
 MAX_ANSWER_CHARS = 400  # a longer answer is not parsed
-MAX_BOX_CHARS = 2000  # a box with more content is ignored
 MAX_NESTING = 40  # levels of brackets
 MAX_DIGITS = 40  # a longer run of digits is not parsed, since arithmetic on it is slow
 SYMBOLIC_SECONDS = 3.0  # time limit of math-verify
 
 
-def grade_math(answer: str, gold: str | int | float) -> tuple[float, str]:
+def grade_math(answer: str, gold, question: str | list[dict] | None = None) -> tuple[float, str]:
     """Grade a math answer. Thread-safe.
 
     Args:
         answer: The text after the thinking (`Completion.answer`), or a whole completion.
-        gold: The right answer, or a whole solution that contains it after `####` or in `\\boxed{}`.
+        gold: The right answer as a text or number, or a solution that contains it after `####`, in `\\boxed{}` or after
+            "the answer is". A list contains several right answers, each of which counts.
+        question: The question (`Completion.prompt`), or a conversation that ends with it. An answer that repeats an
+            expression of it, such as 115^2, is wrong, unless the gold answer has this form.
 
     Returns:
         1.0 if the final answer equals the gold answer, else 0.0; and a reason with the outcome right, wrong, no_answer
         or gave_up (the answer is too large or complex to be parsed, or the comparison took too long).
 
     Raises:
-        ValueError: If the gold answer is empty.
+        ValueError: If the gold answer is empty, nan, infinite or a dict.
         Ungraded: If a formula needs math-verify and no worker process is available.
     """
-    if gold is None or str(gold).strip() == "":
-        raise ValueError("the gold answer is empty: nothing could be right")
-    gold = str(gold)
-    if "####" in gold or "\\boxed{" in gold:  # a whole solution
-        gold = extract_answer(gold) or gold
+    golds = _gold_texts(gold) if type(gold) is str else gold_answers(gold)
     if "think>" in answer:
         answer = Completion("", answer, {}).answer
     final_answer = extract_answer(answer)
     if not final_answer:
         problem = "no \\boxed{}, ####, <answer> or 'the answer is'" if final_answer is None else "the answer is empty"
         return 0.0, f"no_answer: {problem}"
-    if len(final_answer) > MAX_ANSWER_CHARS and final_answer != gold.strip():
+    if len(final_answer) > MAX_ANSWER_CHARS and final_answer not in golds:
         return 0.0, f"gave_up: the answer has {len(final_answer)} characters, over {MAX_ANSWER_CHARS}"
-    outcome, detail = judge(final_answer, gold)
-    return float(outcome == "right"), f"{outcome}: {detail}" if detail else outcome
+    reasons = []
+    for text in golds:
+        outcome, detail = judge(final_answer, text)
+        if outcome == "right":
+            if not question or final_answer == text or not _repeats_question(final_answer, text, question):
+                return 1.0, outcome
+            outcome, detail = "wrong", f"{shorten(final_answer)} repeats the question and is not evaluated"
+        reasons.append(f"{outcome}: {detail}")
+    return 0.0, reasons[0]
 
 
-# --- extraction of the answer
+def gold_answers(gold) -> list[str]:
+    """Return the right answers of a gold answer as texts: several for a list, else one.
 
-_MARKER = re.compile(r"(?:final answer *[:*_]+|(?:final|the|correct) answer is)[ :*_]*", re.IGNORECASE)
-_SIMPLE_BOX = re.compile(rf"\\boxed\{{([^{{}}\\]{{0,{MAX_BOX_CHARS}}})\}}")
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s$\\{}]+))|\\.|[{}]", re.DOTALL)
-_DECIMAL_COMMA = re.compile(r"[+-]?(?![0-9]{1,3},[0-9]{3}$)(?=[0-9,]{4})[0-9]+,[0-9]+")  # 1000,99; 1,2 is a list
-_SENTENCE_END = re.compile(r"\n|\.\s+(?=[A-Z])")
-_MATH = re.compile(r"\s*(?:\$\$(.*?)\$\$|\$(.*?)\$|\\\((.*?)\\\)|\\\[(.*?)\\\])", re.DOTALL)
-
-
-def extract_answer(text: str) -> str | None:
-    r"""Return the final answer: the last balanced `\boxed{}`, else `#### x`, `<answer>x</answer>` or `the answer is x`.
-
-    Returns None if there is none of these, or only an unclosed box: other numbers in the text are not considered.
+    Raises:
+        ValueError: If the gold answer is empty, nan, infinite or a dict.
     """
-    if "\\boxed" in text or "\\fbox" in text:
-        return _last_box(text)
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip().split("\n", 1)[0].strip()
-    if "<answer>" in text:
-        before, end_tag, _ = text.rpartition("</answer>")
-        return before.rpartition("<answer>")[2].strip() if end_tag and "<answer>" in before else None
-    *_, marker = [None, *_MARKER.finditer(text)]
-    if marker:
-        if math := _MATH.match(text, marker.end()):
-            return next(group for group in math.groups() if group is not None).strip()
-        sentence = _SENTENCE_END.split(text[marker.end() :].strip(), maxsplit=1)[0]
-        return sentence.strip(" *_:").rstrip(".").strip(" *_")
-    return None
+    if hasattr(gold, "tolist"):  # an array or scalar of numpy or torch
+        gold = gold.tolist()
+    if isinstance(gold, dict):
+        raise ValueError(
+            f"the gold answer is a dict with the keys {', '.join(map(str, gold))}, must be a text, a number or a list: "
+            "choose one of them, as in columns: {answer: COLUMN.KEY}"
+        )
+    if isinstance(gold, (list, tuple, set, frozenset)):
+        if not gold:
+            raise ValueError("the gold answer is an empty list: nothing could be right")
+        return [text for item in gold for text in gold_answers(item)]
+    if isinstance(gold, float) and not math.isfinite(gold):
+        raise ValueError(f"the gold answer is {gold}, which is no number: nothing could be right")
+    return _gold_texts("" if gold is None else str(gold))
 
 
-def _last_box(text: str) -> str | None:
-    r"""Return the content of the last balanced `\boxed{...}`, or of `\boxed 5`, in one pass over the text."""
-    simple = _SIMPLE_BOX.match(text, text.rfind("\\boxed{"))
-    if simple and "box" not in text[simple.end() :]:
-        return simple[1].strip()
-    content = None
-    last_start = -1  # start of the box with this content
-    open_braces = []  # for each one, the start of its box and of the content, or None if it is not a box
-    for match in _BRACE.finditer(text):
-        token, bare = match[0], match[1]
-        if bare is not None:
-            if match.start() > last_start:
-                content, last_start = bare, match.start()
-        elif token[-1] == "{" and token != "\\{":
-            open_braces.append((match.start(), match.end()) if len(token) > 1 else None)
-        elif token == "}" and open_braces and (box := open_braces.pop()):
-            start, inside = box
-            if start > last_start and match.start() - inside <= MAX_BOX_CHARS:
-                content, last_start = text[inside : match.start()], start
-    return None if content is None else content.strip()
+@functools.lru_cache(maxsize=8192)
+def _gold_texts(gold: str) -> list[str]:
+    """Return a gold answer without the text around it, in a list. Raises ValueError if it is empty or nan."""
+    gold = gold.strip()
+    if gold in ("", "nan", "NaN"):
+        raise ValueError(f"the gold answer is {gold or 'empty'}: nothing could be right")
+    if "####" in gold or "\\boxed" in gold or "<answer>" in gold or "nswer" in gold.lower():
+        gold = extract_answer(gold) or gold
+    return [gold]
+
+
+def _repeats_question(answer: str, gold: str, question: str) -> bool:
+    """Return whether an answer that is equal to the gold answer copies an expression of the question."""
+    if plain_number(answer) is not None and plain_number(gold) is not None:
+        return False
+    return repeats_question(answer, gold, prompt_text(question))
 
 
 # --- comparison with the gold answer
@@ -147,18 +151,22 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     return ("right", "") if verdict else wrong
 
 
+_DECIMAL_COMMA = re.compile(r"[+-]?(?![0-9]{1,3},[0-9]{3}$)(?=[0-9,]{4})[0-9]+,[0-9]+")  # 1000,99; 1,2 is a list
 _PLAIN = re.compile(r"\s*\$?([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?)\.?\s*")
 
 
-def plain_number(text: str) -> Fraction | None:
+def plain_number(text: str) -> int | Fraction | None:
     """Return the value of a number in digits, such as 1,080 or -3.50 (most answers are); None for any other text."""
     match = _PLAIN.fullmatch(text) if len(text) < 60 else None
-    return Fraction(match[1].replace(",", "")) if match else None
+    if not match:
+        return None
+    digits = match[1].replace(",", "")
+    return Fraction(digits) if "." in digits else int(digits)  # int is faster
 
 
 _OPERATOR = re.compile(r"\\(?:sum|prod|int|lim|big)")
 _LARGE = re.compile(r"[0-9]{4}|[0-9]\s*\^|!")
-_TOWER = re.compile(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^")
+_POWER_TOKEN = re.compile(r"\^\s*(?:[{(]|[-+]?\s*(?:\\[A-Za-z]+|\w)?)|\\[A-Za-z]+|\s+|\S")
 _DIGIT_RUN = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 
 
@@ -166,7 +174,7 @@ def refusal_reason(text: str) -> str:
     """Return why an answer is too complex to be parsed; "" if it is not."""
     if _DIGIT_RUN.search(text):
         return f"a number of over {MAX_DIGITS} digits"
-    if _TOWER.search(text):
+    if text.count("^") > 2 and _height(text) > 2:
         return "a tower of powers"
     if _OPERATOR.search(text) and _LARGE.search(text):
         return "a sum or product with large bounds"
@@ -176,6 +184,28 @@ def refusal_reason(text: str) -> str:
         if depth > MAX_NESTING:
             return f"brackets nested over {MAX_NESTING} deep"
     return ""
+
+
+def _height(text: str) -> int:
+    """Return the number of exponents that are nested in each other: 3 in a^{b^{c^d}} and a^b^c^d."""
+    heights = []  # for each open group, the height around it and whether it is an exponent
+    height = highest = 0  # of the exponents at this position
+    chain = 0  # exponents without braces directly before this position
+    for token in _POWER_TOKEN.findall(text):
+        if token[0] == "^":
+            chain += 1
+            highest = max(highest, height + chain)
+            if token[-1] in "{(":
+                heights.append((height, chain))
+                height, chain = height + chain, 0
+        elif token in "{([":
+            heights.append((height, 0))
+            chain = 0
+        elif token in "})]":
+            height, chain = heights.pop() if heights else (0, 0)
+        elif chain and not token[-1].isspace():
+            chain = 0
+    return highest
 
 
 def compare(answer: str, gold: str) -> bool | None:
@@ -190,27 +220,39 @@ def compare(answer: str, gold: str) -> bool | None:
     except Unsupported:
         parsed_gold = None
     except ParseError:
-        return False
+        sides = equal_sides(gold)
+        return compare(answer, sides[0]) if sides else False
     try:
         parsed_answer = parse(answer)
     except Unsupported:
         if parsed_gold is None:
             return None
+        if sides := equal_sides(answer):
+            return _compare_sides(sides, gold)
         raise NotEvaluated from None
     except ParseError:
-        return False
+        return _compare_sides(equal_sides(answer), gold)
     if parsed_gold is None:
         return None
     verdict = is_same(parsed_answer, parsed_gold)
-    if (
-        verdict is False
-        and isinstance(parsed_answer, Items) != isinstance(parsed_gold, Items)
-        and _GROUP.search(answer + gold)
-    ):
-        with contextlib.suppress(ParseError):
-            verdict = is_same(
-                parse(answer, grouping=False), parse(gold, grouping=False)
-            )  # is 100,200 a number or a list?
+    if verdict is False and isinstance(parsed_answer, Items) != isinstance(parsed_gold, Items):
+        if _GROUP.search(answer + gold):
+            with contextlib.suppress(ParseError):
+                verdict = is_same(
+                    parse(answer, grouping=False), parse(gold, grouping=False)
+                )  # is 100,200 a number or a list?
+    if verdict is False and isinstance(parsed_answer, Relation) and isinstance(parsed_gold, Value):
+        return _compare_sides(equal_sides(answer), gold)
+    return verdict
+
+
+def _compare_sides(sides: list[str], gold: str) -> bool | None:
+    """Return whether one of the sides of an equation is equal to the gold answer."""
+    verdict = False
+    for side in sides:
+        verdict = compare(side, gold)
+        if verdict:
+            break
     return verdict
 
 

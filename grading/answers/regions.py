@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from grading.answers.exact import ONE, ParseError, Value
+from grading.answers.exact import PLAIN, Value
+from grading.answers.terms import ONE, ParseError
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def solve(op: str, difference: Value) -> Region | None:
     if slope is None or rest.variables():
         return None
     endpoint = -rest / Value({ONE: Fraction(slope)})
+    if difference.pending == PLAIN:
+        endpoint = endpoint.left_pending(PLAIN)
     if op == "!=":
         return Region(((endpoint, True, endpoint, True),)).complement()
     low, high = (-math.inf, endpoint) if slope > 0 else (endpoint, math.inf)

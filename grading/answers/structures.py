@@ -10,10 +10,12 @@ import functools
 import re
 from dataclasses import dataclass
 
-from grading.answers.exact import ParseError, Unsupported, Value, are_equal, symbol
+from grading.answers.exact import Value, are_equal, symbol
 from grading.answers.formulas import GREEK, FormulaParser, as_value
 from grading.answers.regions import REALS, Region, interval, solve
+from grading.answers.terms import ParseError, Unsupported
 from grading.answers.tokens import CLOSING, OPENING, WORDS, tokenize
+from grading.answers.units import without_percent
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Matrix:
     rows: tuple  # tuples of entries
 
 
-_EQUALS = ("=", r"\approx")
-_RELATIONS = dict.fromkeys(_EQUALS, "=") | {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in"}
+EQUALS = ("=", r"\approx")
+_RELATIONS = dict.fromkeys(EQUALS, "=") | {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in"}
 _SET_OPERATIONS = {r"\cup": Region.__or__, r"\cap": Region.__and__, r"\setminus": lambda a, b: a & b.complement()}
 _CONNECTIVES = dict.fromkeys(("or", r"\lor", r"\vee"), Region.__or__) | dict.fromkeys(("and", r"\land"), Region.__and__)
 _SEPARATORS = (",", ";", "\\\\", *_CONNECTIVES)
@@ -67,7 +69,7 @@ _SETS_AS_TEXT = dict.fromkeys(("empty set", "no solution", "no solutions"), Item
 _SETS_AS_TEXT |= dict.fromkeys(("all real numbers", "all reals"), REALS)
 _NAME = re.compile(  # x, A_1, f(x), \theta, BC, P(A), |AB|, \angle ABC, f^{-1}(x), words
     rf"(?:[A-Za-z]|[A-Z]{{2,3}}|\\(?:{'|'.join(name[1:] for name in sorted(GREEK))}))"
-    r"(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?(?:\([\w,]+\))?"
+    r"(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?(?:\([\w,]+\)|(?<=^[f-hA-Z])\([^()]+\))?"
     r"|\\angle[A-Z]+|\|[A-Z]{2}\||#words"
 )
 
@@ -153,12 +155,12 @@ class _Parser(FormulaParser):
         """Consume `name =` or `(x,y) =` and return the names, joined by commas; return None if neither comes next."""
         start = self.position
         words = ""
-        while self.kind not in (*_EQUALS, "end", *_SEPARATORS[1:]) and self.position - start < 12:
+        while self.kind not in (*EQUALS, "end", *_SEPARATORS[1:]) and self.position - start < 12:
             is_word = self.kind in ("text", "word")
             self.position += 1
             words += "#words" if is_word else self.source(self.position - 1)
         names = words[1:-1].split(",") if words[:1] == "(" and words[-1:] == ")" else [words]
-        if self.kind in _EQUALS and all(map(_NAME.fullmatch, names)) and words != "e":
+        if self.kind in EQUALS and all(map(_NAME.fullmatch, names)) and words != "e":
             self.position += 1
             return ",".join(names).translate(_WITHOUT_BRACES)
         self.position = start
@@ -266,8 +268,9 @@ class _Parser(FormulaParser):
 def _equation(names: list[str], parts: list):
     """Interpret x = 5 as Named, 2 + 3 = 5 as its last side (all sides must be equal), and y - x = 1 as a Relation."""
     values = [part for part in parts if isinstance(part, Value)]
-    while len(parts) == len(values) > 1 and are_equal(values[-2], values[-1]):
-        parts, values = values[:-2] + values[-1:], values[:-2] + values[-1:]
+    while len(parts) == len(values) > 1 and are_equal(*map(without_percent, values[-2:])):
+        simplest = min(values[-2:][::-1], key=lambda value: value.pending)
+        parts = values = [*values[:-2], simplest]
     if len(values) == 2 and len(parts) == 2 and not names:
         left, right = values
         if right.is_variable() and not left.variables():
@@ -276,7 +279,7 @@ def _equation(names: list[str], parts: list):
             return Relation("=", left - right)
     if len(parts) != 1:
         raise ParseError("an equation whose sides differ")
-    if len(names) == 1 and "," in names[0]:
+    if len(names) == 1 and "," in names[0] and "(" not in names[0]:
         split_names, value = names[0].split(","), parts[0]
         if not isinstance(value, Items) or value.kind != "tuple" or len(value.items) != len(split_names):
             raise ParseError("a tuple of names with another number of values")
@@ -303,9 +306,9 @@ def _inequality(parts: list[Value], relations: list[str]):
         for region in regions:
             result &= region
         return result
-    if len(steps) != 1 or not names:
+    if not steps or not names:
         raise ParseError("a chain of inequalities")
-    return steps[0]
+    return steps[0] if len(steps) == 1 else Items("list", tuple(steps))
 
 
 def as_region(node) -> Region:

@@ -7,8 +7,9 @@ text commands around a number), and `tokenize` splits the rest for the parser in
 import re
 from fractions import Fraction
 
-from grading.answers.exact import ParseError, Value, number
-from grading.answers.units import UNIT_WORDS
+from grading.answers.exact import Value, number
+from grading.answers.terms import ParseError
+from grading.answers.units import CURRENCIES, CURRENCY_CODES, UNIT_WORDS
 
 _CHARACTERS = str.maketrans(
     {
@@ -16,8 +17,9 @@ _CHARACTERS = str.maketrans(
         "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
         "∅": r"\emptyset ", "±": r"\pm ", "°": r"^\circ ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "…": r"\ldots ", "\u00a0": " ", "\u2009": " ",
-        "\u202f": " ", "\n": " ", "\t": " ", "~": " ",
+        "\u202f": " ", "\n": " ", "\t": " ", "~": " ", "、": ",", "。": ".", "\u3000": " ",
     }
+    | {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width characters
 )  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _COMMANDS = {
@@ -27,22 +29,38 @@ _COMMANDS = {
         " ": "quad qquad",
         r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\le": "leq leqslant", r"\ge": "geq geqslant", r"\ne": "neq",
         r"\emptyset": "varnothing", r"\ldots": "dots cdots dotsc", r"^\circ": "degree deg", "|": "lvert rvert vert mid",
-        r"\text": "mathrm textbf textit textrm textnormal textsf texttt mbox hbox operatorname mathbf mathit mathsf",
+        r"\text": "textbf textit textrm textnormal textsf texttt mbox hbox operatorname",
         r"\setminus": "backslash",
         "<": "lt", ">": "gt", "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace",
     }.items()
     for other in others.split()
 }  # fmt: skip
-_COMMAND = re.compile(r"\\(left|right)\s*\.|\\(math(?:bf|it|sf|cal))\s*\{([A-Za-z])\}|\\([A-Za-z]+)")
+_COMMAND = re.compile(
+    r"\\(?P<empty>(?:left|right)\s*\.|(?:text)?color\s*(?:\[\w+\])?\s*\{[\w!]+\})"
+    r"|\\math(?:bf|it|sf|rm|cal)\s*(?:\{(?P<letter>[A-Za-z])\}|(?P<words>(?=\{\s*(?:[A-Za-z]{2}|[A-Za-z]/)[^{}\\+=]*\}))|(?P<group>))"
+    r"|\\(?P<name>[A-Za-z]+)"
+)
+
+
+def _replace_command(match: re.Match) -> str:
+    """Return the synonym of a command. A font command is \\text around words and removed around a letter or formula."""
+    if match["letter"]:
+        return f" {match['letter']} "
+    return r"\text" if match["words"] is not None else _COMMANDS.get(match["name"], match[0]) if match["name"] else ""
+
+
 _TIDY = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", ""),  # 10{,}080 and 10,\!080
+        (r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d{3})", ""),  # 10{,}080 and 10,\!080
         (r"\\!", ""),
         (r"(?<!\\)\\[,;: ]", " "),
-        (_COMMAND.pattern, lambda m: "" if m[1] else f" {m[3]} " if m[2] else _COMMANDS.get(m[4], m[0])),
+        (_COMMAND.pattern, _replace_command),
         (r"\.\.\.+", r"\\ldots "),
-        (r"\\frac\s*(\d)\s*(?:(\d)(?!\d)|(?=\{))", lambda m: f"\\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else "")),
+        (
+            r"\\(frac|binom)\s*(\d)\s*(?:(\d)(?!\d)|(?=\{))",
+            lambda m: f"\\{m[1]}{{{m[2]}}}" + (f"{{{m[3]}}}" if m[3] else ""),
+        ),
         (r"\\text\s*\{([ei])\}", r" \1 "),
         (r"\\text\s*\{\s*\(?([-+]?[\d.,/ ]+)\)?\s*\}", r"\1"),  # \text{13}
         (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
@@ -56,6 +74,11 @@ _TIDY = [
         (r"(?<![\d.,^_}])\d{1,3}(?: \d{3})+(?! ?[\d/,])", lambda m: m[0].replace(" ", "")),  # 1 000 000
     )
 ]
+_QUALIFIER = re.compile(  # the set of a parameter: k \in Z in \pi + k\pi, k \in Z
+    r"(?<=[\w})])\s*(?:[,;(]|(?=\\text)|\\quad)\s*(?:\\text\s*\{[,; ]*(?:where|for|with|for (?:some|any|all|every)(?: integers?)?)?"
+    r"\s*\})?\s*\(?\s*[a-zA-Z]\s*(?:\\in\s*(?:\\mathbb\s*)?\{?[ZNQ]\}?(?:\^\{?[+*]\}?)?|\\text\s*\{ *(?:is )?an integer *\})\s*\)*$"
+)
+_CURRENCY_CODE = re.compile(rf"({'|'.join(map(re.escape, CURRENCY_CODES))})\s*(?=\d)")
 _WRAPPED = re.compile(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\text\s*\{([^{}]*)\}")
 
 
@@ -72,7 +95,12 @@ def tidy(text: str) -> str:
         if "$" in inner.replace("\\$", ""):
             break
         text = inner
-    return re.sub(r"(?<!\\)\$", "", text).lstrip("= ")
+    text = re.sub(r"(?<!\\)\$", "", text).lstrip("= ").removeprefix(r"\approx").lstrip()
+    if text[:1].isupper() and (code := _CURRENCY_CODE.match(text)):
+        text = CURRENCY_CODES[code[1]] + text[code.end() :]
+    if "\\in" in text or "integer" in text:
+        text = _QUALIFIER.sub("", text)
+    return text
 
 
 # --- tokens
@@ -86,7 +114,10 @@ _POWER_OF_TEN = re.compile(
     re.ASCII,
 )
 _WORDS_TO_THE_END = re.compile(r"\s+([A-Za-z]{4,}(?: [A-Za-z/]+){0,3})\s*$")
-_TOKEN = re.compile(r"\\text\s*\{([^{}]*)\}|\\[A-Za-z]+|\\.|[A-Za-z]+|[-+*/^_!=<>(){}\[\]|,;:%'&€£¥]")
+_FOREIGN_WORDS = re.compile(r"\s*((?:[^\W\d_]{2,}|[\u3040-\u9fff\uac00-\ud7af])(?: [^\W\d_]+){0,3})\s*$")
+_TOKEN = re.compile(
+    rf"\\text\s*\{{([^{{}}]*)\}}|\\[A-Za-z]+|\\.|[A-Za-z]+|[-+*/^_!=<>(){{}}\[\]|,;:%'&{CURRENCIES[1:]}]"
+)
 MAX_POWER_OF_TEN = 4000
 
 _PLAIN = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp sqrt pi"  # also without a backslash
@@ -114,6 +145,13 @@ def tokenize(text: str, grouping: bool) -> list[tuple[str, object]]:
         words = last in ("number", "}", r"\pi") and _WORDS_TO_THE_END.match(text, position)
         if words and words[1].split()[0] not in WORDS:
             match, token = words, ("text", words[1])
+        elif (
+            last == "number"
+            and not text.isascii()
+            and (match := _FOREIGN_WORDS.match(text, position))
+            and not match[0].isascii()
+        ):
+            token = "text", match[1]
         elif last == "number" and (match := UNIT_WORDS.match(text, position)):
             token = "text", match[1]
         elif text[position].isspace():

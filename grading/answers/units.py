@@ -3,20 +3,48 @@
 import re
 from fractions import Fraction
 
-from grading.answers.exact import ONE, ParseError, Value, number
+from grading.answers.exact import Value, number
+from grading.answers.terms import ONE, ParseError
 
 _SYNONYMS = {  # canonical name: its synonyms, in the singular
-    "$": "dollar usd buck", "€": "euro eur", "£": "gbp", "¥": "yen jpy", "°": "degree deg", "mm": "millimeter millimetre",
-    "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inch inche", "ft": "foot feet", "yd": "yard",
-    "mi": "mile", "g": "gram gramme", "mg": "milligram", "kg": "kilogram kilo", "lb": "pound", "oz": "ounce", "ml": "milliliter millilitre",
-    "l": "liter litre", "s": "second sec", "min": "minute", "h": "hour hr", "day": "d", "cent": "¢", "person": "people",
+    "$": "dollar usd buck", "€": "euro eur", "£": "gbp", "¥": "yen jpy 円", "₹": "rupee inr rs", "yuan": "rmb cny 元",
+    "cent": "¢", "°": "degree deg", "%": "percent pct", "mm": "millimeter millimetre", "cm": "centimeter centimetre",
+    "dm": "decimeter decimetre", "m": "meter metre", "km": "kilometer kilometre", "in": "inch inche", "ft": "foot feet",
+    "yd": "yard", "mi": "mile", "g": "gram gramme gm", "mg": "milligram", "kg": "kilogram kilo", "lb": "pound", "oz": "ounce",
+    "ml": "milliliter millilitre", "l": "liter litre ltr", "gal": "gallon", "qt": "quart", "pt": "pint", "tbsp": "tablespoon",
+    "tsp": "teaspoon", "s": "second sec", "min": "minute", "h": "hour hr", "day": "d", "week": "wk", "month": "mo", "year": "yr",
+    "person": "people", "child": "children", "man": "men", "woman": "women", "kwh": "kilowatt-hour", "w": "watt", "kw": "kilowatt",
+    "j": "joule", "kj": "kilojoule", "n": "newton", "v": "volt", "hz": "hertz", "pc": "piece",
 }  # fmt: skip
 _CANONICAL = {other: name for name, others in _SYNONYMS.items() for other in others.split()}
-CURRENCIES = "$€£¥"
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "percent": Fraction(1, 100)}
-_UNIT = "mm|cm|dm|km|in|ft|yd|mi|mg|kg|lbs?|oz|ml|mL|hrs?|mins?|secs?|mph|kph|kmh|Hz|kW|units?|days?|cents?|USD|EUR"
-# Units that are recognized after a number without \text{}, since they cannot be products of variables.
-UNIT_WORDS = re.compile(rf"\s*((?:{_UNIT})(?:\s*/\s*(?:{_UNIT}|h|s))?)(?![A-Za-z0-9])")
+_SPEEDS = {"mph": "mi/h", "mps": "m/s", "fps": "ft/s", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "psi": "lb/in^2"}
+CURRENCY_CODES = {
+    "USD": r"\$",
+    "US$": r"\$",
+    r"US\$": r"\$",
+    "EUR": "€",
+    "GBP": "£",
+    "INR": "₹",
+    "Rs": "₹",
+    "Rs.": "₹",
+}  # before a number
+CURRENCIES = "$€£¥₹₩₽₺₫₪฿₴₦₱¢"
+_PERCENT_WORDS = re.compile(r"per ?cent(?:age)?(?: points?)?\b", re.IGNORECASE)
+_TOTAL = re.compile(r"(?:^|\s+)(?:in total|in all|altogether|overall|total)$")
+PERCENT = frozenset({("unit:%", 1)})
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES |= {"十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+_FOREIGN_NOT_UNITS = re.compile("[半多几不非约以之至或和到比倍0-9]")  # half, many, a few, not, about, or, to, times ...
+# Short units with other letters than these could be products of variables.
+_UNIT = (
+    "mm|cm|dm|km|in|ft|yds?|mi|mg|kgs?|lbs?|oz|ml|mL|hr|kW|kN|kJ|Hz|dB|[kKMGT]B|(?i:per\\s?cent|pct|gms|hrs|gal|qts|tbsp|tsp|mins?|secs?|"
+    "wks|yrs|mph|mps|kph|kmp?h|fps|psi|rpm|[kmg]hz|kwh|kcal|cal|kpa|mol|pcs|units?|days?|cents?|usd|eur|gbp|inr|cny|rmb)"
+)
+# Units that are recognized after a number without \\text{}.
+UNIT_WORDS = re.compile(
+    rf"\s*((?:(?:sq|cu)\.?\s*)?(?:{_UNIT})\b\.?(?:\s*/\s*(?:{_UNIT}|h|s)\b)?|m\s*/\s*(?:s|sec|h|min)(?![A-Za-z0-9])|(?:[mck]?m|in|ft|yd)[23]\b|"
+    r"(?:sq|square)\.? (?:units?|meters?|feet|inches|miles))(?![A-Za-z0-9])"
+)
 
 # Words that modify or describe the number instead of being a unit.
 _NOT_UNITS = frozenset(
@@ -35,9 +63,9 @@ def parse_unit(text: str) -> Value:
 
     Raises ParseError if the words are not a unit.
     """
-    numerator, *denominators = re.split(
-        r"\s*/\s*|\s+per\s+|^per\s+", text.strip().strip(".").replace("²", "^2").replace("³", "^3")
-    )
+    text = text.strip().strip(".").replace("²", "^2").replace("³", "^3")
+    text = _TOTAL.sub("", _PERCENT_WORDS.sub("percent", text))
+    numerator, *denominators = re.split(r"\s*/\s*|\s+per\s+|^per\s+", _SPEEDS.get(text.lower(), text))
     result = _parse_factor(numerator) if numerator else number(1)
     for denominator in denominators:
         result /= _parse_factor(denominator)
@@ -47,6 +75,7 @@ def parse_unit(text: str) -> Value:
 def _parse_factor(text: str) -> Value:
     """Parse a unit without division, such as `thousand square meters` or `cm^2`."""
     words = [word.lower() if len(word) > 1 else word for word in text.split()]
+    words = [word.rstrip(".") for word in words]
     scale = Fraction(1)
     power = 1
     while words and (words[0] in _SCALES or words[0].rstrip("s") in _SCALES):
@@ -58,9 +87,26 @@ def _parse_factor(text: str) -> Value:
     if not words and scale != 1:
         return number(scale)
     name = " ".join(words)
-    is_name = re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+){0,3}|[$€£¥°¢]", name)
-    if not is_name or not _NOT_UNITS.isdisjoint([*words, *(word.rstrip("s") for word in words)]):
+    while name and name[0] in _SCALES and not name.isascii():  # 5万元
+        scale *= _SCALES[name[0]]
+        name = name[1:]
+    if not name and scale != 1:
+        return number(scale)
+    is_name = re.fullmatch(rf"[^\W\d_]+(?:[ -][^\W\d_]+){{0,3}}|[{CURRENCIES}°%]", name)
+    if (
+        not is_name
+        or _FOREIGN_NOT_UNITS.search(name)
+        or not _NOT_UNITS.isdisjoint([*words, *(word.rstrip("s") for word in words)])
+    ):
         raise ParseError("words that are not a unit")
-    name = name[:-1] if len(name) > 3 and name.endswith("s") else name
+    singular = name[:-1] if name.endswith("s") else name
+    if len(name) > 3 or singular in _CANONICAL or singular in _SYNONYMS and len(singular) > 1:
+        name = singular
     name = _CANONICAL.get(name, name)
     return Value({ONE | {(f"unit:{name}", power)}: scale})
+
+
+def without_percent(value: Value) -> Value:
+    """Return 0.05 for 5 %, and other values unchanged."""
+    magnitude, unit = value.split_unit()
+    return magnitude * number(Fraction(1, 100)) if unit == PERCENT else value

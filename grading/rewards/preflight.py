@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from grading.answers.math_grader import grade_math
+from grading.answers.math_grader import gold_answers, grade_math
 from grading.base import (
     TRL_ARGUMENTS,
     RewardError,
@@ -37,13 +37,13 @@ def preflight(rewards: Rewards, rows: list[dict]) -> list[str]:
         RewardError: A column is misspelled, a row has no gold answer, or a function raises or returns an invalid value.
     """
     rewards = replace(rewards, reward_errors="stop")
-    samples = {}  # one row for each task and set of filled columns
+    samples = {}  # one row for each task and set of filled columns, and one whose gold answer is refused
     groups = {}  # rows grouped by kind and by the rewards that apply
     for row in rows:
         names = tuple(f.name for f in _applicable_rewards(rewards, row))
         groups.setdefault((row_kind(row) or row.get("task"), names), []).append(row)
         filled = frozenset(column for column, value in row.items() if value not in (None, "", []))
-        samples.setdefault((row.get("task"), filled), row)
+        samples.setdefault((row.get("task"), filled, _is_refused(row)), row)
     texts = ("", "<think>two</think>2")
     score_all(rewards, [probes.completion(row, text) for row in samples.values() for text in texts])
     warnings = []
@@ -81,10 +81,19 @@ def _applicable_rewards(rewards: Rewards, row: dict) -> list[RewardFunction]:
     return applicable
 
 
+def _is_refused(row: dict) -> bool:
+    """Return whether the gold answer is of a kind that the math grader refuses, such as a dict or nan."""
+    try:
+        return row_kind(row) == "math" and not gold_answers(row["answer"])
+    except ValueError:
+        return True
+
+
 def _gold_warnings(rows: list[dict]) -> list[str]:
     """Return a warning if the math grader does not accept gold answers themselves: too long, unclosed braces, empty."""
     math_rows = [row for row in rows if row_kind(row) == "math"]
-    problems = {gold: _gold_problem(gold) for gold in {str(row["answer"]) for row in math_rows}}
+    golds = {str(row["answer"]): row["answer"] for row in math_rows}
+    problems = {text: _gold_problem(gold) for text, gold in golds.items()}
     bad = [row for row in math_rows if problems[str(row["answer"])]]
     if not bad:
         return []
@@ -95,12 +104,15 @@ def _gold_warnings(rows: list[dict]) -> list[str]:
     ]
 
 
-def _gold_problem(gold: str) -> str:
+def _gold_problem(gold) -> str:
     """Return why the math grader rejects a gold answer as an answer to itself; "" if it accepts it."""
     answer = probes.gold_answer({"answer": gold})
     if answer is None:
         return "the answer is empty"
-    score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
+    try:
+        score, reason = grade_math(probes.write("\\boxed{}", answer), gold)
+    except ValueError as error:
+        return str(error)
     return "" if score == 1 else reason
 
 
@@ -164,7 +176,7 @@ def try_probes(rewards: Rewards, row_probes: list[tuple[dict, probes.Probe]]) ->
 def try_rows(
     rewards: Rewards,
     rows: list[dict],
-    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes),
+    wrong_probes: tuple[Callable, ...] = (probes.wrong_probes, probes.hostile_probes, probes.copy_probes),
 ) -> tuple[str, list[Trial]]:
     """Score the probes of rows of one kind, written in the style that the rewards pay best.
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from grading.answers.math_grader import extract_answer
+from grading.answers.extraction import extract_answer
+from grading.answers.math_grader import gold_answers
+from grading.answers.question import has_form_of
 from grading.base import Completion, prompt_text, row_kind
 from grading.sandbox.cases import called_names, parse_tests
 
@@ -33,6 +35,13 @@ HOSTILE_ANSWERS = {
     "hostile: numbers": ("9^{9^{9^{9^{9}}}}", "99999999!", "9" * 4000),
     "hostile: brackets": ("\\boxed{" * 3000, "(" * 200 + "123456789" + ")" * 200),
 }
+
+
+COPY = "copies the question"
+WRAPPINGS = (  # each leaves the value of an expression as it is
+    "Q", "\\lfloor Q\\rfloor", "\\lceil Q\\rceil", "\\binom{Q}{1}", "\\log_2 2^{Q}", "e^{\\ln(Q)}", "Q+\\sin 0", "\\left|Q\\right|",
+    "\\sqrt{(Q)^2}", "\\frac{Q}{1}",
+)  # fmt: skip
 
 
 class Probe(NamedTuple):
@@ -69,6 +78,9 @@ def gold_answer(row: dict) -> str | None:
     gold = row.get("solution" if kind in ("code", "countdown") else "answer")
     if gold is None or (not str(gold).strip() and kind != "reasoning_gym"):  # a puzzle's answer may be the empty text
         return None
+    if kind == "math" and not isinstance(gold, (str, dict)):
+        with contextlib.suppress(ValueError):  # preflight.py reports a gold that no answer can equal
+            gold = gold_answers(gold)[0]
     gold = str(gold)
     if kind == "math" and ("####" in gold or "\\boxed{" in gold):
         gold = extract_answer(gold) or gold
@@ -123,6 +135,39 @@ def hostile_probes(row: dict, style: str) -> Iterator[Probe]:
     yield Probe("hostile: characters", "\x00\x1b[2J <answer>?</answer>")
 
 
+def copy_probes(row: dict, style: str) -> Iterator[Probe]:
+    """Yield completions that repeat the question instead of answering it, bare and in formulas of the same value."""
+    question = prompt_text(row["prompt"]).strip()
+    if row_kind(row) == "code":
+        if question:
+            yield Probe(COPY, write(style, question))
+    elif expression := _copied_expression(row, question):
+        for wrapping in WRAPPINGS:
+            yield Probe(COPY, write(style, wrapping.replace("Q", expression)))
+
+
+def _copied_expression(row: dict, question: str) -> str:
+    """Return the longest expression of a question; one that is equal to the gold if it has none; else the question.
+
+    Returns "" if the expression is the gold answer.
+    """
+    gold = gold_answer(row) or ""
+    if row_kind(row) == "countdown":
+        return str(row["target"])
+    expressions = [math.strip() for math in _MATH.findall(question)] or _ARITHMETIC.findall(question)
+    expressions = [text.rstrip(" =?.,") for text in expressions]
+    expressions = [text for text in expressions if _OPERATION.search(text)]
+    if not expressions and re.fullmatch(r"-?\d{1,15}", gold):
+        expressions = [f"{int(gold) + 1}-1"]
+    expression = max(expressions, key=len, default=question)
+    return "" if gold and has_form_of(expression, gold) else expression
+
+
+_MATH = re.compile(r"\$([^$]{1,200})\$")
+_ARITHMETIC = re.compile(r"[-(]?\d[\d\s.+\-*/^()×÷]*")
+_OPERATION = re.compile(r"[\w)}]\s*[-+*/^×÷]\s*[\w({\\]|\\[A-Za-z]+")
+
+
 def wrong_answers(row: dict) -> list[str]:
     """Return wrong answers in the form of the gold, the most plausible first. The row must have a gold."""
     kind = row_kind(row)
@@ -131,9 +176,10 @@ def wrong_answers(row: dict) -> list[str]:
         return [_constant_program(row, UNTESTED_VALUE), _constant_program(row, "None")]
     if kind == "countdown":
         target = row["target"]
-        return [str(target), f"{gold} + 1", f"-({gold})", str(row["nums"][0]), f"{gold} = {target + 1}"]
+        return [str(target), f"{gold} + 1", f"-({gold})", str(row["nums"][0]), f"{gold} = {target}1"]
     if numbers := wrong_numbers(gold):
-        return numbers
+        others = row["answer"] if isinstance(row["answer"], (list, tuple)) else ()  # other right answers
+        return [number for number in numbers if number not in map(str, others)] or ["another answer"]
     if kind == "reasoning_gym":  # a text with one letter changed may also solve the puzzle
         return ["another answer"]
     return [*changed_texts(gold), "another answer"]

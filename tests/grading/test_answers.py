@@ -1,4 +1,4 @@
-"""The math grader and Countdown: extraction, verdicts on a table of cases, properties, hostile input, speed."""
+"""The math grader: extraction, verdicts on a table of cases, properties, hostile input, speed."""
 
 import statistics
 import sys
@@ -15,7 +15,6 @@ from grading import Completion, extract_answer, grade_math
 from grading.__main__ import grade_cell, main, read_table
 from grading.answers.math_grader import judge
 from grading.answers.structures import parse
-from grading.countdown import grade_countdown
 
 TABLE = Path(__file__).with_name("math_cases.tsv")
 CASES = read_table(TABLE)
@@ -70,6 +69,24 @@ def test_thinking_and_answer(text, thinking, answer):
         ("İİİİ the answer is 5", "5"),
         ("The answer is 5\nThat is my final answer.", "5"),
         ("I cannot give a final answer yet", None),
+        ("Answer: 42", "42"),
+        ("**Answer:** 42", "42"),
+        ("ANSWER： 42", "42"),
+        ("#### Answer: 42", "42"),
+        ("#### 42\n####", "42"),
+        ("#### 42. This is the sum.", "42"),
+        ("<answer>The answer is 42</answer>", "42"),
+        (r"\boxed{\text{The answer is } 42}", "42"),
+        ("**Final Answer**\n42", "42"),
+        ("The answer is 42 because 6 times 7 is 42.", "42"),
+        ("The answer is 42 apples in total.", "42 apples"),
+        ("#### 18 dollars every day at the farmers' market", "18 dollars"),
+        ("Answer: 42<|im_end|>", "42"),
+        ("The answer is $8$ or $9$.", "$8$ or $9$"),  # both, not the first
+        ("The answer is 7 or so", "7 or so"),  # not 7
+        ("The answer is 18 apples for a total of 20", "18 apples for a total of 20"),
+        (r"$\boxed{3}$ and $x=\boxed{4}$", "3, 4"),  # a list
+        (r"\boxed{3}\boxed{4}", "4"),
         ("it is 7", None),  # the last number in the text is not used
         ("", None),
     ],
@@ -87,6 +104,11 @@ def test_extraction_takes_linear_time():
         "the answer is " * 15_000,
         "\\" * 200_000,
         "$" * 200_000,
+        "\\boxed{1}, " * 20_000,
+        "final answer" + " " * 200_000,
+        "answer" + " *" * 100_000,
+        "####" * 50_000,
+        "<answer>" + " " * 200_000 + "x</answer>",
     ):
         extract_answer(text)
     assert time.perf_counter() - start < 2
@@ -98,7 +120,7 @@ def test_extraction_takes_linear_time():
 def test_graded_table_matches_expected_verdicts():
     mismatches = []
     for row in CASES:
-        is_right, reason = grade_cell(row["answer"], row["gold"])
+        is_right, reason = grade_cell(row["answer"], row["gold"], row["question"])
         if is_right != (row["expected"] == "accept"):
             mismatches.append((row["kind"], row["gold"], row["answer"], reason))
     assert not mismatches
@@ -120,6 +142,7 @@ def test_graded_table_matches_expected_verdicts():
         ("#### " + "1" * 401, "5", "gave_up: the answer has 401 characters, over 400"),
         ("#### " + "1" * 401, "1" * 401, "right"),  # equal text is not parsed
         (r"\boxed{9^{9^{9^9}}}", "5", "gave_up: a tower of powers"),
+        (r"\boxed{x^2+3x^3+x^4}", "x^4+3x^3+x^2", "right"),  # three powers are no tower
         (r"\boxed{99999999!}", "5", "gave_up: the factorial of a number over 1000 is too large to be compared"),
     ],
 )
@@ -198,10 +221,11 @@ PIECES = [
 
 @given(
     st.lists(st.sampled_from(PIECES), max_size=9).map("".join),
-    st.sampled_from(["7", "x", "(7,8)", r"x \le 7", r"\{7,8\}"]),
+    st.sampled_from(["7", "x", "(7,8)", r"x \le 7", r"\{7,8\}", "E", r"7\%", "3.141593", r"f(7)<f(8)"]),
+    st.sampled_from([None, "Compute $7 + 8x$.", r"Is it \frac{7}{8} or 7|8!?"]),
 )
-def test_every_answer_gets_a_verdict(answer, gold):
-    score, reason = grade_math(f"#### {answer}", gold)
+def test_every_answer_gets_a_verdict(answer, gold, question):
+    score, reason = grade_math(f"#### {answer}", gold, question)
     assert reason.split(":")[0] in ("right", "wrong", "no_answer", "gave_up") and (score == 1.0) == (reason == "right")
 
 
@@ -276,16 +300,22 @@ def run_table(monkeypatch, capsys, path):
 
 def test_math_table_prints_mismatches_and_counts(monkeypatch, capsys, tmp_path):
     rows = [
-        "kind\tgold\tanswer\texpected",
+        "kind\tgold\tanswer\texpected\tnote\tquestion",
         "num\t5\t5\taccept\ta note",
         "num\t5\t6\taccept",
         "num\t5\t5.0\treject",
         "num\t5\t@the answer is 5\taccept",
+        "num\t5\t#### 5\\n####\taccept",  # a whole completion, with an escaped line break
+        "num\t25\t5^2\taccept\t\tCompute $5^2$.",
     ]
     (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n")
     *mismatches, last = run_table(monkeypatch, capsys, tmp_path / "t.tsv")
-    assert mismatches == ["false reject: num: 6 for 5: wrong: 6 is not 5", "false accept: num: 5.0 for 5"]
-    assert last.startswith("right 2 of 4, false accepts 1, false rejects 1, seconds ")
+    assert mismatches == [
+        "false reject: num: 6 for 5: wrong: 6 is not 5",
+        "false accept: num: 5.0 for 5",
+        "false reject: num: 5^2 for 25: wrong: 5^2 repeats the question and is not evaluated",
+    ]
+    assert last.startswith("right 3 of 6, false accepts 1, false rejects 2, seconds ")
 
 
 @pytest.mark.parametrize(
@@ -307,50 +337,6 @@ def test_malformed_table_raises_one_line_error(monkeypatch, capsys, tmp_path, co
         (tmp_path / "t.tsv").write_text(content)
     with pytest.raises(SystemExit, match=message):
         run_table(monkeypatch, capsys, tmp_path / "t.tsv")
-
-
-# --- Countdown
-
-NUMS = [3, 4, 5, 7]
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        r"\boxed{(3 + 4) * 5 - 7}", "<answer>(3+4)*5-7</answer>", "<answer> 5*(3+4) - 7 = 28 </answer>", r"\boxed{(3+4) \times 5 - 7 = 28}",
-        r"\boxed{$\left(3+4\right)\cdot 5 - 7$}", r"The answer is (3+4)×5−7.", r"\boxed{-7 + 5*(4+3)}",
-    ],
-)  # fmt: skip
-def test_countdown_accepts_right_expressions(answer):
-    assert grade_countdown(answer, 28, NUMS) == (1.0, "right")
-
-
-def test_countdown_is_exact_and_accepts_fractions():
-    assert grade_countdown(r"\boxed{\frac{8}{3 - \frac{8}{3}}}", 24, [3, 3, 8, 8])[0] == 1.0
-    assert grade_countdown("<answer>8/(3-8/3)</answer>", 24, [8, 3, 8, 3])[0] == 1.0
-    assert grade_countdown("<answer>1/3*3</answer>", 1, [1, 3, 3])[0] == 1.0
-
-
-@pytest.mark.parametrize(
-    "answer, reason",
-    [
-        ("(3+4)*5-7", "no_answer"), ("", "no_answer"), ("<think><answer>(3+4)*5-7</answer>", "no_answer"),
-        ("<answer>28</answer>", "wrong: it uses 28"), ("<answer>(3+4)*5-7 = 29</answer>", "wrong: 29 is not the target"),
-        ("<answer>(3+4)*5+7</answer>", "wrong: (3+4)*5+7 is 42"), ("<answer>4*7</answer>", "wrong: it uses 4, 7"),
-        ("<answer>(3+4)*5-7+3-3</answer>", "wrong: it uses"), ("<answer>34-5-7</answer>", "wrong: it uses"), ("<answer>2**3</answer>", "wrong"),
-        ("<answer>9**9**9**9</answer>", "wrong"), ("<answer>28//1</answer>", "wrong"), ("<answer>3/(4-4)*5*7</answer>", "wrong"),
-        ("<answer>__import__('os')</answer>", "wrong"), ("<answer>3(4)</answer>", "wrong"), ("<answer>3 4</answer>", "wrong"),
-        ("<answer>(3+4)*5-7 or 28</answer>", "wrong"), ("<answer>(3+4)*5-7 = 28 = 28</answer>", "wrong"), ("<answer>= 28</answer>", "wrong"),
-        ("<answer>" + "(" * 90 + "3" + ")" * 90 + "</answer>", "wrong"), ("<answer>" + "-" * 190 + "3</answer>", "wrong"),
-        ("<answer>" + "3+" * 5000 + "3</answer>", "gave_up"), ("<answer>" + "9" * 190 + "</answer>", "wrong"), ("<answer>0x1c</answer>", "wrong"),
-        ("<answer>3,4,5,7</answer>", "wrong"), ("<answer>(3, 4)</answer>", "wrong"), ("<answer>٣+4</answer>", "wrong"), ("<answer>3.0*4</answer>", "wrong"),
-    ],
-)  # fmt: skip
-def test_countdown_rejects_wrong_expressions(answer, reason):
-    start = time.perf_counter()
-    score, actual_reason = grade_countdown(Completion("", answer, {}).answer, 28, NUMS)
-    assert score == 0.0 and actual_reason.startswith(reason)
-    assert time.perf_counter() - start < 0.5
 
 
 def test_digit_group_inside_a_formula_does_not_crash():

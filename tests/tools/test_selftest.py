@@ -117,7 +117,7 @@ def test_only_the_total_is_checked(tmp_path, capsys):
 def test_constant_reward_fails_and_reward_that_never_applies_is_noted(tmp_path, capsys):
     source = CORRECT + "@reward(weight=0.1)\ndef same(c): return 0.5\n@reward(when='code')\ndef code(c): return 1\n"
     status, lines = run(capsys, write(tmp_path, source), "--data", "sums")
-    assert status == 1 and any(line.startswith("FAIL: same gives 0.5 to all 60 completions") for line in lines)
+    assert status == 1 and any(line.startswith("FAIL: same gives 0.5 to all 90 completions") for line in lines)
     assert any(line.startswith("code ") and "--data SOURCE" in line for line in lines)
 
 
