@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,32 @@ def pytest_configure(config):
     selected = config.option.markexpr
     if os.environ.get("GPU_TESTS_ON_CPU") or "gpu" not in selected or "not gpu" in selected:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+HOW_TO_RUN = {  # part of a skip's reason -> the tests, and how to run them
+    "bubblewrap": ("of the sandbox", "Linux with bubblewrap: apt install bubblewrap"),
+    "gpu": ("for a GPU", "make test-gpu on a machine with an NVIDIA GPU"),
+    "unsloth": ("of Unsloth", "make test-unsloth"),
+    "mounting a disk": ("of full disks", "run as root on Linux"),
+}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    """Name the skipped tests and how to run them, in one line."""
+    groups = Counter()
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = (
+            report.longrepr[2].removeprefix("Skipped: ")
+            if isinstance(report.longrepr, (tuple, list))
+            else report.longrepr
+        )
+        known = (text for part, text in HOW_TO_RUN.items() if part in reason.lower())
+        tests, how = next(known, ("", reason.splitlines()[0]))
+        groups[tests, how] += 1
+    if groups:
+        parts = [f"{count} {tests or 'tests'} ({how})" for (tests, how), count in groups.most_common()]
+        terminalreporter.write_line(f"Skipped tests: {'; '.join(parts)}")
 
 
 @pytest.fixture(autouse=True)

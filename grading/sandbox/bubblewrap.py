@@ -47,7 +47,7 @@ def start_server(
             command += ["--ro-bind", path, path]
     for device in ("null", "zero", "urandom", "random"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    for path in [*(folder / name for name in ("zygote.py", "messages.py", "lockdown.py")), *modules]:
+    for path in [*(folder / name for name in ("zygote.py", "tester.py", "messages.py", "lockdown.py")), *modules]:
         command += ["--ro-bind", str(path), f"{FOLDER}/{path.name}"]
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     command += ["--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--"]

@@ -12,6 +12,7 @@ import ast
 import builtins
 import functools
 import json
+import threading
 from typing import NamedTuple
 
 
@@ -24,10 +25,18 @@ class Call(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Test code that must not raise. It calls the program's functions in `names`, which take and return plain data."""
+    """Test code that must not raise. It calls the program's functions and classes in `names`.
+
+    in_place: The tests read arguments after the call: changes that the program made to them are sent back.
+    uses_objects: The tests use attributes of results or call them: results need not be plain data.
+    unsupported: Why no tier can run the tests, or "".
+    """
 
     source: str
     names: tuple[str, ...]
+    in_place: bool = False
+    uses_objects: bool = False
+    unsupported: str = ""
 
 
 class Script(NamedTuple):
@@ -38,6 +47,9 @@ class Script(NamedTuple):
 
 
 Case = Call | Check | Script
+
+# Modules that test code may use without an import, because programs often import them.
+_MODULES = {"math", "re", "collections", "itertools", "functools", "string", "datetime", "random", "copy", "operator"}
 
 
 def called_names(cases: tuple[Case, ...]) -> set[str]:
@@ -53,7 +65,7 @@ def parse_tests(tests: str | list, entry_point: str | None = None, setup: str = 
 
     Args:
         tests: The tests in one of the four forms above.
-        entry_point: The name of the function under test.
+        entry_point: The name of the function under test, or an expression such as Solution().add.
         setup: Imports and helper functions that test code may use.
 
     Raises:
@@ -78,9 +90,13 @@ def _parse(check: str, tests: tuple[str, ...], entry_point: str | None, setup: s
             if "def check(" in check
             else _parse_asserts((check,), entry_point, setup)
         )
-    if tests[0].startswith("{"):
-        return tuple(_parse_dict(json.loads(test), entry_point) for test in tests)
-    return _parse_asserts(tests, entry_point, setup)
+    dicts = [test.startswith("{") for test in tests]
+    if not any(dicts):
+        return _parse_asserts(tests, entry_point, setup)
+    cases = tuple(_parse_dict(json.loads(test), entry_point) for test in tests if test.startswith("{"))
+    if not all(dicts) or len(set(map(type, cases))) > 1:
+        raise ValueError("the tests of one row must all have one form: asserts, args and expected, or input and output")
+    return cases
 
 
 def _parse_dict(test: dict, entry_point: str | None) -> Case:
@@ -89,6 +105,8 @@ def _parse_dict(test: dict, entry_point: str | None) -> Case:
     if set(test) == {"args", "expected"} and isinstance(test["args"], list):
         if not entry_point:
             raise ValueError("tests with args and expected need the column entry_point, the name of the function")
+        if not entry_point.isidentifier():  # such as Solution().add
+            return _parse_asserts((f"assert {entry_point}(*{test['args']!r}) == {test['expected']!r}",), None, "")[0]
         return Call(entry_point, tuple(test["args"]), test["expected"])
     raise ValueError(
         f"a dict test needs input and output (both text), or args (a list) and expected, not {json.dumps(test)[:80]}"
@@ -97,9 +115,15 @@ def _parse_dict(test: dict, entry_point: str | None) -> Case:
 
 def _parse_asserts(tests: tuple[str, ...], entry_point: str | None, setup: str) -> tuple[Case, ...]:
     cases, code = [], []
-    for test in tests:
-        tree = _tree(test)
-        if not tree.body or not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+    tests = [test if "\n" in test.strip() else test.strip() for test in tests]
+    trees = [_tree(test) for test in tests]
+    asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(tree)) for tree in trees]
+    for number, (test, tree) in enumerate(zip(tests, trees)):
+        is_value = any(isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call) for node in tree.body)
+        if tree.body and not is_value and not asserts[number] and any(asserts[number:]):  # prepares a later assert
+            code.append(test)
+            continue
+        if not asserts[number]:
             raise ValueError(
                 f"a test must contain an assert, such as `assert name(values) == value`, not {test.strip()[:80]!r}"
             )
@@ -109,13 +133,14 @@ def _parse_asserts(tests: tuple[str, ...], entry_point: str | None, setup: str) 
         else:
             code.append(test)
     if code:
-        source = "\n".join([setup, *code])
         known_names = _bound_names(_tree(setup)) | _bound_names(_tree("\n".join(code))) | set(dir(builtins))
-        callees = {node.func.id for test in code for node in ast.walk(_tree(test)) if _is_named_call(node)}
-        names = (callees - known_names) | ({entry_point} & callees if entry_point else set())
+        read = {node.id for test in code for node in ast.walk(_tree(test)) if isinstance(node, ast.Name)}
+        modules = {name for name in read - known_names if name in _MODULES}
+        names = (read - known_names - modules) | ({entry_point} & read if entry_point else set())
+        source = "\n".join([*(f"import {name}" for name in sorted(modules)), setup, *code])
         if not names:
-            raise ValueError(f"this test calls no function of the program: {code[0].strip()[:80]!r}")
-        cases.append(Check(source, tuple(sorted(names))))
+            raise ValueError(f"this test uses no function of the program: {code[0].strip()[:80]!r}")
+        cases.append(_as_check(source, names))
     return tuple(cases)
 
 
@@ -129,14 +154,32 @@ def _parse_check(source: str, entry_point: str | None, setup: str) -> tuple[Case
     if not any(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(ast.Module(check.body, []))):
         raise ValueError("check(candidate) never uses its candidate: no program could fail")
     calls = [_as_call(node) for node in check.body if not _is_docstring(node)]
-    if calls and all(call and call.name == candidate for call in calls):
+    if entry_point.isidentifier() and calls and all(call and call.name == candidate for call in calls):
         return tuple(Call(entry_point, call.args, call.expected) for call in calls)
-    return (Check(f"{setup}\n{source}\ncheck({entry_point})", (entry_point,)),)
+    names = _read_names(_tree(entry_point))  # a method such as Solution().add has the name of its class
+    return (_as_check(f"{setup}\n{source}\ncheck({entry_point})", names, candidate),)
+
+
+_parser_lock = threading.RLock()
+
+
+def parse_python(source: str, mode: str = "exec") -> ast.AST:
+    """Return the syntax tree of Python code.
+
+    In Python 3.11, ast.parse raises SystemError if a garbage collection lets another thread parse meanwhile.
+    """
+    with _parser_lock:
+        for attempt in range(5):
+            try:
+                return ast.parse(source, mode=mode)
+            except SystemError:  # code outside of this lock was parsing too
+                if attempt == 4:
+                    raise ValueError("Python's parser failed") from None
 
 
 def _tree(source: str) -> ast.Module:
     try:
-        return ast.parse(source.strip() if "\n" not in source.strip() else source)
+        return parse_python(source.strip() if "\n" not in source.strip() else source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         kind = type(error).__name__
         excerpt = source.strip()[:80]
@@ -160,6 +203,96 @@ def _as_call(node: ast.stmt) -> Call | None:
     return None
 
 
+def _as_check(source: str, names: set[str], candidate: str = "") -> Check:
+    """Return test code as a case. candidate: the name of the function under test inside check()."""
+    nodes = list(ast.walk(_tree(source)))
+    callees = names | ({candidate} if candidate else set())
+    results = _variables_with_results(nodes, callees)
+    return Check(
+        source,
+        tuple(sorted(names)),
+        in_place=_reads_changed_arguments(nodes, callees, results),
+        uses_objects=_uses_objects(nodes, callees, results),
+        unsupported=_unsupported_use(nodes, callees),
+    )
+
+
+def _calls(node: ast.AST, callees: set[str]) -> list[ast.Call]:
+    return [n for n in ast.walk(node) if _is_named_call(n) and n.func.id in callees]
+
+
+def _read_names(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def _variables_with_results(nodes: list[ast.AST], callees: set[str]) -> set[str]:
+    """Return the variables that depend on a result of the program."""
+    results = set()
+    for node in nodes:
+        if isinstance(node, ast.Assign) and (_calls(node.value, callees) or _read_names(node.value) & results):
+            results.update(*map(_read_names, node.targets))
+        if isinstance(node, (ast.For, ast.comprehension)) and _calls(node.iter, callees):
+            results.update(_read_names(node.target))
+    return results
+
+
+def _uses_objects(nodes: list[ast.AST], callees: set[str], results: set[str]) -> bool:
+    """Return True if the tests use a class, attributes of results, or results as functions."""
+    if any(name[:1].isupper() for name in callees):
+        return True
+    for node in nodes:
+        match node:
+            case ast.Attribute(value=base) | ast.Call(func=ast.Call() as base) | ast.Call(func=ast.Name() as base):
+                is_result = isinstance(base, ast.Name) and base.id in results
+                if (
+                    is_result
+                    or (isinstance(base, ast.Call) and _calls(base.func, callees))
+                    or base in _calls(base, callees)
+                ):
+                    return True
+            case ast.FunctionDef(decorator_list=decorators) if any(_read_names(d) & callees for d in decorators):
+                return True
+    return False
+
+
+def _reads_changed_arguments(nodes: list[ast.AST], callees: set[str], results: set[str]) -> bool:
+    """Return True if the tests call a function for its effect on an argument.
+
+    They do if a call is a statement of its own, or if an assert reads an argument and no result of the program. Any
+    other test, such as `assert f(x) == sorted(x)`, expects `x` as it was before the call.
+    """
+    passed = set()  # variables that are arguments
+    for node in nodes:
+        for call in _calls(node, callees) if isinstance(node, ast.stmt) else ():
+            passed.update(*map(_read_names, [*call.args, *(keyword.value for keyword in call.keywords)]))
+    for node in nodes:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            arguments = [argument for call in _calls(node.value, callees) for argument in call.args]
+            if any(isinstance(argument, ast.Name) for argument in arguments):
+                return True
+        if isinstance(node, ast.Assert) and not _calls(node.test, callees):
+            if _read_names(node.test) & (passed - results) and not _read_names(node.test) & results:
+                return True
+    return False
+
+
+def _unsupported_use(nodes: list[ast.AST], callees: set[str]) -> str:
+    """Return why the tests need a class of the program in their own process, or ""."""
+    for node in nodes:
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kinds]):
+                uses = kinds
+            case ast.ExceptHandler(type=ast.expr() as uses) | ast.ClassDef(bases=[uses, *_]):
+                pass
+            case ast.Attribute(value=ast.Name() as uses):
+                pass
+            case _:
+                continue
+        for name in sorted(_read_names(uses) & callees):
+            return f"the tests use {name} itself, not only what it returns"
+    return ""
+
+
 def _is_named_call(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
 
@@ -174,7 +307,9 @@ def _bound_names(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
             names.add(node.name)
         elif isinstance(node, ast.arg):
             names.add(node.arg)

@@ -6,27 +6,28 @@ Programs that do not pass there run in CPython inside bubblewrap, whose verdict 
 that needs a feature that Monty lacks is *ungraded*. Model code never runs unprotected unless the user asks for it.
 """
 
-import ast
 import atexit
 import functools
 import math
 import os
 import re
-import textwrap
 import threading
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import contextmanager
+from decimal import Decimal
+from fractions import Fraction
 
 from grading.base import RewardError, Ungraded, lock_released, short_repr
 from grading.sandbox.cases import Call, Case, Check, Script, called_names, parse_tests
+from grading.sandbox.differences import difference
+from grading.sandbox.extraction import MAX_PROGRAM_CHARS, complete_program, extract_code
 from grading.sandbox.monty import Monty
-from grading.sandbox.tiers import Failed, Process, Unsupported, bubblewrap, first_line, start_unprotected
+from grading.sandbox.outcomes import Failed, Unsupported, first_line
+from grading.sandbox.tiers import Process, bubblewrap, start_unprotected
 from grading.sandbox.workers import WorkerError
 
-MAX_PROGRAM_CHARS = 64 * 1024
-RELATIVE_TOLERANCE = 1e-6  # applies only if a float is involved
 FAST_SECONDS = 0.03  # a program that takes longer runs again in the slow lane, after the fast ones
+MAX_TRIES = 4  # of a program whose process is killed, perhaps for lack of memory
 
 graded_by_tier = Counter()  # number of programs by the tier that decided the verdict
 
@@ -53,52 +54,17 @@ def grade_code(
         ValueError: If the tests have none of these forms.
     """
     cases = parse_tests(tests, entry_point, setup)
+    if reason := _unsupported(cases):
+        raise Ungraded(f"unsupported: {reason}")
     code = extract_code(answer, called_names(cases))
     if not code.strip():
         return 0.0, "no_code: the answer contains no code"
     if len(code) > MAX_PROGRAM_CHARS:
         return 0.0, f"output_limit: the program has {len(code)} characters, the limit is {MAX_PROGRAM_CHARS}"
+    program = complete_program(code, entry_point, setup, starter)
+    doubts = _doubts(program, cases)
     with lock_released():
-        return _grade(complete_program(code, entry_point, setup, starter), cases, timeout or _settings["code_timeout"])
-
-
-def extract_code(answer: str, names: Iterable[str] = ()) -> str:
-    """Return the program in an answer: the last fenced block that defines one of `names`, or any function, or the last.
-
-    A fence is a line that starts with three backticks; the last block need not be closed. Blocks in languages other
-    than Python count only if there are no others. An answer without a fence is returned whole.
-    """
-    blocks = []
-    block_lines = None
-    language = ""
-    for line in [*answer.split("\n"), None]:
-        if line is None or line.lstrip().startswith("```"):
-            if block_lines is not None:
-                blocks.append((language, textwrap.dedent("\n".join(block_lines))))  # a fence in a list is indented
-            elif line is not None:
-                language = line.strip().strip("`").strip().lower()
-            block_lines = [] if block_lines is None else None
-        elif block_lines is not None:
-            block_lines.append(line)
-    python = [block for block in blocks if block[0].startswith("py")] if not names else []
-    candidates = python or [block for block in blocks if block[0].startswith("py") or not block[0]] or blocks
-    candidates = [text for _, text in candidates]
-    matches = [text for text in candidates if any(f"def {name}" in text or f"{name} =" in text for name in names)]
-    definitions = [text for text in candidates if "def " in text or "lambda" in text]
-    return (matches or definitions or candidates or [answer])[-1].strip("\n").rstrip()
-
-
-def complete_program(code: str, entry_point: str | None, setup: str, starter: str) -> str:
-    """Return the whole program: `starter` before an answer that is a bare function body, `setup` before any other."""
-    defines = rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{entry_point}\b|^{entry_point}[ \t]*="
-    if starter and entry_point and not re.search(defines, code, re.MULTILINE):
-        first, _, rest = code.partition("\n")
-        if not first.startswith((" ", "\t")):  # the first line, or every line, has lost its indentation
-            lines = [line for line in rest.split("\n") if line.strip()]
-            is_first_only = bool(lines) and all(line.startswith((" ", "\t")) for line in lines)
-            code = f"    {first}\n{rest}" if is_first_only else "\n".join("    " + line for line in code.split("\n"))
-        return starter.rstrip("\n") + "\n" + code
-    return f"{setup}\n{code}" if setup else code
+        return _grade(program, cases, timeout or _settings["code_timeout"], doubts)
 
 
 # --- lanes: short programs never wait for long ones
@@ -109,25 +75,26 @@ _fast_lane = threading.BoundedSemaphore(2 * _cores)  # a short program mostly wa
 _slow_lane = threading.BoundedSemaphore(2 * _cores)  # at a lower priority; some programs sleep
 
 
-def _grade(code: str, cases: tuple[Case, ...], timeout: float) -> tuple[float, str]:
-    """Run the program in each tier until it passes. If the last one runs out of time, run it again in the slow lane."""
+def _grade(code: str, cases: tuple[Case, ...], timeout: float, doubts: str) -> tuple[float, str]:
+    """Run the program in each tier until it passes. If the last one runs out of time, run it again in the slow lane.
+
+    doubts: why Monty's verdict would not be trusted, or "".
+    """
     try:
         tiers = _tiers()
         with _fast_lane:
             # A program whose result may depend on chance gets one try.
-            for tier in tiers if not _NONDETERMINISTIC.search(code) else tiers[-1:]:
+            for tier in tiers[-1:] if doubts or _NONDETERMINISTIC.search(code) else tiers:
                 outcome, detail = _judge(tier, code, cases, min(FAST_SECONDS, timeout), slow=False)
-                if outcome == "killed":  # perhaps for lack of memory: try once more
-                    outcome, detail = _judge(tier, code, cases, min(FAST_SECONDS, timeout), slow=False)
-                    outcome = "crash" if outcome == "killed" else outcome
                 if outcome == "passed":
                     break
         if outcome == "timeout" or (outcome == "memory" and tier.name == "monty"):
             with _slow_lane:
                 outcome, detail = _judge(tier, code, cases, timeout, slow=True)
-                outcome = "crash" if outcome == "killed" else outcome
     except (WorkerError, OSError) as error:
         raise Ungraded(f"sandbox_error: {first_line(error)}") from error
+    if tier.name == "monty" and doubts and outcome in ("passed", "failed", "crash"):
+        outcome, detail = "unsupported", doubts
     if outcome == "unsupported":
         hint = "" if len(available()) > 1 else " (install bubblewrap to run it in CPython)"
         raise Ungraded(f"unsupported: the sandbox cannot run this: {detail}{hint}")
@@ -136,53 +103,24 @@ def _grade(code: str, cases: tuple[Case, ...], timeout: float) -> tuple[float, s
     return float(outcome == "passed"), f"{outcome}: {detail}"
 
 
-_ITERATORS = {"map", "zip", "filter", "enumerate", "reversed"}
-_SETS = {"set", "frozenset"}
-# Functions that read an iterator to its end, and functions for which the order of a set does not matter.
-_READERS = {"list", "tuple", "set", "frozenset", "dict", "sum", "max", "min", "sorted", "any", "all", "join", "extend"}
-_IGNORE_ORDER = {"len", "sorted", "sum", "min", "max", "any", "all", "bool", "set", "frozenset"}
-
-
 def _may_differ(code: str) -> bool:
-    """Return True if a program that passed in Monty may fail in CPython.
-
-    In Monty, generator expressions and the results of map() and the like are lists, and sets keep their order. A pass
-    is trusted only if every such value is consumed at once by code that does not depend on this.
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(code)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return True
-    read = set()  # ids of nodes whose iterator is read to its end
-    unordered = set()  # ids of nodes where a set's order does not matter
-    for node in nodes:
-        if isinstance(node, (ast.For, ast.comprehension)):
-            read.add(id(node.iter))
-        elif isinstance(node, ast.Starred):
-            read.add(id(node.value))
-        elif isinstance(node, ast.Compare):
-            unordered.update(map(id, [node.left, *node.comparators]))
-        elif isinstance(node, ast.Call):
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            read.update(map(id, node.args if name in _READERS else ()))
-            unordered.update(map(id, node.args if name in _IGNORE_ORDER else ()))
-            read.add(id(node.func))
-    for node in nodes:
-        callee = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-        if (callee in _ITERATORS or isinstance(node, ast.GeneratorExp)) and id(node) not in read:
-            return True
-        if (callee in _SETS or isinstance(node, (ast.Set, ast.SetComp))) and id(node) not in unordered:
-            return True
-        if isinstance(node, ast.Name) and node.id in _ITERATORS | _SETS and id(node) not in read:
-            return True  # perhaps called under another name
-    return False
+    """Return True if Monty's verdict on a program may differ from CPython's."""
+    return difference(code) != ""
 
 
 _NONDETERMINISTIC = re.compile(r"random|secrets|time|uuid|\bid\b|hash")
 
 
 def _judge(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool) -> tuple[str, str]:
-    """Run a program in one tier and return (outcome, detail)."""
+    """Run a program in one tier and return (outcome, detail). If its process is killed, run it again."""
+    for _ in range(MAX_TRIES):
+        outcome, detail = _run(tier, code, cases, seconds, slow)
+        if outcome != "killed":
+            return outcome, detail
+    return "crash", detail
+
+
+def _run(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool) -> tuple[str, str]:
     number = 0
     try:
         if isinstance(cases[0], Script):
@@ -195,7 +133,10 @@ def _judge(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool)
                 for number, case in enumerate(cases, 1):
                     if isinstance(case, Check):
                         tier.check(case, session, seconds, slow)
-                    elif not is_same(result := session.call(case.name, case.args), case.expected):
+                        continue
+                    result = session.call(case.name, case.args)
+                    comparable = set(result) if type(result) is frozenset and type(case.expected) is set else result
+                    if not is_same(comparable, case.expected):
                         problem = f"{_call_text(case)} gave {short_repr(result)}"
                         return "failed", f"test {number} of {len(cases)}: {problem}"
     except Failed as failure:
@@ -203,23 +144,29 @@ def _judge(tier, code: str, cases: tuple[Case, ...], seconds: float, slow: bool)
         return failure.outcome, f"{prefix}{failure.detail}"
     except Unsupported as error:
         return "unsupported", str(error)
-    if tier.name == "monty" and _may_differ(code):  # in either lane
-        return "unsupported", "an iterator or a set may have been treated as a list"
     return "passed", "all tests"
+
+
+def _doubts(code: str, cases: tuple[Case, ...]) -> str:
+    """Return why Monty's verdict may differ from CPython's, or ""."""
+    texts = [case.source if isinstance(case, Check) else repr(case[1]) for case in cases]
+    may_hold_newlines = any("\\n" in text for text in texts)
+    tests = (difference(case.source, may_hold_newlines) for case in cases if isinstance(case, Check))
+    return difference(code, may_hold_newlines) or next(filter(None, tests), "")
 
 
 # --- comparison
 
 
 def is_same(result, expected) -> bool:
-    """Compare plain data by type and value. bool is not int, nan equals nothing, floats match to a relative 1e-6."""
-    if type(result) in (int, float) and type(expected) in (int, float):
-        if type(result) is type(expected) is int:
-            return result == expected
-        try:
-            return math.isclose(result, expected, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
-        except OverflowError:  # an int too large for a float
-            return False
+    """Compare plain data by type and value. bool is not int, nan equals nothing.
+
+    Only where a float is expected may a result differ a little.
+    """
+    if type(result) in _NUMBERS and type(expected) is int:
+        return result == expected
+    if type(result) in _NUMBERS and type(expected) is float:
+        return _is_close(result, expected)
     if type(result) is not type(expected):
         return False
     if type(expected) in (list, tuple):
@@ -235,13 +182,24 @@ def is_same(result, expected) -> bool:
     return type(expected) in (str, bytes, bool, type(None)) and result == expected
 
 
+_NUMBERS = (int, float, Fraction, Decimal)
+
+
+def _is_close(result: float, expected: float) -> bool:
+    """Return True if two numbers differ by rounding errors only: by a relative 1e-6, and by no more than 1e-6."""
+    try:
+        return math.isclose(result, expected, rel_tol=1e-12, abs_tol=max(1e-9, 1e-6 * min(1.0, abs(expected))))
+    except OverflowError:  # an int too large for a float
+        return False
+
+
 def _with_types(values) -> set:
     """Pair elements or keys with their types, so that 1 and True differ."""
     return {(type(value), value) for value in values}
 
 
 def compare_output(output: str, expected: str) -> str:
-    """Return "" if two outputs match word by word in each line (decimals to a relative 1e-6), else the difference."""
+    """Return "" if two outputs match word by word in each line (decimals: _is_close), else the difference."""
     lines, expected_lines = ([line.split() for line in text.rstrip().split("\n")] for text in (output, expected))
     if len(lines) != len(expected_lines):
         return f"printed {len(lines)} lines, not {len(expected_lines)}"
@@ -259,7 +217,7 @@ def _is_same_word(word: str, expected: str) -> bool:
         return True
     if not all(_DECIMAL.fullmatch(w) for w in (word, expected)) or not set(".eE") & set(expected):
         return False
-    return math.isclose(float(word), float(expected), rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
+    return _is_close(float(word), float(expected))
 
 
 def _call_text(call: Call) -> str:
@@ -336,9 +294,15 @@ def _unprotected() -> Process:
     return Process("unprotected", start_unprotected)
 
 
+def _unsupported(cases: tuple[Case, ...]) -> str:
+    """Return why no tier can run the tests, or ""."""
+    return next((case.unsupported for case in cases if isinstance(case, Check) and case.unsupported), "")
+
+
 def check_tests(rows: list[dict]) -> list[str]:
     """Return notes on how the rows' tests run. Raise RewardError for the first row whose tests have no known form."""
     kinds = Counter()
+    unsupported = Counter()
     for row in rows:
         if row.get("tests") is None:
             continue
@@ -346,10 +310,14 @@ def check_tests(rows: list[dict]) -> list[str]:
             cases = parse_tests(row["tests"], row.get("entry_point"), row.get("setup") or "")
         except (ValueError, TypeError) as error:
             raise RewardError(f"row {row['id']}, column tests: {error}") from None
+        if reason := _unsupported(cases):
+            unsupported[reason] += 1
         kinds[next((type(case) for case in cases if not isinstance(case, Call)), Call)] += 1
     if not kinds:
         return []
     notes = [f"model-written code runs {describe()}"]
+    if unsupported:
+        notes.append(f"{unsupported.total()} of {kinds.total()} code questions are ungraded: {next(iter(unsupported))}")
     if len(available()) == 1 and kinds[Check] + kinds[Script]:
         notes.append(
             f"{kinds[Check] + kinds[Script]} of {kinds.total()} code questions use test code or standard input: without bubblewrap, some may be ungraded"

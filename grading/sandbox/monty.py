@@ -7,15 +7,17 @@ import os
 import secrets
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
-from grading.sandbox.cases import Check, Script
-from grading.sandbox.messages import MAX_MESSAGE_BYTES
-from grading.sandbox.tiers import MAX_STDOUT_BYTES, NICE, TOO_SLOW, Failed, Unsupported, first_line, run_check
-from grading.sandbox.zygote import PLAIN_EXCEPTIONS
+from grading.sandbox.cases import Check, Script, parse_python
+from grading.sandbox.messages import MAX_MESSAGE_BYTES, MAX_NODES, PLAIN_EXCEPTIONS, error_message
+from grading.sandbox.outcomes import TOO_SLOW, Failed, Unsupported, first_line, run_check
+from grading.sandbox.tiers import MAX_STDOUT_BYTES, NICE
 
 FAST_MEMORY_BYTES = 64 * 2**20  # filling more takes Monty longer than its time limit
 SLOW_MEMORY_BYTES = 256 * 2**20
+MAX_WORKERS = 64
+MAX_RECURSION = 994  # as in the CPython of the sandbox
 
 
 class Monty:
@@ -30,7 +32,7 @@ class Monty:
             # Otherwise every call searches for it, which takes half of the time.
             sys.modules.setdefault("opentelemetry", None)
         self.monty = pydantic_monty
-        self.pool = pydantic_monty.Monty(min_processes=1, max_processes=64, request_timeout=30.0).__enter__()
+        self.pool = pydantic_monty.Monty(min_processes=1, max_processes=MAX_WORKERS, request_timeout=30.0).__enter__()
 
     def close(self) -> None:
         self.pool.__exit__(None, None, None)
@@ -40,8 +42,7 @@ class Monty:
         """Yield a session in which the program has run. seconds: running time for all of its calls together."""
         with self._session(seconds, slow) as session:
             session.code = code
-            session.feed(_SETUP.replace("S_", session.secret))
-            session.feed(code)
+            session.run(code)
             yield session
 
     @contextmanager
@@ -50,34 +51,53 @@ class Monty:
         limits = {
             "max_feed_duration_secs": seconds,
             "max_memory": SLOW_MEMORY_BYTES if slow else FAST_MEMORY_BYTES,
-            "max_total_sleep_secs": 0.1,
-            "max_recursion_depth": 500,
+            "max_total_sleep_secs": 0.1,  # for longer ones there is CPython
+            "max_recursion_depth": MAX_RECURSION,
             "max_suspensions": 100_000,
         }
         try:
-            with self.pool.checkout(limits=limits, assert_message_annotations=False) as session:
-                if hasattr(os, "setpriority") and (pid := session.worker_pid):
+            with ExitStack() as stack:
+                session = self._live_session(stack, limits, seconds)
+                if hasattr(os, "setpriority") and (pid := session.session.worker_pid):
                     with suppress(OSError):  # only root can raise the priority again after a slow program
                         os.setpriority(os.PRIO_PROCESS, pid, NICE if slow else os.nice(0))
-                yield _MontySession(self.monty, session, seconds)
+                yield session
         except self.monty.MontyCrashedError as error:
             raise Failed("timeout" if error.timed_out else "killed", first_line(error)) from None
 
+    def _live_session(self, stack: ExitStack, limits: dict, seconds: float) -> "_MontySession":
+        """Return a session in a worker that runs. Skip those that were killed while they were idle."""
+        for worker in range(MAX_WORKERS + 1):
+            with ExitStack() as attempt:
+                try:
+                    checkout = self.pool.checkout(limits=limits, assert_message_annotations=False)
+                    session = _MontySession(self.monty, attempt.enter_context(checkout), seconds)
+                    session.feed(_SETUP.replace("S_", session.secret))
+                except self.monty.MontyCrashedError:
+                    if worker == MAX_WORKERS:
+                        raise
+                    continue
+                stack.push(attempt.pop_all())
+                return session
+
     def check(self, case: Check, session, seconds: float, slow: bool) -> None:
-        def run_tests(case, call):
+        if case.in_place:
+            raise Unsupported("Monty cannot change the arguments of a test")
+
+        def run_tests(call):
             def remote(name):
                 def call_program(*args, **kwargs):
                     try:
-                        return call(name, args, kwargs)
+                        return call(_call_with_copies, session, case, name, args, kwargs)
                     except Failed as failure:
-                        raise getattr(builtins, failure.kind or "RuntimeError")(failure.detail) from None
+                        raise getattr(builtins, failure.kind or "RuntimeError")(failure.message) from None
 
                 return call_program
 
             with self._session(seconds, slow) as tests:
                 tests.code = case.source
                 try:
-                    tests.feed(case.source, external_lookup={name: remote(name) for name in case.names})
+                    tests.run(case.source, external_lookup={name: remote(name) for name in case.names})
                 except Failed as failure:
                     if failure.outcome in ("timeout", "memory"):
                         return False, "the tests ran out of time or memory on the value that the program returned"
@@ -86,7 +106,7 @@ class Monty:
                     return False, "the test failed"
             return True, ""
 
-        run_check(session, case, run_tests)
+        run_check(case, run_tests)
 
     def run_script(self, code: str, case: Script, seconds: float, slow: bool) -> str:
         """Run the program as a script and return its standard output. It can read with input() only, not sys.stdin."""
@@ -102,7 +122,7 @@ class Monty:
         with self._session(seconds, slow) as session:
             session.code = code
             try:
-                session.feed(code, external_lookup={"input": read_line})
+                session.run(code, external_lookup={"input": read_line})
             except Failed as failure:
                 if failure.kind != "SystemExit" or failure.detail not in ("SystemExit", "SystemExit: 0"):
                     raise
@@ -110,6 +130,31 @@ class Monty:
                 raise Unsupported("Monty's input() does not print its prompt")
             return "".join(text for stream, text in session.printed.output if stream == "stdout")
 
+
+def _call_with_copies(session: "_MontySession", case: Check, name: str, args: tuple, kwargs: dict):
+    """Call a function of the program for a test. In CPython, tests may also pass functions and get objects."""
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, str) and value.startswith(_OBJECTS) or not isinstance(value, _PLAIN):
+            raise Unsupported("Monty cannot pass a function or an object of the tests to the program")
+    try:
+        return session.call(name, args, kwargs)
+    except Failed as failure:
+        if failure.outcome == "bad_type" and case.uses_objects:
+            raise Unsupported("Monty cannot pass an object of the program to the tests") from None
+        raise
+
+
+_OBJECTS = ("<function ", "<class ", "<module ", "<bound ", "<built-in ")  # Monty returns such an object as text
+_PLAIN = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, type(None))
+
+# The results of Monty's own round() are not always the nearest decimals; those of formatting are.
+_ROUND = """
+S_round, S_float, S_type = round, float, type
+def round(number, ndigits=None):
+    if ndigits is None or S_type(number) is not S_float or ndigits < 0 or number - number != 0:
+        return S_round(number) if ndigits is None else S_round(number, ndigits)
+    return S_float(f"{number:.{ndigits}f}")
+"""
 
 # Code around a call, which returns the repr and the result, or neither if the repr is too long. S_ is replaced by a
 # prefix that no program can guess, so that no program can overwrite these names.
@@ -126,6 +171,12 @@ class _MontySession:
         self.secret = f"s{secrets.token_hex(8)}_"
         self.printed = monty.CollectStreams(MAX_STDOUT_BYTES)
 
+    def run(self, code: str, **options) -> None:
+        """Run a program or test code."""
+        if "round" in code:
+            self.feed(_ROUND.replace("S_", self.secret))
+        self.feed(code, **options)
+
     def call(self, name: str, args: tuple, kwargs: dict | None = None):
         values = [f"kwargs_[{key!r}]" for key in kwargs or {}]
         arguments = ", ".join(["*args_", *(f"{key}={value}" for key, value in zip(kwargs or {}, values))])
@@ -139,10 +190,23 @@ class _MontySession:
                 raise Failed("missing_entry", f"the program does not define {name}") from None
             raise
         if not _is_plain(text, result):
-            if type(result) in (list, dict, str):  # Monty returns iterators, a Counter or a range as these types
-                raise Unsupported(f"Monty does not keep the type of this result: {text[:80]}")
-            raise Failed("bad_type", f"the program did not return plain data: {text}")
+            if self._holds_object(text, result):
+                raise Failed("bad_type", f"the program did not return plain data: {text}")
+            # Monty returns iterators, a Counter, a namedtuple or a range as other types.
+            raise Unsupported(f"Monty does not keep the type of this result: {text[:80]}")
         return result
+
+    def _holds_object(self, text: str, result) -> bool:
+        """Return True if a result is or holds an instance of a class of the program, a function, or a class."""
+        if isinstance(result, str):
+            return text.startswith(_OBJECTS)
+        values = [result]
+        for value in values:
+            if isinstance(value, (self.monty.MontyClassProxy, self.monty.MontyStdTypeProxy, type)):
+                return True
+            if isinstance(value, (list, tuple, set, frozenset, dict)) and len(values) < MAX_NODES:
+                values += [*value, *value.values()] if isinstance(value, dict) else value
+        return False
 
     def feed(self, code: str, **options):
         if self.seconds_left <= 0:
@@ -151,7 +215,7 @@ class _MontySession:
         try:
             return self.session.feed_run(code, print_callback=self.printed, **options)
         except self.monty.MontySyntaxError as error:
-            if _UNSUPPORTED_SYNTAX in str(error):
+            if _UNSUPPORTED_SYNTAX in str(error) or _is_python(code):
                 raise Unsupported(first_line(error)) from None
             raise Failed("syntax", first_line(error)) from None
         except self.monty.MontyRuntimeError as error:
@@ -160,7 +224,8 @@ class _MontySession:
                 raise Unsupported(first_line(error)) from None
             outcome = {TimeoutError: "timeout", MemoryError: "memory"}.get(type(cause), "crash")
             kind = type(cause).__name__ if type(cause).__name__ in {*PLAIN_EXCEPTIONS, "SystemExit"} else None
-            raise Failed(outcome, first_line(error), kind if outcome == "crash" else None) from None
+            kind = kind if outcome == "crash" else None
+            raise Failed(outcome, first_line(error), kind, error_message(cause)) from None
         except self.monty.MontyCrashedError:
             raise
         except self.monty.MontyError as error:
@@ -177,12 +242,28 @@ def _is_plain(text: str, result) -> bool:
     if any(word in text for word in ("inf", "nan", "frozenset", "bytearray")):  # not literals
         return not isinstance(result, str) or text[:1] in "'\""
     try:
-        return ast.literal_eval(text) == result
+        return _is_builtin(result) and (repr(result) == text or ast.literal_eval(parse_python(text, "eval")) == result)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return False
 
 
+def _is_builtin(value) -> bool:
+    """Return True if the repr of a value gives its type."""
+    if type(value) in (list, tuple, set):
+        return all(map(_is_builtin, value))
+    if type(value) is dict:
+        return all(map(_is_builtin, value)) and all(map(_is_builtin, value.values()))
+    return type(value) in (int, float, complex, str, bytes, bool, type(None))
+
+
 _UNSUPPORTED_SYNTAX = "The monty syntax parser does not yet support"  # in Monty's error for an unsupported construct
+
+
+def _is_python(code: str) -> bool:
+    try:
+        return bool(parse_python(code))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
 
 
 def _is_unsupported(error: BaseException, code: str) -> bool:
@@ -192,9 +273,16 @@ def _is_unsupported(error: BaseException, code: str) -> bool:
         return False
     if isinstance(error, NotImplementedError) or "not yet supported" in text:
         return True
+    if "sleep limit exceeded" in text:
+        return True
     quoted = text.split("'")[1::2]  # 'str' object has no attribute 'x'; No module named 'x'; name 'x' is not defined
     if isinstance(error, ImportError):
-        return bool(quoted) and (quoted[0].split(".")[0] in sys.stdlib_module_names)
+        name, module = (quoted[0], quoted[1]) if text.startswith("cannot import name") else ("", "".join(quoted[:1]))
+        if module.split(".")[0] not in sys.stdlib_module_names:
+            return False
+        return not name or module not in sys.modules or hasattr(sys.modules[module], name)
+    if isinstance(error, AttributeError) and quoted[:1] == ["function"]:
+        return True
     if isinstance(error, AttributeError) and len(quoted) == 2:
         module, _, name = quoted[0].rpartition(".")
         owner = getattr(sys.modules.get(module or "builtins"), name, sys.modules.get(quoted[0]))

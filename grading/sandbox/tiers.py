@@ -19,13 +19,10 @@ from contextlib import contextmanager, suppress
 
 from grading.sandbox.bubblewrap import start_server
 from grading.sandbox.cases import Check, Script
-from grading.sandbox.messages import NotPlain, decode, encode
+from grading.sandbox.messages import PLAIN_EXCEPTIONS, NotPlain, Reference, decode, encode
+from grading.sandbox.outcomes import FAILURES, TOO_SLOW, Failed, Unsupported, first_line, run_check
 from grading.sandbox.workers import WorkerError, Zygote, wait_for_output
-from grading.sandbox.zygote import PLAIN_EXCEPTIONS
 
-# Outcomes that a program's process may report.
-FAILURES = {"timeout", "memory", "crash", "syntax", "missing_entry", "bad_type", "output_limit"}
-TOO_SLOW = "the program took longer than code_timeout allows"
 MAX_STDOUT_BYTES = 256 * 1024
 MAX_IDLE = 16  # idle servers to keep for the next programs
 WALL_FACTOR = 3  # seconds of wall time for each second of running time, in the slow lane
@@ -35,64 +32,6 @@ PRELOAD = (
     "statistics", "fractions", "decimal", "datetime", "json", "copy", "dataclasses", "enum", "typing", "textwrap",
     "hashlib", "tempfile", "threading", "queue", "array",
 )  # fmt: skip
-
-
-class Failed(Exception):
-    """The program failed. `outcome` is a word such as timeout or crash, `kind` the built-in exception it raised."""
-
-    def __init__(self, outcome: str, detail: str, kind: str | None = None):
-        super().__init__(f"{outcome}: {detail}")
-        detail = "".join(c if c.isprintable() else "?" for c in detail[:200])  # may be text from the program
-        self.outcome = outcome
-        self.detail = detail
-        self.kind = kind
-
-
-class Unsupported(Exception):
-    """This tier cannot run the program or its tests. Says nothing about the program."""
-
-
-def run_check(session, case: Check, run_tests) -> None:
-    """Run test code in isolation from the program. run_tests(case, call) uses `call` and returns (passed, detail).
-
-    Raises Failed if a test fails, Unsupported if the tests never call the program.
-    """
-    failures = []
-    calls = 0
-
-    def call(name, args, kwargs):
-        nonlocal calls
-        calls += 1
-        try:
-            result = session.call(name, args, kwargs)
-            if "nan" not in case.source and _has_nan(result):  # `not abs(nan - x) > 1e-6` is true
-                raise Failed("failed", "the program returned nan")
-            return result
-        except Failed as failure:
-            if failure.kind in (None, "SystemExit"):  # not an exception that a test may expect
-                failures.append(failure)
-            raise
-
-    try:
-        passed, detail = run_tests(case, call)
-    except Unsupported:
-        if failures:
-            raise failures[0] from None
-        raise
-    if failures:
-        raise failures[0]
-    if not passed:
-        raise Failed("failed", detail)
-    if not calls:
-        raise Unsupported("the tests never call the program")
-
-
-def _has_nan(value) -> bool:
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return any(map(_has_nan, value))
-    if isinstance(value, dict):
-        return any(map(_has_nan, value.values())) or any(map(_has_nan, value))
-    return isinstance(value, (float, complex)) and value != value
 
 
 # --- CPython in a separate process
@@ -171,28 +110,26 @@ class Process:
             yield session
 
     def check(self, case: Check, session, seconds: float, slow: bool) -> None:
-        def run_tests(case, call):
+        def run_tests(call):
             with self.child("tester", seconds, slow) as (tester, deadline):
-                answer = _request_tester(tester, {"check": case.source, "names": case.names}, deadline)
-                while "call" in answer:
+                request = {"check": case.source, "names": case.names, "in_place": case.in_place}
+                answer = _request_tester(tester, request, deadline)
+                while "passed" not in answer:
                     try:
-                        args = [decode(a) for a in answer["args"]]
-                        kwargs = {k: decode(v) for k, v in answer["kwargs"].items()}
-                    except NotPlain as error:
-                        raise Unsupported(str(error)) from None
-                    try:
-                        reply = {"ok": encode(call(answer["call"], args, kwargs))}
-                    except NotPlain as error:
-                        raise Failed("bad_type", str(error)) from None
+                        reply = call(session.forward, answer, case.uses_objects)
                     except Failed as failure:
-                        reply = {"error": failure.outcome, "detail": failure.detail, "type": failure.kind}
+                        reply = {"type": failure.kind, "message": failure.message}
                     try:
                         answer = _request_tester(tester, reply, deadline)
                     except Unsupported:  # the returned value crashed the tests' process
                         raise Failed("failed", "the tests crashed on the value that the program returned") from None
-                return answer.get("passed") is True, str(answer.get("detail", ""))
+                if "unsupported" in answer:
+                    raise Unsupported(str(answer["unsupported"]))
+                if "bad_type" in answer:
+                    raise Failed("bad_type", str(answer["bad_type"]))
+                return answer["passed"] is True, str(answer.get("detail", ""))
 
-        run_check(session, case, run_tests)
+        run_check(case, run_tests)
 
     def run_script(self, code: str, case: Script, seconds: float, slow: bool) -> str:
         """Run the program as a script and return its standard output."""
@@ -246,6 +183,22 @@ class _ProcessSession:
         except (NotPlain, KeyError, RecursionError):
             raise Failed("bad_type", "the program did not return plain data") from None
 
+    def forward(self, message: dict, keep: bool) -> dict:
+        """Forward a message of the tests to the program, and return the program's answer, reduced to valid content.
+
+        keep: whether results may refer to objects that stay in the program's process.
+        """
+        answer = self.request(message | {"keep": keep})
+        try:
+            if type(number := answer.get("callback")) is int:
+                return {"callback": number, "args": [_validated(a, keep) for a in answer["args"]]}
+            reply = {"ok": _validated(answer["ok"], keep), "made": answer.get("made") is True}
+            if message.get("in_place") and "args" in answer:
+                reply["args"] = [_validated(a, keep) for a in answer["args"]]
+            return reply
+        except (NotPlain, KeyError, TypeError, RecursionError):
+            raise Failed("bad_type", "the program did not return plain data") from None
+
     def request(self, message: dict) -> dict:
         try:
             answer = self.child.request(message, self.deadline)
@@ -262,13 +215,25 @@ class _ProcessSession:
         return answer
 
 
+def _validated(value, keep: bool):
+    """Return an encoded value of the program if it is plain data, or if keep and it refers to an object."""
+
+    def resolve(kind, key):
+        if not keep or kind != "object" or type(key) is not int:
+            raise NotPlain("the value refers to something else than an object of the program")
+        return Reference(kind, key)
+
+    return encode(decode(value, resolve), lambda other: other if isinstance(other, Reference) else None)
+
+
 def _failure(answer) -> Failed:
     """Return the failure that a program's process reports. The program may have forged the report."""
     answer = answer if isinstance(answer, dict) else {}
     outcome, kind = answer.get("error"), answer.get("type")
     outcome = outcome if isinstance(outcome, str) and outcome in FAILURES else "crash"
     kind = kind if isinstance(kind, str) and kind in PLAIN_EXCEPTIONS else None
-    return Failed(outcome, str(answer.get("detail", "")), kind)
+    message = answer.get("message")
+    return Failed(outcome, str(answer.get("detail", "")), kind, message if isinstance(message, str) else None)
 
 
 def _exit_outcome(exit_report: dict, seconds: float) -> tuple[str, str]:
@@ -355,7 +320,3 @@ def find_bubblewrap() -> tuple[Process | None, str]:
         tier.close()
         return None, f"in bubblewrap a program could {', '.join(allowed)}"
     return tier, ""
-
-
-def first_line(error) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

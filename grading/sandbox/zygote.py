@@ -5,19 +5,21 @@
 There are four kinds of children. Each exchanges messages, framed as (length, JSON), with the parent over a socket:
 
     program    runs a model's program and calls its functions:   {"run": code}, {"call": name, "args": [...]}
-    tester     runs test code, which requests such calls:        {"check": code, "names": [...]}
+    tester     runs test code, which requests such calls:        {"check": code, "names": [...]} (tester.py)
     script     runs a program on standard input and output:      {"run": code}
     function   calls trusted functions on untrusted text:        {"function": "module:name", "args": [...]}
 
-A child sends back plain data and makes no decisions. Inside the sandbox, this file, messages.py and lockdown.py are the
-only files of the project: standard library only.
+A child sends back plain data and makes no decisions. Inside the sandbox, this file, tester.py, messages.py and
+lockdown.py are the only files of the project: standard library only.
 """
 
 import builtins
 import contextlib
+import functools
 import gc
 import importlib
 import json
+import operator
 import os
 import random
 import select
@@ -25,128 +27,124 @@ import shutil
 import signal
 import socket
 import sys
+import traceback
 import types
 
 if __name__ == "__main__":  # started as a script: the modules that it needs are in its folder
     import lockdown
-    from messages import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
+    from messages import NotPlain, Reference, builtin_name, decode, describe_error, encode, error_message, receive, send
+    from tester import serve_tester
 
     sys.path.pop(0)
 else:
     from grading.sandbox import lockdown
-    from grading.sandbox.messages import MAX_MESSAGE_BYTES, NotPlain, decode, encode, receive, send
-
-PLAIN_EXCEPTIONS = {  # built-in exceptions that are constructed from one message
-    name
-    for name, kind in vars(builtins).items()
-    if isinstance(kind, type)
-    and issubclass(kind, Exception)
-    and not name.startswith(("Unicode", "ExceptionGroup", "Stop"))
-}  # without StopIteration: raised inside a test, it could end a loop over asserts before the first one
-
+    from grading.sandbox.messages import (
+        NotPlain,
+        Reference,
+        builtin_name,
+        decode,
+        describe_error,
+        encode,
+        receive,
+        send,
+    )
+    from grading.sandbox.tester import serve_tester
 
 # --- children
-
-
-def describe_error(error: BaseException) -> str:
-    """Describe an exception in one line, even if its own methods raise."""
-    try:
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")
-    except BaseException:
-        return str(type(error).__name__)[:100]
 
 
 def error_outcome(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "memory"
-    return "syntax" if isinstance(error, (SyntaxError, ValueError)) and error.__traceback__.tb_next is None else "crash"
+    is_running = any(frame.f_code.co_filename == "<program>" for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "syntax" if isinstance(error, (SyntaxError, ValueError)) and not is_running else "crash"
 
 
 def serve_program(connection: socket.socket) -> None:
     """Run a program, then call its functions on request."""
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
+    program = Program(connection, vars(module))
     while True:
-        message = receive(connection)
+        program.serve(receive(connection))
+
+
+class Program:
+    """A program and its objects that tests use. The objects stay in this process; the tests have their numbers.
+
+    A message runs the program, calls a function of it, applies an operation to an object ("on"), or reads an attribute
+    of an object ("get").
+    """
+
+    def __init__(self, connection: socket.socket, namespace: dict):
+        self.connection = connection
+        self.namespace = namespace
+        self.objects = []
+
+    def serve(self, message: dict) -> None:
+        """Act on a message and send the answer."""
         try:
-            if "run" in message:
-                exec(compile(message["run"], "<program>", "exec"), vars(module))
-                answer = {"ok": None}
-            else:
-                answer = call_function(vars(module), message)
+            answer = self._answer(message)
         except BaseException as error:
-            answer = {"error": error_outcome(error), "detail": describe_error(error), "type": _builtin_name(error)}
+            answer = {"error": error_outcome(error), "detail": describe_error(error)}
+            answer |= {"type": builtin_name(error), "message": error_message(error)}
         try:
-            send(connection, answer)
+            send(self.connection, answer)
         except NotPlain as error:
-            send(connection, {"error": "output_limit", "detail": str(error)})
+            send(self.connection, {"error": "output_limit", "detail": str(error)})
+
+    def _answer(self, message: dict) -> dict:
+        if "run" in message:
+            exec(compile(message["run"], "<program>", "exec"), self.namespace)
+            return {"ok": None}
+        refer = self._refer if message.get("keep") else None
+        args = [decode(a, self._resolve) for a in message.get("args", ())]
+        kwargs = {k: decode(v, self._resolve) for k, v in message.get("kwargs", {}).items()}
+        if "get" in message:
+            function = functools.partial(getattr, self.objects[message["on"]], message["get"])
+        elif "on" in message:
+            function = functools.partial(_OPERATIONS[message["call"]], self.objects[message["on"]])
+        elif (name := message["call"]) not in self.namespace:
+            return {"error": "missing_entry", "detail": f"the program does not define {name}"}
+        elif not callable(function := self.namespace[name]):
+            return {"error": "missing_entry", "detail": f"{name} is a {type(function).__name__}, not a function"}
+        result = function(*args, **kwargs)
+        try:
+            answer = {"ok": encode(result, refer), "made": isinstance(function, type)}
+            if message.get("in_place"):
+                answer["args"] = [encode(a, refer) for a in args]
+        except NotPlain as error:
+            return {"error": "bad_type", "detail": str(error)}
+        return answer
+
+    def _refer(self, value) -> Reference:
+        for number, other in enumerate(self.objects):
+            if other is value:
+                return Reference("object", number)
+        self.objects.append(value)
+        return Reference("object", len(self.objects) - 1)
+
+    def _resolve(self, kind: str, key: int | str):
+        if kind == "object":
+            return self.objects[key]
+        if kind == "function":
+            return functools.partial(self._call_back, key)
+        return self.namespace[key] if kind == "program" else getattr(builtins, key)
+
+    def _call_back(self, number: int, *args):
+        """Call a function of the tests."""
+        send(self.connection, {"callback": number, "args": [encode(a, self._refer) for a in args]})
+        while "returned" not in (message := receive(self.connection)):
+            self.serve(message)  # the function calls the program
+        if message.get("type"):
+            raise getattr(builtins, message["type"])(message["message"])
+        return decode(message["returned"], self._resolve)
 
 
-def call_function(namespace: dict, message: dict) -> dict:
-    name = message["call"]
-    if name not in namespace:
-        return {"error": "missing_entry", "detail": f"the program does not define {name}"}
-    if not callable(namespace[name]):
-        return {"error": "missing_entry", "detail": f"{name} is a {type(namespace[name]).__name__}, not a function"}
-    args, kwargs = [decode(a) for a in message["args"]], {k: decode(v) for k, v in message.get("kwargs", {}).items()}
-    result = namespace[name](*args, **kwargs)
-    try:
-        return {"ok": encode(result)}
-    except NotPlain as error:
-        return {"error": "bad_type", "detail": str(error)}
-
-
-def _builtin_name(error: BaseException) -> str | None:
-    mro = type(error).__mro__
-    return next((k.__name__ for k in mro if k.__name__ in PLAIN_EXCEPTIONS and vars(builtins)[k.__name__] is k), None)
-
-
-class CallFailed(BaseException):
-    """A call requested by a test failed in a way that no test may catch."""
-
-
-def serve_tester(connection: socket.socket) -> None:
-    """Run test code. The functions named in the message are called through the parent, with plain data only."""
-    message = receive(connection)
-    calls = 0
-
-    def remote(name):
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            encoded = {k: encode(v) for k, v in kwargs.items()}
-            send(
-                connection, {"call": name, "args": [encode(a) for a in args], "kwargs": encoded}, 16 * MAX_MESSAGE_BYTES
-            )
-            answer = receive(connection)
-            if "ok" in answer:
-                return decode(answer["ok"])
-            if answer.get("type"):  # an exception that a test may expect
-                raise getattr(builtins, answer["type"])(answer["detail"])
-            raise CallFailed
-
-        return call
-
-    namespace = {"__name__": "tester"} | {name: remote(name) for name in message["names"]}
-    try:
-        exec(compile(message["check"], "<tests>", "exec"), namespace)
-        verdict = {"passed": True}
-    except BaseException as error:
-        problem = "the test failed" if isinstance(error, AssertionError) else describe_error(error)
-        verdict = {"passed": False, "detail": f"{problem}: {_failing_line(error, message['check'])}".rstrip(": ")}
-    send(connection, verdict | {"calls": calls})
-
-
-def _failing_line(error: BaseException, source: str) -> str:
-    """Return the line of the test code that raised an exception."""
-    line = None
-    trace = error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == "<tests>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    lines = source.splitlines()
-    return lines[line - 1].strip()[:120] if line and line <= len(lines) else ""
+_OPERATIONS = {
+    "call": operator.call, "getitem": operator.getitem, "setitem": operator.setitem, "set": setattr, "list": list,
+    "len": len, "str": str, "repr": repr, "next": next,
+}  # fmt: skip
 
 
 def serve_script(connection: socket.socket) -> None:
@@ -205,6 +203,7 @@ def run_child(job: dict, fds: list[int]) -> None:
         if lockdown.can_filter():
             lockdown.refuse_system_calls(may_write=job["kind"] != "function")
         random.seed(0)
+        builtins.exit = builtins.quit = sys.exit  # Python defines them in the module site, which is not imported
         SERVE[job["kind"]](connection)
     except SystemExit:
         if job["kind"] == "script":

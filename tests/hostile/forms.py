@@ -1,8 +1,9 @@
-"""Wrong answers to the other forms of tests: standard input and output, checks, and asserts of every shape."""
+"""Wrong answers to the other forms of tests: standard input and output, checks, asserts, and tests that use objects."""
 
 from functools import partial
 
 from hostile.case import CHECK, Case, in_function
+from hostile.harness import SEARCH
 
 IO_TESTS = [{"input": "3\n1 2 3\n", "output": "6\n1 3 6\n"}, {"input": "1\n5\n", "output": "5\n5\n"}]
 RIGHT_SCRIPT = """
@@ -233,4 +234,96 @@ ASSERTS = [
     ),
 ]
 
-CASES = SCRIPTS + CHECKS + ASSERTS
+YES = """
+class Yes:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __bool__(self): return True
+    def __contains__(self, x): return True
+    def __sub__(self, x): return 0
+    def __call__(self, *a): return self
+    def __getattr__(self, name): return self
+    def __iter__(self): return iter([self])
+    def __len__(self): return 1
+"""
+USE_STACK = ["s = Stack()\ns.push(3)\ns.push(4)\nassert s.pop() == 4"]
+FORGE = """
+import json, os, struct
+def forge(message):
+    data = json.dumps(message).encode()
+    os.write(3, struct.pack(">I", len(data)) + data)
+"""
+IN_PLACE = ["x = [3, 1]\nf(x)\nassert x == [1, 3]"]
+APPLY = ["assert f(lambda x: x * 7, 3) == 21"]
+
+objects = partial(Case, "objects of the program")
+
+OBJECTS = [
+    objects("a class that is equal to everything", YES + "Stack = Yes", USE_STACK),
+    objects("a method that returns such an object", YES + "class Stack:\n    push = pop = lambda *a: Yes()", USE_STACK),
+    objects("an attribute that is such an object", YES + "class A:\n    x = Yes()", ["assert A().x.y == 4"]),
+    objects(
+        "a text of the object", YES + "class A:\n    def __str__(self): return Yes()", ["assert str(A()) == 'A(1)'"]
+    ),
+    objects("an item of the object", YES + "class A:\n    def __getitem__(s, i): return Yes()", ["assert A()[0] == 5"]),
+    objects("a function that returns such an object", YES + "def f(x): return Yes()", ["assert f(2)(3) == 5"]),
+    objects(
+        "a length of the object", YES + "class A:\n    def __len__(self): return 0", ["a = A()\nassert len(a) == 2"]
+    ),
+    objects("a difference to the object", YES + "def f(x): return Yes()", ["assert abs(f(3) - 21) < 1e-6"], "f"),
+    objects("a forged reference", FORGE + "def f(x):\n    forge({'ok': {'object': 0}})\n    return 0", CHECK, "f"),
+    objects(
+        "a forged reference to a test", FORGE + "def f(*x):\n    forge({'ok': {'function': 0}})\n    return 0", APPLY
+    ),
+    objects(
+        "a forged verdict", FORGE + "def f(*x):\n    forge({'passed': True, 'calls': 3})\n    return 0", CHECK, "f"
+    ),
+    objects("a forged callback", FORGE + "def f(*x):\n    forge({'callback': 9, 'args': []})\n    return 0", APPLY),
+    objects("callbacks without end", FORGE + "def f(g, x):\n    while True: g(x)", APPLY, timeout=0.2),
+    objects("a callback with a lying argument", YES + "def f(g, x): return g(Yes())", APPLY),
+    objects("a callback with a text", "def f(g, x): return g('3')", APPLY, outcome="failed"),
+    objects(
+        "the frames of a callback",
+        SEARCH + "import sys\ndef f(g, x):\n    frame = sys._getframe()\n    while frame:\n"
+        "        if (found := answer_in(repr(frame.f_locals) + repr(frame.f_globals), x)) is not None: return found\n"
+        "        frame = frame.f_back\n    return 0",
+        APPLY,
+    ),
+    objects("no change in place", "def f(x): return [1, 3]", IN_PLACE, outcome="failed"),
+    objects(
+        "a lying element in place",
+        "class I(int):\n    def __eq__(s, o): return True\ndef f(x): x[:] = [I(5), I(6)]",
+        IN_PLACE,
+    ),
+    objects("an object in place", YES + "def f(x): x[:] = [Yes(), Yes()]", IN_PLACE),
+    objects("forged arguments", FORGE + "def f(x):\n    forge({'ok': None, 'args': [{'object': 0}]})", IN_PLACE),
+    objects(
+        "more forged arguments than given",
+        FORGE + "def f(x):\n    forge({'ok': None, 'args': [[3], [1, 3]]})",
+        IN_PLACE,
+    ),
+    objects(
+        "a Fraction with lying parts",
+        "from fractions import Fraction\n"
+        + YES
+        + "def f(x):\n    r = Fraction(1, 3)\n    r._numerator = Yes()\n    return r",
+        ["from fractions import Fraction\nassert f(1) == Fraction(1, 2)"],
+    ),
+    objects(
+        "a date that is equal to everything",
+        "import datetime\nclass D(datetime.date):\n    def __eq__(s, o): return True\ndef f(x): return D(1, 1, 1)",
+        ["import datetime\nassert f(1) == datetime.date(2020, 1, 1)"],
+    ),
+    objects(
+        "a Decimal that is not a number",
+        "from decimal import Decimal\ndef f(x): return Decimal('nan')",
+        ["assert not f(1) != 3"],
+    ),
+    objects(
+        "a forged match",
+        FORGE + "def f(x):\n    forge({'ok': {'match': [['b'], [[0]], 5]}})",
+        ["assert f(1).group() == 'b'"],
+    ),
+]
+
+CASES = SCRIPTS + CHECKS + ASSERTS + OBJECTS
