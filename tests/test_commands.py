@@ -48,9 +48,11 @@ def test_closed_pipe_ends_a_command_silently(command):
 
 @pytest.mark.parametrize("num_bytes, unbuffered", [(1, ""), (0, "1"), (1, "1")])
 def test_pipe_that_is_closed_while_a_command_prints(num_bytes, unbuffered):
-    for command in ("train.py --help", "-m data show sums -n 2000"):
-        status, stderr = run_with_closed_pipe(command.split(), num_bytes, PYTHONUNBUFFERED=unbuffered)
-        assert status == CLOSED_PIPE_STATUS and stderr == ""
+    command = "-m data show sums -n 2000"  # more output than a pipe holds
+    status, stderr = run_with_closed_pipe(command.split(), num_bytes, PYTHONUNBUFFERED=unbuffered)
+    assert status == CLOSED_PIPE_STATUS and stderr == ""
+    status, stderr = run_with_closed_pipe(["train.py", "--help"], num_bytes, PYTHONUNBUFFERED=unbuffered)
+    assert status in (0, CLOSED_PIPE_STATUS) and stderr == ""  # 0: all of it was printed before the pipe was closed
 
 
 def test_errors_are_shown_if_the_pipe_is_closed():
