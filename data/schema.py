@@ -13,8 +13,8 @@ PROMPT_NAMES = ("prompt", "question", "problem")  # tried in this order if `colu
 ASSISTANT_ROLES = ("assistant", "model", "gpt", "bot", "ai")
 # Starts of LaTeX commands that were read as control characters: JSON and YAML read "\frac" as a form feed and "rac".
 DAMAGED_COMMAND = re.compile(
-    r"[\x07\x08\x0b\x0c\x1b](?=[A-Za-z])|\t(?=ext(?:bf|it|rm)?\{|imes\b|heta\b|frac\{)|\r(?=ight\b|ho\b)"
-    r"|\n(?=abla\b|otin\b)"
+    r"[\x07\x08\x0b\x0c\x1b](?=[A-Za-z])|\t(?=ext(?:bf|it|rm)?\{|imes\b|heta\b|frac\{|riangle\b)"
+    r"|\r(?=ight\b|ho\b|floor\b|ceil\b|angle\b)|\n(?=abla\b|otin\b|eq\b)"
 )
 
 

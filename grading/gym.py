@@ -51,7 +51,7 @@ def grade_gym(answer: str, row: dict) -> tuple[float, str]:
     if len(final_text) > limit:
         return 0.0, f"no_answer: the answer has {len(final_text)} characters, over {limit}"
     if family in VERDICTS or family in CHECKS:
-        problem = _read(VERDICTS.get(family) or CHECKS[family], final_text, entry)
+        problem = _find_problem(VERDICTS.get(family) or CHECKS[family], final_text, entry)
         if problem:
             return 0.0, f"wrong: {problem}"
     if family in VERDICTS:
@@ -68,7 +68,7 @@ def grade_gym(answer: str, row: dict) -> tuple[float, str]:
     return 0.0, "wrong: score_answer " + (f"raised {exception}" if exception else f"gives {score:.2g}, not 1")
 
 
-def _read(verdict: Verdict, text: str, entry: dict) -> str:
+def _find_problem(verdict: Verdict, text: str, entry: dict) -> str:
     """Return why an answer is wrong, or "". A text that cannot be read as data is wrong."""
     try:
         return verdict(text, entry)

@@ -15,6 +15,7 @@ import yaml
 from data import load_questions
 from grading import Completion, RewardError, Rewards, Score, load_rewards, score_all
 from grading.base import did_you_mean, shorten
+from grading.rewards.reward_file import modules_beside
 from grading.rewards.trials import try_to_learn_payments
 from grading.rewards.verdicts import find_payment, payments_from_lists
 
@@ -65,14 +66,20 @@ def load_run_rewards(rewards_file: str, settings: dict, source: str | None = Non
 
 
 def learn_run_payments(rewards: Rewards, folder: Path | None, rows: list[dict]) -> None:
-    """Set `rewards.payments`, which verdicts follow from: those of the run if its reward file has not changed.
+    """Set `rewards.payments`, which verdicts follow from: those of the run if its reward files have not changed.
 
     Args:
         folder: The run folder, if any.
         rows: The rows whose golds are tried otherwise.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if folder and (folder / "rewards.py").read_text(encoding="utf-8") == rewards.source:
+        path = rewards.path
+        files = {m.relative_to(path.parent): m.read_text(encoding="utf-8") for m in modules_beside(path)}
+        files[Path("rewards.py")] = rewards.source
+        if folder and all(
+            (folder / name).read_text(encoding="utf-8").splitlines() == text.splitlines()
+            for name, text in files.items()
+        ):
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             rewards.payments.update(payments_from_lists(summary["payments"]))
     if not any(find_payment(rewards, f, row) for f in rewards.functions for row in rows[:1]):

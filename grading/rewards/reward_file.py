@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from grading.base import RewardError, RewardFunction, Rewards, did_you_mean, short_repr
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+OWN_MODULES = ("bench", "data", "export", "grading", "rewards", "rl", "tests", "tools", "train", "ui")  # in ROOT
 
 
 def load_rewards(
@@ -103,6 +105,11 @@ def _import_file(file: Path, source: str | bytes):
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses, among others, look up their module by name
+    text = source if isinstance(source, str) else source.decode(errors="replace")
+    if re.search(rf"^\s*(?:from|import)\s+{re.escape(file.stem)}\b", text, re.MULTILINE):
+        # Not the file itself: in a run folder, a copy that imports from rewards means the project's rewards.py.
+        with contextlib.suppress(Exception):
+            importlib.import_module(file.stem)
     try:
         with _imports_from(file.parent):
             # The loader is not used: its bytecode cache misses a change that keeps the file's size within a second.
@@ -128,12 +135,13 @@ def _imports_from(folder: Path):
     They are imported anew for each load, so that changes take effect. Their folder is first on sys.path while the file
     is executed, and last while its functions run, so that it does not hide modules that others import later.
     """
-    for name in [name for name in sys.modules if _is_beside(name, _folders)]:
+    for name in [name for earlier in _folders for name in _names_beside(earlier)]:
         del sys.modules[name]
     for earlier in _folders:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(earlier))
-    _folders[:] = [] if folder == ROOT else [folder]
+        if earlier != ROOT:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(str(earlier))
+    _folders[:] = [folder]
     writes_bytecode = sys.dont_write_bytecode
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(folder))
@@ -143,21 +151,30 @@ def _imports_from(folder: Path):
     finally:
         sys.dont_write_bytecode = writes_bytecode
         sys.path.remove(str(folder))
-        if _folders:
+        if folder != ROOT:
             sys.path.append(str(folder))
 
 
 def modules_beside(file: Path) -> list[Path]:
     """Return the files of the modules that a loaded reward file has imported from its folder."""
-    names = [name for name in sys.modules if _is_beside(name, [file.parent])] if file.parent in _folders else []
+    names = _names_beside(file.parent) if file.parent in _folders else []
     return sorted(Path(sys.modules[name].__file__) for name in names)
 
 
-def _is_beside(name: str, folders: list[Path]) -> bool:
-    """Return whether a module has been imported from one of the folders."""
+def _names_beside(folder: Path) -> list[str]:
+    """Return the names of the modules that have been imported from a folder, without those of the project."""
+    return [
+        name
+        for name in sys.modules
+        if _is_beside(name, folder) and not (folder == ROOT and name.partition(".")[0] in OWN_MODULES)
+    ]
+
+
+def _is_beside(name: str, folder: Path) -> bool:
+    """Return whether a module has been imported from a folder."""
     file = getattr(sys.modules.get(name), "__file__", None)
     stem = name.replace(".", "/")
-    return bool(file) and any(Path(file) in (f / f"{stem}.py", f / stem / "__init__.py") for f in folders)
+    return bool(file) and Path(file) in (folder / f"{stem}.py", folder / stem / "__init__.py")
 
 
 def _import_hint(file: Path, error: ImportError) -> str:
@@ -165,7 +182,7 @@ def _import_hint(file: Path, error: ImportError) -> str:
     name = (error.name or "").partition(".")[0]
     own = next((path for path in (file.parent / f"{name}.py", file.parent / name) if name and path.exists()), None)
     other = getattr(sys.modules.get(name), "__file__", None) or ""
-    if own and other and not _is_beside(name, [file.parent]):
+    if own and other and not _is_beside(name, file.parent):
         return f". The name {name} means {other} here: rename {own}"
     if isinstance(error, ModuleNotFoundError) and not own:
         return f". Put {name}.py into {file.parent}, or install the package"

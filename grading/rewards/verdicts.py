@@ -9,7 +9,7 @@ import dis
 import functools
 import math
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
 from grading.base import RewardFunction, Rewards, Score, outcome_of, row_kind
@@ -76,7 +76,6 @@ def find_judge(rewards: Rewards, score: Score, row: dict) -> RewardFunction | No
     neither read the gold nor pay it more are never the judge, nor are reward models. If a reward pays the gold more but
     does not apply to the completion, one that does not know the gold is not the judge instead.
     """
-
     best = None
     is_gold_known = any(find_payment(rewards, f, row) for f in rewards.functions)
     for f in rewards.functions:
@@ -161,8 +160,9 @@ def _names_and_strings(function) -> tuple[set[str], set[str]]:
             pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _has_contents(cell)]
             folder = Path(code.co_filename).parent
             scope = getattr(value, "__globals__", {})
-            for name in _global_names(code):
-                used = scope.get(name)
+            global_names = _global_names(code)
+            modules = [vars(m) for name in global_names if _is_module_in(m := scope.get(name), folder)]
+            for used in [namespace.get(name) for namespace in (scope, *modules) for name in global_names]:
                 if isinstance(used, str) or (
                     isinstance(used, FunctionType) and Path(used.__code__.co_filename).parent == folder
                 ):
@@ -173,6 +173,10 @@ def _names_and_strings(function) -> tuple[set[str], set[str]]:
 def _global_names(code: CodeType) -> set[str]:
     nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*map(_global_names, nested))
+
+
+def _is_module_in(value, folder: Path) -> bool:
+    return isinstance(value, ModuleType) and Path(getattr(value, "__file__", None) or "").parent == folder
 
 
 def _has_contents(cell) -> bool:

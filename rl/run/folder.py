@@ -92,7 +92,13 @@ class RunFolder:
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
         files = {"rewards.py": rewards_file.read_bytes(), "config.yaml": text}
         for module in modules_beside(rewards_file):
-            files.setdefault(str(module.relative_to(rewards_file.parent)), module.read_bytes())
+            name = str(module.relative_to(rewards_file.parent))
+            if name in files and module != rewards_file:
+                raise ConfigError(
+                    f"rewards_file: {rewards_file.name} imports {module}, but in the run folder {name} is the copy of "
+                    f"{rewards_file.name}: rename {module.name}"
+                )
+            files[name] = module.read_bytes()
         for name, content in files.items():
             path = self.path / name
             with write_errors(path):

@@ -182,7 +182,20 @@ def test_an_answer_with_angle_brackets_is_not_a_prefill(text):
 # --- damaged golds
 
 
-@pytest.mark.parametrize("answer", ["\frac{1}{2}", "\boxed{3}", "2\text{ cm}", "3\times 4", "x\right)", "\vec{a}"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "\frac{1}{2}",
+        "\boxed{3}",
+        "2\text{ cm}",
+        "3\times 4",
+        "x\right)",
+        "\vec{a}",
+        "x\neq 1",
+        "\triangle ABC",
+        "x\rfloor",
+    ],
+)
 def test_refuses_a_gold_with_a_control_character_for_a_backslash(tmp_path, answer):
     """JSON reads "\\frac" with a single backslash as a form feed and "rac"."""
     (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "a", "answer": answer}))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grading import Completion, RewardError, load_rewards, outcome_of, outcome_shares, preflight, row_kind, score_all
+from grading.rewards import reward_file
 from grading.rewards.reward_file import modules_beside
 from grading.rewards.scoring import parse_result
 
@@ -239,6 +240,29 @@ def test_imports_modules_beside_the_file(tmp_path):
         assert [file.name for file in modules_beside(rewards.path)] == ["my_later.py", "__init__.py", "inner.py"]
         assert not list(tmp_path.rglob("__pycache__"))
     assert modules_beside(load_rewards("rewards.py").path) == [] and str(tmp_path / "b") not in sys.path
+
+
+def test_a_copy_in_a_run_folder_imports_from_the_rewards_of_the_project(tmp_path):
+    """The reward file my_rewards.py of a user is called rewards.py there."""
+    (tmp_path / "rewards.py").write_text("from rewards import correct\nreward_funcs = [correct]\n")
+    command = "from grading import load_rewards; import sys; print(load_rewards(sys.argv[1]).names)"
+    arguments = [sys.executable, "-c", command, tmp_path / "rewards.py"]
+    assert subprocess.run(arguments, capture_output=True, text=True).stdout == "['correct']\n"
+
+
+def test_modules_beside_a_file_in_the_folder_of_the_project(tmp_path, monkeypatch):
+    """They are imported anew and copied, but the modules of the project are not."""
+    monkeypatch.setattr(reward_file, "ROOT", tmp_path)
+    monkeypatch.setattr(reward_file, "OWN_MODULES", ("own_module",))
+    monkeypatch.setattr(reward_file, "_folders", [])
+    (tmp_path / "own_module.py").write_text("")
+    path = list(sys.path)
+    for value in (1, 2):
+        (tmp_path / "root_helper.py").write_text(f"VALUE = {value}\n")
+        source = "import own_module\nfrom root_helper import VALUE\n@reward\ndef f(c): return VALUE\n"
+        rewards = load_rewards(write(tmp_path, source))
+        assert score_one(rewards, completion("x")).total == value
+        assert modules_beside(rewards.path) == [tmp_path / "root_helper.py"] and sys.path == path
 
 
 def test_modules_beside_the_file_do_not_hide_others(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import completion, write
@@ -154,6 +155,16 @@ def test_columns_that_a_function_reads(tmp_path):
     read = {f.name: columns_read(f, row) for f in rewards.functions}
     assert read["one"] == {"answer", "source"} and read["two"] == {"gold"} and read["three"] == set()
     assert read["part"] >= {"answer", "source"}
+
+
+def test_columns_that_helpers_in_another_module_read(tmp_path):
+    (tmp_path / "my_checks.py").write_text("GOLD = 'gold'\ndef is_right(c): return c.text == c.row[GOLD]\n")
+    for source in (
+        "import my_checks\n@reward\ndef f(c): return my_checks.is_right(c)",
+        "from my_checks import is_right\n@reward\ndef f(c): return is_right(c)",
+    ):
+        (f,) = load_rewards(write(tmp_path, source)).functions
+        assert columns_read(f, {"prompt": "q", "gold": "1"}) == {"gold"}
 
 
 @pytest.mark.parametrize("column", ["ground_truth", "solution", "gold", "reference", "my_column"])
@@ -369,11 +380,34 @@ def test_rescoring_uses_the_values_of_the_run(tmp_path):
         learn_run_payments(edited, folder, ROWS[:1])
         scores = score_all(edited, [Completion("q", text, ROWS[0]) for text in BOXED])
         assert [score.is_right for score in scores] == [True, False, False, False, False]
+    (folder / "rewards.py").write_bytes(Path(path).read_bytes().replace(b"\n", b"\r\n"))  # written on Windows
+    (folder / "summary.json").write_text(json.dumps({"payments": [["half", "math", "t", 0.4, 0, 0, False]]}))
+    rewards = load_rewards(path)
+    learn_run_payments(rewards, folder, [ROWS[0] | {"task": "t"}])
+    assert [payment.right for payment in rewards.payments.values()] == [0.4]
     fragile = load_rewards(
         path, source="from grading import *\n@reward\ndef f(c): return 1 / (c.row['answer'] == '1')\n"
     )
     learn_run_payments(fragile, folder, ROWS)
     assert fragile.payments == {}
+
+
+def test_rescoring_with_a_changed_module_learns_the_values_anew(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    source = (
+        "import my_pay\n@reward\ndef pays(c): return my_pay.RIGHT * (extract_answer(c.answer) == c.row['answer'])\n"
+    )
+    thresholds = []
+    for right in (0.5, 0.25):  # the run, and the module edited after it
+        (tmp_path / "my_pay.py").write_text(f"RIGHT = {right}\n")
+        rewards = load_rewards(write(tmp_path, source))
+        learn_run_payments(rewards, folder, ROWS)
+        thresholds += {payment.right for payment in rewards.payments.values()}
+        (folder / "rewards.py").write_bytes(rewards.path.read_bytes())
+        (folder / "my_pay.py").write_text("RIGHT = 0.5\n")
+        (folder / "summary.json").write_text(json.dumps({"payments": payments_to_lists(rewards)}))
+    assert thresholds == [0.5, 0.25]
 
 
 def test_many_tasks_are_tried_together(tmp_path):

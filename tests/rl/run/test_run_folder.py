@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -204,6 +205,25 @@ def test_modules_that_the_reward_file_imports_are_copied_and_checked(tmp_path):
     folder.close()
     assert sorted(path.name for path in folder.path.rglob("*.py")) == ["__init__.py", "rewards.py"]
     assert load_rewards(str(folder.path / "rewards.py")).functions[0].function(None) == 0.5  # the copy of the run
+
+
+def test_an_imported_module_with_the_name_of_the_copy_is_refused(tmp_path):
+    (tmp_path / "rewards.py").write_text("def pay(c): return 0.5\n")
+    (tmp_path / "mine.py").write_text(
+        "from rewards import pay\nfrom grading import reward\n@reward\ndef f(c): return pay(c)\n"
+    )
+    loaded = sys.modules.pop("rewards", None)  # in a new process, no other module has this name
+    try:
+        rewards = load_rewards(str(tmp_path / "mine.py"))
+        folder = RunFolder(tmp_path / "run", Config(output_dir=str(tmp_path / "run")))
+        folder.open()
+        with pytest.raises(train.ConfigError, match="mine.py imports .*rewards.py, but .*: rename rewards.py"):
+            folder.write_settings({}, rewards.path, 0)
+        folder.close()
+    finally:
+        sys.modules.pop("rewards", None)
+        if loaded:
+            sys.modules["rewards"] = loaded
 
 
 def test_a_run_waits_for_a_lock_that_is_held_briefly(tmp_path):
