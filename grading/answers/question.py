@@ -14,7 +14,7 @@ from grading.answers.equations import split_sides
 from grading.answers.exact import Value
 from grading.answers.structures import Items, parse
 from grading.answers.terms import ONE, ParseError, TooBig
-from grading.answers.tokens import tidy
+from grading.answers.tokens import WORDS, tidy
 from grading.answers.units import PERCENT
 
 MAX_QUESTION_CHARS = 20_000  # only the end of a longer question is compared
@@ -23,10 +23,13 @@ MAX_PARSED = 60  # expressions that are parsed for one answer
 
 _TOKEN = re.compile(
     r"\d{0,40}\.\d{0,40}\\(?:overline|bar|dot)\s*\{\d+\}"  # a repeating decimal
-    r"|\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}|\b(?:and|or)\b|[A-Za-z]|\S",
+    r"|\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}"
+    rf"|(?<![A-Za-z])(?:{'|'.join(WORDS)})(?![A-Za-z])|[A-Za-z]|\S",
     re.ASCII,
 )
-_SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "and": ",", "or": ",", ";": ","}
+_SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "percent": "%", ";": ","}
+_SYNONYMS |= WORDS | {"and": ",", "or": ","}
+_EXPRESSION = re.compile(r"\$[^$]{1,200}\$|\\\(.{1,200}?\\\)|(?<![\w.])[(\d][\d+\-*/() ]{2,100}[)\d](?![\w.])")
 _DROPPED = {"$", r"\text", r"\limits"}
 
 
@@ -43,22 +46,41 @@ def repeats_question(answer: str, gold: str, question: str) -> bool:
         parsed_gold = parse(gold)
     except (ParseError, TooBig):  # then only its own text is right
         return False
-    if is_same_text(answer, gold) or _is_number_with_unit(answer):
+    if is_same_text(answer, gold) or is_number_with_unit(answer):
         return False
     golds = [parsed_gold, *(parsed_gold.items if isinstance(parsed_gold, Items) else ())]
     sides = [side for _, side in split_sides(answer)]
     equal = [side for side in sides if len(sides) > 1 and _equals_any(side, golds)]
     question_text = _question_text(question)
+    if _is_left_to_compute(answer) and not _is_left_to_compute(gold) and _is_to_compute(golds, question):
+        return True
     return all(_repeats(side, gold, golds, question_text) for side in equal or [answer])
 
 
-def _is_number_with_unit(answer: str) -> bool:
+def is_number_with_unit(answer: str) -> bool:
     """Return whether an answer is a number with a unit other than %, which is as it is in the question too."""
     try:
         node = parse(answer)
     except (ParseError, TooBig):
         return False
     return isinstance(node, Value) and not node.pending and node.split_unit()[1] not in (ONE, PERCENT)
+
+
+def _is_left_to_compute(text: str) -> bool:
+    """Return whether a text is a power, root or function that is a whole number, such as 4!."""
+    try:
+        node = parse(text)
+    except (ParseError, TooBig):
+        return False
+    return isinstance(node, Value) and node.pending > 0 and node.rational is not None and node.rational.denominator == 1
+
+
+def _is_to_compute(golds: list, question: str) -> bool:
+    """Return whether the gold answer is the value of an expression of the question, as in "Compute 115^2"."""
+    expressions = (tidy(match[0]) for match in _EXPRESSION.finditer(question[-MAX_QUESTION_CHARS:]))
+    return any(
+        _is_left_to_compute(text) and _equals_any(text, golds) for text in itertools.islice(expressions, MAX_PARSED)
+    )
 
 
 def has_form_of(answer: str, gold: str) -> bool:

@@ -18,6 +18,7 @@ _CHARACTERS = str.maketrans(
         "∅": r"\emptyset ", "±": r"\pm ", "°": r"^\circ ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "…": r"\ldots ", "\u00a0": " ", "\u2009": " ",
         "\u202f": " ", "\n": " ", "\t": " ", "~": " ", "、": ",", "。": ".", "\u3000": " ",
+        "￥": "¥", "￡": "£", "￦": "₩", "\u2010": "-", "\u2011": "-",
     }
     | {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width characters
 )  # fmt: skip
@@ -37,7 +38,7 @@ _COMMANDS = {
 }  # fmt: skip
 _COMMAND = re.compile(
     r"\\(?P<empty>(?:left|right)\s*\.|(?:text)?color\s*(?:\[\w+\])?\s*\{[\w!]+\})"
-    r"|\\math(?:bf|it|sf|rm|cal)\s*(?:\{(?P<letter>[A-Za-z])\}|(?P<words>(?=\{\s*(?:[A-Za-z]{2}|[A-Za-z]/)[^{}\\+=]*\}))|(?P<group>))"
+    r"|\\math(?:bf|it|sf|rm|cal)\s*(?:\{(?P<letter>[A-Za-z])\}|(?P<words>(?=\{\s*(?:[A-Za-z]{2}|[A-Za-z]/|\([A-J]\))[^{}\\+=]*\}))|(?P<group>))"
     r"|\\(?P<name>[A-Za-z]+)"
 )
 
@@ -62,6 +63,10 @@ _TIDY = [
             lambda m: f"\\{m[1]}{{{m[2]}}}" + (f"{{{m[3]}}}" if m[3] else ""),
         ),
         (r"\\text\s*\{([ei])\}", r" \1 "),
+        (rf"\\text\s*\{{\s*(\\?[{CURRENCIES}]|[A-Z][A-Za-z]{{1,2}}\.?)\s*\}}\s*(?=\d)", r"\1"),  # \text{\$}13
+        (r"(\^\s*\{?\\circ\s*\}?)\s*([CF])\b", r"\1\\text{\2}"),  # Celsius, Fahrenheit
+        (r"\\text\s*\{([^{}]*)\}\s*/\s*\\text\s*\{([^{}]*)\}", r"\\text{\1/\2}"),  # \text{km}/\text{h}
+        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
         (r"\\text\s*\{\s*\(?([-+]?[\d.,/ ]+)\)?\s*\}", r"\1"),  # \text{13}
         (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
