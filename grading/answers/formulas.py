@@ -4,6 +4,8 @@ Unknown syntax raises ParseError, and no text is ever skipped. Sums, integrals a
 grading/answers/structures.py extends the parser to structures that contain formulas: lists, sets, relations, matrices.
 """
 
+from fractions import Fraction
+
 from grading.answers.exact import EVALUABLE, FUNCTIONS, PLAIN, SYMBOLIC, Value, apply_function, number, symbol
 from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.units import CURRENCIES, parse_unit
@@ -117,7 +119,13 @@ class FormulaParser:
                 sign = self.parse_signs()
                 factor = as_value(self.parse_power())
                 factor = factor if sign > 0 else -factor
-                result = _quotient(result, factor) if kind in _DIVIDE else _product(result, factor)
+                magnitude, unit = factor.split_unit()
+                if kind in _TIMES:
+                    result = _product(result, factor)
+                elif unit and result.rational is not None:  # 3/4 miles is 3/4 of a mile
+                    result = with_unit(_quotient(result, magnitude), Value({unit: Fraction(1)}))
+                else:
+                    result = _quotient(result, factor)
             elif kind in _FACTORS and not (kind == "|" and self.open_bars):
                 result = _product(result, as_value(self.parse_power()))
             else:

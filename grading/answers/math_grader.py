@@ -171,7 +171,7 @@ _LETTER_AT_END = re.compile(r"(?<=[0-9}])\s*([ghlmsJLNVW])(?=(?:\^\{?[23]\}?)?$)
 
 
 def _is_same_with_letter_as_unit(answer: str, gold: str) -> bool | None:
-    """Return whether an answer such as 5 m equals the gold answer 5 meters, or the reverse. A letter alone is no unit."""
+    """Return whether an answer such as 5 m equals the gold answer 5 meters, or the reverse."""
     texts = [_LETTER_AT_END.sub(r"\\text{\1}", text) for text in (answer, gold)]
     return texts != [answer, gold] and all(map(is_number_with_unit, texts)) and compare(*texts)
 

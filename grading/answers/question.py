@@ -1,7 +1,8 @@
 """Answers that repeat an expression of the question instead of evaluating it, also inside another expression.
 
 Expressions are compared as lists of tokens, without differences of notation: 31^{2} and 31^2, \\frac{1}{2} and 1/2, 2*x
-and 2x have the same tokens. An answer may repeat an expression that the gold answer contains.
+and 2x have the same tokens. An answer may repeat an expression that the gold answer contains. If the question asks for
+the value of an expression, such as 115^2, another power, root or function with this whole value repeats it too.
 """
 
 import functools

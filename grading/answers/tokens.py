@@ -26,19 +26,19 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _COMMANDS = {
     other: name
     for name, others in {
-        "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits vec hat underline bm boldsymbol bf large Large",
+        "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits vec hat underline bm boldsymbol bf tt bold large Large LARGE huge Huge small",
         " ": "quad qquad",
         r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\le": "leq leqslant", r"\ge": "geq geqslant", r"\ne": "neq",
         r"\emptyset": "varnothing", r"\ldots": "dots cdots dotsc", r"^\circ": "degree deg", "|": "lvert rvert vert mid",
-        r"\text": "textbf textit textrm textnormal textsf texttt mbox hbox operatorname",
+        r"\text": "textbf textit textrm textnormal textsf texttt emph mbox hbox operatorname",
         r"\setminus": "backslash",
         "<": "lt", ">": "gt", "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace",
     }.items()
     for other in others.split()
 }  # fmt: skip
 _COMMAND = re.compile(
-    r"\\(?P<empty>(?:left|right)\s*\.|(?:text)?color\s*(?:\[\w+\])?\s*\{[\w!]+\})"
-    r"|\\math(?:bf|it|sf|rm|cal)\s*(?:\{(?P<letter>[A-Za-z])\}|(?P<words>(?=\{\s*(?:[A-Za-z]{2}|[A-Za-z]/|\([A-J]\))[^{}\\+=]*\}))|(?P<group>))"
+    r"\\(?P<empty>(?:left|right)\s*\.|(?:text)?color\s*(?:\[\w+\])?\s*\{[\w!#]+\})"
+    r"|\\math(?:bf|it|sf|rm|cal|tt)\s*(?:\{(?P<letter>[A-Za-z])\}|(?P<words>(?=\{\s*(?:[A-Za-z]{2}|[A-Za-z]/|\([A-J]\))[^{}\\+=]*\}))|(?P<group>))"
     r"|\\(?P<name>[A-Za-z]+)"
 )
 
@@ -118,7 +118,7 @@ _POWER_OF_TEN = re.compile(
     r"[eE]([+-]?\d{1,4})(?![\w.])|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,4})\s*\}|([+-]?\d{1,4}))",
     re.ASCII,
 )
-_WORDS_TO_THE_END = re.compile(r"\s+([A-Za-z]{4,}(?: [A-Za-z/]+){0,3})\s*$")
+_WORDS_TO_THE_END = re.compile(r"\s+([A-Za-z]{4,}(?: [A-Za-z/]+){0,3}|(?!per )[A-Za-z]{3}(?: [A-Za-z]{3,}){1,3})\s*$")
 _FOREIGN_WORDS = re.compile(r"\s*((?:[^\W\d_]{2,}|[\u3040-\u9fff\uac00-\ud7af])(?: [^\W\d_]+){0,3})\s*$")
 _TOKEN = re.compile(
     rf"\\text\s*\{{([^{{}}]*)\}}|\\[A-Za-z]+|\\.|[A-Za-z]+|[-+*/^_!=<>(){{}}\[\]|,;:%'&{CURRENCIES[1:]}]"

@@ -41,7 +41,7 @@ _FOREIGN_NOT_UNITS = re.compile(  # half, many, a few, not, about, or, to, times
 # Short units with other letters than these could be products of variables.
 _UNIT = (
     "mm|cm|dm|km|in|ft|yds?|mi|mg|kgs?|lbs?|oz|ml|mL|hr|kW|kN|kJ|Hz|dB|[kKMGT]B|(?i:per\\s?cent|pct|gms|hrs|gal|qts|tbsp|tsp|mins?|secs?|"
-    "wks|yrs|mph|mps|kph|kmp?h|fps|psi|rpm|[kmg]hz|kwh|kcal|cal|kpa|mol|pcs|units?|days?|cents?|usd|eur|gbp|inr|cny|rmb)"
+    "wks|yrs|mph|mps|kph|kmp?h|fps|psi|rpm|[kmg]hz|kwh|kcal|cal|kpa|mol|pcs|pts|cup|men|tons?|units?|days?|cents?|usd|eur|gbp|inr|cny|rmb)"
 )
 # Units that are recognized after a number without \\text{}.
 UNIT_WORDS = re.compile(
@@ -54,7 +54,7 @@ _NOT_UNITS = frozenset(
     """a about above add all almost an and another any approximately are around at base be because below between but by cannot choose
     cubed divided dozen double each eighth either else equal equals even every except exactly factorial false few fewer fifth for
     fourth from gives greater half halves has have hence hundredth if infinitely into is it least less ln log maybe minus mod modulo
-    more most multiplied nearly neither no none nor not nothing odd off on only or other otherwise over per plus pi point
+    more most multiplied nearly neither no none nor not nothing odd off on only or out other otherwise over per plus pi point
     power quarter quarters raised remainder root roughly since so some squared such sum tenth than that the then thereby therefore
     they third this thousandth to total true twice undefined unless until up was we when where which while with without wrong
     zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixth seventh ninth twelfth sixteenth
