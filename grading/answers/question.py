@@ -16,7 +16,7 @@ from grading.answers.exact import Value
 from grading.answers.structures import Items, parse
 from grading.answers.terms import ONE, ParseError, TooBig
 from grading.answers.tokens import WORDS, tidy
-from grading.answers.units import PERCENT
+from grading.answers.units import CURRENCIES, PERCENT
 
 MAX_QUESTION_CHARS = 20_000  # only the end of a longer question is compared
 MAX_NESTING = 40  # braces in an expression; deeper ones are not compared
@@ -31,6 +31,10 @@ _TOKEN = re.compile(
 _SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "percent": "%", ";": ","}
 _SYNONYMS |= WORDS | {"and": ",", "or": ","}
 _EXPRESSION = re.compile(r"\$[^$]{1,200}\$|\\\(.{1,200}?\\\)|(?<![\w.])[(\d][\d+\-*/() ]{2,100}[)\d](?![\w.])")
+_UNIT = re.compile(
+    rf"\\text\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?[23]\}}?)?|\\?[{CURRENCIES}]|\^\s*\{{?\\circ\s*\}}?|(?<=[\d}} ])[^\W\d_][^\\{{}}]*$"
+)
+_DIGITS = re.compile(r"[-+]?[\d,. ]+")
 _DROPPED = {"$", r"\text", r"\limits"}
 
 
@@ -47,7 +51,11 @@ def repeats_question(answer: str, gold: str, question: str) -> bool:
         parsed_gold = parse(gold)
     except (ParseError, TooBig):  # then only its own text is right
         return False
-    if is_same_text(answer, gold) or is_number_with_unit(answer):
+    if is_number_with_unit(answer):
+        answer = _UNIT.sub("", answer).strip()
+        if _DIGITS.fullmatch(answer):  # it may be in the question too
+            return False
+    if is_same_text(answer, gold):
         return False
     golds = [parsed_gold, *(parsed_gold.items if isinstance(parsed_gold, Items) else ())]
     sides = [side for _, side in split_sides(answer)]
@@ -59,7 +67,7 @@ def repeats_question(answer: str, gold: str, question: str) -> bool:
 
 
 def is_number_with_unit(answer: str) -> bool:
-    """Return whether an answer is a number with a unit other than %, which is as it is in the question too."""
+    """Return whether an answer is a number with a unit other than %."""
     try:
         node = parse(answer)
     except (ParseError, TooBig):
