@@ -121,13 +121,13 @@ def _common_runs(tokens: list[str], question_text: str) -> Iterator[list[str]]:
             is_name = run[1:2] == ["="] and not any(token.isalpha() for token in run[2:])  # x = 2 is a plain number
             if _is_balanced(run) and (len(run) > 1 or run[0][0].isdigit()) and not is_name:
                 yield run
-    words = question_text.split()
-    if len(tokens) > 2:
-        wanted = sorted(tokens)
-        for start in range(len(words) - len(tokens) + 1):
-            window = words[start : start + len(tokens)]
-            if window[0] in wanted and window != tokens and sorted(window) == wanted:
-                yield window
+    words = [word for word in question_text.split() if word != "+"]
+    wanted = _sorted(tokens)
+    size = len(wanted)
+    if size > 2 and any(
+        words[i] in wanted and sorted(words[i : i + size]) == wanted for i in range(len(words) - size + 1)
+    ):
+        yield tokens
 
 
 def _has_form(run: list[str], gold: str) -> bool:
@@ -135,7 +135,7 @@ def _has_form(run: list[str], gold: str) -> bool:
     tokens = _without_all_brackets(_tokens_of(gold))
     value = tokens[tokens.index("=") + 1 :] if "=" in tokens else tokens
     bare = [token for token in _without_all_brackets(run) if token != "%"]
-    return _joined(bare) in _joined(tokens) or sorted(bare) in (sorted(tokens), sorted(value))
+    return _joined(bare) in _joined(tokens) or _sorted(bare) in (_sorted(tokens), _sorted(value))
 
 
 def _expression(run: list[str]) -> str:
@@ -230,6 +230,11 @@ def _without_brackets(tokens: list[str]) -> list[str]:
         else:
             result.append(token)
     return result
+
+
+def _sorted(tokens: list[str]) -> list[str]:
+    """Sort tokens, without plus signs: 2x-6 and -6+2x are equal then."""
+    return sorted(token for token in tokens if token != "+")
 
 
 def _without_all_brackets(tokens: list[str]) -> list[str]:
