@@ -133,7 +133,7 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     if a is not None and g is not None and (a == g or "." not in answer + gold):
         return ("right", "") if a == g else ("wrong", f"{shorten(answer)} is not {shorten(gold)}")
     wrong = "wrong", f"{shorten(answer)} is not {shorten(gold)}"
-    renamed = _with_parameter_of(gold, answer)
+    renamed = "\\in" in answer and _with_parameter_of(gold, answer)
     answer, gold = tidy(answer), tidy(gold)
     if is_same_text(answer, gold):
         return "right", ""

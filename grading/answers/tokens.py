@@ -63,10 +63,6 @@ _TIDY = [
             lambda m: f"\\{m[1]}{{{m[2]}}}" + (f"{{{m[3]}}}" if m[3] else ""),
         ),
         (r"\\text\s*\{([ei])\}", r" \1 "),
-        (rf"\\text\s*\{{\s*(\\?[{CURRENCIES}]|[A-Z][A-Za-z]{{1,2}}\.?)\s*\}}\s*(?=\d)", r"\1"),  # \text{\$}13
-        (r"(\^\s*\{?\\circ\s*\}?)\s*([CF])\b", r"\1\\text{\2}"),  # Celsius, Fahrenheit
-        (r"\\text\s*\{([^{}]*)\}\s*/\s*\\text\s*\{([^{}]*)\}", r"\\text{\1/\2}"),  # \text{km}/\text{h}
-        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
         (r"\\text\s*\{\s*\(?([-+]?[\d.,/ ]+)\)?\s*\}", r"\1"),  # \text{13}
         (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
@@ -77,6 +73,15 @@ _TIDY = [
             lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}" if len(m[0]) > 1 else "^" + m[0].translate(_SUPERSCRIPTS),
         ),
         (r"(?<![\d.,^_}])\d{1,3}(?: \d{3})+(?! ?[\d/,])", lambda m: m[0].replace(" ", "")),  # 1 000 000
+    )
+]
+_TIDY_UNITS = [
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
+        (rf"\\text\s*\{{\s*(\\?[{CURRENCIES}]|[A-Z][A-Za-z]{{1,2}}\.?)\s*\}}\s*(?=\d)", r"\1"),  # \text{\$}13
+        (r"(\^\s*\{?\\circ\s*\}?)\s*([CF])\b", r"\1\\text{\2}"),  # Celsius, Fahrenheit
+        (r"\\text\s*\{([^{}]*)\}\s*/\s*\\text\s*\{([^{}]*)\}", r"\\text{\1/\2}"),  # \text{km}/\text{h}
+        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
     )
 ]
 _QUALIFIER = re.compile(  # the set of a parameter: k \in Z in \pi + k\pi, k \in Z
@@ -92,6 +97,9 @@ def tidy(text: str) -> str:
     text = text.translate(_CHARACTERS).strip(" *`")
     if not (text.isascii() and text.isalnum()):
         for pattern, replacement in _TIDY:
+            text = pattern.sub(replacement, text)
+    if "\\text" in text or "\\circ" in text:
+        for pattern, replacement in _TIDY_UNITS:
             text = pattern.sub(replacement, text)
     if (text.count("$") - text.count("\\$")) % 2:  # a single dollar sign is a currency
         text = re.sub(r"(?<!\\)\$", r"\\$", text, count=1)
@@ -118,7 +126,9 @@ _POWER_OF_TEN = re.compile(
     r"[eE]([+-]?\d{1,4})(?![\w.])|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,4})\s*\}|([+-]?\d{1,4}))",
     re.ASCII,
 )
-_WORDS_TO_THE_END = re.compile(r"\s+([A-Za-z]{4,}(?: [A-Za-z/]+){0,3}|(?!per )[A-Za-z]{3}(?: [A-Za-z]{3,}){1,3})\s*$")
+_WORDS_TO_THE_END = re.compile(
+    r"\s+([A-Za-z]{4,}(?:[ /][A-Za-z/]+){0,3}|(?!per )[A-Za-z]{3}(?: [A-Za-z]{3,}){1,3})\s*$"
+)
 _FOREIGN_WORDS = re.compile(r"\s*((?:[^\W\d_]{2,}|[\u3040-\u9fff\uac00-\ud7af])(?: [^\W\d_]+){0,3})\s*$")
 _TOKEN = re.compile(
     rf"\\text\s*\{{([^{{}}]*)\}}|\\[A-Za-z]+|\\.|[A-Za-z]+|[-+*/^_!=<>(){{}}\[\]|,;:%'&{CURRENCIES[1:]}]"

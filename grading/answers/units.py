@@ -45,7 +45,7 @@ _UNIT = (
 )
 # Units that are recognized after a number without \\text{}.
 UNIT_WORDS = re.compile(
-    rf"\s*((?:(?:sq|cu)\.?\s*)?(?:{_UNIT})\b\.?(?:\s*/\s*(?:{_UNIT}|[hms])\b)?|g\s*/\s*(?:cm|m[lL])(?![A-Za-z0-9])|"
+    rf"\s*((?:(?:sq|cu)\.?\s*)?(?:{_UNIT})\b\.?(?:\s*/\s*(?:{_UNIT}|[hms]|hour|minute|second)\b)?|g\s*/\s*(?:cm|m[lL])(?![A-Za-z0-9])|"
     r"m\s*/\s*(?:s|sec|h|min)(?![A-Za-z0-9])|(?:[mck]?m|in|ft|yd)[23]\b|(?:sq|square)\.? (?:units?|meters?|m|feet|inches|miles))(?![A-Za-z0-9])"
 )
 
@@ -59,7 +59,7 @@ _NOT_UNITS = frozenset(
     they third this thousandth to total true twice undefined unless until up was we when where which while with without wrong
     zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixth seventh ninth twelfth sixteenth
     twentieth negative lakh crore quadrillion quintillion score gross grand dutzend
-    millionen millon millones millón milliard milliarden millier mille docena douzaine medio demi""".split()
+    millionen millon millones millón milliard milliarden millier mille docena douzaine medio demi mil mio mrd bn mn k M B e x""".split()
 )  # fmt: skip
 
 
