@@ -30,7 +30,7 @@ _TOKEN = re.compile(
 )
 _SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "percent": "%", ";": ","}
 _SYNONYMS |= WORDS | {"and": ",", "or": ","}
-_EXPRESSION = re.compile(r"\$[^$]{1,200}\$|\\\(.{1,200}?\\\)|(?<![\w.])[(\d][\d+\-*/() ]{2,100}[)\d](?![\w.])")
+_EXPRESSION = re.compile(r"\$[^$]{1,200}\$|\\\(.{1,200}?\\\)|(?<![\w.])[(\d][\d+\-*/() ]{1,100}[)\d](?!\w|\.\d)")
 _UNIT = re.compile(
     rf"\\text\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?[23]\}}?)?|\\?[{CURRENCIES}]|\^\s*\{{?\\circ\s*\}}?|(?<=[\d}} ])[^\W\d_][^\\{{}}]*$"
 )
