@@ -12,6 +12,7 @@ MAX_CHARS = 200
 MAX_NESTING = 20
 _SIGNS = str.maketrans(
     {"×": "*", "·": "*", "∗": "*", "✕": "*", "÷": "/", "∕": "/", "−": "-", "–": "-", "[": "(", "]": ")"}
+    | {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width characters
 )
 _LATEX = (
     (re.compile(r"\\(?:left|right)|\\[,;:! ]|\$|\\[()\[\]]"), ""),

@@ -207,7 +207,7 @@ def _is_single(x: Fraction, y: Fraction) -> bool:
 # --- text
 
 _WORDS = re.compile(r"[^\W\d_](?:[\w '-]*[\w.])?")
-_CHOICE = re.compile(r"(?:option|choice)?\s*\(?([A-Za-z])\)?", re.IGNORECASE)
+_CHOICE = re.compile(r"(?:option|choice)?\s*\(?([A-Za-z])\)?:?", re.IGNORECASE)
 _LABELLED_CHOICE = re.compile(r"(?:option|choice)?\s*(?:\(([A-J])\)|([A-J])[.:)])(.+)", re.IGNORECASE)
 _OTHER_CHOICE = re.compile(r"\([A-J]\)|\b[A-J][.:)]|\b(?:or|and)\b\s*\(?[A-J]\b|^(?:\W*[A-J]\b)+\W*$")
 

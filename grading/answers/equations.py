@@ -10,7 +10,7 @@ from grading.answers.units import without_percent
 
 _SIDE = re.compile(r"\\[A-Za-z]+|\\.|(?<![<>!])=|.", re.DOTALL)
 _RATIOS = ("sin", "cos", "tan", "cot", "sec", "csc")
-_ROUNDED = re.compile(r"[-+]?\d+(?:\.(\d+))?", re.ASCII)
+_ROUNDED = re.compile(r"([-+]?\d+(?:\.(\d+))?)\s*(\\?%)?", re.ASCII)
 
 
 def equal_sides(text: str) -> list[str]:
@@ -74,7 +74,7 @@ def _is_rounded(node: Value, text: str) -> bool:
     if not match:
         return False
     try:
-        difference = abs(node.approx()[0] - float(match[0]))
+        difference = abs(node.approx()[0] * (100 if match[3] else 1) - float(match[1]))
     except (ArithmeticError, ValueError):
         return False
-    return difference <= 0.500001 * 10.0 ** -len(match[1] or "")
+    return difference <= 0.500001 * 10.0 ** -len(match[2] or "")

@@ -11,11 +11,13 @@ MAX_BOXES = 20  # boxes that are joined to a list, as in \boxed{3} and \boxed{4}
 
 _MARKER = re.compile(
     r"(?:\b(?:final|the|correct|my) (?:answer|option|choice)[*_]* (?:is|would be)\b|^[*_# ]{0,9}answer is\b"
-    r"|\bans(?:wer)?[*_ ]*[:：=]|\bfinal answer[*_ ]*\n)[\s:*_]*",
+    r"|\bans(?:wer)?[*_ ]*[:：=]|\bfinal answer[*_ ]*\n)[\s:*_}]*",
     re.IGNORECASE | re.MULTILINE,
 )
 _LEAD_IN = re.compile(
-    r"(\\[a-z]+\s*\{)?\s*(?:(?:the|my) )?(?:(?:final|correct) )?answer\s*(?:is\b|[:：])[\s:]*(\}\s*)?", re.IGNORECASE
+    r"(\\[a-z]+\s*\{)?[\s*_]*(?:(?:so|thus|hence|therefore),? )?(?:(?:the|my) )?(?:(?:final|correct) )?answer[\s*_]*(?:is\b|[:：])"
+    r"[\s:*_]*(\}\s*)?",
+    re.IGNORECASE,
 )
 _SIMPLE_BOX = re.compile(rf"\\boxed\{{([^{{}}\\]{{0,{MAX_BOX_CHARS}}})\}}")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s$\\{}]+))|\\.|[{}]", re.DOTALL)
@@ -29,7 +31,7 @@ _TAG_AT_END = re.compile(r"(?:\s*(?:</?\w{1,20}>|<\|[^|<>]{1,30}\|>))+$")
 _REASON = re.compile(r",?\s+(?:because|since|which|as)\s.*|,\s+(?:so|where|when|making|meaning|given)\s.*", re.DOTALL)
 _REMARK = re.compile(
     r"\s+(?:in total|in all|altogether|overall|total)\b.*|\s*\([A-Za-z][^()]*\)"
-    r"|(?<=[A-Za-z])\s+(?:in|for|at|from|on|to|that|every|each|of)\s.*|\n.*",
+    r"|(?<=[A-Za-z%])\s+(?:in|for|at|from|on|to|that|every|each|of)\s.*|\n.*",
     re.DOTALL,
 )
 _BOLD_END = re.compile(r"(?<=\w)\*\*(?=[\s.,]|$)")
@@ -53,11 +55,11 @@ def extract_answer(text: str) -> str | None:
     elif "####" in text:
         parts = [part.strip() for part in text.split("####")[1:]]
         lines = [_SENTENCE_END.split(part, maxsplit=1)[0].strip() for part in parts]
-        answer = _without_remarks(next(filter(None, reversed(lines)), ""))
+        answer = _without_remarks(_without_lead_in(next(filter(None, reversed(lines)), "")))
     elif "<answer>" in text:
         before, end_tag, _ = text.rpartition("</answer>")
         answer = before.rpartition("<answer>")[2].strip() if end_tag and "<answer>" in before else None
-        answer = answer and _without_remarks(answer)
+        answer = answer and _without_remarks(_without_lead_in(answer))
     else:
         answer = _after_marker(text)
     return answer and _without_lead_in(answer)
@@ -71,7 +73,7 @@ def _after_marker(text: str) -> str | None:
     if (math := _MATH.match(text, marker.end())) and not _MORE_MATH.match(text, math.end()):
         return next(group for group in math.groups() if group is not None).strip()
     sentence = _SENTENCE_END.split(text[marker.end() :].strip(), maxsplit=1)[0]
-    sentence = sentence.strip(" *_:").rstrip(".").strip(" *_")
+    sentence = sentence.strip(" *_:").rstrip(".").strip(' *_"“”')
     return _without_remarks(sentence)
 
 

@@ -4,6 +4,8 @@ Unknown syntax raises ParseError, and no text is ever skipped. Sums, integrals a
 grading/answers/structures.py extends the parser to structures that contain formulas: lists, sets, relations, matrices.
 """
 
+from fractions import Fraction
+
 from grading.answers.exact import EVALUABLE, FUNCTIONS, PLAIN, SYMBOLIC, Value, apply_function, number, symbol
 from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.units import CURRENCIES, parse_unit
@@ -117,7 +119,7 @@ class FormulaParser:
                 sign = self.parse_signs()
                 factor = as_value(self.parse_power())
                 factor = factor if sign > 0 else -factor
-                result = _quotient(result, factor) if kind in _DIVIDE else _product(result, factor)
+                result = _product(result, factor) if kind in _TIMES else _quotient_with_unit(result, factor)
             elif kind in _FACTORS and not (kind == "|" and self.open_bars):
                 result = _product(result, as_value(self.parse_power()))
             else:
@@ -362,6 +364,12 @@ def _quotient(a: Value, b: Value) -> Value:
         if y in (1, -1) or result.rational.denominator != 1:
             return result
     return _pending(result, a, b)
+
+
+def _quotient_with_unit(a: Value, b: Value) -> Value:
+    """Divide. A unit after a fraction belongs to all of it: 3/4 miles is 3/4 of a mile."""
+    magnitude, unit = b.split_unit() if a.rational is not None and b.rational is None else (b, None)
+    return with_unit(_quotient(a, magnitude), Value({unit: Fraction(1)})) if unit else _quotient(a, b)
 
 
 def with_unit(value: Value, unit: Value) -> Value:

@@ -32,7 +32,7 @@ from grading.answers.equality import NotEvaluated, is_same, is_same_text
 from grading.answers.equations import equal_sides
 from grading.answers.exact import Value
 from grading.answers.extraction import extract_answer
-from grading.answers.question import repeats_question
+from grading.answers.question import is_number_with_unit, repeats_question
 from grading.answers.structures import Items, Relation, parse
 from grading.answers.terms import ParseError, TooBig, Unsupported
 from grading.answers.tokens import tidy
@@ -133,6 +133,7 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     if a is not None and g is not None and (a == g or "." not in answer + gold):
         return ("right", "") if a == g else ("wrong", f"{shorten(answer)} is not {shorten(gold)}")
     wrong = "wrong", f"{shorten(answer)} is not {shorten(gold)}"
+    renamed = "\\in" in answer and _with_parameter_of(gold, answer)
     answer, gold = tidy(answer), tidy(gold)
     if is_same_text(answer, gold):
         return "right", ""
@@ -142,6 +143,10 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
         verdict = compare(answer, gold)
         if not verdict and _DECIMAL_COMMA.fullmatch(answer) and "." in gold:
             verdict = compare(answer.replace(",", "."), gold)
+        if not verdict and renamed:
+            verdict = compare(tidy(renamed), gold)
+        if verdict is False:
+            verdict = _is_same_with_letter_as_unit(answer, gold)
     except TooBig as error:
         return "gave_up", f"{error} is too large to be compared"
     except NotEvaluated:
@@ -149,6 +154,26 @@ def judge(answer: str, gold: str) -> tuple[str, str]:
     if verdict is None:
         return judge_symbolically(answer, gold)
     return ("right", "") if verdict else wrong
+
+
+_PARAMETER = re.compile(r"([A-Za-z])\s*\\in\s*(?:\\mathbb\s*)?\{?[ZNQ]")
+
+
+def _with_parameter_of(gold: str, answer: str) -> str | None:
+    """Return an answer such as n\\pi, n \\in Z with k for n if the gold answer has the parameter k; else None."""
+    name, gold_name = _PARAMETER.search(answer), _PARAMETER.search(gold)
+    if not name or not gold_name or re.search(rf"(?<![A-Za-z]){gold_name[1]}(?![A-Za-z])", answer):
+        return None
+    return re.sub(rf"(?<![A-Za-z]){name[1]}(?![A-Za-z])", gold_name[1], answer)
+
+
+_LETTER_AT_END = re.compile(r"(?<=[0-9}])\s*([ghlmsJLNVW])(?=(?:\^\{?[23]\}?)?$)")
+
+
+def _is_same_with_letter_as_unit(answer: str, gold: str) -> bool | None:
+    """Return whether an answer such as 5 m equals the gold answer 5 meters, or the reverse."""
+    texts = [_LETTER_AT_END.sub(r"\\text{\1}", text) for text in (answer, gold)]
+    return texts != [answer, gold] and all(map(is_number_with_unit, texts)) and compare(*texts)
 
 
 _DECIMAL_COMMA = re.compile(r"[+-]?(?![0-9]{1,3},[0-9]{3}$)(?=[0-9,]{4})[0-9]+,[0-9]+")  # 1000,99; 1,2 is a list

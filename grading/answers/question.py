@@ -1,7 +1,8 @@
 """Answers that repeat an expression of the question instead of evaluating it, also inside another expression.
 
 Expressions are compared as lists of tokens, without differences of notation: 31^{2} and 31^2, \\frac{1}{2} and 1/2, 2*x
-and 2x have the same tokens. An answer may repeat an expression that the gold answer contains.
+and 2x have the same tokens. An answer may repeat an expression that the gold answer contains. If the question asks for
+the value of an expression, such as 115^2, another power, root or function with this whole value repeats it too.
 """
 
 import functools
@@ -14,8 +15,8 @@ from grading.answers.equations import split_sides
 from grading.answers.exact import Value
 from grading.answers.structures import Items, parse
 from grading.answers.terms import ONE, ParseError, TooBig
-from grading.answers.tokens import tidy
-from grading.answers.units import PERCENT
+from grading.answers.tokens import WORDS, tidy
+from grading.answers.units import CURRENCIES, PERCENT
 
 MAX_QUESTION_CHARS = 20_000  # only the end of a longer question is compared
 MAX_NESTING = 40  # braces in an expression; deeper ones are not compared
@@ -23,10 +24,17 @@ MAX_PARSED = 60  # expressions that are parsed for one answer
 
 _TOKEN = re.compile(
     r"\d{0,40}\.\d{0,40}\\(?:overline|bar|dot)\s*\{\d+\}"  # a repeating decimal
-    r"|\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}|\b(?:and|or)\b|[A-Za-z]|\S",
+    r"|\\[A-Za-z]+|\\.|\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+|[A-Za-z]{4,}"
+    rf"|(?<![A-Za-z])(?:{'|'.join(WORDS)})(?![A-Za-z])|[A-Za-z]|\S",
     re.ASCII,
 )
-_SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "and": ",", "or": ",", ";": ","}
+_SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", r"\%": "%", "percent": "%", ";": ","}
+_SYNONYMS |= WORDS | {"and": ",", "or": ","}
+_EXPRESSION = re.compile(r"\$[^$]{1,200}\$|\\\(.{1,200}?\\\)|(?<![\w.])[(\d][\d+\-*/() ]{1,100}[)\d](?!\w|\.\d)")
+_UNIT = re.compile(
+    rf"\\text\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?[23]\}}?)?|\\?[{CURRENCIES}]|\^\s*\{{?\\circ\s*\}}?|(?<=[\d}} ])[^\W\d_][^\\{{}}]*$"
+)
+_DIGITS = re.compile(r"[-+]?[\d,. ]+")
 _DROPPED = {"$", r"\text", r"\limits"}
 
 
@@ -43,22 +51,45 @@ def repeats_question(answer: str, gold: str, question: str) -> bool:
         parsed_gold = parse(gold)
     except (ParseError, TooBig):  # then only its own text is right
         return False
-    if is_same_text(answer, gold) or _is_number_with_unit(answer):
+    if is_number_with_unit(answer):
+        answer = _UNIT.sub("", answer).strip()
+        if _DIGITS.fullmatch(answer):  # it may be in the question too
+            return False
+    if is_same_text(answer, gold):
         return False
     golds = [parsed_gold, *(parsed_gold.items if isinstance(parsed_gold, Items) else ())]
     sides = [side for _, side in split_sides(answer)]
     equal = [side for side in sides if len(sides) > 1 and _equals_any(side, golds)]
     question_text = _question_text(question)
+    if _is_left_to_compute(answer) and not _is_left_to_compute(gold) and _is_to_compute(golds, question):
+        return True
     return all(_repeats(side, gold, golds, question_text) for side in equal or [answer])
 
 
-def _is_number_with_unit(answer: str) -> bool:
-    """Return whether an answer is a number with a unit other than %, which is as it is in the question too."""
+def is_number_with_unit(answer: str) -> bool:
+    """Return whether an answer is a number with a unit other than %."""
     try:
         node = parse(answer)
     except (ParseError, TooBig):
         return False
     return isinstance(node, Value) and not node.pending and node.split_unit()[1] not in (ONE, PERCENT)
+
+
+def _is_left_to_compute(text: str) -> bool:
+    """Return whether a text is a power, root or function that is a whole number, such as 4!."""
+    try:
+        node = parse(text)
+    except (ParseError, TooBig):
+        return False
+    return isinstance(node, Value) and node.pending > 0 and node.rational is not None and node.rational.denominator == 1
+
+
+def _is_to_compute(golds: list, question: str) -> bool:
+    """Return whether the gold answer is the value of an expression of the question, as in "Compute 115^2"."""
+    expressions = (tidy(match[0]) for match in _EXPRESSION.finditer(question[-MAX_QUESTION_CHARS:]))
+    return any(
+        _is_left_to_compute(text) and _equals_any(text, golds) for text in itertools.islice(expressions, MAX_PARSED)
+    )
 
 
 def has_form_of(answer: str, gold: str) -> bool:
@@ -90,13 +121,13 @@ def _common_runs(tokens: list[str], question_text: str) -> Iterator[list[str]]:
             is_name = run[1:2] == ["="] and not any(token.isalpha() for token in run[2:])  # x = 2 is a plain number
             if _is_balanced(run) and (len(run) > 1 or run[0][0].isdigit()) and not is_name:
                 yield run
-    words = question_text.split()
-    if len(tokens) > 2:
-        wanted = sorted(tokens)
-        for start in range(len(words) - len(tokens) + 1):
-            window = words[start : start + len(tokens)]
-            if window[0] in wanted and window != tokens and sorted(window) == wanted:
-                yield window
+    words = [word for word in question_text.split() if word != "+"]
+    wanted = _sorted(tokens)
+    size = len(wanted)
+    if size > 2 and any(
+        words[i] in wanted and sorted(words[i : i + size]) == wanted for i in range(len(words) - size + 1)
+    ):
+        yield tokens
 
 
 def _has_form(run: list[str], gold: str) -> bool:
@@ -104,7 +135,7 @@ def _has_form(run: list[str], gold: str) -> bool:
     tokens = _without_all_brackets(_tokens_of(gold))
     value = tokens[tokens.index("=") + 1 :] if "=" in tokens else tokens
     bare = [token for token in _without_all_brackets(run) if token != "%"]
-    return _joined(bare) in _joined(tokens) or sorted(bare) in (sorted(tokens), sorted(value))
+    return _joined(bare) in _joined(tokens) or _sorted(bare) in (_sorted(tokens), _sorted(value))
 
 
 def _expression(run: list[str]) -> str:
@@ -199,6 +230,11 @@ def _without_brackets(tokens: list[str]) -> list[str]:
         else:
             result.append(token)
     return result
+
+
+def _sorted(tokens: list[str]) -> list[str]:
+    """Sort tokens, without plus signs: 2x-6 and -6+2x are equal then."""
+    return sorted(token for token in tokens if token != "+")
 
 
 def _without_all_brackets(tokens: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ _CHARACTERS = str.maketrans(
         "∅": r"\emptyset ", "±": r"\pm ", "°": r"^\circ ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "…": r"\ldots ", "\u00a0": " ", "\u2009": " ",
         "\u202f": " ", "\n": " ", "\t": " ", "~": " ", "、": ",", "。": ".", "\u3000": " ",
+        "￥": "¥", "￡": "£", "￦": "₩", "\u2010": "-", "\u2011": "-",
     }
     | {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width characters
 )  # fmt: skip
@@ -25,19 +26,19 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _COMMANDS = {
     other: name
     for name, others in {
-        "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits vec hat underline bm boldsymbol bf large Large",
+        "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits vec hat underline bm boldsymbol bf tt bold large Large LARGE huge Huge small",
         " ": "quad qquad",
         r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\le": "leq leqslant", r"\ge": "geq geqslant", r"\ne": "neq",
         r"\emptyset": "varnothing", r"\ldots": "dots cdots dotsc", r"^\circ": "degree deg", "|": "lvert rvert vert mid",
-        r"\text": "textbf textit textrm textnormal textsf texttt mbox hbox operatorname",
+        r"\text": "textbf textit textrm textnormal textsf texttt emph mbox hbox operatorname",
         r"\setminus": "backslash",
         "<": "lt", ">": "gt", "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace",
     }.items()
     for other in others.split()
 }  # fmt: skip
 _COMMAND = re.compile(
-    r"\\(?P<empty>(?:left|right)\s*\.|(?:text)?color\s*(?:\[\w+\])?\s*\{[\w!]+\})"
-    r"|\\math(?:bf|it|sf|rm|cal)\s*(?:\{(?P<letter>[A-Za-z])\}|(?P<words>(?=\{\s*(?:[A-Za-z]{2}|[A-Za-z]/)[^{}\\+=]*\}))|(?P<group>))"
+    r"\\(?P<empty>(?:left|right)\s*\.|(?:text)?color\s*(?:\[\w+\])?\s*\{[\w!#]+\})"
+    r"|\\math(?:bf|it|sf|rm|cal|tt)\s*(?:\{(?P<letter>[A-Za-z])\}|(?P<words>(?=\{\s*(?:[A-Za-z]{2}|[A-Za-z]/|\([A-J]\))[^{}\\+=]*\}))|(?P<group>))"
     r"|\\(?P<name>[A-Za-z]+)"
 )
 
@@ -74,6 +75,15 @@ _TIDY = [
         (r"(?<![\d.,^_}])\d{1,3}(?: \d{3})+(?! ?[\d/,])", lambda m: m[0].replace(" ", "")),  # 1 000 000
     )
 ]
+_TIDY_UNITS = [
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
+        (rf"\\text\s*\{{\s*(\\?[{CURRENCIES}]|[A-Z][A-Za-z]{{1,2}}\.?)\s*\}}\s*(?=\d)", r"\1"),  # \text{\$}13
+        (r"(\^\s*\{?\\circ\s*\}?)\s*([CF])\b", r"\1\\text{\2}"),  # Celsius, Fahrenheit
+        (r"\\text\s*\{([^{}]*)\}\s*/\s*\\text\s*\{([^{}]*)\}", r"\\text{\1/\2}"),  # \text{km}/\text{h}
+        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
+    )
+]
 _QUALIFIER = re.compile(  # the set of a parameter: k \in Z in \pi + k\pi, k \in Z
     r"(?<=[\w})])\s*(?:[,;(]|(?=\\text)|\\quad)\s*(?:\\text\s*\{[,; ]*(?:where|for|with|for (?:some|any|all|every)(?: integers?)?)?"
     r"\s*\})?\s*\(?\s*[a-zA-Z]\s*(?:\\in\s*(?:\\mathbb\s*)?\{?[ZNQ]\}?(?:\^\{?[+*]\}?)?|\\text\s*\{ *(?:is )?an integer *\})\s*\)*$"
@@ -87,6 +97,9 @@ def tidy(text: str) -> str:
     text = text.translate(_CHARACTERS).strip(" *`")
     if not (text.isascii() and text.isalnum()):
         for pattern, replacement in _TIDY:
+            text = pattern.sub(replacement, text)
+    if "\\text" in text or "\\circ" in text:
+        for pattern, replacement in _TIDY_UNITS:
             text = pattern.sub(replacement, text)
     if (text.count("$") - text.count("\\$")) % 2:  # a single dollar sign is a currency
         text = re.sub(r"(?<!\\)\$", r"\\$", text, count=1)
@@ -113,7 +126,9 @@ _POWER_OF_TEN = re.compile(
     r"[eE]([+-]?\d{1,4})(?![\w.])|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,4})\s*\}|([+-]?\d{1,4}))",
     re.ASCII,
 )
-_WORDS_TO_THE_END = re.compile(r"\s+([A-Za-z]{4,}(?: [A-Za-z/]+){0,3})\s*$")
+_WORDS_TO_THE_END = re.compile(
+    r"\s+([A-Za-z]{4,}(?:[ /][A-Za-z/]+){0,3}|(?!per )[A-Za-z]{3}(?: [A-Za-z]{3,}){1,3})\s*$"
+)
 _FOREIGN_WORDS = re.compile(r"\s*((?:[^\W\d_]{2,}|[\u3040-\u9fff\uac00-\ud7af])(?: [^\W\d_]+){0,3})\s*$")
 _TOKEN = re.compile(
     rf"\\text\s*\{{([^{{}}]*)\}}|\\[A-Za-z]+|\\.|[A-Za-z]+|[-+*/^_!=<>(){{}}\[\]|,;:%'&{CURRENCIES[1:]}]"

@@ -53,6 +53,7 @@ def test_countdown_rejects_wrong_expressions(answer, reason):
     "answer",
     [
         "1+2+3 = 6.", "1+2+3.", "6=1+2+3", "6 = 1+2+3.", "1x2x3", "1 X (2 x 3)", "1+2+3=6.0", "1 \u2217 2 \u2217 3", "6 = 1 \\times 2 \\times 3",
+        "\uff11\uff0b2\uff0b3",
     ],
 )  # fmt: skip
 def test_countdown_reads_common_notation(answer):
