@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter):
         tests, how = next(known, ("", reason.splitlines()[0]))
         groups[tests, how] += 1
     if groups:
-        parts = [f"{count} {tests or 'tests'} ({how})" for (tests, how), count in groups.most_common()]
+        parts = [f"{count} {tests or 'other'} ({how})" for (tests, how), count in groups.most_common()]
         terminalreporter.write_line(f"Skipped tests: {'; '.join(parts)}")
 
 
