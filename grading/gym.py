@@ -9,6 +9,7 @@ Only a full score counts as right. Many families give partial credit to an answe
 long enough, and a model would learn to exploit it. The reason contains the partial score.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -77,15 +78,14 @@ def _find_problem(verdict: Verdict, text: str, entry: dict) -> str:
 
 
 def _start_server() -> Zygote:
-    """Start the server of the worker processes: in bubblewrap if possible, else with this user's rights to read files."""
+    """Start the server of the worker processes: in bubblewrap if it runs here, else with this user's rights to read files."""
     script = Path(__file__).with_name("sandbox") / "gym_scorer.py"
-    if bubblewrap()[0]:
-        packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-        try:
-            return start_server(_PRELOAD, modules=[script], packages=packages)
-        except WorkerError:  # perhaps the package lies in another folder
-            pass
-    return Zygote(preload=_PRELOAD, path=[*sys.path, str(script.parent)])
+    if not bubblewrap()[0]:
+        return Zygote(preload=_PRELOAD, path=[*sys.path, str(script.parent)])
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    if spec := importlib.util.find_spec("reasoning_gym"):
+        packages.append(str(Path(spec.origin).parent.parent))
+    return start_server(_PRELOAD, modules=[script], packages=list(dict.fromkeys(packages)))
 
 
 def final_answer(text: str) -> str | None:

@@ -41,10 +41,13 @@ def start_server(
             command += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
         elif os.path.isdir(f"/{name}"):
             command += ["--ro-bind", f"/{name}", f"/{name}"]
-    packages = [os.path.realpath(path) for path in packages]
-    for path in [*sorted(prefixes), *packages]:
+    for path in sorted(prefixes):
         if not path.startswith("/usr/") and path != "/usr":
             command += ["--ro-bind", path, path]
+    package_folders = []  # at paths of their own: the real ones may be in /tmp, which the sandbox replaces
+    for number, package in enumerate(packages):
+        package_folders.append(f"/packages/{number}")
+        command += ["--ro-bind", os.path.realpath(package), package_folders[-1]]
     for device in ("null", "zero", "urandom", "random"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     for path in [*(folder / name for name in ("zygote.py", "tester.py", "messages.py", "lockdown.py")), *modules]:
@@ -52,5 +55,5 @@ def start_server(
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     command += ["--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--"]
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    path = [*packages, FOLDER] if modules else []
+    path = [*package_folders, FOLDER] if modules else []
     return Zygote(command, f"{FOLDER}/zygote.py", python, ("-S",), preload, path, clean=clean)
