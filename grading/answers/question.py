@@ -38,6 +38,7 @@ _DIGITS = re.compile(r"[-+]?[\d,. ]+")
 _DROPPED = {"$", r"\text", r"\limits"}
 
 
+@functools.lru_cache(maxsize=8192)
 def repeats_question(answer: str, gold: str, question: str) -> bool:
     """Return whether a right answer repeats an expression of the question that is equal to the gold answer.
 
