@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from grading.answers.extraction import extract_answer
 from grading.base import shorten
+from grading.sandbox.cases import parse_python
 
 MAX_CHARS = 200
 MAX_NESTING = 20
@@ -101,7 +102,7 @@ def _parse(text: str) -> ast.expr:
         depth += (character == "(") - (character == ")")
         if depth > MAX_NESTING:
             raise ValueError("too many brackets")
-    return ast.parse(text, mode="eval").body
+    return parse_python(text, mode="eval").body
 
 
 def _evaluate(node: ast.expr, used: list[int]) -> Fraction:

@@ -18,6 +18,7 @@ from grading.answers.extraction import extract_answer
 from grading.answers.math_grader import grade_math
 from grading.base import shorten
 from grading.countdown import grade_countdown
+from grading.sandbox.cases import parse_python
 
 Verdict = Callable[[str, dict], str]
 
@@ -219,7 +220,7 @@ def integral(answer: str, entry: dict) -> str:
         depth += (character == "(") - (character == ")")
         if depth > MAX_FORMULA_NESTING:
             raise ValueError("it has too many brackets")
-    tree = ast.parse(text, mode="eval").body
+    tree = parse_python(text, mode="eval").body
     names = {entry["metadata"]["variable"], *CONSTANTS}
     known = FUNCTIONS if "(" in entry["metadata"]["integrand"] else ()  # the antiderivative of a polynomial has none
     functions = set()

@@ -16,7 +16,7 @@ from grading.answers.extraction import extract_answer
 from grading.answers.math_grader import gold_answers
 from grading.answers.question import has_form_of
 from grading.base import Completion, prompt_text, row_kind
-from grading.sandbox.cases import called_names, parse_tests
+from grading.sandbox.cases import called_names, parse_python, parse_tests
 
 THOUGHT = "Let me work this out step by step."
 FILLER = "so on and " * 2000
@@ -286,7 +286,7 @@ def mutants(row: dict) -> Iterator[str]:
 
     A mutant may be equivalent to the gold in every test. Mutants that may cause an endless loop come late.
     """
-    tree = ast.parse(row["solution"])
+    tree = parse_python(row["solution"])
     nodes = list(ast.walk(tree))
     loop_parts = [node.test if isinstance(node, ast.While) else node for node in nodes if isinstance(node, LOOP_NODES)]
     loop_ids = {id(node) for top in loop_parts for node in ast.walk(top)}

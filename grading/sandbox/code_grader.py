@@ -103,11 +103,6 @@ def _grade(code: str, cases: tuple[Case, ...], timeout: float, doubts: str) -> t
     return float(outcome == "passed"), f"{outcome}: {detail}"
 
 
-def _may_differ(code: str) -> bool:
-    """Return True if Monty's verdict on a program may differ from CPython's."""
-    return difference(code) != ""
-
-
 _NONDETERMINISTIC = re.compile(r"random|secrets|time|uuid|\bid\b|hash")
 
 
