@@ -16,6 +16,7 @@ import sys
 import time
 
 from data import DataError, QuestionSampler, load_questions
+from data.demonstrations import read_demonstrations
 from grading import RewardError, check_tests, load_rewards, preflight, sandbox
 from rl.config import Config, ConfigError, RunError
 from rl.run import commands
@@ -47,7 +48,8 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
         config.rewards_file, config.reward_funcs, config.reward_weights, config.reward_errors, config.max_steps
     )
     train_rows, eval_rows, notes = load_questions(config)
-    notes += check_tests(train_rows + eval_rows) + preflight(rewards, train_rows + eval_rows)
+    demonstrations, cold_start_notes = read_demonstrations(config.sft_data, eval_rows)
+    notes += check_tests(train_rows + eval_rows) + preflight(rewards, train_rows + eval_rows) + cold_start_notes
 
     # Unsloth patches transformers, so it must be imported first. The imports below take a few seconds.
     from rl.model.backends import import_backend
@@ -57,6 +59,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
 
     from rl.advantages import Advantages
     from rl.checks import check_memory, check_sampler
+    from rl.cold_start import ColdStart
     from rl.critic import Critic
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy
@@ -74,17 +77,25 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
         questions = QuestionSampler(train_questions, config.curriculum_steps, config.seed)
         advantages = Advantages(policy, rewards, config)
         updater = Updater(policy, critic, config)
+        cold_start = ColdStart(updater, demonstrations, config) if demonstrations else None
         generator = torch.Generator(policy.device).manual_seed(config.seed)
 
         agreement = check_sampler(policy, train_questions)  # the sampler and the trainer must agree
         state = {"questions": questions, "rewards": rewards, "advantages": advantages, "updater": updater}
+        state |= {"cold_start": cold_start} if cold_start else {}
         run.start(policy, critic, state, generator, train_questions, held_out, agreement)  # restores a resumed run
         check_memory(updater, train_questions, held_out)  # runs the largest batches; halves them on OOM
 
-        if run.step == 0:
+        if not run.evaluations:  # neither training nor the cold start has begun
             with run.timer("eval"):
                 evaluation = evaluate(policy, held_out, rewards, config, run.step)
             run.log_evaluation(evaluation)
+            if cold_start:
+                with run.timer("cold_start"):
+                    cold_start.train()  # supervised steps on the same LoRA
+                with run.timer("eval"):
+                    evaluation = evaluate(policy, held_out, rewards, config, run.step)
+                run.log_cold_start(evaluation)
 
         while not run.done:
             run.begin_step()

@@ -17,7 +17,15 @@ def read_file(source: str, columns: dict[str, str]) -> list[dict]:
     Args:
         columns: Maps our names (prompt, answer, tests, task, id) to the column names of the file.
     """
+    raw_rows, places = read_raw(source)
+    return to_schema(raw_rows, Path(source).stem, columns, places)
+
+
+def read_raw(source: str) -> tuple[list[dict], list[str]]:
+    """Return the rows of a file as they are, and the place of each for messages ("q.jsonl:3")."""
     path = Path(source)
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{source}: unknown type of file: use {', '.join(FILE_TYPES)}")
     if not path.is_file():
         names = [file.name for file in path.parent.glob("*.*")]
         raise DataError(f"{source}: there is no such file.{did_you_mean(path.name, names)}")
@@ -29,7 +37,7 @@ def read_file(source: str, columns: dict[str, str]) -> list[dict]:
         raise DataError(f"{source}: not UTF-8 text at byte {error.start}: save it as UTF-8") from None
     if not raw_rows:
         raise DataError(f"{source}: the file has no rows")
-    return to_schema([raw for _, raw in raw_rows], path.stem, columns, [f"{path}:{line}" for line, _ in raw_rows])
+    return [raw for _, raw in raw_rows], [f"{path}:{line}" for line, _ in raw_rows]
 
 
 def _read_jsonl(path: Path) -> list[tuple[int, dict]]:

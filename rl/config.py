@@ -13,7 +13,7 @@ COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # com
 # Bounds. No number may be negative. Empty settings are not checked.
 AT_LEAST_1 = (
     "max_steps prompts_per_step num_generations max_completion_length rollout_batch_size num_iterations num_mini_batches lora_r "
-    "lora_alpha max_tokens_per_micro_batch train_questions eval_questions logging_steps"
+    "lora_alpha max_tokens_per_micro_batch sft_epochs train_questions eval_questions logging_steps"
 ).split()
 AT_MOST_1 = ("gamma", "lam", "top_p", "warmup_ratio")
 BELOW_1 = ("epsilon", "min_p")
@@ -28,6 +28,7 @@ ABOVE_0 = {  # setting: hint for the error message
     "sapo_temperature_pos": "1 is usual",
     "sapo_temperature_neg": "1.05 is usual",
     "cliprange_value": "leave it empty to turn it off",
+    "sft_learning_rate": "leave sft_data empty to turn the cold start off",
     "critic_learning_rate": "leave it empty to use learning_rate",
     "target_kl": "leave it empty to turn it off",
     "beta_target_kl": "leave it empty to turn it off",
@@ -51,7 +52,9 @@ class Config:
     lora_r: int = 16  # rank of the LoRA, which is added to every linear layer
     lora_alpha: int = 32  # LoRA scaling: the update is multiplied by lora_alpha / lora_r
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: fp32 on a CPU; bf16 on a GPU, else fp16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bf16 if the hardware has it, else fp16 on a GPU, fp32 on a CPU
+    )
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     backend: Literal["auto", "unsloth", "transformers"] = "auto"  # auto: Unsloth on a GPU if it is installed
 
@@ -63,6 +66,11 @@ class Config:
     columns: dict[str, str] = field(default_factory=dict)  # column names, ours to yours: {answer: gold}
     system_prompt: str | None = None  # system message before every question
     chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # chat-template arguments (YAML only)
+
+    # --- cold start
+    sft_data: str | None = None  # file of demonstrations for supervised training before the first step; empty: none
+    sft_epochs: int = 3  # epochs over the demonstrations
+    sft_learning_rate: float = 5e-4  # peak learning rate of the cold start
 
     # --- rewards
     rewards_file: str = "rewards.py"  # Python file with the reward functions

@@ -159,7 +159,7 @@ def bare_policy(model, eos_ids=(1,), **settings):
 
     fields = {"tokenizer": None, "device": torch.device("cpu"), "dtype": torch.float32, "eos_ids": frozenset(eos_ids)}
     fields |= {"pad_id": 0, "temperature": 1.0, "system_prompt": None, "chat_template_kwargs": {}}
-    return Policy(model=model, starts_from_adapter=False, **fields, **settings)
+    return Policy(model=model, has_reference_adapter=False, **fields, **settings)
 
 
 def fill_lora(policy, scale, seed=1):

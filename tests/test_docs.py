@@ -20,7 +20,7 @@ def settings_table() -> str:
     hints = typing.get_type_hints(Config)
     lines = []
     for line in source[source.index("class Config:") : source.index("    def check(")].splitlines():
-        if section := re.match(r"    # --- ([\w-]+)", line):
+        if section := re.match(r"    # --- (cold start|[\w-]+)", line):
             lines += ["", f"## {section[1].capitalize()}", "", "| setting | default | meaning |", "|---|---|---|"]
         elif field := re.match(r"    (\w+): .*  # (.*)", line):
             name, comment = field.groups()

@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Iterable
 
+import torch
+
 from rl.config import Config
 from rl.fit.cards import GB, MB, Machine, find_machine, run_seconds
 from rl.fit.memory import ASSUMED_PROMPT, predict
 from rl.fit.shapes import Shape, find_shape
+from rl.model.backends import choose_dtype
 
 CHARACTERS_PER_TOKEN = 3  # estimate for prompts
 TEMPLATE_TOKENS = 32  # tokens that a chat template adds to a question
@@ -31,6 +34,8 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
         prompt_length = ASSUMED_PROMPT
         source = "assumed, because the questions are not available"
 
+    if machine.device == "cpu":
+        machine.dtype = str(choose_dtype(config, torch.device("cpu"))).removeprefix("torch.")
     prediction = predict(config, shape, machine.device, machine.dtype, prompt_length, machine.free())
     needed = machine.needed(prediction.peak)
     lora_parameters = shape.lora_parameters(config.lora_r)
@@ -102,9 +107,13 @@ def advice(config: Config, shape: Shape, machine: Machine, prompt: int) -> str:
     return "No change of settings makes it fit, and the smaller models of the recipes do not fit either."
 
 
-def advise(config: Config, shape: Shape, machine: Machine, prompt: int) -> dict | None:
-    """Return the settings that must change so that the run fits, least costly first, or None if it cannot fit."""
+def advise(config: Config, shape: Shape, machine: Machine, prompt: int, names: list[str] | None = None) -> dict | None:
+    """Return the settings that must change so that the run fits, least costly first, or None if it cannot fit.
+
+    names: the settings that may change; None: all that save memory.
+    """
     options = memory_savers(config, shape, machine, prompt)
+    options = {name: values for name, values in options.items() if names is None or name in names}
     changes = {name: values[-1] for name, values in options.items()}
     if memory_needed(dataclasses.replace(config, **changes), shape, machine, prompt) > machine.memory:
         return None

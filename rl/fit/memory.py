@@ -75,7 +75,8 @@ def predict(
     weights = shape.linear_parameters * (NF4_BYTES if is_4bit else itemsize) + other_parameters * itemsize
     lora_parameters = shape.lora_parameters(config.lora_r)  # always fp32
     moment_bytes = 8 if config.optim == "adamw_torch" else 2
-    lora = lora_parameters * (12 if config.adapter else 8)  # weights and gradients, with `adapter` also its frozen copy
+    frozen = 4 if config.adapter or config.sft_data else 0  # a frozen copy is the reference
+    lora = lora_parameters * (8 + frozen)  # weights and gradients
     critic = 0
     if config.has_critic:
         critic = (shape.hidden + 1 + (lora_parameters if config.critic == "adapter" else 0)) * (8 + moment_bytes)
@@ -204,6 +205,6 @@ def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool,
         layer += saved
     if config.load_in_4bit or shape.is_4bit:
         layer += hidden * shape.intermediate * itemsize  # the largest matrix, dequantized
-    # The last hidden states with their gradient, and one chunk of logits (rl/model/logprobs.py).
-    head = 5 * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary) + 3 * inputs
+    # The last hidden states with their gradient, and one chunk of logits and probabilities (rl/model/logprobs.py).
+    head = (8 if itemsize == 4 else 12) * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary) + 3 * inputs
     return layers + mask + max(layer, head)

@@ -6,6 +6,7 @@ this module does not import transformers at the top. A model loaded by Unsloth i
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -20,6 +21,8 @@ from torch.utils.checkpoint import checkpoint as checkpoint
 from grading.base import first_line
 from rl.config import Config, ConfigError
 
+# From this hidden size on, bf16 is used on CPUs that are fast in it. Below, conversions cost what the products save.
+BF16_HIDDEN = 512
 # The linear layers of the families that Unsloth handles, without the head.
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -37,8 +40,24 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if device.type == "cpu":
-        return torch.float32
+        return torch.bfloat16 if has_fast_bf16() and hidden_size(config.model) >= BF16_HIDDEN else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def has_fast_bf16() -> bool:
+    """Return whether this CPU multiplies matrices in bf16 by AVX512-BF16 or AMX; other CPUs emulate it."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def hidden_size(model: str) -> int:
+    """Return the hidden size of a model; 0 if its config cannot be read, which is reported when it is loaded."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model).get_text_config().hidden_size
+    except Exception:  # the code of any architecture may raise anything
+        return 0
 
 
 def choose_backend(config: Config) -> str:

@@ -42,6 +42,9 @@ def completion_logprobs(
                 entropy = log_normalizer - (logits.softmax(-1) * logits).sum(-1)
         return logprobs, entropy
 
+    if policy.plain_head and type(head) is torch.nn.Linear and not policy.entropy_gradient:
+        logprobs, entropy = HeadLogprobs.apply(states, ids, head, policy.temperature)
+        return rows.pad(logprobs), rows.mask, rows.pad(entropy) if with_entropy else None
     size = max(1, LOGITS_PER_CHUNK // policy.vocabulary)
     chunks = list(zip(states.split(size), ids.split(size)))
     if torch.is_grad_enabled() and len(chunks) > 1:
@@ -50,6 +53,39 @@ def completion_logprobs(
         results = [chunk_logprobs(*chunk) for chunk in chunks]
     logprobs, entropy = zip(*results)
     return rows.pad(torch.cat(logprobs)), rows.mask, rows.pad(torch.cat(entropy)) if with_entropy else None
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """Log-probabilities and entropies (T,) of tokens (T,) from hidden states (T, H), by a frozen linear head.
+
+    The gradient of a log-probability is (W[token] - p W) / temperature, with the head's weights W (V, H) and the next-token
+    distribution p. It is computed in the forward pass, so that the logits exist once and for one chunk only.
+    """
+
+    @staticmethod
+    def forward(ctx, states, ids, head, temperature):
+        size = max(1, LOGITS_PER_CHUNK // head.out_features)
+        logprobs = []
+        entropies = []
+        gradients = []
+        for chunk, tokens in zip(states.split(size), ids.split(size)):
+            logits = head(chunk).float().div_(temperature)  # (n, V)
+            probabilities = logits.softmax(-1)
+            log_normalizer = logits.amax(-1) - probabilities.amax(-1).log()  # on a CPU faster than logsumexp
+            logprobs.append(logits.gather(1, tokens[:, None]).squeeze(1) - log_normalizer)
+            entropies.append(log_normalizer - torch.bmm(probabilities[:, None], logits[:, :, None]).flatten())
+            if ctx.needs_input_grad[0]:
+                expected = probabilities.to(states.dtype) @ head.weight
+                gradients.append((head.weight[tokens] - expected) / temperature)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient[:, None].to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None, None
 
 
 def completion_states(

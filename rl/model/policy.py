@@ -5,6 +5,7 @@ model is loaded by Unsloth or by transformers and peft (rl/model/backends.py), o
 """
 
 import contextlib
+import copy
 import ctypes
 import difflib
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from rl.model.decoder import Decoder, unsupported_reason
 from rl.model.tokens import check_ids, find_eos_ids, is_embedded
 
 # Hidden size below which, on a CPU, freed memory is kept for later tensors (`keep_freed_memory`).
-REUSE_FREED_BELOW_HIDDEN = 512
+REUSE_FREED_BELOW_HIDDEN = 1024
 # Settings of a saved LoRA that go beyond the matrices A and B on linear layers.
 LORA_EXTRAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
 
@@ -62,7 +63,7 @@ class Policy:
     temperature: float
     system_prompt: str | None
     chat_template_kwargs: dict
-    starts_from_adapter: bool  # training continues a saved LoRA, whose frozen copy "reference" is the reference
+    has_reference_adapter: bool  # the reference is a frozen LoRA, "reference": training did not start from a new LoRA
     decoder: Decoder | None  # the packed forward pass; None: the model's own forward is used
     uses_unsloth: bool = False  # loaded by Unsloth and trained through its forward
     fallback_reason: str | None = None  # why there is no decoder
@@ -106,7 +107,18 @@ class Policy:
 
     def reference(self):
         """Context manager that turns the model into the reference: without a LoRA, or with the one it started from."""
-        return self.adapter("reference") if self.starts_from_adapter else self.model.disable_adapter()
+        return self.adapter("reference") if self.has_reference_adapter else self.model.disable_adapter()
+
+    def set_reference(self, weights: dict[str, torch.Tensor]) -> None:
+        """Make a frozen LoRA with these weights (from `lora_weights`) the reference."""
+        if "reference" not in self.model.peft_config:
+            self.model.add_adapter("reference", copy.copy(self.model.peft_config["default"]))
+        peft.set_peft_model_state_dict(self.model, weights, adapter_name="reference")
+        self.model.set_adapter("default")
+        self.has_reference_adapter = True
+
+    def lora_weights(self, name: str = "default") -> dict[str, torch.Tensor]:
+        return peft.get_peft_model_state_dict(self.model, adapter_name=name)
 
     @contextlib.contextmanager
     def adapter(self, name: str):
@@ -238,7 +250,7 @@ def load_policy(config: Config) -> Policy:
         system_prompt=config.system_prompt,
         chat_template_kwargs=config.chat_template_kwargs,
         max_completion_length=config.max_completion_length,
-        starts_from_adapter=config.adapter is not None,
+        has_reference_adapter=config.adapter is not None,
         decoder=None if fallback_reason else Decoder(model),
         uses_unsloth=uses_unsloth,
         fallback_reason=fallback_reason,

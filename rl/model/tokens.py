@@ -42,6 +42,12 @@ def find_eos_ids(tokenizer, model) -> frozenset[int]:
     return frozenset(ids)
 
 
+def choose_end_id(tokenizer, eos_ids: frozenset[int]) -> int:
+    """Return the token that ends a demonstration: the end-of-turn token of the chat template, or the tokenizer's EOS."""
+    candidates = (find_end_of_turn(tokenizer), tokenizer.eos_token_id, *sorted(eos_ids))
+    return next(token_id for token_id in candidates if token_id in eos_ids)
+
+
 def find_end_of_turn(tokenizer) -> int | None:
     """Return the special token that the chat template puts directly after an answer, or None."""
     if not tokenizer.chat_template:

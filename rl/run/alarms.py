@@ -1,14 +1,16 @@
 """Alarms for reward hacking, for steps without a learning signal, and for updates that fail.
 
 Alarms only report; they never stop a run. `find_alarms` inspects the metrics of all steps so far, the evaluations and
-the episodes of the last step, and returns one line per alarm, keyed by subject. In metrics.jsonl, `alarms` lists the
+the episodes of the last step, and returns a text per alarm, keyed by subject. In metrics.jsonl, `alarms` lists the
 subjects that are active in a step. If one alarm explains others, only that one is raised: a policy that has diverged
 also produces wrong and truncated completions.
 """
 
 import math
+import shlex
 from collections import Counter
 
+from data.tasks import MAKERS
 from grading import Rewards, Score, outcome_of
 from grading.base import SHAPING_SHARE, shorten
 from grading.rewards.verdicts import judge_range
@@ -26,7 +28,7 @@ MAX_MISMATCH = 5.0  # the same for the worst token of a step
 STILL_KL = 1e-7  # nats per token: with a smaller KL the policy has hardly moved
 STILL_STEPS = 10  # the note on it appears only after more than this many steps with updates
 
-Alarms = dict[str, str]  # one line of text by subject
+Alarms = dict[str, str]  # text by subject: one line, in some cases with commands in further lines
 
 
 def find_alarms(
@@ -68,7 +70,10 @@ def find_notes(history: list[dict], config: Config) -> Alarms:
     easy = recent(history, "frac_groups_all_right")
     same = recent(history, "frac_reward_zero_std")
     if easy > 0.7:
-        notes["easy"] = f"in {easy:.0%} of the groups every completion is right: the questions have become easy"
+        notes["easy"] = (
+            f"in {easy:.0%} of the groups every completion is right: the questions have become easy. To select harder ones:"
+            f"{calibrate_command(config)}"
+        )
     elif same > 0.9 and config.uses_group:
         notes["same"] = f"in {same:.0%} of the groups all rewards are equal, so there is little to learn"
     steps_with_updates = sum(1 for metrics in history if metrics.get("updates") and metrics.get("learning_rate"))
@@ -79,6 +84,22 @@ def find_notes(history: list[dict], config: Config) -> Alarms:
             f"learning_rate (now {config.learning_rate:g})"
         )
     return notes
+
+
+def cold_start_commands(config: Config) -> str:
+    """Return the commands that write demonstrations and start the run again with them, each in a line of its own."""
+    settings = shlex.quote(f"{config.output_dir}/config.yaml")
+    sources = shlex.join(config.train_data)
+    command = f"distil {sources} --config {settings} --keep-right --out demos.jsonl"
+    if all(source in MAKERS and source != "countdown" for source in config.train_data):
+        command = f"demos {sources} > demos.jsonl"
+    return f"\n    python -m data {command}\n    python train.py --config {settings} --sft-data demos.jsonl"
+
+
+def calibrate_command(config: Config) -> str:
+    """Return the command that selects questions by the base model's pass rate, in a line of its own."""
+    settings = shlex.quote(f"{config.output_dir}/config.yaml")
+    return f"\n    python -m data calibrate {shlex.join(config.train_data)} --config {settings} --out calibrated.jsonl"
 
 
 def values(metrics: list[dict], name: str) -> list[float]:
@@ -240,6 +261,12 @@ def _no_signal(history: list[dict], episodes: list[Episode], config: Config) -> 
     def is_always(name, value):
         return values(last_steps, name) == [value] * len(last_steps)
 
+    if (no_answer := recent(history, "outcomes/no_answer")) > 0.5 and not config.sft_data:
+        return {
+            "no_answer": f"{no_answer:.0%} of the completions have no final answer that a grader can read, so there is "
+            "nothing to reward. If the model does not know the form of the answer, teach it with a cold start:"
+            f"{cold_start_commands(config)}\n  {example}"
+        }
     if is_always("reward", 0) and is_always("reward_std", 0) and config.control == "none":
         no_reward = (
             f"every reward of the last {len(last_steps)} steps is 0, so there is nothing to learn from: use easier "
@@ -256,7 +283,10 @@ def _no_signal(history: list[dict], episodes: list[Episode], config: Config) -> 
             f"nothing is learned: try {kind} questions, more num_generations, a higher temperature, or dynamic_sampling"
         )
     if wrong > 0.7:
-        alarms["all_wrong"] = f"in {wrong:.0%} of the groups no completion is right: use easier questions. {example}"
+        alarms["all_wrong"] = (
+            f"in {wrong:.0%} of the groups no completion is right: use easier questions, or select those that the model "
+            f"solves at times:{calibrate_command(config)}\n  {example}"
+        )
     return alarms
 
 

@@ -80,7 +80,7 @@ def eval_only(config: Config, name: str) -> None:
         if config.adapter:
             evaluations[1] = evaluate(policy, questions, rewards, config, step=0)
             folder.write_evaluation("after", evaluations[1])
-        summary = summarize(config, [], evaluations, is_finished=bool(config.adapter)) | {
+        summary = summarize(config, [], evaluations, before, is_finished=bool(config.adapter)) | {
             "versions": versions(),
             "seconds": {"total": round(time.perf_counter() - started, 2)},
             "peak_memory_mb": peak_memory_mb(policy.device),
@@ -89,7 +89,7 @@ def eval_only(config: Config, name: str) -> None:
             "payments": payments_to_lists(rewards),
         }
         folder.write("summary.json", to_json(summary, indent=2) + "\n")
-        print("\n" + report.evaluation_table(**({"after": None, "gain": None} | summary["eval"])))
+        print("\n" + report.evaluation_table(summary["eval"]))
     except RewardError as error:
         if error.completions:
             raise folder.write_failed(error, rewards) from error

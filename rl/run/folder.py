@@ -150,8 +150,8 @@ class RunFolder:
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
     def evaluations(self) -> dict[int, Evaluation]:
-        """Return the evaluations by step, in order, without eval/after.jsonl."""
-        files = {evaluation_step(file): file for file in self.path.glob("eval/*.jsonl")}
+        """Return the evaluations by step, in order, without eval/after.jsonl. Step 0 is after the cold start, if any."""
+        files = {evaluation_step(file): file for file in sorted(self.path.glob("eval/*.jsonl"))}
         return {step: Evaluation.from_lines(read_jsonl(files[step])) for step in sorted(files.keys() - {None})}
 
     def check_resumable(self) -> None:
@@ -180,23 +180,27 @@ class RunFolder:
             else []
         )
 
+    def base_evaluation(self) -> Evaluation:
+        """Return the evaluation of the model before any training."""
+        return Evaluation.from_lines(read_jsonl(self.evaluation_file(0)))
+
     def check_complete(self, step: int, num_questions: int) -> None:
         """Raise ConfigError if metrics of steps up to this one, or answers of their evaluations, are missing."""
         lines = self.metrics_lines()
         problem = ""
         if len(lines) < step:
             problem = f"{self.path / 'metrics.jsonl'} has {len(lines)} steps, but the checkpoint is of step {step}"
-        eval_steps = [0] + [json.loads(line)["step"] for line in lines[:step] if b'"eval/accuracy"' in line]
-        for eval_step in eval_steps if step else ():
-            file = self.evaluation_file(eval_step)
+        steps = [json.loads(line)["step"] for line in lines[:step] if b'"eval/accuracy"' in line]
+        files = [self.evaluation_file(0)] + [self.path / "eval/cold_start.jsonl"] * (self.config.sft_data is not None)
+        for file in [*files, *map(self.evaluation_file, steps)]:
             num_lines = file.read_bytes().count(b"\n") if file.exists() else 0
             if num_lines != num_questions:
                 problem = f"{file} has {num_lines} of {num_questions} questions"
         if problem:
             raise ConfigError(f"resume: {problem}: restore the file, or resume from an older checkpoint")
 
-    def rewind(self, step: int) -> None:
-        """Remove the files and log lines of later steps.
+    def rewind(self, step: int, restart: bool) -> None:
+        """Remove the files and log lines of later steps, or all of them to restart the run.
 
         If a finished run is continued, its final evaluation becomes the evaluation of its last step.
         """
@@ -214,9 +218,9 @@ class RunFolder:
                 if file.stem.isdigit() and int(file.stem) > step:
                     file.unlink()
             for file in self.path.glob("eval/*.jsonl"):
-                if (evaluation_step(file) or 0) > step or step == 0:
+                if (evaluation_step(file) or 0) > step or restart:
                     file.unlink()
-            if step == 0:
+            if restart:
                 (self.path / "summary.json").unlink(missing_ok=True)
 
     def evaluation_file(self, step: int) -> Path:
@@ -232,8 +236,10 @@ def make_new_folder(path: Path) -> Path:
 
 
 def evaluation_step(file: Path) -> int | None:
-    """Return the step of eval/before.jsonl (0) or eval/step_000050.jsonl; None for eval/after.jsonl (the last step)."""
-    if file.stem == "before":
+    """Return the step of eval/before.jsonl and eval/cold_start.jsonl (0) or eval/step_000050.jsonl; None for
+    eval/after.jsonl (the last step).
+    """
+    if file.stem in ("before", "cold_start"):
         return 0
     return int(file.stem[5:]) if file.stem.startswith("step_") and file.stem[5:].isdigit() else None
 

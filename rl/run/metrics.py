@@ -87,12 +87,13 @@ def is_repetitive(token_ids: list[int]) -> bool:
     return len(set(n_grams)) < len(n_grams) / 2
 
 
-def summarize(config: Config, history: list[dict], evaluations: dict, is_finished: bool) -> dict:
+def summarize(config: Config, history: list[dict], evaluations: dict, base, is_finished: bool) -> dict:
     """Return the part of summary.json that is derived from settings, metrics and evaluations.
 
     Args:
         history: The metrics of each step, with its `alarms` and `judges`.
-        evaluations: The evaluations (rl.evaluate.Evaluation) by step; step 0 is before training.
+        evaluations: The evaluations (rl.evaluate.Evaluation) by step; step 0 is after the cold start, if there is one.
+        base: The evaluation before any training.
         is_finished: Whether the last evaluation is the final one.
     """
     last = history[-1] if history else {}
@@ -110,11 +111,16 @@ def summarize(config: Config, history: list[dict], evaluations: dict, is_finishe
         "tokens": last.get("num_tokens", 0),
         "judges": last.get("judges", []),
         "alarms": alarms,
-        "eval": {"before": evaluations[0].summary()} if evaluations else {},
+        "eval": {"before": base.summary()} if base else {},
     }
+    has_cold_start = bool(evaluations) and evaluations[0] is not base
+    if has_cold_start:
+        summary["eval"]["cold_start"] = evaluations[0].summary()
     if is_finished:
         after = evaluations[max(evaluations)]
-        summary["eval"] |= {"after": after.summary(), "gain": after.gain_over(evaluations[0])}
+        summary["eval"] |= {"after": after.summary(), "gain": after.gain_over(base)}
+        if has_cold_start:
+            summary["eval"]["gain_over_cold_start"] = after.gain_over(evaluations[0])
         summary["finished"] = True
     return summary
 

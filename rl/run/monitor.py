@@ -26,7 +26,7 @@ class Stopwatch:
     def __init__(self, started: float):
         self.started = started
         self.seconds_before_resume = 0.0
-        self.seconds = dict.fromkeys(("setup", "rollout", "update", "eval"), 0.0)
+        self.seconds = dict.fromkeys(("setup", "cold_start", "rollout", "update", "eval"), 0.0)
         self.step_seconds = {}
         self.step_started = started
 

@@ -18,6 +18,8 @@ from data.schema import DAMAGED_COMMAND
 from grading.base import did_you_mean, first_line
 from rl.config import COMMANDS, Config, ConfigError
 
+# Settings that are chosen for the model and this machine (rl/fit/recipes.py), unless all but the last are set.
+FITTED = ("learning_rate", "max_tokens_per_micro_batch", "rollout_batch_size", "gradient_checkpointing")
 RENAMED_SETTINGS = Path(__file__).with_name("renamed_settings.yaml")  # of TRL and Unsloth, with what to use instead
 # Control characters except line breaks and tabs, and these two if a LaTeX command such as "\text{" was read as one.
 CONTROL_CHARACTER = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]|{DAMAGED_COMMAND.pattern}")
@@ -40,7 +42,9 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     """Return the settings and a name for the run.
 
     Settings are read from `--config FILE`, the largest recipe that fits this machine (`--config auto`), the run to
-    `--resume`, the run that saved the `--adapter`, or the default file. Options on the command line override them.
+    `--resume`, the run that saved the `--adapter`, or the default file, which is the recipe of one model: with another
+    `--model`, it is not used. Options on the command line override them. Of the settings of FITTED, those that neither
+    sets are chosen for the model and this machine.
 
     Raises:
         ConfigError: If a setting is invalid.
@@ -50,11 +54,14 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
 
     file, arguments = pop_option(split_pairs(arguments, "--columns"), "--config")
     adapter, _ = pop_option(arguments, "--adapter")
+    model, _ = pop_option(arguments, "--model")
     resume, _ = pop_option(arguments, "--resume")
     if resume is not None:
         file = config_to_resume(resume, arguments, file)
     elif file is None and adapter and (Path(adapter).parent.parent / "config.yaml").is_file():
         file = str(Path(adapter).parent.parent / "config.yaml")
+    elif file is None and model and model != read_yaml(default_file).model:
+        file = model
     file = file or default_file
     known = {*vars(Config()), "help"}
     for argument in arguments:
@@ -64,7 +71,8 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
 
     def parse(file: str) -> Config:
         description = f"Settings are read from {file} (--config FILE chooses another file). Options override them."
-        return tyro.cli(Config, default=read_yaml(file), args=arguments, prog="train.py", description=description)
+        default = Config() if file == model else read_yaml(file)
+        return tyro.cli(Config, default=default, args=arguments, prog="train.py", description=description)
 
     if file == "auto":
         from rl.fit.recipes import choose_recipe
@@ -75,6 +83,16 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     for name, value in vars(config).items():
         refuse_control_characters(value, f"command line: {name}", "remove it")
     config.check()
+    in_file = {} if file == model else read_settings(file)
+    options = {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in arguments}
+    missing = [name for name in FITTED if name not in in_file and not options & {name, f"no_{name}"}]
+    if missing and missing != ["gradient_checkpointing"]:
+        from rl.fit.recipes import fit_settings
+
+        chosen = fit_settings(config, missing)
+        config = dataclasses.replace(config, **chosen)
+        values = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        print(f"Chosen for {config.model} on this machine: {values}", end="\n\n", flush=True)
     path = Path(file)
     if config.resume:
         config.output_dir = str(path.parent)
@@ -133,7 +151,12 @@ def split_pairs(arguments: list[str], name: str) -> list[str]:
 
 
 def read_yaml(file: str) -> Config:
-    """Read settings from a YAML file and convert them to their types. Raises ConfigError with file and setting."""
+    """Return the settings in a YAML file, and the defaults of all others. Raises ConfigError with file and setting."""
+    return Config(**read_settings(file))
+
+
+def read_settings(file: str) -> dict:
+    """Return the settings in a YAML file, converted to their types. Raises ConfigError with file and setting."""
     path = Path(file)
     if not path.is_file():
         recipes = sorted(str(p) for p in Path("configs").glob("*.yaml"))
@@ -160,7 +183,7 @@ def read_yaml(file: str) -> Config:
             values[name] = coerce(value, hints[name])
         except ValueError as error:
             raise ConfigError(f"{file}: {name} is {value!r}, but must be {error}") from None
-    return Config(**values)
+    return values
 
 
 def refuse_control_characters(value, label: str, fix: str) -> None:

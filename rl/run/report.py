@@ -57,33 +57,35 @@ def seconds_left(step: int, config: Config, seconds: dict[str, float]) -> float:
     return steps_left * per_step + evaluations_left * seconds["eval"] / evaluations
 
 
-def evaluation_table(before: dict, after: dict | None, gain: dict | None) -> str:
-    """Return a table of the accuracies with 95% confidence intervals, before and after training, overall and by task.
+def evaluation_table(evaluations: dict) -> str:
+    """Return a table of the accuracies with 95% confidence intervals, overall and by task, and the gains.
 
-    before, after: from `Evaluation.summary`; after is None for a single evaluation. gain: from `Evaluation.gain_over`.
+    evaluations: `eval` of summary.json: `before`, and if they exist, `cold_start`, `after` and the gains.
     """
-    columns = [("before", before)] + ([("after", after)] if after else [])
+    columns = {name: evaluations[name] for name in ("before", "cold_start", "after") if name in evaluations}
+    before = columns["before"]
     lines = [
-        f"{'held-out questions':<22}{'':>5}" + "".join(f"{name:>33}" for name, _ in columns),
+        f"{'held-out questions':<22}{'':>5}" + "".join(f"{name.replace('_', ' '):>33}" for name in columns),
         f"{'':<22}{'n':>5}" + f"{'greedy (95% CI)':>23}{'sampled':>10}" * len(columns),
     ]
     for task in ["all", *before["tasks"]]:
         cells = ""
-        for _, summary in columns:
+        for summary in columns.values():
             rates = summary if task == "all" else summary["tasks"][task]
             low, high = rates["ci95"]
             greedy = f"{rates['accuracy']:.1%} ({low:.0%} to {high:.0%})"
             cells += f"{greedy:>23}{rates['accuracy_sampled']:>10.1%}"
         lines.append(f"{task:<22}{(before if task == 'all' else before['tasks'][task])['n']:>5}{cells}")
     for label, name in (("thinking", "thinking_sampled"), ("accuracy when thinking", "accuracy_when_thinking_sampled")):
-        values = ["-" if rates[name] is None else f"{rates[name]:.1%}" for _, rates in columns]
+        values = ["-" if rates[name] is None else f"{rates[name]:.1%}" for rates in columns.values()]
         lines.append(f"{label:<27}" + "".join(f"{value:>33}" for value in values))
-    if gain:
-        low, high = gain["ci95"]
-        lines.append(
-            f"gain, greedy: {100 * gain['accuracy']:+.1f} points (95% CI {100 * low:+.1f} to {100 * high:+.1f}), "
-            f"{gain['fixed']} questions fixed, {gain['broke']} broken"
-        )
+    for name, label in (("gain", "gain"), ("gain_over_cold_start", "over the cold start")):
+        if gain := evaluations.get(name):
+            low, high = gain["ci95"]
+            lines.append(
+                f"{label}, greedy: {100 * gain['accuracy']:+.1f} points (95% CI {100 * low:+.1f} to {100 * high:+.1f}), "
+                f"{gain['fixed']} questions fixed, {gain['broke']} broken"
+            )
     return "\n".join(lines)
 
 
@@ -97,9 +99,9 @@ def format_answer(record: dict) -> str:
     return "\n".join("  " + printable(line).replace("\n", "\n            ") for line in lines)
 
 
-def model_card(config: Config, step: int, evaluations: dict) -> str:
-    """Return the README.md of a saved adapter. evaluations: the evaluations (rl.evaluate.Evaluation) by step."""
-    last = max(evaluations)
+def model_card(config: Config, step: int, base, last) -> str:
+    """Return the README.md of a saved adapter. base, last: the first and the last evaluation (rl.evaluate.Evaluation)."""
+    cold_start = f", after a cold start on {config.sft_data}" if config.sft_data else ""
     loss = "" if config.algorithm == "dpo" else f" (loss_type {config.loss_type})"
     return f"""\
 ---
@@ -111,10 +113,10 @@ tags: [lora, {config.algorithm}, ponder]
 
 # LoRA for {config.model}, trained with Ponder
 
-Training: {config.algorithm.upper()}{loss}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}.
+Training: {config.algorithm.upper()}{loss}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}{cold_start}.
 
-Held-out accuracy (greedy, {len(evaluations[0].greedy)} questions): {evaluations[0].accuracy:.1%} before training,
-{evaluations[last].accuracy:.1%} at step {last}.
+Held-out accuracy (greedy, {len(base.greedy)} questions): {base.accuracy:.1%} before training, {last.accuracy:.1%} in the
+last evaluation.
 """
 
 
@@ -141,11 +143,11 @@ def run_header(
     agreement,
     rewards: Rewards,
     num_questions: tuple[int, int],
-    step: int,
+    resumed_step: int | None,
 ) -> str:
     """Return the text to print before training.
 
-    num_questions: of the training and of the held-out questions. step: of the checkpoint to resume from; 0 if none.
+    num_questions: of the training and of the held-out questions. resumed_step: of the checkpoint to resume from, if any.
     """
     weights = ", ".join(f"{f.name} (weight {f.weight:g})" for f in rewards.functions if f.weight)
     lines = [
@@ -160,9 +162,8 @@ def run_header(
         size = f"{config.prompts_per_step} questions x {config.num_generations}"
         lines.append(f"plan     {config.max_steps} steps of {size} completions")
     if config.resume:
-        lines.append(
-            f"resumed  from step {step}" if step else "resumed  from the start, because no checkpoint was saved"
-        )
+        start = "the start, because no checkpoint was saved" if resumed_step is None else f"step {resumed_step}"
+        lines.append(f"resumed  from {start}")
     return "\n  ".join(lines)
 
 

@@ -36,7 +36,8 @@ class Run:
     Attributes:
         step: The current step, or the last one if none is in progress; 0 before the first.
         history: The metrics of each step, with its alarms.
-        evaluations: The evaluations by step; step 0 is before training.
+        evaluations: The evaluations by step; step 0 is before the first step, after the cold start if there is one.
+        base: The evaluation of the model before any training.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Run:
         self.step = 0
         self.history: list[dict] = []
         self.evaluations: dict[int, Evaluation] = {}
+        self.base: Evaluation | None = None
         self.memory = MemoryUse()
         self.stopwatch = Stopwatch(started)
         self.signals = signals
@@ -86,7 +88,8 @@ class Run:
             self.notes += checkpoints.check_provenance(self.resumed_from, self.provenance, accept)
             self.step = self.resumed_from.step
         self.folder.check_resumable()
-        self.folder.check_complete(self.step, self.num_rows[1])
+        if self.resumed_from:
+            self.folder.check_complete(self.step, self.num_rows[1])
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -132,17 +135,19 @@ class Run:
             self.folder.checkpoints.check_provenance(self.resumed_from, self.provenance, config.accept_changes)
             restore_adapter(policy.model, self.resumed_from.folder)
         if config.resume:
-            self.folder.rewind(self.step)
+            self.folder.rewind(self.step, restart=not self.resumed_from)
         else:
             self.folder.open()
+        config.output_dir = str(self.folder.path)
         self.folder.write_settings(self.settings, self.rewards.path, self.step)
         self.stopwatch.end_setup()
         self.state = state | {"stopwatch": self.stopwatch, "random": RandomState(generator, config.seed)}
         self.trackers = Trackers(config.report_to, self.folder.path, self.settings, self.step + 1, print_note)
         machine = describe_machine(policy.device)
+        resumed_step = self.step if self.resumed_from else None
         print(
             report.run_header(
-                config, machine, self.folder.path, policy, critic, agreement, self.rewards, self.num_rows, self.step
+                config, machine, self.folder.path, policy, critic, agreement, self.rewards, self.num_rows, resumed_step
             )
         )
         if policy.fallback_reason:
@@ -173,9 +178,11 @@ class Run:
         self.history = self.folder.history()
         evaluations = self.folder.evaluations()
         self.evaluations = {step: evaluation.without_texts() for step, evaluation in evaluations.items()}
+        base = self.folder.base_evaluation()
+        self.base = base.without_texts()
         with write_errors(self.folder.checkpoints.path):
             self.folder.checkpoints.mark(self.step, best_step(self.evaluations))
-        self._print_example("Before training, one held-out question", evaluations[0])
+        self._print_example("Before training, one held-out question", base)
         self.write_summary()  # a finished run that is continued no longer counts as finished
 
     # --- during the steps
@@ -259,17 +266,29 @@ class Run:
         name = self.folder.evaluation_file(self.step).stem
         self.folder.write_evaluation(name, evaluation)
         if self.step == 0:
+            self.base = self.evaluations[0]
             self._print_example("Before training, one held-out question", evaluation)
         self.write_summary()
 
+    def log_cold_start(self, evaluation: Evaluation) -> None:
+        """Write the answers after the cold start, and save a checkpoint of step 0."""
+        self.evaluations[0] = evaluation.without_texts()
+        self.folder.write_evaluation("cold_start", evaluation)
+        self._print_example("After the cold start, the same question", evaluation)
+        low, high = evaluation.summary()["ci95"]
+        print(
+            f"Held-out accuracy after the cold start: {evaluation.accuracy:.1%} ({low:.0%} to {high:.0%})\n", flush=True
+        )
+        self.save()
+
     def _print_example(self, title: str, evaluation: Evaluation) -> None:
         """Print the answer to the first question that was not answered correctly before training."""
-        before = self.evaluations[0].greedy
+        before = self.base.greedy
         example = next((i for i, record in enumerate(before) if record["verdict"] != "right"), 0)
         print(f"\n{title}:\n{report.format_answer(evaluation.greedy[example])}\n")
 
     def write_summary(self, is_finished: bool = False) -> None:
-        summary = summarize(self.config, self.history, self.evaluations, is_finished) | {
+        summary = summarize(self.config, self.history, self.evaluations, self.base, is_finished) | {
             "versions": versions(),
             "seconds": self.stopwatch.summary(),
             "peak_memory_mb": peak_memory_mb(self.policy.device),
@@ -289,7 +308,7 @@ class Run:
             "shrunk": shrunk_settings(self.config),
         }
         state = {name: part.state_dict() for name, part in self.state.items()}
-        card = report.model_card(self.config, self.step, self.evaluations)
+        card = report.model_card(self.config, self.step, self.base, self.evaluations[max(self.evaluations)])
         best = best_step(self.evaluations)
         path = self.folder.checkpoints.save(self.step, self.policy, card, meta, state, best)
         self.write_summary()
@@ -316,9 +335,8 @@ class Run:
         self.evaluations[self.step] = evaluation.without_texts()
         self.folder.write_evaluation("after", evaluation)
         self._print_example("After training, the same question", evaluation)
-        before = self.evaluations[0].summary()
-        gain = evaluation.gain_over(self.evaluations[0])
-        print(report.evaluation_table(before, evaluation.summary(), gain))
+        summary = summarize(self.config, self.history, self.evaluations, self.base, is_finished=True)
+        print(report.evaluation_table(summary["eval"]))
         last = self.history[-1] if self.history else {"step": 0, "judges": [], "alarms": [], "notes": []}
         alarms = find_hacking(self.history, self.evaluations, set(last["judges"]), self.rewards, self.config)
         for subject, text in alarms.items():
