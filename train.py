@@ -59,11 +59,11 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
 
     from rl.advantages import Advantages
     from rl.checks import check_memory, check_sampler
-    from rl.cold_start import ColdStart
     from rl.critic import Critic
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy
     from rl.rollout import collect
+    from rl.run.cold_start import ColdStart
     from rl.run.session import Run
     from rl.run.token_log import inspect_tokens
     from rl.update import Updater

@@ -1,6 +1,7 @@
 """Compare Ponder with another trainer: time and memory of the same training step, measured in interleaved rounds.
 
     python bench/vs_peer.py                                            TRL, with the bundled tiny model
+    python bench/vs_peer.py --model smollm2 --prompts 8                a pretrained model (python -m data get smollm2)
     python bench/vs_peer.py --random-weights Qwen/Qwen3-1.7B           4-bit weights, on a GPU
     python bench/vs_peer.py --until 80                                 time until 80 % of the completions are right
     .venv-unsloth-cpu/bin/python bench/vs_peer.py --peer unsloth       Unsloth, or its CPU fallback
@@ -35,6 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import rl  # noqa: E402, F401, I001  (before torch)
 import torch  # noqa: E402
 
 from bench.memory import run  # noqa: E402
@@ -202,6 +204,7 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
     from rl.run.monitor import peak_memory_mb
 
     device = model.device
+    ponder_dtype = choose_dtype(config, device)
     rows_per_step = config.prompts_per_step * config.num_generations
 
     class TimedTrainer(GRPOTrainer):
@@ -255,10 +258,10 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
     settings = GRPOConfig(
         output_dir=f"{adapter}-trainer",
         use_cpu=device.type == "cpu",
-        bf16=device.type == "cuda",
+        bf16=ponder_dtype == torch.bfloat16,
         dataloader_pin_memory=device.type == "cuda",
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=rows_per_step // MICRO_BATCH,
+        per_device_train_batch_size=min(MICRO_BATCH, rows_per_step),
+        gradient_accumulation_steps=max(1, rows_per_step // MICRO_BATCH),
         **{name: getattr(config, name) for name in names},
         **SHARED_SETTINGS,
     )
@@ -270,7 +273,8 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
 def make_settings(args: argparse.Namespace, folder: str) -> dict:
     """Return Ponder's settings, and create the random weights or the initial LoRA that they name in the folder."""
     settings = {"train_data": ["sums", "words"], "eval_questions": 8, "seed": args.seed, "model": args.model}
-    settings |= {"max_steps": WARM_UP + args.rounds * args.steps, "max_completion_length": 96}
+    settings |= {"max_steps": WARM_UP + args.rounds * args.steps, "max_completion_length": args.max_completion_length}
+    settings |= {"prompts_per_step": args.prompts, "num_generations": args.generations, "dtype": args.dtype}
     settings["max_tokens_per_micro_batch"] = 8192 if args.random_weights else 4096
     if args.until:
         return settings | {"learning_rate": 2e-3}
@@ -280,6 +284,8 @@ def make_settings(args: argparse.Namespace, folder: str) -> dict:
         run("-c", f"from bench.memory import *; make_random_model({args.random_weights!r}, {model!r}, 128)")
         sizes = {"prompts_per_step": 8, "max_completion_length": 256, "load_in_4bit": torch.cuda.is_available()}
         return settings | sizes | {"model": model}
+    if args.model != "data/tiny":
+        return settings | {"max_tokens_per_micro_batch": 1024, "rollout_batch_size": 128}
     options = "--max-steps 10 --lr-scheduler-type constant --eval-questions 8 --eval-steps 0 --train-data sums words"
     paths = ["--model", args.model, "--output-dir", f"{folder}/run"]
     run("train.py", *options.split(), *paths, "--seed", str(args.seed))
@@ -356,11 +362,21 @@ def main() -> None:
     parser.add_argument(
         "--until", type=float, metavar="PERCENT", help="train a new LoRA and report when this share of answers is right"
     )
+    parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
+    parser.add_argument("--generations", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--max-completion-length", type=int, default=96)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of both trainers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps per trainer and round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     args = parser.parse_args()
+    if args.model == "smollm2":
+        args.model = "data/smollm2"
+    if args.prompts * args.generations > MICRO_BATCH and args.prompts * args.generations % MICRO_BATCH:
+        parser.error(
+            f"--prompts x --generations must be a multiple of {MICRO_BATCH}, the rows of the peer's forward pass"
+        )
     os.environ["HF_HUB_OFFLINE"] = "1"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Demonstrations for the cold start (rl/cold_start.py): prompts with complete answers.
+"""Demonstrations for the cold start (rl/run/cold_start.py): prompts with complete answers.
 
 A demonstration is a row with `prompt` and `completion`. `read_demonstrations` reads them from a file,
 `write_demonstrations` makes them for the built-in families that have steps.

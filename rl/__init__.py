@@ -1,10 +1,6 @@
-"""Training. Importing this package limits how long OpenMP's threads spin, which must happen before torch is loaded.
-
-On a CPU, torch's threads wait for each other by spinning. If another process needs a core, GNU OpenMP's default makes a
-step 20 to 30 times slower; with 1,000 iterations it is two to three times slower, and as fast as before alone.
-"""
+"""Training. Importing this package limits the spinning of OpenMP's threads, which must happen before torch is loaded."""
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:
+if "OMP_WAIT_POLICY" not in os.environ:  # GNU OpenMP's default slows a run down 20 to 30 times beside a busy process
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -64,3 +64,26 @@ def test_a_broken_pipe_to_another_process_is_not_hidden():
     code = "from rl.run.process import command_output\nwith command_output():\n    print(1)\n    raise BrokenPipeError"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 1 and process.stdout == "1\n" and "BrokenPipeError" in process.stderr
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["train", "export", "ui.app", "ui.models", "export.merge", "bench.vs_peer", "tools.make_tiny", "tools.sample"],
+)
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)
+def test_openmp_spins_little_unless_the_user_says_otherwise(module, own):
+    """Beside another busy process, the default number of spins makes a step 20 to 30 times slower."""
+    code = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print('torch', os.environ.get('GOMP_SPINCOUNT'))\n"
+        f"sys.meta_path.insert(0, Finder())\nimport {module}\nimport rl, torch"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment | own
+    )
+    expected = own.get("GOMP_SPINCOUNT", None if own else "1000")
+    assert f"torch {expected}" == output.stdout.splitlines()[0]

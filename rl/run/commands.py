@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import load_questions, local_prompts
+from data.demonstrations import read_demonstrations
 from grading import RewardError, check_tests, load_rewards, preflight, sandbox
 from grading.rewards.trials import try_to_learn_payments
 from grading.rewards.verdicts import payments_to_lists
@@ -25,7 +26,10 @@ def dry_run(config: Config) -> None:
     """Print the predicted memory and time of a run."""
     from rl.fit.dry_run import dry_run
 
+    _, notes = read_demonstrations(config.sft_data, held_out=[])
     print(dry_run(config, prompts=local_prompts(config.train_data, config.eval_data, config.columns)))
+    for note in notes:
+        print(f"  note     {note}, {config.sft_epochs} epochs before the first step")
 
 
 def eval_only(config: Config, name: str) -> None:
@@ -105,7 +109,7 @@ def probe(config: Config, train: Callable[[Config, str, StopSignals], None], sig
     """
     with tempfile.TemporaryDirectory(prefix="ponder-probe-") as folder:
         changes = {"max_steps": PROBE_STEPS, "eval_questions": PROBE_QUESTIONS, "critic_warmup_steps": 0}
-        changes |= {"eval_steps": 0, "save_steps": 0, "report_to": [], "output_dir": f"{folder}/run"}
+        changes |= {"eval_steps": 0, "save_steps": 0, "report_to": [], "output_dir": f"{folder}/run", "sft_data": None}
         train(dataclasses.replace(config, **changes), "probe", signals)
         summary = json.loads((Path(folder) / "run/summary.json").read_text(encoding="utf-8"))
         last = read_jsonl(Path(folder) / "run/metrics.jsonl")[-1]
@@ -120,6 +124,6 @@ Probe of {PROBE_STEPS} steps (nothing was saved):
   step     {last["step_time"]:.1f} s (roll-out {last["time/rollout"]:.1f} s, update {last["time/update"]:.1f} s) with \
 {last["completions/mean_length"]:.0f} tokens per completion; longer completions take longer
   run      about {report.clock(total)}: {config.max_steps} steps, and {evaluations} evaluations of about \
-{report.clock(evaluation)} each
+{report.clock(evaluation)} each{", without the cold start" if config.sft_data else ""}
   memory   {report.describe_memory(memory)}
   batch    rollout_batch_size {sizes[0]} and max_tokens_per_micro_batch {sizes[1]} fit in memory""")

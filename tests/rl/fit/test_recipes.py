@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # as a script
 
@@ -18,14 +19,15 @@ from data import hub, level_of, load, load_questions
 from grading import Completion, load_rewards, preflight, sandbox, score_all
 from rl.config import ConfigError
 from rl.fit import recipes
-from rl.fit.cards import GB, Machine
+from rl.fit.cards import GB, IMPORTS, Machine
 from rl.fit.dry_run import dry_run
+from rl.fit.memory import predict
 from rl.fit.shapes import find_shape
 from rl.model import backends
 from rl.run.read_config import read_config, read_yaml
 
 RECIPES = sorted(
-    str(path) for path in Path("configs").glob("*.yaml") if not path.stem.startswith(("tiny", "long_sums"))
+    str(path) for path in Path("configs").glob("*.yaml") if not path.stem.startswith(("tiny", "long_sums", "smollm2"))
 )
 FIELD = re.compile(r"^# (Card|Memory|Time|Result) +(.*)$", re.MULTILINE)
 # Recipes whose sources generate their questions, so that nothing is downloaded (reasoning_gym by family and level).
@@ -113,6 +115,68 @@ def test_recipe_has_the_required_settings(file):
 def test_tiny_recipes_can_be_read():
     for file in ("configs/tiny.yaml", "configs/tiny_ppo.yaml", "configs/long_sums.yaml"):
         assert read_config(["--config", file], "")[0].model == "data/tiny"
+
+
+def test_laptop_recipe_fits_into_3_gb_and_uses_the_bundled_demonstrations():
+    config, name = read_config(["--config", recipes.LAPTOP, "--device", "cpu"], "")
+    assert name == "smollm2_135m" and config.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert len(Path(config.sft_data).read_text().splitlines()) <= 200
+    for dtype in ("bfloat16", "float32"):
+        prediction = predict(config, find_shape(config.model), "cpu", dtype, prompt_length=80)
+        assert prediction.peak + IMPORTS < 3 * GB, dtype
+
+
+# --- settings that fit a model
+
+
+def fitted(model, machine, monkeypatch, *arguments):
+    monkeypatch.setattr(recipes, "find_machine", lambda config: machine)
+    return read_config(["--model", model, "--dry-run", *arguments], "configs/tiny.yaml")[0]
+
+
+CPU = Machine("cpu", "float32", 16 * GB, "the CPU")
+
+
+def test_a_model_without_a_recipe_does_not_get_the_settings_of_the_tiny_one(monkeypatch, capsys):
+    config = fitted("HuggingFaceTB/SmolLM2-135M-Instruct", CPU, monkeypatch)
+    assert config.learning_rate == 1e-4 and config.max_tokens_per_micro_batch == 1024
+    assert config.num_mini_batches == 1 and not config.gradient_checkpointing
+    assert (
+        "Chosen for HuggingFaceTB/SmolLM2-135M-Instruct on this machine: learning_rate 0.0001"
+        in capsys.readouterr().out
+    )
+    assert fitted("Qwen/Qwen3-1.7B", CPU, monkeypatch).learning_rate == 2e-5
+    config = fitted("HuggingFaceTB/SmolLM2-135M-Instruct", CPU, monkeypatch, "--learning-rate", "3e-5")
+    assert config.learning_rate == 3e-5 and config.max_tokens_per_micro_batch == 1024
+    assert fitted("data/tiny", CPU, monkeypatch).max_steps == 45  # the recipe's own model
+
+
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-360M", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B"])
+@pytest.mark.parametrize("gigabytes", [4, 6, 8, 24])
+def test_chosen_settings_fit_into_the_memory(model, gigabytes, monkeypatch):
+    for machine in (
+        Machine("cuda", "bfloat16", gigabytes * GB, "a card"),
+        Machine("cpu", "float32", gigabytes * GB, "the CPU"),
+    ):
+        config = fitted(model, machine, monkeypatch)
+        prediction = predict(config, find_shape(model), machine.device, machine.dtype, 256, machine.free())
+        assert machine.needed(prediction.peak) <= machine.memory
+        assert config.rollout_batch_size >= config.num_generations
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path, monkeypatch):
+    from rl.run.read_config import saved_settings
+
+    config = fitted("HuggingFaceTB/SmolLM2-135M", CPU, monkeypatch)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(saved_settings(config)))
+    monkeypatch.setattr(recipes, "find_machine", None)
+    assert read_config(["--resume", str(tmp_path / "run")], "")[0].learning_rate == config.learning_rate
+
+
+def test_an_unknown_model_keeps_the_defaults(monkeypatch, tmp_path):
+    config = fitted(str(tmp_path), CPU, monkeypatch)
+    assert config.learning_rate == 1e-5 and config.max_tokens_per_micro_batch == 8192
 
 
 # --- questions: small invented rows in the format of the sources
@@ -328,15 +392,18 @@ def test_auto_applies_the_command_line(capsys):
         read_config(["--config", "auto", "--gpu-memory", "15"], "")
 
 
-def test_auto_chooses_the_tiny_model_without_a_gpu(capsys):
+def test_auto_chooses_the_laptop_recipe_without_a_gpu(capsys, monkeypatch):
     name, text = auto(capsys, "--device", "cpu")
-    assert name == "tiny" and "no NVIDIA GPU" in text and "configs/tiny.yaml" in text
+    assert name == "smollm2_135m" and "no NVIDIA GPU" in text and f"Using {recipes.LAPTOP}." in text
+    machine = Machine("cpu", "float32", 3 * GB, "the CPU")
+    monkeypatch.setattr(recipes, "find_machine", lambda config: machine)
+    assert recipes.choose_recipe(read_yaml)[0] == recipes.TINY
 
 
 def test_auto_imports_neither_torch_nor_transformers_without_a_gpu():
     code = (
         "import sys; from rl.run.read_config import read_config\n"
-        "assert read_config(['--config', 'auto', '--device', 'cpu'], '')[1] == 'tiny'\n"
+        "assert read_config(['--config', 'auto', '--device', 'cpu'], '')[1] == 'smollm2_135m'\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

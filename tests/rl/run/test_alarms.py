@@ -143,6 +143,34 @@ def test_a_large_shaping_reward_raises_dominating(tmp_path):
     assert find(steps(20, shaping_when_wrong=(1, 1)), evaluations, rewards, no_judge) == {}
 
 
+def test_completions_without_an_answer_lead_to_the_cold_start(rewards):
+    """From the first step on, with commands that can be copied. They replace the alarms that have the same cause."""
+    history = steps(1, outcomes__no_answer=(0.83, 0.83), **ALL_WRONG)
+    scores = [score("wrong", correct="no_answer: no number in the answer")]
+    settings = {"output_dir": "runs/my run", "train_data": ["sums", "words"]}
+    active = find(history, {0: answers(0)}, rewards, scores, **settings)
+    assert set(active) == {"no_answer"}
+    text, demos, training, example = active["no_answer"].split("\n")
+    assert text.startswith("83% of the completions have no final answer") and text.endswith("with a cold start:")
+    assert demos == "    python -m data demos sums words > demos.jsonl"
+    assert training == "    python train.py --config 'runs/my run/config.yaml' --sft-data demos.jsonl"
+    assert "no_answer: no number" in example
+    own = find(history, {0: answers(0)}, rewards, scores, **settings | {"train_data": ["my questions.jsonl"]})
+    command = "    python -m data distil 'my questions.jsonl' --config 'runs/my run/config.yaml' --keep-right --out demos.jsonl"
+    assert command in own["no_answer"].split("\n")
+    after_cold_start = find(history, {0: answers(0)}, rewards, scores, **settings | {"sft_data": "demos.jsonl"})
+    assert "no_answer" not in after_cold_start
+
+
+def test_too_hard_and_too_easy_questions_lead_to_calibration(rewards):
+    command = "\n    python -m data calibrate sums --config runs/a/config.yaml --out calibrated.jsonl"
+    settings = {"output_dir": "runs/a", "train_data": ["sums"]}
+    hard = find(steps(2, frac_groups_all_wrong=(0.8, 0.8)), {0: answers(0)}, rewards, [score("wrong")], **settings)
+    assert command in hard["all_wrong"]
+    easy = alarms.find_notes(steps(2, frac_groups_all_right=(0.8, 0.8)), Config(**settings))
+    assert command in easy["easy"]
+
+
 ALL_WRONG = {name: (0, 0) for name in ("reward", "reward_std", "shaping", "shaping_when_wrong")} | {
     name: (1, 1) for name in ("frac_groups_all_wrong", "frac_reward_zero_std")
 }
@@ -169,7 +197,8 @@ ALL_WRONG = {name: (0, 0) for name in ("reward", "reward_std", "shaping", "shapi
 )  # fmt: skip
 def test_each_problem_raises_its_own_alarm(rewards, subject, ramps, scores, text):
     active = find(steps(20, **ramps), {0: answers(0.3)}, rewards, scores)
-    assert set(active) == {subject} and text in active[subject] and "\n" not in active[subject]
+    assert set(active) == {subject} and text in active[subject]
+    assert "\n" not in active[subject] or "\n    python -m data" in active[subject]
 
 
 def test_zero_rewards_and_equal_rewards_raise_an_alarm_once_they_persist(rewards):

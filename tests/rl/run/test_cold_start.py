@@ -10,9 +10,9 @@ from running import assert_same, finish, read_output
 
 import train
 from data.demonstrations import write_demonstrations
-from rl.cold_start import BATCH_SIZE, ColdStart, encode_demonstrations
 from rl.config import Config, ConfigError
 from rl.model.policy import load_policy
+from rl.run.cold_start import BATCH_SIZE, ColdStart, encode_demonstrations
 from rl.update import Updater
 
 SMALL = "--max-steps 2 --prompts-per-step 4 --num-generations 4 --eval-questions 12 --eval-steps 0 --train-questions 30"
