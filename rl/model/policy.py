@@ -36,7 +36,7 @@ from rl.model.decoder import Decoder, unsupported_reason
 from rl.model.tokens import check_ids, find_eos_ids, is_embedded
 
 # Hidden size below which, on a CPU, freed memory is kept for later tensors (`keep_freed_memory`).
-REUSE_FREED_BELOW_HIDDEN = 1024
+REUSE_FREED_BELOW_HIDDEN = 512
 # Settings of a saved LoRA that go beyond the matrices A and B on linear layers.
 LORA_EXTRAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
 
