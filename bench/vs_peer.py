@@ -54,14 +54,12 @@ FIGURES = {  # key: title
     "memory": "memory, MB",
     "tokens": "tokens",
 }
-# fmt: off
 SHARED_SETTINGS = {  # the peer's settings that equal Ponder's; Unsloth's defaults differ from TRL's
     "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "scale_rewards": "group", "mask_truncated_completions": False,
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "optim": "adamw_torch", "weight_decay": 0.0, "warmup_steps": 0,
     "lr_scheduler_type": "constant", "gradient_checkpointing": False, "shuffle_dataset": False, "save_strategy": "no",
     "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
-}
-# fmt: on
+}  # fmt: skip
 
 
 def is_right(text: str, answer: str) -> float:
@@ -174,7 +172,6 @@ def load_peer(peer: str, config: Config, adapter: str, length: int):
         os.environ["UNSLOTH_COMPILE_LOCATION"] = f"{adapter}-compiled"
         from unsloth import FastLanguageModel  # must be imported before trl, whose trainers it replaces
 
-        # Gradient checkpointing would cost time, and there is enough memory.
         options = {"dtype": dtype, "load_in_4bit": config.load_in_4bit, "use_gradient_checkpointing": False}
         return FastLanguageModel.from_pretrained(adapter, max_seq_length=length, use_exact_model_name=True, **options)
     from peft import PeftModel
@@ -204,7 +201,6 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
     from rl.run.monitor import peak_memory_mb
 
     device = model.device
-    ponder_dtype = choose_dtype(config, device)
     rows_per_step = config.prompts_per_step * config.num_generations
 
     class TimedTrainer(GRPOTrainer):
@@ -258,7 +254,7 @@ def train_peer(peer: str, config: Config, adapter: str, prompts: list[tuple], sa
     settings = GRPOConfig(
         output_dir=f"{adapter}-trainer",
         use_cpu=device.type == "cpu",
-        bf16=ponder_dtype == torch.bfloat16,
+        bf16=choose_dtype(config, device) == torch.bfloat16,
         dataloader_pin_memory=device.type == "cuda",
         per_device_train_batch_size=min(MICRO_BATCH, rows_per_step),
         gradient_accumulation_steps=max(1, rows_per_step // MICRO_BATCH),
@@ -287,8 +283,7 @@ def make_settings(args: argparse.Namespace, folder: str) -> dict:
     if args.model != "data/tiny":
         return settings | {"max_tokens_per_micro_batch": 1024, "rollout_batch_size": 128}
     options = "--max-steps 10 --lr-scheduler-type constant --eval-questions 8 --eval-steps 0 --train-data sums words"
-    paths = ["--model", args.model, "--output-dir", f"{folder}/run"]
-    run("train.py", *options.split(), *paths, "--seed", str(args.seed))
+    run("train.py", *options.split(), "--output-dir", f"{folder}/run", "--seed", str(args.seed))
     return settings | {"adapter": f"{folder}/run/checkpoints/step_000010"}
 
 
@@ -354,14 +349,10 @@ def main() -> None:
     parser.add_argument("--peer", choices=("trl", "unsloth"), default="trl")
     parser.add_argument("--model", default="data/tiny")
     parser.add_argument(
-        "--random-weights", metavar="NAME", help="use random weights in the shape of this model from rl/fit/models.json"
+        "--random-weights", metavar="NAME", help="random weights in the shape of a model of models.json"
     )
-    parser.add_argument(
-        "--reward", choices=("coin", "task"), default="coin", help="coin: random, so that Ponder cannot skip groups"
-    )
-    parser.add_argument(
-        "--until", type=float, metavar="PERCENT", help="train a new LoRA and report when this share of answers is right"
-    )
+    parser.add_argument("--reward", choices=("coin", "task"), default="coin", help="coin: random, no group is skipped")
+    parser.add_argument("--until", type=float, metavar="PERCENT", help="train until this share of answers is right")
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--generations", type=int, default=8, help="completions of each prompt")
     parser.add_argument("--max-completion-length", type=int, default=96)
@@ -371,12 +362,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     args = parser.parse_args()
-    if args.model == "smollm2":
-        args.model = "data/smollm2"
+    args.model = {"smollm2": "data/smollm2"}.get(args.model, args.model)
     if args.prompts * args.generations > MICRO_BATCH and args.prompts * args.generations % MICRO_BATCH:
-        parser.error(
-            f"--prompts x --generations must be a multiple of {MICRO_BATCH}, the rows of the peer's forward pass"
-        )
+        parser.error(f"--prompts x --generations must be a multiple of {MICRO_BATCH}, the peer's rows at a time")
     os.environ["HF_HUB_OFFLINE"] = "1"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
     with tempfile.TemporaryDirectory() as folder:

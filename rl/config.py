@@ -52,9 +52,7 @@ class Config:
     lora_r: int = 16  # rank of the LoRA, which is added to every linear layer
     lora_alpha: int = 32  # LoRA scaling: the update is multiplied by lora_alpha / lora_r
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bf16 if it is fast here, else fp16 or fp32
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bf16 if it is fast, else fp16 or fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     backend: Literal["auto", "unsloth", "transformers"] = "auto"  # auto: Unsloth on a GPU if it is installed
 

@@ -68,7 +68,7 @@ def test_a_broken_pipe_to_another_process_is_not_hidden():
 
 @pytest.mark.parametrize(
     "module",
-    ["train", "export", "ui.app", "ui.models", "export.merge", "bench.vs_peer", "tools.make_tiny", "tools.sample"],
+    ["train", "export", "ui.app", "bench.vs_peer", "tools.make_tiny", "tools.sample"],
 )
 @pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)
 def test_openmp_spins_little_unless_the_user_says_otherwise(module, own):

@@ -59,7 +59,7 @@ def test_summary_has_the_documented_fields(small_run):
         assert set(summary["eval"][when]["tasks"]) == {"sums", "words", "functions"}
         assert summary["eval"][when]["n"] == 12
     assert {"accuracy", "ci95", "fixed", "broke", "n"} <= set(summary["eval"]["gain"])
-    assert set(summary["seconds"]) == {"total", "setup", "rollout", "update", "eval"}
+    assert set(summary["seconds"]) == {"total", "setup", "cold_start", "rollout", "update", "eval"}
     parts = sum(seconds for part, seconds in summary["seconds"].items() if part != "total")
     assert parts <= summary["seconds"]["total"] + 0.1
     assert summary["peak_memory_mb"] > 100 and summary["versions"]["torch"]

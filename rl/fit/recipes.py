@@ -83,7 +83,7 @@ LARGE_HIDDEN = 512  # from this hidden size on, larger micro-batches are not fas
 def fit_settings(config: Config, names: list[str]) -> dict:
     """Return values of these settings that suit the model and fit into the free memory.
 
-    If the dimensions of the model are unknown, the settings keep their values; loading it reports what is wrong.
+    Returns nothing if the dimensions of the model are unknown; loading it reports what is wrong.
     """
     machine = find_machine(config)
     if machine.device == "cuda" and not config.dry_run:
@@ -93,7 +93,7 @@ def fit_settings(config: Config, names: list[str]) -> dict:
     try:
         shape = find_shape(config.model)
     except ConfigError:
-        return {name: getattr(config, name) for name in names}
+        return {}
     small_batches = machine.device == "cpu" and shape.hidden >= LARGE_HIDDEN
     values = {
         "learning_rate": next(rate for hidden, rate in LEARNING_RATES if shape.hidden <= hidden),

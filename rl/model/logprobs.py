@@ -70,8 +70,9 @@ class HeadLogprobs(torch.autograd.Function):
         gradients = []
         for chunk, tokens in zip(states.split(size), ids.split(size)):
             logits = head(chunk).float().div_(temperature)  # (n, V)
+            logits -= logits.amax(-1, keepdim=True)
             probabilities = logits.softmax(-1)
-            log_normalizer = logits.amax(-1) - probabilities.amax(-1).log()  # on a CPU faster than logsumexp
+            log_normalizer = -probabilities.amax(-1).log()  # on a CPU faster than logsumexp
             logprobs.append(logits.gather(1, tokens[:, None]).squeeze(1) - log_normalizer)
             entropies.append(log_normalizer - torch.bmm(probabilities[:, None], logits[:, :, None]).flatten())
             if ctx.needs_input_grad[0]:

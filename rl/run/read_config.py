@@ -89,10 +89,10 @@ def read_config(arguments: list[str], default_file: str) -> tuple[Config, str]:
     if missing and missing != ["gradient_checkpointing"]:
         from rl.fit.recipes import fit_settings
 
-        chosen = fit_settings(config, missing)
-        config = dataclasses.replace(config, **chosen)
-        values = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        print(f"Chosen for {config.model} on this machine: {values}", end="\n\n", flush=True)
+        if chosen := fit_settings(config, missing):
+            config = dataclasses.replace(config, **chosen)
+            values = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            print(f"Chosen for {config.model} on this machine: {values}", end="\n\n", flush=True)
     path = Path(file)
     if config.resume:
         config.output_dir = str(path.parent)

@@ -99,8 +99,9 @@ def format_answer(record: dict) -> str:
     return "\n".join("  " + printable(line).replace("\n", "\n            ") for line in lines)
 
 
-def model_card(config: Config, step: int, base, last) -> str:
-    """Return the README.md of a saved adapter. base, last: the first and the last evaluation (rl.evaluate.Evaluation)."""
+def model_card(config: Config, step: int, base, evaluations: dict) -> str:
+    """Return the README.md of a saved adapter. base: the evaluation before any training. evaluations: the others by step."""
+    last = max(evaluations)
     cold_start = f", after a cold start on {config.sft_data}" if config.sft_data else ""
     loss = "" if config.algorithm == "dpo" else f" (loss_type {config.loss_type})"
     return f"""\
@@ -115,8 +116,8 @@ tags: [lora, {config.algorithm}, ponder]
 
 Training: {config.algorithm.upper()}{loss}, step {step}, seed {config.seed}, on {", ".join(config.train_data)}{cold_start}.
 
-Held-out accuracy (greedy, {len(base.greedy)} questions): {base.accuracy:.1%} before training, {last.accuracy:.1%} in the
-last evaluation.
+Held-out accuracy (greedy, {len(base.greedy)} questions): {base.accuracy:.1%} before training,
+{evaluations[last].accuracy:.1%} at step {last}.
 """
 
 

@@ -179,7 +179,7 @@ class Run:
         evaluations = self.folder.evaluations()
         self.evaluations = {step: evaluation.without_texts() for step, evaluation in evaluations.items()}
         base = self.folder.base_evaluation()
-        self.base = base.without_texts()
+        self.base = base.without_texts() if self.config.sft_data else self.evaluations[0]
         with write_errors(self.folder.checkpoints.path):
             self.folder.checkpoints.mark(self.step, best_step(self.evaluations))
         self._print_example("Before training, one held-out question", base)
@@ -308,7 +308,7 @@ class Run:
             "shrunk": shrunk_settings(self.config),
         }
         state = {name: part.state_dict() for name, part in self.state.items()}
-        card = report.model_card(self.config, self.step, self.base, self.evaluations[max(self.evaluations)])
+        card = report.model_card(self.config, self.step, self.base, self.evaluations)
         best = best_step(self.evaluations)
         path = self.folder.checkpoints.save(self.step, self.policy, card, meta, state, best)
         self.write_summary()

@@ -42,7 +42,7 @@ def test_update_memory_with_unsloth():
     assert layer == 251_658_240
     matrix = 1024 * 3072 * 2
     inputs = 2 * tokens * 1024 * 2
-    head = 5 * 4 * 2**24 + 3 * tokens * 1024 * 2
+    head = 12 * 2**24 + 3 * tokens * 1024 * 2
     assert update() == inputs + max(layer, head)
     assert update(load_in_4bit=True) == inputs + max(layer + matrix, head)
     more = 4 * tokens  # now a layer needs more than the head
