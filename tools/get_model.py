@@ -67,8 +67,7 @@ def convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(dequantized.state_dict())
     model.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(
-        config.eos_token_id
-    )  # transformers reads the BOS token instead
+    # transformers reads the BOS token as the EOS token.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)

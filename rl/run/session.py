@@ -178,8 +178,11 @@ class Run:
         self.history = self.folder.history()
         evaluations = self.folder.evaluations()
         self.evaluations = {step: evaluation.without_texts() for step, evaluation in evaluations.items()}
-        base = self.folder.base_evaluation()
-        self.base = base.without_texts() if self.config.sft_data else self.evaluations[0]
+        base = evaluations[0]
+        self.base = self.evaluations[0]
+        if self.config.sft_data:  # step 0 is after the cold start
+            base = self.folder.base_evaluation()
+            self.base = base.without_texts()
         with write_errors(self.folder.checkpoints.path):
             self.folder.checkpoints.mark(self.step, best_step(self.evaluations))
         self._print_example("Before training, one held-out question", base)
