@@ -20,8 +20,7 @@ class Critic:
     def __init__(self, policy: Policy, config: Config):
         self.policy = policy
         self.has_adapter = config.critic == "adapter"
-        hidden_size = policy.model.config.get_text_config().hidden_size
-        self.head = torch.nn.Linear(hidden_size, 1, device=policy.device, dtype=torch.float32)
+        self.head = torch.nn.Linear(policy.hidden_size, 1, device=policy.device, dtype=torch.float32)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
         self.parameters = list(self.head.parameters())

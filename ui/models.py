@@ -18,7 +18,8 @@ from rl.config import Config, ConfigError
 from rl.fit.shapes import find_shape
 from rl.model.engine import Engine
 from rl.model.hf_generate import HFGenerate
-from rl.model.policy import REUSE_FREED_BELOW_HIDDEN, load_policy
+from rl.model.oom import KEEP_FREED_BELOW_HIDDEN
+from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from ui.runs import Runs, UiError
 from ui.turns import Turn
@@ -108,7 +109,7 @@ class Models:
         self.policy = load_policy(config)
         self.base_key = base_key
         # A second thread slows a small model down, by a factor of 20 if a run trains on the same cores.
-        is_small = self.policy.model.config.get_text_config().hidden_size < REUSE_FREED_BELOW_HIDDEN
+        is_small = self.policy.hidden_size < KEEP_FREED_BELOW_HIDDEN
         torch.set_num_threads(1 if is_small else self.default_threads)
 
     def unload(self) -> None:

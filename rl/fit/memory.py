@@ -3,7 +3,7 @@
     peak = fixed + max(load, weights + LoRA + optimizer + critic + max(roll-out, update))
 
 Only the larger of roll-out and update counts, because one ends before the other begins. Both count for small models on
-a CPU, where freed blocks are kept (`keep_freed_memory` in rl/model/policy.py) and fragment. The roll-out is computed
+a CPU, where freed blocks are kept (`keep_freed_memory` in rl/model/oom.py) and fragment. The roll-out is computed
 from the allocations in rl/model/engine.py and rl/model/sampling.py. The update is computed from the tensors that autograd
 saves for the fullest micro-batch in rl/model/decoder.py and rl/model/logprobs.py, or on CUDA in Unsloth's layers.
 
@@ -19,7 +19,7 @@ from rl.fit.cards import MB
 from rl.fit.shapes import Shape
 from rl.model.engine import CACHE_GROWTH, MAX_MEMORY_SHARE, PREFILL_TOKENS
 from rl.model.logprobs import LOGITS_PER_CHUNK
-from rl.model.policy import REUSE_FREED_BELOW_HIDDEN
+from rl.model.oom import KEEP_FREED_BELOW_HIDDEN
 
 ASSUMED_PROMPT = 256  # tokens of the longest prompt if the questions are unknown
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per parameter: 4 bits, 8 bits per block of 64, 32 bits per 256 blocks
@@ -101,7 +101,7 @@ def predict(
         update=update_bytes(config, shape, is_gpu, with_unsloth, itemsize, prompt_length),
         fixed=fixed,
         load=load,
-        allocator_keeps=not is_gpu and shape.hidden < REUSE_FREED_BELOW_HIDDEN,
+        allocator_keeps=not is_gpu and shape.hidden < KEEP_FREED_BELOW_HIDDEN,
         rows=rows,
         rows_requested=rows_requested,
         folds_lora=folds_lora,

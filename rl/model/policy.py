@@ -6,7 +6,6 @@ model is loaded by Unsloth or by transformers and peft (rl/model/backends.py), o
 
 import contextlib
 import copy
-import ctypes
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +32,9 @@ from rl.model.backends import (
     set_mode,
 )
 from rl.model.decoder import Decoder, unsupported_reason
+from rl.model.oom import keep_freed_memory
 from rl.model.tokens import check_ids, find_eos_ids, is_embedded
 
-# Hidden size below which, on a CPU, freed memory is kept for later tensors (`keep_freed_memory`).
-REUSE_FREED_BELOW_HIDDEN = 512
 # Settings of a saved LoRA that go beyond the matrices A and B on linear layers.
 LORA_EXTRAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
 
@@ -79,6 +77,10 @@ class Policy:
     def vocabulary(self) -> int:
         """The number of logits."""
         return self.head.out_features
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
 
     @property
     def context_length(self) -> int | None:
@@ -349,19 +351,6 @@ def restore_adapter(model: peft.PeftModel, folder: Path) -> None:
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
         raise ConfigError(f"adapter: {folder} does not fit {model.config.name_or_path}: its LoRA has different shapes")
     peft.set_peft_model_state_dict(model, weights, adapter_name="default")
-
-
-def keep_freed_memory(hidden_size: int) -> None:
-    """Set the size up to which glibc keeps freed tensors for reuse. Has no effect on other systems.
-
-    Small models: 32 MB, because returning memory to Linux and getting it back costs a seventh of the step.
-    Larger models: 1 MB. That costs up to a tenth of the step, but kept blocks would fragment and be a third of the peak.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, (32 if hidden_size < REUSE_FREED_BELOW_HIDDEN else 1) * 2**20)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 @torch.no_grad()

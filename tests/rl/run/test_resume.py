@@ -250,17 +250,23 @@ def test_random_rewards_are_the_same_in_a_resumed_run(tmp_path):
 
 
 def test_a_probe_saves_nothing_and_starts_no_tracker(tmp_path, monkeypatch, capsys):
-    import rl.run.trackers
+    from rl.run import session
 
     started = []
-    monkeypatch.setattr(rl.run.trackers, "Trackers", lambda names, *_: started.append(names))
+
+    class RecordedTrackers(session.Trackers):
+        def __init__(self, names, *rest):
+            started.append(names)
+            super().__init__(names, *rest)
+
+    monkeypatch.setattr(session, "Trackers", RecordedTrackers)
     monkeypatch.chdir(ROOT)
     before = set(Path("runs").glob("*"))
     train.main([*SHORT.split(), "--probe", "--report-to", "wandb"])
     output = capsys.readouterr().out
     assert "Probe of 2 steps" in output and "MB predicted" in output
     assert "8 steps" in output and "4 evaluations" in output
-    assert not started and set(Path("runs").glob("*")) == before
+    assert started == [[]] and set(Path("runs").glob("*")) == before
 
 
 # --- early stopping and the best checkpoint
