@@ -16,7 +16,7 @@ import torch
 from rl.config import Config, ConfigError
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs
-from rl.model.oom import retry_on_oom
+from rl.model.oom import retry_on_oom, return_freed_memory
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
@@ -161,6 +161,7 @@ def try_rollout(policy: Policy, questions: list[Question], count: int, num_gener
         ).allocate_peak()
 
     retry_on_oom(attempt, config, "rollout_batch_size", requested=count * num_generations, minimum=num_generations)
+    return_freed_memory(policy)
 
 
 def try_update(updater: Updater, questions: list[Question]) -> None:
@@ -198,3 +199,4 @@ def try_update(updater: Updater, questions: list[Question]) -> None:
 
     minimum = len(prompts[0]) + len(completion)
     retry_on_oom(attempt, config, "max_tokens_per_micro_batch", len(episodes) * minimum, minimum)
+    return_freed_memory(policy)

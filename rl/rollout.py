@@ -21,7 +21,7 @@ from rl.config import Config
 from rl.model.backends import set_mode
 from rl.model.engine import Engine
 from rl.model.hf_generate import HFGenerate
-from rl.model.oom import retry_on_oom
+from rl.model.oom import retry_on_oom, return_freed_memory
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
 
@@ -84,6 +84,8 @@ def rollout(
             finished[index] = Episode(prompts[group], ids, logprobs, truncated, group)
         episodes |= finished
         on_finished(finished)
+    del sampler
+    return_freed_memory(policy)
     return [episodes[index] for index in range(len(episodes))]
 
 

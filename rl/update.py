@@ -15,7 +15,7 @@ from rl import algorithms
 from rl.config import Config
 from rl.critic import Critic
 from rl.model.logprobs import completion_logprobs
-from rl.model.oom import micro_batches, retry_on_oom
+from rl.model.oom import micro_batches, retry_on_oom, return_freed_memory
 from rl.model.policy import Policy
 from rl.optimizer import Optimizer
 from rl.rollout import Episode
@@ -303,7 +303,9 @@ class Updater:
         self.retry_on_oom(fill, episodes)
 
     def micro_batches(self, items: list) -> Iterator[list]:
-        return micro_batches(items, self.config.max_tokens_per_micro_batch, self.policy.shares_prompts)
+        for batch in micro_batches(items, self.config.max_tokens_per_micro_batch, self.policy.shares_prompts):
+            yield batch
+            return_freed_memory(self.policy)
 
     def retry_on_oom(self, fn: Callable, episodes: list[Episode]):
         """Return fn(). On OOM, halve `max_tokens_per_micro_batch` and retry."""

@@ -3,7 +3,7 @@
     peak = fixed + max(load, weights + LoRA + optimizer + critic + max(roll-out, update))
 
 Only the larger of roll-out and update counts, because one ends before the other begins. Both count for small models on
-a CPU, where freed blocks are kept (`keep_freed_memory` in rl/model/oom.py) and fragment. The roll-out is computed
+a CPU, where freed blocks are kept for the whole run and fragment (rl/model/oom.py). The roll-out is computed
 from the allocations in rl/model/engine.py and rl/model/sampling.py. The update is computed from the tensors that autograd
 saves for the fullest micro-batch in rl/model/decoder.py and rl/model/logprobs.py, or on CUDA in Unsloth's layers.
 
@@ -24,6 +24,7 @@ from rl.model.oom import KEEP_FREED_BELOW_HIDDEN
 ASSUMED_PROMPT = 256  # tokens of the longest prompt if the questions are unknown
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per parameter: 4 bits, 8 bits per block of 64, 32 bits per 256 blocks
 FIXED_CUDA = 64 * MB  # workspaces of the matrix products
+FRAGMENTATION = 1.35  # on a CPU: blocks that are kept during a micro-batch but fit no later tensor (SmolLM2-135M)
 FIXED_CPU = 90 * MB  # loaded on first use: graders, kernels, the model's classes (94 MB with the tiny model)
 TOKENIZER_FACTOR = 14  # resident bytes per byte of tokenizer.json (byte-level BPE of 50,000 and 150,000 tokens)
 TOKENIZER_TOKEN_BYTES = 75  # bytes of tokenizer.json per token, as for Qwen
@@ -92,16 +93,18 @@ def predict(
         for prompts, group in ((config.prompts_per_step, config.num_generations), (config.eval_questions, 1))
     )
     with_unsloth = uses_unsloth(config, shape, device, dtype)
+    update = update_bytes(config, shape, is_gpu, with_unsloth, itemsize, prompt_length)
+    keeps_all = not is_gpu and shape.hidden < KEEP_FREED_BELOW_HIDDEN
     return Prediction(
         weights=weights,
         lora=lora,
         optimizer=lora_parameters * moment_bytes,
         critic=critic,
         rollout=rollout,
-        update=update_bytes(config, shape, is_gpu, with_unsloth, itemsize, prompt_length),
+        update=update if is_gpu or keeps_all else FRAGMENTATION * update,
         fixed=fixed,
         load=load,
-        allocator_keeps=not is_gpu and shape.hidden < KEEP_FREED_BELOW_HIDDEN,
+        allocator_keeps=keeps_all,
         rows=rows,
         rows_requested=rows_requested,
         folds_lora=folds_lora,
@@ -184,11 +187,11 @@ def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool,
         mask = 0
         checkpoints = 2 * inputs
     else:
-        # Saved per token for the backward of a layer: inputs and outputs of the norms; gate, its activation, up and
-        # product; packed query, key and value; padded query and output; attention output and log-sum-exp; x A of LoRAs.
+        # Saved per token for the backward of a layer: inputs and outputs of the norms; gate, up and their product;
+        # packed query, key and value; padded query and output; attention output and log-sum-exp; x A of LoRAs.
         normed = 2 * hidden + (shape.query_size + shape.kv_size if shape.qk_norm else 0)
         norm_itemsize = itemsize if is_gpu else 4  # without a fused kernel the norms save their inputs in fp32
-        elements = 2 * hidden + 4 * shape.intermediate + 4 * shape.query_size + 2 * shape.kv_size + 7 * config.lora_r
+        elements = 2 * hidden + 3 * shape.intermediate + 4 * shape.query_size + 2 * shape.kv_size + 7 * config.lora_r
         saved = tokens * (norm_itemsize * normed + itemsize * elements + 4 * shape.heads)
         # Each completion has a copy of its prompt's keys and values in addition to its own.
         keys = min(2 * tokens, config.prompts_per_step * config.num_generations * length)

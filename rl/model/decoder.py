@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import SiLUActivation
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rl.model.backends import checkpoint
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CHANGING_ROPE = ("dynamic", "longrope")  # unsupported: their frequencies depend on the length of the batch
+SILU = (torch.nn.SiLU, SiLUActivation)
 LINEAR_MAPS = ("query_key_value", "output", "gate_up", "down")  # fields of Layer
 
 # (layer, query (T, heads, d), key (T, kv heads, d), value (T, kv heads, d)) -> (T, heads * d)
@@ -38,7 +40,7 @@ class Layer:
     window: int | None  # number of last tokens that a token attends to, itself included; None: all
     post_norm: torch.nn.Module
     gate_up: Callable  # (T, H) -> gate and up, each (T, F)
-    activation: Callable
+    gated: Callable  # activation(gate) * up
     down: Callable
 
 
@@ -87,7 +89,7 @@ class Decoder:
             window=getattr(attention, "sliding_window", None),
             post_norm=layer.post_attention_layernorm,
             gate_up=Linears(mlp.gate_proj, mlp.up_proj),
-            activation=mlp.act_fn,
+            gated=SwiGLU.apply if isinstance(mlp.act_fn, SILU) else lambda gate, up: mlp.act_fn(gate) * up,
             down=Linears(mlp.down_proj),
         )
 
@@ -139,7 +141,7 @@ class Decoder:
         attended = attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
         x = x + layer.output(attended)[0]
         gate, up = layer.gate_up(norm(layer.post_norm, x))
-        return x + layer.down(layer.activation(gate) * up)[0]
+        return x + layer.down(layer.gated(gate, up))[0]
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look up cosines and sines of the rotary embedding at positions (T,), each (T, 1, d)."""
@@ -244,6 +246,20 @@ def folded_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 def norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Apply RMSNorm over the last dimension, in fp32."""
     return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv 2002.05202). Only the inputs are saved for the backward: autograd would save silu(gate), too."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from rl.config import Config, ConfigError
 T = TypeVar("T")
 AUTO_SHRUNK = ("rollout_batch_size", "max_tokens_per_micro_batch")  # settings that are halved when memory runs out
 
-KEEP_FREED_BELOW_HIDDEN = 512  # hidden size below which, on a CPU, freed memory is kept for later tensors
+KEEP_FREED_BELOW_HIDDEN = 512  # hidden size below which, on a CPU, freed memory is kept for the whole run
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -125,24 +125,23 @@ def micro_batches(items: list, max_tokens: int, shares_prompts: bool) -> Iterato
         yield batch
 
 
-def keep_freed_memory(hidden_size: int) -> None:
-    """Set the size up to which glibc keeps freed tensors for reuse. Has no effect on other systems.
+def keep_freed_memory() -> None:
+    """Let glibc keep freed tensors of up to 32 MB for reuse. Has no effect on other systems.
 
-    Small models: 32 MB, because returning memory to Linux and getting it back costs a seventh of the step.
-    Larger models: 1 MB. That costs up to a tenth of the step, but kept blocks would fragment and be a third of the peak.
+    Returning memory to Linux after each operation and getting it back costs a seventh to a quarter of the step.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, (32 if hidden_size < KEEP_FREED_BELOW_HIDDEN else 1) * 2**20)
+        libc.mallopt(m_mmap_threshold, 32 * 2**20)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def return_freed_memory(hidden_size: int) -> None:
-    """Return the memory that glibc keeps to Linux, unless the model is small. Has no effect on other systems.
+def return_freed_memory(policy) -> None:
+    """Return the memory that glibc keeps to Linux. Has no effect with a GPU, on other systems, and for small models.
 
-    Called after a roll-out and after an update, so that the blocks of one do not add to the peak of the other.
+    Called after each roll-out and each micro-batch: they need blocks of other sizes, and kept ones would add to the peak.
     """
-    if hidden_size >= KEEP_FREED_BELOW_HIDDEN:
+    if policy.device.type == "cpu" and policy.hidden_size >= KEEP_FREED_BELOW_HIDDEN:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)

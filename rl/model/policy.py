@@ -227,7 +227,7 @@ def load_policy(config: Config) -> Policy:
         raise ConfigError(f"model: {config.model} cannot be loaded{place}: {reason}") from error
     config.backend = "unsloth" if uses_unsloth else "transformers"
     if device.type == "cpu":
-        keep_freed_memory(model.config.get_text_config().hidden_size)
+        keep_freed_memory()
     eos_ids = find_eos_ids(tokenizer, model)
     pad_id = tokenizer.pad_token_id if is_embedded(tokenizer.pad_token_id, model) else min(eos_ids)
     # Drop the model's own sampling settings (such as top_k): they must affect neither roll-outs nor exports.

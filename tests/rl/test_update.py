@@ -3,11 +3,13 @@
 import copy
 import io
 import math
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 import torch
-from conftest import fill_lora, with_rewards
+from conftest import ROOT, fill_lora, with_rewards
 
 from rl import algorithms
 from rl.model.logprobs import completion_logprobs
@@ -336,3 +338,26 @@ def test_optimizer_resumes_exactly(policy, config, optim):
     changed.load_state_dict(state)
     assert changed.learning_rate == pytest.approx(2 * interrupted.learning_rate)
     assert changed.adamw.param_groups[0]["weight_decay"] == 0.1
+
+
+FREE_MEMORY = """
+import sys, types
+import psutil, torch
+from rl.model.oom import keep_freed_memory, return_freed_memory
+
+keep_freed_memory()
+blocks = [torch.ones(2**18 * 4) for _ in range(100)]  # 4 MB each
+del blocks
+before = psutil.Process().memory_info().rss
+return_freed_memory(types.SimpleNamespace(device=torch.device("cpu"), hidden_size=int(sys.argv[1])))
+print((before - psutil.Process().memory_info().rss) // 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+@pytest.mark.parametrize("hidden_size, is_returned", [(576, True), (128, False)])
+def test_memory_of_freed_tensors_is_kept_and_then_returned(hidden_size, is_returned):
+    result = subprocess.run(
+        [sys.executable, "-c", FREE_MEMORY, str(hidden_size)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert (int(result.stdout) > 300) == is_returned

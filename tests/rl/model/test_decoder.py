@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rl.model import engine, logprobs
-from rl.model.decoder import Decoder, Linears, folded_weight, unsupported_reason
+from rl.model.decoder import Decoder, Linears, SwiGLU, folded_weight, unsupported_reason
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs, completion_states
 from rl.model.policy import has_plain_head, make_deterministic
@@ -343,3 +343,9 @@ def test_detects_a_head_that_scales_its_logits():
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         logits = model_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
         torch.testing.assert_close(values[i][mask[i]], logits[range(len(completion)), completion], atol=1e-5, rtol=0)
+
+
+def test_swiglu_has_the_values_and_gradients_of_the_plain_expression():
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.equal(SwiGLU.apply(gate, up), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
