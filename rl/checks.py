@@ -2,7 +2,8 @@
 
 Sampler: a roll-out that ignores the LoRA goes unnoticed at first, because a new LoRA is zero and one update moves it
 by less than bf16 rounding. The check fills the LoRA's B matrices with noise until log-probabilities shift by several
-nats, and compares three paths: the sampler, the trainer and the model's own forward pass.
+nats, and compares three paths: the sampler, the trainer and the model's own forward pass on each row alone, without
+padding. It does so with the LoRA as it is, too.
 
 Memory: the largest batches of roll-out, evaluation and update run once, and batch settings are halved on OOM, so that a
 run fails at its start and not at step 120. The peak memory of this check is the peak of the whole run.
@@ -29,9 +30,9 @@ MAX_DIFFERENCE = 0.05  # maximum difference between two paths, as a fraction of 
 
 @dataclass
 class Agreement:
-    """Mean absolute differences of log-probabilities with noise in the LoRA, in nats per token."""
+    """Mean absolute differences of log-probabilities in nats per token, the larger one of two: with noise and without."""
 
-    shift: float  # LoRA on vs. off
+    shift: float  # noise in the LoRA vs. LoRA off
     sampler: float  # sampler vs. trainer
     model_forward: float  # the model's own forward pass vs. trainer
 
@@ -59,6 +60,11 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
             f"{agreement.model_forward:.2g} nats/token, and the sampler from the decoder by {agreement.sampler:.2g}"
         )
         agreement = compare_paths(policy, prompts)
+    if not agreement.trainer_agrees():
+        raise ConfigError(
+            f"model: {policy.model.config.model_type} cannot be trained, because its log-probabilities depend on the "
+            f"padding of the batch: they differ by {agreement.model_forward:.2g} nats/token from those of each row alone"
+        )
     if not agreement.sampler_agrees():
         raise ConfigError(
             f"model: the roll-out does not sample from the trained policy: log-probabilities differ by "
@@ -86,6 +92,13 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
             base = score(episodes)
         return (score(episodes) - base).abs().mean().item()
 
+    def differences(episodes: list[Episode]) -> tuple[float, float]:
+        """Return the mean differences of the sampler and of the model's own forward pass from the trainer."""
+        trainer = score(episodes)
+        sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs], device=policy.device)
+        rows = torch.cat([model_logprobs(policy, episode) for episode in episodes])
+        return tuple((x - trainer).abs().mean().item() for x in (sampled, rows))
+
     with noise_in_lora(policy) as set_noise:
         episodes = sample()
         best = (0.0, 0.0)  # shift, scale
@@ -96,19 +109,26 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
                 break
         set_noise(best[1])
         episodes = sample()
-        trainer = score(episodes)
-        sampler = torch.tensor([p for e in episodes for p in e.sampler_logprobs], device=policy.device)
+        with_noise = differences(episodes)
+        noise_shift = shift(episodes)
+    as_it_is = differences(sample())
+    worst = (torch.tensor(pair).max().item() for pair in zip(with_noise, as_it_is))  # nan if one of them is
+    return Agreement(noise_shift, *worst)
+
+
+def model_logprobs(policy: Policy, episode: Episode) -> torch.Tensor:
+    """Return the log-probabilities of a completion's tokens, (C,), by the model's own forward pass without padding."""
+    if policy.uses_unsloth:  # its forward needs the settings of `unsloth_states`
         decoder = policy.decoder
         policy.decoder = None
         try:
-            model_forward = score(episodes)
+            return completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])[0][0]
         finally:
             policy.decoder = decoder
-        return Agreement(
-            shift=shift(episodes),
-            sampler=(sampler - trainer).abs().mean().item(),
-            model_forward=(model_forward - trainer).abs().mean().item(),
-        )
+    ids = torch.tensor([episode.prompt_ids + episode.completion_ids], device=policy.device)
+    logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(episode.prompt_ids) - 1 : -1].float()
+    targets = ids[0, len(episode.prompt_ids) :, None]
+    return (logits / policy.temperature).log_softmax(-1).gather(1, targets).squeeze(1)
 
 
 @contextlib.contextmanager

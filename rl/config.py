@@ -46,7 +46,7 @@ class ConfigError(Exception):
 @dataclass
 class Config:
     # --- model
-    model: str = "data/tiny"  # a folder, or a model id on the Hugging Face Hub
+    model: str = "data/tiny"  # a folder, a GGUF file, or a model id on the Hugging Face Hub
     adapter: str | None = None  # LoRA folder to evaluate or to start from; empty: a new LoRA
     load_in_4bit: bool = False  # load the base model in 4-bit NF4 (QLoRA)
     lora_r: int = 16  # rank of the LoRA, which is added to every linear layer

@@ -1,7 +1,7 @@
 """The roll-out: sample completions from the policy, and score finished ones while others are still being generated.
 
 Sampling ignores the model's generation_config (temperature, top_k, ...), so that completions come from the policy that
-is trained. Llama, Qwen2 and Qwen3 use our engine (rl/model/engine.py); other architectures use their own
+is trained. Llama and its close relatives use our engine (rl/model/engine.py); other architectures use their own
 `generate` with our sampling (rl/model/hf_generate.py).
 """
 

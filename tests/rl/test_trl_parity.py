@@ -167,7 +167,8 @@ def run_ours(numbers: Numbers, config: Config):
 
     updater = object.__new__(Updater)
     updater.config = config
-    updater.policy = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, shares_prompts=False)
+    device = torch.device("cpu")
+    updater.policy = SimpleNamespace(device=device, dtype=torch.float32, shares_prompts=False, hidden_size=64)
     updater.optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
     totals = Counter()
     with mock.patch("rl.update.completion_logprobs", logprobs):

@@ -61,7 +61,19 @@ def test_known_models_have_their_published_parameters(model, parameters):
 
 
 @pytest.mark.parametrize(
-    "model", ["someone/Qwen3-40B", "gpt2", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "Qwen/Qwen3", ""]
+    "model",
+    [
+        "someone/Qwen3-40B",
+        "gpt2",
+        "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+        "Qwen/Qwen3",
+        "",
+        # formats that cannot be trained
+        "unsloth/Qwen3-4B-GGUF",
+        "Qwen/Qwen3-8B-AWQ",
+        "Qwen/Qwen3-8B-FP8",
+        "mlx-community/Qwen3-4B-MLX-4bit",
+    ],
 )
 def test_error_for_an_unknown_model_names_the_alternatives(model):
     with pytest.raises(ConfigError, match="^model: .*config.json.*Qwen/Qwen3-0.6B.*--probe"):

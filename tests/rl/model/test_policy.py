@@ -1,6 +1,7 @@
 """The policy: log-probabilities against a slow reference, the LoRA, 4-bit weights, chat templates and end tokens."""
 
 import json
+import os
 
 import bitsandbytes
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import copy_tiny, fill_lora, vectors
 
 from rl.config import Config, ConfigError
+from rl.fit.shapes import find_shape
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import (
     choose_device,
@@ -241,27 +243,68 @@ def test_refuses_damaged_weights(tmp_path, config, damage):
     assert "\n" not in str(error.value)
 
 
-SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "eos_token_id": 1}
-SMALL_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-UNSUPPORTED_MODELS = {
-    "Mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
-    "FalconH1": SMALL_ATTENTION | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
-    "Phimoe": SMALL_ATTENTION | {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+@pytest.mark.parametrize("place", ["LoRA", "forward"])
+def test_whatever_an_architecture_raises_is_a_one_line_error(tmp_path, config, monkeypatch, place):
+    from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM
 
+    def fail(*_, **__):
+        raise KeyError("no such\nlayer")
 
-@pytest.mark.parametrize("family", UNSUPPORTED_MODELS)
-def test_models_on_which_peft_has_no_lora_are_one_line_errors(tmp_path, config, family):
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    settings = getattr(transformers, f"{family}Config")(**SMALL, **UNSUPPORTED_MODELS[family])
-    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "hidden_size": 64}
+    CohereForCausalLM(CohereConfig(**sizes, vocab_size=300, num_hidden_layers=1, eos_token_id=1)).save_pretrained(
+        tmp_path
+    )
     AutoTokenizer.from_pretrained("data/tiny").save_pretrained(tmp_path)
     config.model = str(tmp_path)
-    with pytest.raises(ConfigError, match=f"^model: .* .{settings.model_type}. cannot be trained.* LoRA") as error:
+    if place == "LoRA":
+        monkeypatch.setattr("rl.model.policy.peft.get_peft_model", fail)
+    else:
+        monkeypatch.setattr(CohereForCausalLM, "forward", fail)
+    with pytest.raises(ConfigError, match="^model: .* .cohere. cannot be trained.* LoRA") as error:
         load_policy(config)
     assert "\n" not in str(error.value)
+
+
+# --- GGUF files
+
+
+def test_gguf_files_that_cannot_be_read_say_what_to_do(tmp_path, config):
+    config.model = str(tmp_path / "missing.gguf")
+    with pytest.raises(ConfigError, match="^model: the file .*missing.gguf does not exist$"):
+        load_policy(config)
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF, but not really")
+    config.model = str(file)
+    with pytest.raises(ConfigError, match="^model: .*broken.gguf cannot be converted: .* Train the model") as error:
+        load_policy(config)
+    assert "\n" not in str(error.value)
+    config.model = str(tmp_path)
+    with pytest.raises(ConfigError, match="no config.json: to train its GGUF file, set model to .*broken.gguf$"):
+        load_policy(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf"]  # no half-written folder
+    with pytest.raises(ConfigError, match="^model: the dimensions of .*broken.gguf are unknown"):
+        find_shape(str(file))
+
+
+def test_a_gguf_file_is_converted_once_and_again_if_it_is_newer(tmp_path, config, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF")
+    converted = []
+
+    def convert(file, folder):
+        converted.append(file)
+        copy_tiny(folder)
+
+    monkeypatch.setattr("rl.model.gguf.convert", convert)
+    for _ in range(2):
+        config.model = str(file)
+        load_policy(config)
+        assert config.model == f"{file}.hf"
+    assert len(converted) == 1
+    os.utime(file, (2**32, 2**32))
+    config.model = str(file)
+    load_policy(config)
+    assert len(converted) == 2
 
 
 # --- errors before anything is loaded
