@@ -105,23 +105,6 @@ def right_steps(completion: Completion):
     return None if last_end is None else [(last_end, 0.0)]
 
 
-def follows_solution(completion: Completion):
-    """Return the share of the worked solution's lines that the thinking begins with, or None if there is no such solution.
-
-    Lines count if they have the form a + b = c, as in the rows of `sums` and `words`. With partial credit, most groups
-    of completions differ in reward, even if all answers are wrong. A recipe turns this reward on by name, with a weight
-    below 1: a right answer without these lines must earn more than a wrong one with them.
-    """
-    step = re.compile(r"(-?[0-9]+)([-+*])(-?[0-9]+)=(-?[0-9]+)")
-    texts = completion.row.get("solution") or "", completion.thinking
-    expected, lines = ([line.replace(" ", "") for line in text.split("\n")] for text in texts)
-    expected = [line for line in expected if step.fullmatch(line)]
-    if not expected:
-        return None
-    same = [a == b for a, b in zip(expected, lines)]
-    return [*same, False].index(False) / len(expected)
-
-
 @metric
 def thinks(completion: Completion):
     """Return whether the completion contains any thinking."""

@@ -1,4 +1,4 @@
-"""The example rewards for steps, right_steps and follows_solution: values computed by hand, and hostile texts."""
+"""The example process reward, rewards.right_steps: positions and values computed by hand, and hostile texts."""
 
 import time
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grading import load_rewards, preflight
-from rewards import follows_solution, right_steps
+from rewards import right_steps
 
 
 def steps(text):
@@ -111,35 +111,3 @@ def test_counts_only_if_named_in_reward_funcs():
     assert (score.judge, score.verdict) == ("correct", "right")
     assert score_one(rewards, completion("\\boxed{13}", answer="13")).parts["right_steps"] is None
     preflight(rewards, [{"id": "r1", "task": "sums", "prompt": "2 + 5 + 6 = ?", "answer": "13"}])
-
-
-SOLUTION = "2+5=7\n7-4=3\n3+1=4\n\\boxed{4}"
-
-
-@pytest.mark.parametrize(
-    "text, share",
-    [
-        ("<think>2+5=7\n7-4=3\n3+1=4</think>\\boxed{4}", 1.0),
-        ("<think>2 + 5 = 7\n7-4=3\n3-1=2</think>\\boxed{2}", 2 / 3),
-        ("<think>2+5=7\n7-4=4\n3+1=4</think>\\boxed{4}", 1 / 3),  # lines after the first error do not count
-        ("<think>7-4=3\n2+5=7</think>\\boxed{4}", 0.0),  # another order
-        ("<think>2+5=7\n2+5=7\n2+5=7</think>\\boxed{7}", 1 / 3),  # repeated lines
-        ("<think>2+5=7\n7-4=3\n3+1=4\n4+0=4</think>\\boxed{4}", 1.0),
-        ("\\boxed{4}", 0.0),
-        ("2+5=7\n7-4=3\n3+1=4", 0.0),  # not in a thinking block
-    ],
-)
-def test_share_of_the_solution_that_the_thinking_follows(text, share):
-    assert follows_solution(completion(text, solution=SOLUTION)) == pytest.approx(share)
-
-
-@pytest.mark.parametrize("solution", [None, "", "Add the numbers: 2 and 5 are 7.", "\\boxed{4}"])
-def test_solutions_without_steps_have_no_share(solution):
-    assert follows_solution(completion("<think>2+5=7</think>\\boxed{7}", solution=solution)) is None
-
-
-def test_a_right_answer_without_steps_earns_more_than_wrong_ones_with_them():
-    rewards = load_rewards("rewards.py", ["correct", "follows_solution"], {"follows_solution": 0.15})
-    right = score_one(rewards, completion("\\boxed{4}", answer="4", solution=SOLUTION))
-    wrong = completion("<think>2+5=7\n7-4=3\n3+1=4</think>\\boxed{5}", answer="4", solution=SOLUTION)
-    assert right.total > score_one(rewards, wrong).total > 0
