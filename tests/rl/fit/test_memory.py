@@ -106,7 +106,7 @@ def test_parameter_counts_equal_those_of_transformers_and_peft(family, settings)
         model = transformers.AutoModelForCausalLM.from_config(config)
     shape = shape_from_config(config, NO_FOLDER)
     assert shape.parameters == model.num_parameters()
-    assert shape.uses_decoder == (family in ("Llama", "Qwen2", "Qwen3"))
+    assert shape.uses_decoder == (family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
     assert shape.qk_norm == (family in ("Qwen3", "Gemma3"))
     model = peft.get_peft_model(model, peft.LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert shape.lora_parameters(5) == model.get_nb_trainable_parameters()[0]

@@ -88,13 +88,11 @@ def test_refuses_a_checkpoint_of_a_different_base_model(copy, tmp_path, monkeypa
     shutil.copytree("data/tiny", tmp_path / "tiny")
     weights = load_file(tmp_path / "tiny/model.safetensors")
     weights["model.norm.weight"][3] += 0.5
-    import rl.model.policy
+    from transformers import AutoModelForCausalLM
 
     save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
-    load = rl.model.policy.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        rl.model.policy.AutoModelForCausalLM, "from_pretrained", lambda model, **k: load(str(tmp_path / "tiny"), **k)
-    )
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda model, **k: load(str(tmp_path / "tiny"), **k))
     message = resume_error(copy)
     assert "data/tiny" in message and "step_000005" in message and "start a new run" in message
 
