@@ -119,12 +119,7 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
 def model_logprobs(policy: Policy, episode: Episode) -> torch.Tensor:
     """Return the log-probabilities of a completion's tokens, (C,), by the model's own forward pass without padding."""
     if policy.uses_unsloth:  # its forward needs the settings of `unsloth_states`
-        decoder = policy.decoder
-        policy.decoder = None
-        try:
-            return completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])[0][0]
-        finally:
-            policy.decoder = decoder
+        return completion_logprobs(policy, [episode.prompt_ids], [episode.completion_ids])[0][0]
     ids = torch.tensor([episode.prompt_ids + episode.completion_ids], device=policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(episode.prompt_ids) - 1 : -1].float()
     targets = ids[0, len(episode.prompt_ids) :, None]

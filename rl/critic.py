@@ -11,14 +11,14 @@ import torch
 from rl.config import Config, ConfigError
 from rl.model.decoder import Decoder
 from rl.model.logprobs import completion_states
-from rl.model.policy import Policy, lora_settings
+from rl.model.policy import Policy, hidden_states, lora_settings
 
 
 class Critic:
     """Predicts V(s_t) for each token of a completion. The fp32 head is initialised to 0, so all values start at 0."""
 
     def __init__(self, policy: Policy, config: Config):
-        if not policy.decoder and not has_hidden_states(policy.model):
+        if not policy.decoder and hidden_states(policy.model, [1, 2]) is None:
             raise ConfigError(
                 f"algorithm: {config.algorithm} needs hidden states, and the forward pass of "
                 f"{policy.model.config.model_type} returns none: use an algorithm without a critic, such as grpo"
@@ -57,13 +57,3 @@ class Critic:
         with torch.set_grad_enabled(self.has_adapter and torch.is_grad_enabled()):
             states, mask = completion_states(self.policy, prompts, completions)
         return self.head(states.float()).squeeze(-1), mask
-
-
-@torch.no_grad()
-def has_hidden_states(model) -> bool:
-    """Return whether the model without its head can be run. Some architectures have no such part."""
-    try:
-        decoder = model.get_base_model().get_decoder()
-        return decoder(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device)).last_hidden_state is not None
-    except Exception:  # the code of any architecture may raise anything
-        return False

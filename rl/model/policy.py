@@ -362,19 +362,26 @@ def has_plain_head(model) -> bool:
 
     Raises ConfigError if the forward pass fails, as it does for a layer that peft wraps incorrectly.
     """
-    ids = torch.arange(1, 9, device=model.device)[None]
+    ids = list(range(1, 9))
     try:
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
     except Exception as error:  # whatever the layers of an architecture raise
         raise ConfigError(
             f"model: {model.config.name_or_path} ({model.config.model_type}) cannot be trained: its forward pass fails "
             f"with a LoRA: {first_line(error)}"
         ) from error
+    hidden = hidden_states(model, ids)
+    return hidden is not None and torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3)
+
+
+@torch.no_grad()
+def hidden_states(model, ids: list[int]) -> torch.Tensor | None:
+    """Return the last hidden states (1, T, H) of T token ids, or None if the model cannot run without its head."""
     try:
-        hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3)
-    except Exception:  # some architectures have no decoder without the head
-        return False
+        decoder = model.get_base_model().get_decoder()
+        return decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state
+    except Exception:  # the code of any architecture may raise anything
+        return None
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
