@@ -7,7 +7,7 @@ a CPU, where freed blocks are kept for the whole run and fragment (rl/model/oom.
 from the allocations in rl/model/engine.py and rl/model/sampling.py. The update is computed from the tensors that autograd
 saves for the fullest micro-batch in rl/model/decoder.py and rl/model/logprobs.py, or on CUDA in Unsloth's layers.
 
-On a CPU, the prediction is the resident memory beyond the memory after the imports, within 15 % of measurements. On
+On a CPU, the prediction is the resident memory beyond the memory after the imports, within 18 % of measurements. On
 CUDA, it is the memory allocated by PyTorch, without the CUDA context; this has not been compared with measurements.
 """
 
