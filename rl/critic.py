@@ -11,7 +11,8 @@ import torch
 from rl.config import Config, ConfigError
 from rl.model.decoder import Decoder
 from rl.model.logprobs import completion_states
-from rl.model.policy import Policy, hidden_states, lora_settings
+from rl.model.lora import lora_settings
+from rl.model.policy import Policy, hidden_states
 
 
 class Critic:

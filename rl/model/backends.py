@@ -27,13 +27,6 @@ BF16_HIDDEN = 512
 # The linear layers of the families that Unsloth handles, without the head.
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# Modules without a LoRA: encoders of images and sound, which text never reaches; matrices of Mamba layers whose weights
-# are read directly, so that a LoRA would be ignored; routers of experts, some of which return more than a product.
-WITHOUT_LORA = (
-    r"(.*\.)?(vision|visual|audio|multi_modal|embed_vision|embed_audio|connector)[^.]*(\..*)?"
-    r"|.*(mamba|mixer)\.(out_proj|dt_proj)|.*\.router"
-)
-
 
 def choose_device(config: Config) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Roll-outs with the model's own `generate`: the fallback for models without a `Decoder` (rl/model/decoder.py).
+"""Roll-outs with the model's own forward pass: the fallback for models without a `Decoder` (rl/model/decoder.py).
 
-A logits processor samples each token and forces `generate` to choose it; `load_policy` has reset the model's
-generation_config. Every row is prefilled separately, and a batch ends with its longest completion.
+`generate` of transformers prepares the inputs and the cache of any architecture. The loop is ours: each prompt is
+prefilled once, its rows of the cache are copied for its completions, and rows that have ended are dropped.
 """
 
 import itertools
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from rl.model.policy import Policy
 from rl.model.sampling import Finished, Sampling, sample
+
+STATE_IN_MODULES = ("recurrent_gemma",)  # the state of the recurrent layers is not in the cache
 
 
 @dataclass
@@ -30,8 +31,12 @@ class HFGenerate:
     def run(self) -> Iterator[Finished]:
         """Yield the completions of each batch, by index. Those of prompt i start at index i * num_generations."""
         for indices in self.batches():
-            prompts = [self.prompts[index // self.num_generations] for index in indices]
-            yield dict(zip(indices, self.complete(prompts)))
+            yield self.complete(indices)
+
+    @property
+    def can_copy_rows(self) -> bool:
+        """Whether rows of the cache can be copied and dropped. Unsloth's cache has no such operation."""
+        return not self.policy.uses_unsloth and self.policy.model.config.model_type not in STATE_IN_MODULES
 
     def batches(self) -> Iterator[list[int]]:
         """Yield the indices of each batch. Recurrent layers may read padding, so they get prompts of equal length."""
@@ -44,56 +49,98 @@ class HFGenerate:
             for first in range(0, len(group), self.max_rows):
                 yield group[first : first + self.max_rows]
 
-    def complete(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float], bool]]:
-        """Complete each prompt once. Returns token ids, log-probabilities, and whether the completion is truncated."""
+    def complete(self, indices: list[int]) -> Finished:
+        """Generate the completions of one batch, by index: token ids, log-probabilities, and whether it is truncated."""
         policy = self.policy
         if policy.uses_unsloth:
             with policy.training():
                 pass  # drops the copies of the LoRA that Unsloth caches for decoding, which may be out of date
+        groups = [index // self.num_generations for index in indices]
+        prefilled = sorted(set(groups)) if self.can_copy_rows else groups
+        prompts = [self.prompts[group] for group in prefilled]
         width = max(map(len, prompts))
         padded = [[policy.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        sampler = ForcedSampler(self, prompts)
-        policy.model.generate(
+        tokens, logprobs = policy.model.generate(
             input_ids=torch.tensor(padded, device=policy.device),
             attention_mask=torch.tensor(mask, device=policy.device),
             max_new_tokens=self.max_completion_length,
             do_sample=False,
             use_cache=True,
-            eos_token_id=sorted(policy.eos_ids),
             pad_token_id=policy.pad_id,
-            logits_processor=LogitsProcessorList([sampler]),
+            custom_generate=self.decode,
+            groups=groups,
         )
-        tokens = torch.stack(sampler.tokens, 1).tolist()  # (B, C)
-        logprobs = torch.stack(sampler.logprobs, 1).tolist()
-        completions = []
-        for row, row_logprobs in zip(tokens, logprobs):
+        finished = {}
+        for index, row, row_logprobs in zip(indices, tokens.tolist(), logprobs.tolist()):
             ends = [i + 1 for i, token in enumerate(row) if token in policy.eos_ids]
             length = min(ends, default=self.max_completion_length)
-            completions.append((row[:length], row_logprobs[:length], not ends))
-        return completions
+            finished[index] = (row[:length], row_logprobs[:length], not ends)
+        return finished
+
+    def decode(
+        self, model, input_ids, groups: list[int], logits_processor, stopping_criteria, generation_config, **inputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Complete the prompts in `input_ids`. `generate` calls this in place of its own loop.
+
+        groups: the prompt of each completion. inputs: other inputs of the model, such as the attention mask. Returns
+        tokens and log-probabilities, (B, C) each; what follows an end token is undefined.
+        """
+        device = input_ids.device
+        size = (len(groups), self.max_completion_length)
+        tokens = torch.zeros(size, dtype=torch.long, device=device)
+        logprobs = torch.zeros(size, device=device)
+        end_tokens = torch.tensor(sorted(self.policy.eos_ids), device=device)
+        seen = self.tokens_seen(groups)
+        running = torch.arange(len(groups), device=device)  # rows of `tokens` in the batch
+        ended = torch.zeros(len(groups), dtype=torch.bool, device=device)  # (rows in the batch,)
+
+        logits, inputs = next_logits(model, input_ids, inputs, is_first_iteration=True)
+        if len(logits) < len(groups):
+            positions = {group: i for i, group in enumerate(sorted(set(groups)))}
+            copies = torch.tensor([positions[group] for group in groups], device=device)
+            logits = logits[copies]
+            inputs = select_rows(inputs, copies)
+        for position in range(self.max_completion_length):
+            token, logprob = sample(logits, self.sampling, self.generator, seen)
+            tokens[running, position] = token
+            logprobs[running, position] = logprob
+            ended |= torch.isin(token, end_tokens)
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
+            if ended.all() or position + 1 == self.max_completion_length:
+                break
+            if ended.sum() * 4 >= len(ended) and self.can_copy_rows:
+                kept = (~ended).nonzero().squeeze(1)
+                inputs = select_rows(inputs, kept)
+                seen = None if seen is None else seen[kept]
+                token, running, ended = token[kept], running[kept], ended[kept]
+            logits, inputs = next_logits(model, token[:, None], inputs)
+        return tokens, logprobs
+
+    def tokens_seen(self, groups: list[int]) -> torch.Tensor | None:
+        """Return the tokens that the repetition penalty applies to, (B, V) bool: those of the prompt at first."""
+        if self.sampling.repetition_penalty == 1:
+            return None
+        seen = torch.zeros(len(groups), self.policy.vocabulary, dtype=torch.bool, device=self.policy.device)
+        for row, group in zip(seen, groups):
+            row[self.prompts[group]] = True
+        return seen
 
 
-class ForcedSampler(LogitsProcessor):
-    """Samples the next token of each row, and forces `generate` to choose it."""
+def next_logits(model, ids: torch.Tensor, inputs: dict, is_first_iteration: bool = False) -> tuple[torch.Tensor, dict]:
+    """Run the model on new tokens (B, T). Returns the logits of the next token (B, V), and the inputs with the cache."""
+    prepared = model.prepare_inputs_for_generation(ids, is_first_iteration=is_first_iteration, **inputs)
+    outputs = model(**prepared, return_dict=True)
+    return outputs.logits[:, -1], model._update_model_kwargs_for_generation(outputs, inputs)
 
-    def __init__(self, rollout: HFGenerate, prompts: list[list[int]]):
-        self.sampling = rollout.sampling
-        self.generator = rollout.generator
-        self.tokens: list[torch.Tensor] = []  # tokens of each step, (B,)
-        self.logprobs: list[torch.Tensor] = []  # log-probabilities of each step, (B,)
-        self.seen = None  # the tokens that the repetition penalty applies to, (B, V) bool
-        if self.sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(
-                len(prompts), rollout.policy.vocabulary, dtype=torch.bool, device=rollout.policy.device
-            )
-            for row, prompt in zip(self.seen, prompts):
-                row[prompt] = True
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token, logprob = sample(scores, self.sampling, self.generator, self.seen)
-        if self.seen is not None:
-            self.seen.scatter_(1, token[:, None], True)
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+def select_rows(inputs: dict, indices: torch.Tensor) -> dict:
+    """Return the inputs of these rows, which may repeat. The cache is changed in place."""
+    selected = dict(inputs)
+    for name, value in inputs.items():
+        if hasattr(value, "reorder_cache"):
+            value.reorder_cache(indices)
+        elif isinstance(value, torch.Tensor):  # such as positions, (B, T) or (3, B, T)
+            selected[name] = value.index_select(-2, indices)
+    return selected

@@ -25,15 +25,16 @@ def completion_logprobs(
     """
     rows = Rows([len(completion) for completion in completions], policy.device)
     ids = torch.tensor([token for completion in completions for token in completion], device=policy.device)  # (T,)
-    if policy.plain_head:
-        states = packed_states(policy, prompts, completions)  # (T, H)
+    transform = policy.logit_transform
+    if transform:
         head = policy.head
+        states = packed_states(policy, prompts, completions).to(head.weight.dtype)  # (T, H)
     else:
         states = _forward_padded(policy, prompts, completions, False, policy.model)  # logits (T, V)
-        head = torch.nn.Identity()  # the model's forward caps or scales the logits after its head
+        head = transform = torch.nn.Identity()
 
     def chunk_logprobs(states, ids):  # (n, H), (n,) -> (n,), (n,)
-        logits = head(states).float() / policy.temperature  # (n, V)
+        logits = transform(head(states).float()) / policy.temperature  # (n, V)
         log_normalizer = logits.logsumexp(-1)
         logprobs = logits.gather(1, ids[:, None]).squeeze(1) - log_normalizer
         entropy = None
@@ -42,8 +43,8 @@ def completion_logprobs(
                 entropy = log_normalizer - (logits.softmax(-1) * logits).sum(-1)
         return logprobs, entropy
 
-    if policy.plain_head and type(head) is torch.nn.Linear and not policy.entropy_gradient:
-        logprobs, entropy = HeadLogprobs.apply(states, ids, head, policy.temperature)
+    if type(head) is torch.nn.Linear and not transform.cap and not policy.entropy_gradient:
+        logprobs, entropy = HeadLogprobs.apply(states, ids, head, policy.temperature / transform.scale)
         return rows.pad(logprobs), rows.mask, rows.pad(entropy) if with_entropy else None
     size = max(1, LOGITS_PER_CHUNK // policy.vocabulary)
     chunks = list(zip(states.split(size), ids.split(size)))

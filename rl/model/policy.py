@@ -7,23 +7,19 @@ model is loaded by Unsloth or by transformers and peft (rl/model/backends.py), o
 import contextlib
 import copy
 import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import peft
-import safetensors.torch
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from grading.base import first_line
 from rl.config import Config, ConfigError
 from rl.model.backends import (
     LINEAR_LAYERS,
-    WITHOUT_LORA,
     add_unsloth_lora,
     choose_device,
     choose_dtype,
@@ -37,11 +33,12 @@ from rl.model.backends import (
 )
 from rl.model.decoder import Decoder, unsupported_reason
 from rl.model.gguf import is_gguf, model_folder
+from rl.model.lora import add_lora, load_adapter, lora_settings
 from rl.model.oom import keep_freed_memory
 from rl.model.tokens import check_ids, find_eos_ids, is_embedded
 
-# Settings of a saved LoRA that go beyond the matrices A and B on linear layers.
-LORA_EXTRAS = ("use_dora", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "target_parameters")
+# Names in config.json of a factor of the logits. Some models multiply by it, others divide.
+LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass
@@ -51,6 +48,18 @@ class Question:
     row: dict
     prompt_ids: list[int]
     completion_prefix: str = ""  # start of the completion that the prompt contains, such as "<think>"
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does with its head's product x to get the logits: cap * tanh(scale * x / cap), or scale * x."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, product: torch.Tensor) -> torch.Tensor:
+        logits = product if self.scale == 1 else product * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 @dataclass
@@ -70,7 +79,7 @@ class Policy:
     decoder: Decoder | None  # the packed forward pass; None: the model's own forward is used
     uses_unsloth: bool = False  # loaded by Unsloth and trained through its forward
     fallback_reason: str | None = None  # why there is no decoder
-    plain_head: bool = True  # logits are exactly the head's product with the last hidden state
+    logit_transform: LogitTransform | None = LogitTransform()  # None: unknown
     max_completion_length: int = 256  # tokens
     entropy_gradient: bool = False  # the loss has an entropy term
 
@@ -268,7 +277,7 @@ def load_policy(config: Config) -> Policy:
         decoder=None if fallback_reason else Decoder(model),
         uses_unsloth=uses_unsloth,
         fallback_reason=fallback_reason,
-        plain_head=not fallback_reason or has_plain_head(model),
+        logit_transform=find_logit_transform(model) if fallback_reason else LogitTransform(),
         entropy_gradient=config.entropy_coef > 0,
     )
 
@@ -306,72 +315,33 @@ def load_with_transformers(config: Config, device: torch.device, dtype: torch.dt
     return model
 
 
-def add_lora(model, config: Config) -> peft.PeftModel:
-    """Add a new LoRA. Raises ConfigError if peft does not support the layers of the model."""
-    try:
-        return peft.get_peft_model(model, lora_settings(config, model))
-    except Exception as error:  # whatever the layers of an architecture raise
-        raise ConfigError(
-            f"model: {config.model} ({model.config.model_type}) cannot be trained, because peft cannot add a LoRA to all "
-            f"of its linear layers: choose a model of another family ({first_line(error)})"
-        ) from error
-
-
-def lora_settings(config: Config, model, layers: str | list[str] = "all-linear") -> peft.LoraConfig:
-    """Return the settings of a new LoRA on these layers of a model, except WITHOUT_LORA."""
-    settings = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "target_modules": layers, "task_type": "CAUSAL_LM"}
-    if any(re.fullmatch(WITHOUT_LORA, name) for name, _ in model.named_modules()):
-        settings["exclude_modules"] = WITHOUT_LORA
-    return peft.LoraConfig(**settings)
-
-
-def load_adapter(model, config: Config) -> peft.PeftModel:
-    """Load a saved LoRA, and its frozen copy as the reference. Raises ConfigError if it does not fit the model."""
-    folder = Path(config.adapter)
-    try:
-        if config.backend == "unsloth":
-            saved = peft.PeftConfig.from_pretrained(folder)
-            if extras := [name for name in LORA_EXTRAS if getattr(saved, name, None) not in (None, False, "none")]:
-                raise ValueError(f"not a plain LoRA ({', '.join(extras)}), set backend to transformers")
-            model = add_unsloth_lora(model, config, saved)
-        else:
-            model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-        model.load_adapter(folder, "reference", is_trainable=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"adapter: {folder} does not fit {config.model}: {first_line(error)}") from error
-    restore_adapter(model, folder)
-    model.set_adapter("default")
-    return model
-
-
-def restore_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Load saved weights into the LoRA being trained. Raises ConfigError if they are damaged or have other shapes."""
-    try:
-        weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"adapter: {folder} cannot be read: {first_line(error)}") from error
-    expected = peft.get_peft_model_state_dict(model, adapter_name="default")
-    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise ConfigError(f"adapter: {folder} does not fit {model.config.name_or_path}: its LoRA has different shapes")
-    peft.set_peft_model_state_dict(model, weights, adapter_name="default")
-
-
 @torch.no_grad()
-def has_plain_head(model) -> bool:
-    """Return whether the logits are the head's product with the last hidden state. Some models cap or scale them.
+def find_logit_transform(model) -> LogitTransform | None:
+    """Return how logits follow from the head's product with the last hidden state, or None if it is not known.
 
     Raises ConfigError if the forward pass fails, as it does for a layer that peft wraps incorrectly.
     """
     ids = list(range(1, 9))
     try:
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits.float()
     except Exception as error:  # whatever the layers of an architecture raise
         raise ConfigError(
             f"model: {model.config.name_or_path} ({model.config.model_type}) cannot be trained: its forward pass fails "
             f"with a LoRA: {first_line(error)}"
         ) from error
     hidden = hidden_states(model, ids)
-    return hidden is not None and torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3)
+    if hidden is None:
+        return None
+    head = model.get_output_embeddings()
+    product = head(hidden.to(head.weight.dtype)).float()
+    config = model.config.get_text_config()
+    factors = filter(None, (getattr(config, name, None) for name in LOGIT_FACTORS))
+    tolerance = 1e-3 if logits.dtype == head.weight.dtype else 1e-2  # 16 bits round each operation
+    for scale in (1.0, *(scale for factor in factors for scale in (factor, 1 / factor))):
+        transform = LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+        if (transform(product) - logits).norm() <= tolerance * logits.norm():
+            return transform
+    return None
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from rl.config import Config
 from rl.critic import Critic
 from rl.evaluate import Evaluation, best_step
 from rl.model.backends import describe_precision
-from rl.model.policy import Policy, Question, restore_adapter
+from rl.model.lora import restore_adapter
+from rl.model.policy import Policy, Question
 from rl.rollout import Episode
 from rl.run import report
 from rl.run.alarms import Alarms, find_alarms, find_hacking, find_notes

@@ -165,9 +165,9 @@ def test_batches_do_not_exceed_rollout_batch_size(policy, monkeypatch):
     sizes = []
     complete = hf_generate.HFGenerate.complete
 
-    def spy(self, prompts):
-        sizes.append(len(prompts))
-        return complete(self, prompts)
+    def spy(self, indices):
+        sizes.append(len(indices))
+        return complete(self, indices)
 
     monkeypatch.setattr(hf_generate.HFGenerate, "complete", spy)
     assert len(roll(policy, QUESTIONS, n=4, length=4, rows=3)) == 16

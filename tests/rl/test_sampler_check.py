@@ -74,9 +74,9 @@ def test_falls_back_if_the_forward_pass_is_wrong(policy, monkeypatch):
 def test_stops_if_no_path_samples_from_the_policy(policy, monkeypatch):
     complete = HFGenerate.complete
 
-    def without_lora(self, prompts):
+    def without_lora(self, indices):
         with policy.model.disable_adapter():
-            return complete(self, prompts)
+            return complete(self, indices)
 
     policy.decoder = None
     before = lora_weights(policy)

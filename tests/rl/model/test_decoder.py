@@ -3,7 +3,8 @@
 import peft
 import pytest
 import torch
-from conftest import bare_policy
+import transformers
+from conftest import bare_policy, fill_lora, vectors
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -19,7 +20,7 @@ from rl.model import engine, logprobs
 from rl.model.decoder import Decoder, Linears, SwiGLU, folded_weight, unsupported_reason
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs, completion_states
-from rl.model.policy import has_plain_head, make_deterministic
+from rl.model.policy import LogitTransform, find_logit_transform, make_deterministic
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
 
@@ -325,24 +326,53 @@ def test_unsupported_reason_names_architecture_or_rope():
     assert "Patched" in unsupported_reason(Patched(LlamaConfig(**SIZES | HEADS)))
 
 
-def test_detects_a_head_that_scales_its_logits():
-    from transformers import CohereConfig, CohereForCausalLM
+def scaled_model(name, **settings):
+    """Return a small random model whose forward pass scales or caps its logits."""
+    config = transformers.AutoConfig.for_model(name, **SIZES | HEADS | {"head_dim": 8}, pad_token_id=0, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().weight.data.normal_()  # large logits, which a cap changes
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).eval()
 
-    def make_model(scale):
-        config = CohereConfig(**SIZES, num_attention_heads=4, logit_scale=scale, pad_token_id=0, eos_token_id=1)
-        return peft.get_peft_model(CohereForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"])).eval()
 
-    assert has_plain_head(make_model(1.0)) and not has_plain_head(make_model(0.25))
-
-    scaled_model = make_model(0.25)
+@pytest.mark.parametrize(
+    "name, settings, transform",
+    [
+        ("cohere", {"logit_scale": 0.25}, LogitTransform(0.25)),
+        ("cohere", {"logit_scale": 1.0}, LogitTransform()),
+        ("granite", {"logits_scaling": 4.0}, LogitTransform(0.25)),
+        ("gemma2", {"final_logit_softcapping": 5.0}, LogitTransform(1.0, 5.0)),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_logits_are_scaled_and_capped_as_in_the_model(name, settings, transform, known):
+    model = scaled_model(name, **settings)
+    assert find_logit_transform(model) == transform
     prompts = random_rows(4, 6)
     completions = random_rows(5, 1, seed=1)
-    policy = bare_policy(scaled_model, decoder=None, plain_head=False)
-    with torch.no_grad():
+    policy = bare_policy(model, decoder=None, logit_transform=transform if known else None)
+    fill_lora(policy, 0.1)
+    gradients = []
+    for entropy_gradient in (False, True):
+        policy.entropy_gradient = entropy_gradient
         values, mask, _ = completion_logprobs(policy, prompts, completions)
+        values[mask].sum().backward()
+        gradients.append(vectors(p.grad for p in policy.trainable_parameters()))
+        model.zero_grad()
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-        logits = model_logits(policy, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
-        torch.testing.assert_close(values[i][mask[i]], logits[range(len(completion)), completion], atol=1e-5, rtol=0)
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logits[range(len(completion)), completion]
+        torch.testing.assert_close(values[i][mask[i]], expected, atol=1e-5, rtol=0)
+        expected.sum().backward()
+    expected = vectors(p.grad for p in policy.trainable_parameters())
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_unknown_transform_of_the_logits_is_none(monkeypatch):
+    """The update then uses the logits of the model's own forward pass."""
+    model = scaled_model("cohere", logit_scale=0.25)
+    monkeypatch.setattr("rl.model.policy.LOGIT_FACTORS", ())
+    assert find_logit_transform(model) is None
 
 
 def test_swiglu_has_the_values_and_gradients_of_the_plain_expression():
