@@ -196,7 +196,7 @@ def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool,
         # Each completion has a copy of its prompt's keys and values in addition to its own.
         keys = min(2 * tokens, config.prompts_per_step * config.num_generations * length)
         saved += keys * 2 * shape.kv_size * itemsize
-        factors = shape.linear_outputs + (0 if itemsize == 4 else shape.linear_inputs)  # scaled B, and A if it is cast
+        factors = shape.lora_outputs + (0 if itemsize == 4 else shape.lora_inputs)  # scaled B, and A if it is cast
         saved += config.lora_r * itemsize * factors / shape.layers
         working = tokens * itemsize * (3 * shape.intermediate + 3 * hidden)  # gradients of a layer's activations
         mask = tokens * (shape.query_size // shape.kv_size) * length * itemsize

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grading.base import first_line
-from rl.config import ConfigError
+from rl.config import Config, ConfigError
 from rl.model.gguf import config_source
 
 # Configs of common models by their name on the Hub, so that nothing has to be downloaded for them.
@@ -23,9 +23,9 @@ class Shape:
     """Dimensions of a decoder-only language model that determine its memory and speed."""
 
     parameters: int
-    linear_parameters: int  # weights of the linear layers except the head: quantized by NF4, adapted by the LoRA
-    linear_inputs: int  # sum of the input sizes of these layers
-    linear_outputs: int  # sum of their output sizes
+    linear_parameters: int  # weights of the linear layers except the head, which NF4 quantizes
+    lora_inputs: int  # sum of the input sizes of the matrices that the LoRA adapts
+    lora_outputs: int  # sum of their output sizes
     vocabulary: int
     hidden: int
     intermediate: int  # size of the feed-forward block
@@ -40,8 +40,8 @@ class Shape:
     tokenizer_bytes: int | None = None  # size of tokenizer.json, if the model is a folder
 
     def lora_parameters(self, rank: int) -> int:
-        """Return the number of parameters of a LoRA on every linear layer: A (rank, in) and B (out, rank)."""
-        return rank * (self.linear_inputs + self.linear_outputs)
+        """Return the number of parameters of a LoRA: A (rank, in) and B (out, rank) for each matrix."""
+        return rank * (self.lora_inputs + self.lora_outputs)
 
 
 def find_shape(model: str) -> Shape:
@@ -92,12 +92,18 @@ def shape_from_config(config, folder: Path) -> Shape:
 
     from rl.model.backends import model_class
     from rl.model.decoder import unsupported_reason
+    from rl.model.lora import add_lora
 
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
-    outputs = sum(layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in linear)
+    parameters = model.num_parameters()
+    linear_parameters = sum(layer.weight.numel() for layer in linear)
+    uses_decoder = unsupported_reason(model) is None
+    qk_norm = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    with torch.device("meta"):
+        lora = dict(add_lora(model, Config(lora_r=1)).named_parameters())  # of rank 1: each A has the size of its input
     quantization = getattr(config, "quantization_config", None) or {}
     config = config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -105,10 +111,10 @@ def shape_from_config(config, folder: Path) -> Shape:
     sizes = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # of each layer, or of all
     tokenizer = folder / "tokenizer.json"
     return Shape(
-        parameters=model.num_parameters(),
-        linear_parameters=sum(layer.weight.numel() for layer in linear),
-        linear_inputs=sum(sum(layer.weight.shape) for layer in linear) - outputs,
-        linear_outputs=outputs,
+        parameters=parameters,
+        linear_parameters=linear_parameters,
+        lora_inputs=sum(p.numel() for name, p in lora.items() if "lora_A" in name),
+        lora_outputs=sum(p.numel() for name, p in lora.items() if "lora_B" in name),
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
         intermediate=max(sizes) if isinstance(sizes, (list, tuple)) else sizes,
@@ -116,8 +122,8 @@ def shape_from_config(config, folder: Path) -> Shape:
         heads=config.num_attention_heads,
         query_size=config.num_attention_heads * head_dim,
         kv_size=kv_heads * head_dim,
-        qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
-        uses_decoder=unsupported_reason(model) is None,
+        qk_norm=qk_norm,
+        uses_decoder=uses_decoder,
         is_4bit=bool(quantization.get("load_in_4bit")),
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,

@@ -35,7 +35,7 @@ from rl.model.decoder import Decoder, unsupported_reason
 from rl.model.gguf import is_gguf, model_folder
 from rl.model.lora import add_lora, load_adapter, lora_settings
 from rl.model.oom import keep_freed_memory
-from rl.model.tokens import check_ids, find_eos_ids, is_embedded
+from rl.model.tokens import check_ids, find_eos_ids, find_opening, is_embedded, unify_thinking
 
 # Names in config.json of a factor of the logits. Some models multiply by it, others divide.
 LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -156,7 +156,7 @@ class Policy:
 
     def completion_prefix(self, prompt: str | list[dict]) -> str:
         """Return the start of the completion that the prompt contains: "<think>" of the template, a last assistant turn."""
-        return self._render(prompt)[1]
+        return unify_thinking(self._render(prompt)[1], self.tokenizer.chat_template)
 
     def _render(self, prompt: str | list[dict]) -> tuple[str, str]:
         """Return the text of a prompt, and the start of its completion."""
@@ -171,11 +171,11 @@ class Policy:
             )
         else:
             text = "\n\n".join(message["content"] for message in messages) + ("\n\n" if prefill else "")
-        if not text.rstrip().endswith("<think>"):
+        opening = find_opening(text)
+        if not opening:
             return text, prefill
-        start = text.rindex("<think>")
-        opening = "" if prefill.lstrip().startswith("<think>") else text[start:]  # not twice
-        return text[:start], opening + prefill
+        is_repeated = prefill.lstrip().startswith(opening[1])
+        return text[: opening.start()], ("" if is_repeated else opening[0]) + prefill
 
     def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         """Return the token ids of a rendered prompt. A chat template writes its own BOS token, so none is added.
@@ -187,8 +187,19 @@ class Policy:
         check_ids(ids, self.tokenizer, self.model)
         return ids
 
+    def leaves_out_question(self) -> bool:
+        try:
+            return self.render_prompt("What is 1 + 2?") == self.render_prompt("What is 3 + 4?")
+        except (jinja2.TemplateError, ValueError, TypeError):
+            return False  # encoding the rows says what the template refuses
+
     def encode(self, rows: list[dict]) -> list[Question]:
         """Encode data rows. Raises ConfigError if a prompt cannot be encoded or leaves no room for a completion."""
+        if self.leaves_out_question():
+            raise ConfigError(
+                f"model: the chat template in {self.tokenizer.name_or_path} leaves out the question: all prompts are "
+                "equal. Correct chat_template.jinja or use the tokenizer of another variant of the model"
+            )
         questions = []
         for row in rows:
             try:
@@ -212,10 +223,14 @@ class Policy:
         return questions
 
     def decode(self, completion_ids: list[int]) -> str:
-        """Return the text of a completion without its end token. Thinking tags are kept, even as special tokens."""
+        """Return the text of a completion without its end token, with thinking in <think> and </think>.
+
+        Other special tokens are kept.
+        """
         if completion_ids and completion_ids[-1] in self.eos_ids:
             completion_ids = completion_ids[:-1]
-        return self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(completion_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return unify_thinking(text, self.tokenizer.chat_template)
 
 
 def load_policy(config: Config) -> Policy:

@@ -1,10 +1,24 @@
-"""Token ids: the end tokens of a model, and ids that the model has no embedding for.
+"""What tokenizer and chat template determine: end tokens, marks of thinking, and ids that the model has no embedding for.
 
 A tokenizer may have more tokens than its model has embeddings: tokens were added without resizing the embedding, or the
 tokenizer belongs to another model.
 """
 
+import re
+
 from rl.config import ConfigError
+
+# How chat templates mark the thinking, as patterns, and the tags that graders and page expect.
+THINKING_MARKS = {
+    r"\[THINK\]": "<think>",  # Magistral, Ministral 3
+    r"\[/THINK\]": "</think>",
+    r"<seed:think>": "<think>",
+    r"</seed:think>": "</think>",
+    r"<\|channel>thought": "<think>",  # Gemma 4
+    r"<channel\|>": "</think>",
+    r"<\|channel\|>analysis<\|message\|>": "<think>",  # gpt-oss
+    r"(<\|end\|><\|start\|>assistant)?<\|channel\|>final<\|message\|>": "</think>",
+}
 
 
 def is_embedded(token_id: int | None, model) -> bool:
@@ -58,6 +72,23 @@ def find_end_of_turn(tokenizer) -> int | None:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # a template may raise anything; encoding the prompts will report it
         return None
-    ids = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids
+    _, rendered, after = text.rpartition(answer)
+    if not rendered:  # the template changes the answer
+        return None
+    ids = tokenizer(after.strip(), add_special_tokens=False).input_ids
     added_tokens = tokenizer.added_tokens_decoder
     return ids[0] if ids and ids[0] in added_tokens and added_tokens[ids[0]].special else None
+
+
+def unify_thinking(text: str, chat_template: str | None) -> str:
+    """Replace the marks of thinking that a chat template contains by <think> and </think>."""
+    for pattern, tag in THINKING_MARKS.items():
+        if re.search(pattern, chat_template or ""):
+            text = re.sub(pattern, tag, text)
+    return text
+
+
+def find_opening(text: str) -> re.Match | None:
+    """Return the match of an opening mark of thinking at the end of a prompt, with the whitespace after it, or None."""
+    openings = "|".join(["<think>", *(pattern for pattern, tag in THINKING_MARKS.items() if tag == "<think>")])
+    return re.search(rf"({openings})\s*\Z", text)

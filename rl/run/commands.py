@@ -63,8 +63,6 @@ def eval_only(config: Config, name: str) -> None:
     policy = load_policy(config)
     questions = policy.encode(eval_rows)
     check_sampler(policy, questions)
-    if policy.fallback_reason:
-        notes.append(f"falling back to the model's own forward pass, which is slower: {policy.fallback_reason}")
     folder.open()
     try:
         folder.write_settings(settings, rewards.path, step=0)
@@ -72,7 +70,7 @@ def eval_only(config: Config, name: str) -> None:
         lines += report.describe_model(config, policy, critic=None)
         lines.append(f"data     {len(eval_rows):,} eval questions")
         print("\n  ".join(lines))
-        for note in [*notes, *config.notes()]:
+        for note in [*notes, *report.model_notes(policy), *config.notes()]:
             print(f"  note     {note}")
         for warning in report.run_warnings(config):
             print(f"  WARNING  {warning}")

@@ -135,6 +135,49 @@ def describe_model(config: Config, policy, critic) -> list[str]:
     return lines
 
 
+def model_notes(policy) -> list[str]:
+    """Return notes about the model: a slow forward pass, experts that are not trained, an incomplete chat template."""
+    notes = []
+    if policy.fallback_reason:
+        notes.append(f"falling back to the model's own forward pass, which is slower: {policy.fallback_reason}")
+    experts = sum(p.numel() for p in untrained_experts(policy.model))
+    if experts:
+        share = experts / policy.model.get_nb_trainable_parameters()[1]
+        notes.append(
+            f"the experts ({share:.0%} of the weights) get no LoRA and stay in {policy.dtype}, with load_in_4bit too; "
+            "the other linear layers are trained".replace("torch.", "")
+        )
+    tokenizer = policy.tokenizer
+    if tokenizer.chat_template and not has_generation_prompt(tokenizer):
+        notes.append(
+            "the chat template adds no generation prompt, so each completion begins with the marks of an answer"
+        )
+    return notes
+
+
+def untrained_experts(model) -> list:
+    """Return the weights of experts that have no LoRA: those of some families are not in linear layers."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if not ("lora_" in name or "base_layer" in name or "conv" in name)
+        and (p.dim() == 3 or ("experts" in name and not name.endswith(("weight", "bias"))))
+    ]
+
+
+def has_generation_prompt(tokenizer) -> bool:
+    """Return whether the chat template ends a prompt with the beginning of an answer, or cannot render a question."""
+    messages = [{"role": "user", "content": "?"}]
+    try:
+        texts = {
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=flag)
+            for flag in (True, False)
+        }
+    except Exception:  # a template may raise anything; encoding the prompts reports it
+        return True
+    return len(texts) == 2
+
+
 def run_header(
     config: Config,
     machine: str,

@@ -151,10 +151,7 @@ class Run:
                 config, machine, self.folder.path, policy, critic, agreement, self.rewards, self.num_rows, resumed_step
             )
         )
-        if policy.fallback_reason:
-            self.notes.append(
-                f"falling back to the model's own forward pass, which is slower: {policy.fallback_reason}"
-            )
+        self.notes += report.model_notes(policy)
         for note in [*self.notes, *config.notes()]:
             print(f"  note     {note}")
         self.warnings = report.run_warnings(config)

@@ -21,6 +21,7 @@ from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
+from rl.run.report import model_notes
 from rl.update import Updater, prompt_and_completion_ids
 
 TABLE = ROOT / "docs/families.md"
@@ -272,6 +273,21 @@ def test_no_lora_on_encoders_of_images(tmp_path):
     make_model("mistral3", tmp_path)
     adapted = [name for name, _ in load_policy(make_config(tmp_path)).model.named_parameters() if "lora_A" in name]
     assert adapted and not [name for name in adapted if re.search("vision|projector", name)]
+
+
+def test_notes_say_that_experts_are_not_trained(tmp_path):
+    make_model("gpt_oss", tmp_path)
+    _, experts = model_notes(load_policy(make_config(tmp_path)))
+    assert re.match(r"the experts \(\d\d% of the weights\) get no LoRA and stay in float32", experts)
+
+
+def test_notes_say_that_the_template_has_no_generation_prompt(tmp_path):
+    make_model("llama", tmp_path)
+    policy = load_policy(make_config(tmp_path))
+    assert model_notes(policy) == []
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (note,) = model_notes(policy)
+    assert "no generation prompt" in note
 
 
 def attempt(train: Callable[[Path], str], folder: Path) -> str:

@@ -97,6 +97,40 @@ def test_eos_ids_are_the_union_of_all_sources(tmp_path, config):
         assert policy.decode([20, 21, eos]) == policy.decode([20, 21])
 
 
+@pytest.mark.parametrize(
+    "opening, closing",
+    [
+        ("[THINK]", "[/THINK]"),
+        ("<seed:think>", "</seed:think>"),
+        ("<|channel>thought", "<channel|>"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ],
+)
+def test_other_marks_of_thinking_become_think_tags(policy, opening, closing):
+    text = f"{opening}1+2=3{closing}\\boxed{{3}}"
+    ids = policy.tokenizer.encode(text, add_special_tokens=False)
+    assert policy.decode(ids) == text  # this model's template does not know the marks
+    policy.tokenizer.chat_template += f"{{# {opening} {closing} #}}{{{{- '{opening}\n' if enable_thinking else '' -}}}}"
+    assert policy.decode(ids) == "<think>1+2=3</think>\\boxed{3}"
+    policy.chat_template_kwargs = {"enable_thinking": True}
+    assert policy.completion_prefix("Hi") == "<think>\n"
+    assert policy.render_prompt("Hi").endswith(f"{opening}\n")
+
+
+def test_refuses_a_template_that_leaves_out_the_question(policy):
+    policy.tokenizer.chat_template = "{{ messages[0]['role'] }}: "
+    with pytest.raises(ConfigError, match="the chat template in .* leaves out the question"):
+        policy.encode([{"id": "1", "prompt": "What is 1 + 2?"}])
+
+
+def test_no_end_of_turn_token_if_the_template_changes_the_answer(policy):
+    from rl.model.tokens import find_end_of_turn
+
+    policy.tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}\n{% endfor %}"
+    assert find_end_of_turn(policy.tokenizer) is None
+
+
 def test_end_of_turn_token_is_read_from_the_chat_template(policy):
     """The end-of-sequence token of a base model may differ from the one that its template writes after an answer."""
     from rl.model.tokens import find_end_of_turn
