@@ -13,12 +13,13 @@ import transformers
 from conftest import ROOT, Rewards, fill_lora, vectors, with_rewards
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from export.merge import compute_logits, merge_lora
 from rl.advantages import Advantages
 from rl.checks import check_sampler
 from rl.config import Config
 from rl.critic import Critic
 from rl.model.logprobs import completion_logprobs
-from rl.model.policy import load_policy
+from rl.model.policy import load_policy, save_adapter
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
 from rl.run.report import model_notes
@@ -262,6 +263,39 @@ def train_4bit(folder: Path) -> str:
     return "yes"
 
 
+def trained_logits(folder: Path) -> tuple:
+    """Return a policy with a random LoRA, two texts, and their logits."""
+    policy = load_policy(make_config(folder))
+    fill_lora(policy, 0.05)
+    texts = [policy.encode_prompt("What is 3 + 4?"), policy.encode_prompt("7 - 2")]
+    return policy, texts, compute_logits(policy.model, texts)
+
+
+def export_merged(folder: Path) -> str:
+    policy, texts, expected = trained_logits(folder)
+    merged, _ = merge_lora(policy.model)
+    merged.save_pretrained(folder / "merged")
+    policy.tokenizer.save_pretrained(folder / "merged")
+    logits = compute_logits(load_policy(make_config(folder / "merged")).model, texts)
+    difference = (logits - expected).abs().max().item()
+    assert difference < 1e-3, f"the merged model's logits differ by {difference:.1g}"
+    return "yes"
+
+
+def resume(folder: Path) -> str:
+    policy, texts, expected = trained_logits(folder)
+    save_adapter(policy, folder / "adapter")
+    again = load_policy(make_config(folder, adapter=str(folder / "adapter")))
+    assert torch.equal(compute_logits(again.model, texts), expected)
+    return "yes"
+
+
+@pytest.mark.parametrize("family", FAST)
+def test_a_family_is_exported_and_resumed(family, tmp_path):
+    make_model(family, tmp_path)
+    assert export_merged(tmp_path) == resume(tmp_path) == "yes"
+
+
 @pytest.mark.parametrize("family", FAST)
 def test_a_family_trains_and_agrees_with_transformers(family, tmp_path):
     make_model(family, tmp_path)
@@ -306,13 +340,12 @@ def test_all_families(tmp_path):
     for family in FAMILIES:
         folder = tmp_path / family.replace(":", "_")
         make_model(family, folder)
-        rows[family] = [attempt(train, folder) for train in (train_grpo, train_ppo, train_4bit)]
+        rows[family] = [attempt(train, folder) for train in (train_grpo, train_ppo, train_4bit, export_merged, resume)]
     before, marker, _ = TABLE.read_text(encoding="utf-8").partition("| model type |")
-    lines = ["| model type | forward pass | GRPO | PPO | 4-bit |", "|---|---|---|---|---|"]
-    for family, (grpo, ppo, four_bit) in rows.items():
-        text = grpo.replace(str(tmp_path), "").replace("|", "/")
-        cells = ("", text) if grpo.startswith("no") else (grpo, "yes")
-        cells = (*cells, *(cell.replace(str(tmp_path), "").replace("|", "/") for cell in (ppo, four_bit)))
+    lines = ["| model type | forward pass | GRPO | PPO | 4-bit | export | resume |", "|---|---|---|---|---|---|---|"]
+    for family, (grpo, *others) in rows.items():
+        cells = ("", grpo) if grpo.startswith("no") else (grpo, "yes")
+        cells = [cell.replace(str(tmp_path), "").replace("|", "/") for cell in (*cells, *others)]
         lines.append(f"| {family.replace(':', ', ')} | {' | '.join(cells)} |")
     text = before + "\n".join(lines) + "\n"
     TABLE.write_text(text, encoding="utf-8")
