@@ -88,7 +88,7 @@ def find_notes(history: list[dict], config: Config) -> Alarms:
 
 def cold_start_commands(config: Config) -> str:
     """Return the commands that write demonstrations and start the run again with them, each in a line of its own."""
-    settings = shlex.quote(f"{config.output_dir}/config.yaml")
+    settings = settings_path(config)
     sources = shlex.join(config.train_data)
     command = f"distil {sources} --config {settings} --keep-right --out demos.jsonl"
     if all(source in MAKERS and source != "countdown" for source in config.train_data):
@@ -98,8 +98,13 @@ def cold_start_commands(config: Config) -> str:
 
 def calibrate_command(config: Config) -> str:
     """Return the command that selects questions by the base model's pass rate, in a line of its own."""
-    settings = shlex.quote(f"{config.output_dir}/config.yaml")
-    return f"\n    python -m data calibrate {shlex.join(config.train_data)} --config {settings} --out calibrated.jsonl"
+    sources = shlex.join(config.train_data)
+    return f"\n    python -m data calibrate {sources} --config {settings_path(config)} --out calibrated.jsonl"
+
+
+def settings_path(config: Config) -> str:
+    """Return the path of the run's settings, quoted for a shell."""
+    return shlex.quote(f"{config.output_dir}/config.yaml")
 
 
 def values(metrics: list[dict], name: str) -> list[float]:

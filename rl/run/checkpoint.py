@@ -34,7 +34,10 @@ from rl.run.files import describe_write_error, fsync_path, sha256, write_atomic,
 
 FORMAT = 2  # version of the format of trainer_state.json and trainer_state.pt
 # Settings and other provenance that cannot change during a run.
-FIXED = ("model adapter load_in_4bit lora_r lora_alpha algorithm critic optim seed runs_on held_out").split()
+FIXED = (
+    "model adapter load_in_4bit lora_r lora_alpha algorithm critic optim seed runs_on held_out sft_data sft_epochs "
+    "sft_learning_rate"
+).split()
 # Compared by effect (file hash, resolved dtype), not by value.
 COMPARED_BY_HASH = ("rewards_file device dtype train_data eval_data train_questions eval_questions columns").split()
 

@@ -113,6 +113,8 @@ def test_a_run_evaluates_before_and_after_it(tmp_path, demonstrations, capsys):
         assert evaluation[name]["accuracy"] == right / 12
     assert lines(folder / "metrics.jsonl")[0]["kl"] == 0.0  # the reference is the policy after the cold start
     assert "step_000000" in {path.name for path in (folder / "checkpoints").iterdir()}
+    with pytest.raises(ConfigError, match="sft_epochs 1 -> 2: this cannot change during a run"):
+        train.main(["--resume", str(folder), "--sft-epochs", "2", "--accept-changes"])
 
 
 @pytest.mark.parametrize("fault", ["in the cold start", "after the cold start", "in a step"])
