@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from grading.base import first_line
 from rl.config import Config, ConfigError
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs
-from rl.model.oom import retry_on_oom, return_freed_memory
+from rl.model.oom import is_out_of_memory, retry_on_oom, return_freed_memory
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
@@ -52,7 +53,15 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
         ConfigError: if the roll-out does not sample from the trained policy.
     """
     prompts = [question.prompt_ids for question in questions[:NUM_PROMPTS]]
-    agreement = compare_paths(policy, prompts)
+    try:
+        agreement = compare_paths(policy, prompts)
+    except Exception as error:  # the code of any architecture may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"model: {policy.model.config.name_or_path} ({policy.model.config.model_type}) cannot be trained: its forward "
+            f"pass or its generation fails: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if policy.decoder and not (agreement.sampler_agrees() and agreement.trainer_agrees()):
         policy.decoder = None
         policy.fallback_reason = (

@@ -3,6 +3,8 @@
 The slow test of all families writes the table of docs/families.md.
 """
 
+import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from export.merge import compute_logits, merge_lora
 from rl.advantages import Advantages
 from rl.checks import check_sampler
-from rl.config import Config
+from rl.config import Config, ConfigError
 from rl.critic import Critic
+from rl.fit.shapes import find_shape
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy, save_adapter
 from rl.model.sampling import Sampling
@@ -351,3 +354,33 @@ def test_all_families(tmp_path):
     TABLE.write_text(text, encoding="utf-8")
     trained = {family for family, (grpo, *_) in rows.items() if not grpo.startswith("no")}
     assert set(FAMILIES) - trained == NOT_TRAINED, rows
+
+
+def load_and_check(config: Config) -> None:
+    policy = load_policy(config)
+    check_sampler(policy, policy.encode([{"id": "1", "task": "t", "prompt": "What is 3 + 4?"}]))
+
+
+ODD_VALUES = (None, -1, 0, 1.5, "x", [], {}, True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", "gpt_oss", "gemma2", "lfm2"])
+@pytest.mark.parametrize("use", [load_and_check, lambda config: find_shape(config.model)], ids=["load", "dry run"])
+def test_odd_configs_load_or_give_one_line(family, use, tmp_path):
+    """Keys of config.json that are missing or have odd values."""
+    make_model(family, tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    rng = random.Random(0)
+    for _ in range(40):
+        changed = dict(settings)
+        key = rng.choice(list(settings))
+        if rng.random() < 0.3:
+            del changed[key]
+        else:
+            changed[key] = rng.choice(ODD_VALUES)
+        file.write_text(json.dumps(changed))
+        try:
+            use(make_config(tmp_path))
+        except ConfigError as error:
+            assert str(error).count("\n") == 0, (key, changed.get(key, "missing"))
