@@ -37,6 +37,8 @@ from rl.model.lora import add_lora, load_adapter, lora_settings
 from rl.model.oom import keep_freed_memory
 from rl.model.tokens import check_ids, find_eos_ids, find_opening, is_embedded, unify_thinking
 
+# Layers of Gemma 3n that stay in 16 bits: its forward pass clamps the weights of the last two.
+UNQUANTIZED = ["lm_head", "prediction_coefs", "correction_coefs"]
 # Names in config.json of a factor of the logits. Some models multiply by it, others divide.
 LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -247,7 +249,10 @@ def load_policy(config: Config) -> Policy:
         model_config = AutoConfig.from_pretrained(config.model)
         uses_unsloth = config.backend == "unsloth" and is_for_unsloth(model_config)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = load_with_unsloth(config, dtype) if uses_unsloth else load_with_transformers(config, device, dtype)
+        if uses_unsloth:
+            model = load_with_unsloth(config, dtype)
+        else:
+            model = load_with_transformers(config, model_config, device, dtype)
     except ConfigError:
         raise
     except Exception as error:  # the code of any architecture may raise anything
@@ -311,12 +316,16 @@ def check_folders(config: Config) -> None:
         )
 
 
-def load_with_transformers(config: Config, device: torch.device, dtype: torch.dtype):
+def load_with_transformers(config: Config, model_config, device: torch.device, dtype: torch.dtype):
     """Load the base model and freeze it. Raises ConfigError if weights are missing."""
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=UNQUANTIZED if "gemma3n" in model_config.model_type else None,
     )
-    model, loading = model_class(AutoConfig.from_pretrained(config.model)).from_pretrained(
+    model, loading = model_class(model_config).from_pretrained(
         config.model,
         dtype=dtype,
         device_map={"": device},

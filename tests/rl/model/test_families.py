@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, Rewards, fill_lora, vectors, with_rewards
+from conftest import ROOT, Rewards, fill_lora, lines, vectors, with_rewards
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+import train
 from export.merge import compute_logits, merge_lora
 from rl.advantages import Advantages
 from rl.checks import check_sampler
@@ -306,6 +307,11 @@ def test_a_family_trains_and_agrees_with_transformers(family, tmp_path):
     assert (forward == "Ponder's") == (family in ("mistral:window", "seed_oss"))
 
 
+def test_gemma_3n_trains_in_4_bits(tmp_path):
+    make_model("gemma3n_text", tmp_path)
+    assert train_4bit(tmp_path) == "yes"
+
+
 def test_no_lora_on_encoders_of_images(tmp_path):
     make_model("mistral3", tmp_path)
     adapted = [name for name, _ in load_policy(make_config(tmp_path)).model.named_parameters() if "lora_A" in name]
@@ -354,6 +360,32 @@ def test_all_families(tmp_path):
     TABLE.write_text(text, encoding="utf-8")
     trained = {family for family, (grpo, *_) in rows.items() if not grpo.startswith("no")}
     assert set(FAMILIES) - trained == NOT_TRAINED, rows
+
+
+DIGITS = """
+reward_funcs = ["digits"]
+
+
+def digits(completion):
+    return sum(map(str.isdigit, completion.text)) / max(len(completion.text), 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+def test_hybrid_models_learn(family, seed, tmp_path):
+    """The reward is the share of digits in the completion; a random model begins near 0.1."""
+    make_model(family, tmp_path / "model")
+    (tmp_path / "rewards.py").write_text(DIGITS)
+    settings = "--train-data sums --train-questions 16 --eval-questions 4 --eval-steps 0 --save-steps 0 --max-steps 60"
+    sizes = "--prompts-per-step 4 --num-generations 8 --max-completion-length 8 --learning-rate 1e-2 --device cpu"
+    paths = f"--model {tmp_path}/model --rewards-file {tmp_path}/rewards.py --output-dir {tmp_path}/run"
+    train.main([*settings.split(), *sizes.split(), *paths.split(), "--seed", str(seed)])
+    rewards = [line["reward"] for line in lines(tmp_path / "run/metrics.jsonl")]
+    before, after = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
+    print(f"{family}, seed {seed}: {before:.2f} -> {after:.2f}")
+    assert after - before >= 0.5
 
 
 def load_and_check(config: Config) -> None:
