@@ -25,6 +25,9 @@ ON_CPU = {
     "qwen3-167m": SHORT,
     "llama-129m": f"{SHORT} --algorithm ppo --gradient-checkpointing",
     "qwen2-199m": f"{SHORT} --lora-r 32",
+    "qwen3.5-114m": SHORT,  # a hybrid
+    "olmoe-213m": SHORT,  # a mixture of experts
+    "gemma2-122m": SHORT,  # its head caps the logits
 }
 ON_GPU = dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "meta-llama/Llama-3.2-1B"), LONG)
 # fmt: off
@@ -39,6 +42,12 @@ SMALL_SHAPES = {  # in addition to rl/fit/models.json
     "qwen3-small": ("qwen3", 512, 64, 128, 2, 4, 2, 16, True),  # for testing the GPU benchmarks on a CPU
 }
 # fmt: on
+OTHER_SHAPES = {
+    "qwen3.5-114m": dict(zip(FIELDS, ("qwen3_5_text", 65536, 768, 2048, 8, 6, 2, 128, True)))
+    | {"linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "olmoe-213m": dict(zip(FIELDS, ("olmoe", 50304, 768, 512, 8, 12, 4, 64, True))) | {"num_experts": 16},
+    "gemma2-122m": dict(zip(FIELDS, ("gemma2", 65536, 768, 3072, 8, 6, 3, 128, True))),
+}
 
 
 def make_random_model(name: str, folder: str, mean_length: int | None = None) -> str:
@@ -58,7 +67,8 @@ def make_random_model(name: str, folder: str, mean_length: int | None = None) ->
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     known = json.loads((ROOT / "rl/fit/models.json").read_text(encoding="utf-8"))
-    settings = dict(zip(FIELDS, SMALL_SHAPES[name])) if name in SMALL_SHAPES else known[name]
+    small = {small: dict(zip(FIELDS, shape)) for small, shape in SMALL_SHAPES.items()}
+    settings = (known | small | OTHER_SHAPES)[name]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny")
     end_ids = [tokenizer.eos_token_id]
     if mean_length:

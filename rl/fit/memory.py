@@ -5,7 +5,8 @@
 Only the larger of roll-out and update counts, because one ends before the other begins. Both count for small models on
 a CPU, where freed blocks are kept for the whole run and fragment (rl/model/oom.py). The roll-out is computed
 from the allocations in rl/model/engine.py and rl/model/sampling.py. The update is computed from the tensors that autograd
-saves for the fullest micro-batch in rl/model/decoder.py and rl/model/logprobs.py, or on CUDA in Unsloth's layers.
+saves for the fullest micro-batch in rl/model/decoder.py and rl/model/logprobs.py, on CUDA in Unsloth's layers, or in the
+model's own forward pass, run on fake tensors.
 
 On a CPU, the prediction is the resident memory beyond the memory after the imports, within 18 % of measurements. On
 CUDA, it is the memory allocated by PyTorch, without the CUDA context; this has not been compared with measurements.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from rl.config import Config
 from rl.fit.cards import MB
-from rl.fit.shapes import Shape
+from rl.fit.shapes import Shape, saved_activations
 from rl.model.engine import CACHE_GROWTH, MAX_MEMORY_SHARE, PREFILL_TOKENS
 from rl.model.logprobs import LOGITS_PER_CHUNK
 from rl.model.oom import KEEP_FREED_BELOW_HIDDEN
@@ -93,7 +94,7 @@ def predict(
         for prompts, group in ((config.prompts_per_step, config.num_generations), (config.eval_questions, 1))
     )
     with_unsloth = uses_unsloth(config, shape, device, dtype)
-    update = update_bytes(config, shape, is_gpu, with_unsloth, itemsize, prompt_length)
+    update = update_bytes(config, shape, is_gpu, with_unsloth, dtype, prompt_length)
     keeps_all = not is_gpu and shape.hidden < KEEP_FREED_BELOW_HIDDEN
     return Prediction(
         weights=weights,
@@ -173,8 +174,9 @@ def micro_batch_tokens(config: Config, shape: Shape, with_unsloth: bool, prompt:
     return min(max(config.max_tokens_per_micro_batch, smallest), step)
 
 
-def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool, itemsize: int, prompt: int) -> float:
+def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool, dtype: str, prompt: int) -> float:
     """Return the bytes of forward and backward of the fullest micro-batch, without weights, gradients and optimizer."""
+    itemsize = 4 if dtype == "float32" else 2
     length = prompt + config.max_completion_length
     tokens = micro_batch_tokens(config, shape, with_unsloth, prompt)
     hidden = shape.hidden
@@ -202,6 +204,9 @@ def update_bytes(config: Config, shape: Shape, is_gpu: bool, with_unsloth: bool,
         mask = tokens * (shape.query_size // shape.kv_size) * length * itemsize
         checkpoints = shape.layers * inputs
     layers = shape.layers * saved
+    if not shape.uses_decoder and (activations := saved_activations(shape, dtype, config.lora_r)):
+        layers = activations[0] + activations[1] * tokens
+        saved = layers / shape.layers
     layer = working
     if config.gradient_checkpointing:
         layers = checkpoints

@@ -3,9 +3,10 @@
 Torch and transformers are imported only when they are needed.
 """
 
+import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grading.base import first_line
@@ -15,6 +16,7 @@ from rl.model.gguf import config_source
 # Configs of common models by their name on the Hub, so that nothing has to be downloaded for them.
 KNOWN_MODELS = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
 
+FAKE_LENGTH = 128  # tokens of the rows in `saved_activations`
 OTHER_FORMATS = r"-(gguf|awq|gptq|fp8|mlx|int4|int8)\b"
 
 
@@ -38,6 +40,7 @@ class Shape:
     is_4bit: bool  # saved in 4 bits
     file_bytes: int | None = None  # size of the safetensors files, if the model is a folder
     tokenizer_bytes: int | None = None  # size of tokenizer.json, if the model is a folder
+    config: object = field(default=None, compare=False, repr=False)  # of transformers
 
     def lora_parameters(self, rank: int) -> int:
         """Return the number of parameters of a LoRA: A (rank, in) and B (out, rank) for each matrix."""
@@ -94,6 +97,7 @@ def shape_from_config(config, folder: Path) -> Shape:
     from rl.model.decoder import unsupported_reason
     from rl.model.lora import add_lora
 
+    model_config = config
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     head = model.get_output_embeddings()
@@ -127,4 +131,56 @@ def shape_from_config(config, folder: Path) -> Shape:
         is_4bit=bool(quantization.get("load_in_4bit")),
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,
+        config=model_config,
     )
+
+
+@functools.cache
+def saved_activations(shape: Shape, dtype: str, rank: int) -> tuple[float, float] | None:
+    """Return the bytes that autograd saves in a model's own forward pass: a constant, and per token.
+
+    They are counted on fake tensors, which have no data. None: the forward pass does not run on them.
+    """
+    import torch
+
+    from rl.model.backends import model_class
+    from rl.model.lora import add_lora
+
+    with torch.device("meta"):
+        model = model_class(shape.config).from_config(shape.config, dtype=getattr(torch, dtype)).requires_grad_(False)
+        model = add_lora(model, Config(lora_r=rank)).train().get_base_model().get_decoder()
+    try:
+        one, four = (_count_saved(model, rows) for rows in (1, 4))
+    except Exception:  # the code of any architecture may raise anything
+        if dtype == "bfloat16":
+            return None
+        in_bf16 = saved_activations(shape, "bfloat16", rank)  # experts run on fake tensors in bf16 only
+        scale = 2 if dtype == "float32" else 1
+        return in_bf16 and (scale * in_bf16[0], scale * in_bf16[1])
+    per_token = (four - one) / (3 * FAKE_LENGTH)
+    return one - FAKE_LENGTH * per_token, per_token
+
+
+def _count_saved(model, rows: int) -> int:
+    """Return the bytes that autograd saves for the backward pass of this many rows, without parameters."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensors = {
+            name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+            for name, p in model.named_parameters()
+        } | {name: torch.empty(b.shape, dtype=b.dtype) for name, b in model.named_buffers()}
+        known = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
+        saved = {}
+
+        def count(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                saved[storage._cdata] = storage  # kept, so that no other storage gets its address
+            return tensor
+
+        ids = torch.zeros(rows, FAKE_LENGTH, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            torch.func.functional_call(model, tensors, kwargs={"input_ids": ids, "use_cache": False})
+        return sum(storage.nbytes() for storage in saved.values())

@@ -43,8 +43,8 @@ def completion_logprobs(
                 entropy = log_normalizer - (logits.softmax(-1) * logits).sum(-1)
         return logprobs, entropy
 
-    if type(head) is torch.nn.Linear and not transform.cap and not policy.entropy_gradient:
-        logprobs, entropy = HeadLogprobs.apply(states, ids, head, policy.temperature / transform.scale)
+    if type(head) is torch.nn.Linear and not policy.entropy_gradient:
+        logprobs, entropy = HeadLogprobs.apply(states, ids, head, transform, policy.temperature)
         return rows.pad(logprobs), rows.mask, rows.pad(entropy) if with_entropy else None
     size = max(1, LOGITS_PER_CHUNK // policy.vocabulary)
     chunks = list(zip(states.split(size), ids.split(size)))
@@ -59,26 +59,39 @@ def completion_logprobs(
 class HeadLogprobs(torch.autograd.Function):
     """Log-probabilities and entropies (T,) of tokens (T,) from hidden states (T, H), by a frozen linear head.
 
-    The gradient of a log-probability is (W[token] - p W) / temperature, with the head's weights W (V, H) and the next-token
-    distribution p. It is computed in the forward pass, so that the logits exist once and for one chunk only.
+    The logits are z = scale x with the head's product x = W h, or z = cap tanh(scale x / cap), whose derivative is
+    d = scale (1 - (z / cap)^2). The gradient of a log-probability is W^T (d (onehot(token) - p)) / temperature, with the
+    head's weights W (V, H) and the next-token distribution p. It is computed in the forward pass, so that the logits
+    exist once and for one chunk only.
     """
 
     @staticmethod
-    def forward(ctx, states, ids, head, temperature):
+    def forward(ctx, states, ids, head, transform, temperature):
         size = max(1, LOGITS_PER_CHUNK // head.out_features)
         logprobs = []
         entropies = []
         gradients = []
         for chunk, tokens in zip(states.split(size), ids.split(size)):
-            logits = head(chunk).float().div_(temperature)  # (n, V)
+            logits = head(chunk).float()  # (n, V)
+            slope = None
+            if transform.cap:
+                logits.mul_(transform.scale / transform.cap).tanh_()
+                slope = 1 - logits.square() if ctx.needs_input_grad[0] else None
+                logits.mul_(transform.cap / temperature)
+            else:
+                logits.mul_(transform.scale / temperature)
             logits -= logits.amax(-1, keepdim=True)
             probabilities = logits.softmax(-1)
             log_normalizer = -probabilities.amax(-1).log()  # on a CPU faster than logsumexp
             logprobs.append(logits.gather(1, tokens[:, None]).squeeze(1) - log_normalizer)
             entropies.append(log_normalizer - torch.bmm(probabilities[:, None], logits[:, :, None]).flatten())
             if ctx.needs_input_grad[0]:
+                chosen = head.weight[tokens]
+                if slope is not None:
+                    probabilities *= slope
+                    chosen = chosen * slope.gather(1, tokens[:, None]).to(chosen.dtype)
                 expected = probabilities.to(states.dtype) @ head.weight
-                gradients.append((head.weight[tokens] - expected) / temperature)
+                gradients.append((chosen - expected) * (transform.scale / temperature))
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         entropy = torch.cat(entropies)
@@ -87,7 +100,7 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _):
-        return gradient[:, None].to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None, None
+        return gradient[:, None].to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None, None, None
 
 
 def completion_states(
