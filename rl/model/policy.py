@@ -282,6 +282,8 @@ def load_policy(config: Config) -> Policy:
     make_deterministic(model)
     set_mode(model, False, uses_unsloth)
     fallback_reason = unsupported_reason(model)
+    if fallback_reason:  # torch would copy the head's weights for each row of a slice that is not contiguous
+        model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
     return Policy(
         model=model,
         tokenizer=tokenizer,
