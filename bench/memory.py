@@ -25,9 +25,9 @@ ON_CPU = {
     "qwen3-167m": SHORT,
     "llama-129m": f"{SHORT} --algorithm ppo --gradient-checkpointing",
     "qwen2-199m": f"{SHORT} --lora-r 32",
-    "qwen3.5-114m": SHORT,  # a hybrid
-    "olmoe-213m": SHORT,  # a mixture of experts
-    "gemma2-122m": SHORT,  # its head caps the logits
+    "qwen3.5-104m": SHORT,  # a hybrid
+    "olmoe-202m": SHORT,  # a mixture of experts
+    "gemma2-121m": SHORT,  # its head caps the logits
 }
 ON_GPU = dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "meta-llama/Llama-3.2-1B"), LONG)
 # fmt: off
@@ -43,10 +43,10 @@ SMALL_SHAPES = {  # in addition to rl/fit/models.json
 }
 # fmt: on
 OTHER_SHAPES = {
-    "qwen3.5-114m": dict(zip(FIELDS, ("qwen3_5_text", 65536, 768, 2048, 8, 6, 2, 128, True)))
+    "qwen3.5-104m": dict(zip(FIELDS, ("qwen3_5_text", 65536, 768, 2048, 8, 6, 2, 128, True)))
     | {"linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
-    "olmoe-213m": dict(zip(FIELDS, ("olmoe", 50304, 768, 512, 8, 12, 4, 64, True))) | {"num_experts": 16},
-    "gemma2-122m": dict(zip(FIELDS, ("gemma2", 65536, 768, 3072, 8, 6, 3, 128, True))),
+    "olmoe-202m": dict(zip(FIELDS, ("olmoe", 50304, 768, 512, 8, 12, 4, 64, True))) | {"num_experts": 16},
+    "gemma2-121m": dict(zip(FIELDS, ("gemma2", 65536, 768, 3072, 8, 6, 3, 128, True))),
 }
 
 

@@ -2,7 +2,7 @@
 
 Sampling ignores the model's generation_config (temperature, top_k, ...), so that completions come from the policy that
 is trained. Llama and its close relatives use our engine (rl/model/engine.py); other architectures use their own
-`generate` with our sampling (rl/model/hf_generate.py).
+forward pass with our loop and sampling (rl/model/hf_generate.py).
 """
 
 import math

@@ -97,7 +97,6 @@ def shape_from_config(config, folder: Path) -> Shape:
     from rl.model.decoder import unsupported_reason
     from rl.model.lora import add_lora
 
-    model_config = config
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     head = model.get_output_embeddings()
@@ -109,29 +108,29 @@ def shape_from_config(config, folder: Path) -> Shape:
     with torch.device("meta"):
         lora = dict(add_lora(model, Config(lora_r=1)).named_parameters())  # of rank 1: each A has the size of its input
     quantization = getattr(config, "quantization_config", None) or {}
-    config = config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    sizes = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # of each layer, or of all
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    sizes = getattr(text, "intermediate_size", None) or 4 * text.hidden_size  # of each layer, or of all
     tokenizer = folder / "tokenizer.json"
     return Shape(
         parameters=parameters,
         linear_parameters=linear_parameters,
         lora_inputs=sum(p.numel() for name, p in lora.items() if "lora_A" in name),
         lora_outputs=sum(p.numel() for name, p in lora.items() if "lora_B" in name),
-        vocabulary=config.vocab_size,
-        hidden=config.hidden_size,
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
         intermediate=max(sizes) if isinstance(sizes, (list, tuple)) else sizes,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        query_size=config.num_attention_heads * head_dim,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        query_size=text.num_attention_heads * head_dim,
         kv_size=kv_heads * head_dim,
         qk_norm=qk_norm,
         uses_decoder=uses_decoder,
         is_4bit=bool(quantization.get("load_in_4bit")),
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,
-        config=model_config,
+        config=config,
     )
 
 

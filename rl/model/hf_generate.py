@@ -97,8 +97,7 @@ class HFGenerate:
 
         logits, inputs = next_logits(model, input_ids, inputs, is_first_iteration=True)
         if len(logits) < len(groups):
-            positions = {group: i for i, group in enumerate(sorted(set(groups)))}
-            copies = torch.tensor([positions[group] for group in groups], device=device)
+            copies = torch.tensor(groups, device=device).unique(return_inverse=True)[1]
             logits = logits[copies]
             inputs = select_rows(inputs, copies)
         for position in range(self.max_completion_length):

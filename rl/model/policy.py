@@ -349,7 +349,7 @@ def find_logit_transform(model) -> LogitTransform | None:
     """
     ids = list(range(1, 9))
     try:
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits.float()
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
     except Exception as error:  # whatever the layers of an architecture raise
         raise ConfigError(
             f"model: {model.config.name_or_path} ({model.config.model_type}) cannot be trained: its forward pass fails "
@@ -362,7 +362,8 @@ def find_logit_transform(model) -> LogitTransform | None:
     product = head(hidden.to(head.weight.dtype)).float()
     config = model.config.get_text_config()
     factors = filter(None, (getattr(config, name, None) for name in LOGIT_FACTORS))
-    tolerance = 1e-3 if logits.dtype == head.weight.dtype else 1e-2  # 16 bits round each operation
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 1e-2  # 16 bits round each operation
+    logits = logits.float()
     for scale in (1.0, *(scale for factor in factors for scale in (factor, 1 / factor))):
         transform = LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
         if (transform(product) - logits).norm() <= tolerance * logits.norm():

@@ -143,9 +143,10 @@ def model_notes(policy) -> list[str]:
     experts = sum(p.numel() for p in untrained_experts(policy.model))
     if experts:
         share = experts / policy.model.get_nb_trainable_parameters()[1]
+        dtype = str(policy.dtype).removeprefix("torch.")
         notes.append(
-            f"the experts ({share:.0%} of the weights) get no LoRA and stay in {policy.dtype}, with load_in_4bit too; "
-            "the other linear layers are trained".replace("torch.", "")
+            f"the experts ({share:.0%} of the weights) get no LoRA and stay in {dtype}, with load_in_4bit too; "
+            "the other linear layers are trained"
         )
     tokenizer = policy.tokenizer
     if tokenizer.chat_template and not has_generation_prompt(tokenizer):
