@@ -53,15 +53,7 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
         ConfigError: if the roll-out does not sample from the trained policy.
     """
     prompts = [question.prompt_ids for question in questions[:NUM_PROMPTS]]
-    try:
-        agreement = compare_paths(policy, prompts)
-    except Exception as error:  # the code of any architecture may raise anything
-        if is_out_of_memory(error):
-            raise
-        raise ConfigError(
-            f"model: {policy.model.config.name_or_path} ({policy.model.config.model_type}) cannot be trained: its forward "
-            f"pass or its generation fails: {type(error).__name__}: {first_line(error)}"
-        ) from error
+    agreement = compare_paths(policy, prompts)
     if policy.decoder and not (agreement.sampler_agrees() and agreement.trainer_agrees()):
         policy.decoder = None
         policy.fallback_reason = (
@@ -84,7 +76,22 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
 
 @torch.no_grad()
 def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
-    """Measure the differences on completions sampled with noise in the LoRA."""
+    """Measure the differences on sampled completions, with noise in the LoRA and without.
+
+    Raises ConfigError if the model's forward pass or its generation fails.
+    """
+    try:
+        return _compare_paths(policy, prompts)
+    except Exception as error:  # the code of any architecture may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"model: {policy.model.config.name_or_path} ({policy.model.config.model_type}) cannot be trained: its forward "
+            f"pass or its generation fails: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
     generator = torch.Generator(policy.device).manual_seed(0)
     length = min(MAX_TOKENS, policy.max_completion_length)
 

@@ -5,7 +5,7 @@ rl/run/read_config.py reads them from a YAML file and the command line. Imports 
 
 import math
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # command line only; not saved with a run
@@ -155,6 +155,11 @@ class Config:
     dry_run: bool = False  # predict the memory without loading the model, then exit
     gpu_memory: float | None = None  # with --dry-run: memory of the card in GB; empty: this machine's
     probe: bool = False  # load everything, run the largest batches and two steps, report time and memory, then exit
+
+    def __post_init__(self):
+        for setting in fields(self):  # empty text on the command line turns a recipe's setting off
+            if setting.default is None and getattr(self, setting.name) == "":
+                setattr(self, setting.name, None)
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot work."""

@@ -3,6 +3,7 @@
 The slow test of all families writes the table of docs/families.md.
 """
 
+import dataclasses
 import json
 import random
 import re
@@ -216,6 +217,13 @@ def sample_episodes(policy) -> list:
     return agreement, episodes
 
 
+def model_logprobs(policy, episode) -> torch.Tensor:
+    """Return the log-probabilities of a completion's tokens, (C,), by the whole transformers model on this row alone."""
+    ids = torch.tensor([episode.prompt_ids + episode.completion_ids])
+    logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(episode.prompt_ids) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, len(episode.prompt_ids) :, None]).squeeze(1)
+
+
 def train_grpo(folder: Path) -> str:
     """Make one update. Compare sampler and update with the whole model, row by row. Returns the forward pass that was used."""
     config = make_config(folder)
@@ -228,9 +236,7 @@ def train_grpo(folder: Path) -> str:
     gradient = vectors(p.grad for p in policy.trainable_parameters() if p.grad is not None)
     policy.model.zero_grad()
     for row, episode in zip(logprobs, episodes):
-        ids = torch.tensor([episode.prompt_ids + episode.completion_ids])
-        logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(episode.prompt_ids) - 1 : -1].float()
-        expected = logits.log_softmax(-1).gather(1, ids[0, len(episode.prompt_ids) :, None]).squeeze(1)
+        expected = model_logprobs(policy, episode)
         expected.sum().backward()
         torch.testing.assert_close(row[: len(expected)], expected, atol=5e-5, rtol=0)
     expected = vectors(p.grad for p in policy.trainable_parameters() if p.grad is not None)
@@ -305,6 +311,26 @@ def test_a_family_trains_and_agrees_with_transformers(family, tmp_path):
     make_model(family, tmp_path)
     forward = train_grpo(tmp_path)
     assert (forward == "Ponder's") == (family in ("mistral:window", "seed_oss"))
+
+
+@pytest.mark.parametrize("family", ["lfm2", *(pytest.param(f, marks=pytest.mark.slow) for f in FAST if f != "lfm2")])
+@torch.no_grad()
+def test_a_family_agrees_in_bf16_within_rounding(family, tmp_path):
+    """Sampler and update are about as far from the fp32 model as the whole transformers model in bf16 is."""
+    make_model(family, tmp_path)
+    config = make_config(tmp_path)
+    exact = load_policy(config)
+    policy = load_policy(dataclasses.replace(config, dtype="bfloat16"))
+    for either in (exact, policy):
+        fill_lora(either, 0.05)
+    _, episodes = sample_episodes(policy)
+    logprobs, mask, _ = completion_logprobs(policy, *prompt_and_completion_ids(episodes))
+    expected, rounded = (torch.cat([model_logprobs(p, e) for e in episodes]) for p in (exact, policy))
+    sampled = torch.tensor([p for e in episodes for p in e.sampler_logprobs])
+    rounding = (rounded - expected).abs().mean()
+    assert rounding > 1e-4
+    for ours in (logprobs[mask], sampled):
+        assert (ours - expected).abs().mean() < 1.5 * rounding
 
 
 def test_gemma_3n_trains_in_4_bits(tmp_path):
