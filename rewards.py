@@ -7,7 +7,7 @@ functions written for TRL work unchanged: mark them with @reward, or list them, 
 
 A completion has these attributes: .prompt, .text, .thinking, .answer (the text after </think>), .row (all columns of
 its data row), .tokens, .truncated and .step. `when=` limits a reward to rows with an answer ("math"), with tests
-("code"), with another grader ("countdown", "reasoning_gym"), or of one task.
+("code"), with another grader ("countdown", "reasoning_gym", "environment"), or of one task.
 
     python rewards.py             # self-test: scores right, wrong and hostile completions; see --help
 """
@@ -21,6 +21,7 @@ from grading import (
     extract_code,
     grade_code,
     grade_countdown,
+    grade_environment,
     grade_gym,
     grade_math,
     metric,
@@ -56,12 +57,20 @@ def solves(completion: Completion):
     return grade_gym(completion.answer, completion.row)
 
 
+@reward(weight=1.0, when="environment")
+def wins(completion: Completion):
+    """Return what the environment's get_reward() says at the end of the episode; from 1 on, it is won."""
+    return grade_environment(completion)
+
+
 @reward(weight=0.1)
 def format(completion: Completion):
     """Return 1 for a complete answer in the right form, with at most one closed <think> block, at its start.
 
     Thinking itself is not rewarded. It pays only if it leads to right answers.
     """
+    if row_kind(completion.row) == "environment":
+        return None  # a move has no form of an answer
     state = "start"
     for part in re.split(r"(</?think>)", completion.text):
         if part in ("<think>", "</think>"):

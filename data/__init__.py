@@ -5,6 +5,7 @@ A row is a dict with `id`, `prompt` (text, or a list of chat messages), `task`, 
 is a complete solution. All other columns of the source are kept. Rows without a gold answer suit rewards that need none.
 
     sums, words, functions, long_sums, ...      generated from a seed (data/tasks.py)
+    environments.py:IceMaze, gym:NAME, ...      games of several turns, from a seed (data/environments.py)
     reasoning_gym:NAME                          generated from a seed by the package reasoning_gym (data/gym.py)
     questions.jsonl                             a .jsonl, .json, .csv, .tsv or .parquet file; well-known datasets are
                                                 recognized by columns (data/formats.py)
@@ -19,6 +20,7 @@ import random
 import re
 from pathlib import Path
 
+from data.environments import assign_environment, is_environment, read_environment
 from data.formats import FORMATS
 from data.gym import PREFIX, read_gym
 from data.hub import held_out_split, is_hub_source, read_hub
@@ -49,7 +51,8 @@ def _read(source: str, n: int | None, split: str, columns: dict, seed: int) -> t
     """Return at most n rows, and the total number of rows in the source (for generated rows: their number)."""
     if is_generated(source):
         try:
-            generate = read_gym if source.startswith(PREFIX) else questions
+            generate = read_environment if is_environment(source) else questions
+            generate = read_gym if source.startswith(PREFIX) else generate
             rows = generate(source, n=n or 100, split=split, seed=seed)
         except ValueError as error:
             raise DataError(str(error)) from None
@@ -75,7 +78,7 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
 
 def is_generated(source: str) -> bool:
     """Return True if the questions of a source are generated from a seed, in any number."""
-    return source in MAKERS or source.startswith(PREFIX)
+    return source in MAKERS or source.startswith(PREFIX) or is_environment(source)
 
 
 def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
@@ -119,12 +122,13 @@ def load_questions(config) -> tuple[list[dict], list[dict], list[str]]:
         train_rows += rows
     for source in config.eval_data:
         eval_rows += load_at_most(source, num_eval, "eval", EVAL_SEED, "held out (eval_questions)")
-    held_out_prompts = {str(row["prompt"]) for row in eval_rows}
+    held_out_prompts = {str(row["prompt"]) for row in eval_rows if row.get("grader") != "environment"}
     remaining = [row for row in train_rows if str(row["prompt"]) not in held_out_prompts]
     if len(remaining) < len(train_rows):
         notes.append(f"{len(train_rows) - len(remaining)} training questions are also held out: removed from training")
     if not remaining:
         raise DataError("train_data: no training questions are left: all of them are also in eval_data")
+    assign_environment(remaining + eval_rows, getattr(config, "environment", None))
     if getattr(config, "curriculum_steps", 0):
         for row in remaining:
             level_of(row)

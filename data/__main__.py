@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 from data import DataError, load, parse_columns
-from data.demonstrations import write_demonstrations
+from data.demonstrations import play_demonstrations, write_demonstrations
+from data.environments import is_environment
 from grading import RewardError
 from rl.config import ConfigError, RunError
 from rl.run.process import command_output
@@ -37,7 +38,7 @@ def main() -> None:
     args, options = parse_arguments()
     try:
         if args.command == "demos":
-            for row in write_demonstrations(args.families, args.n, args.seed):
+            for row in demonstrations(args):
                 print(json.dumps(row, ensure_ascii=False))
         elif args.command == "get":
             get_smollm2(Path(args.out))
@@ -55,6 +56,15 @@ def main() -> None:
                 print(json.dumps(row, indent=2, ensure_ascii=False, default=str))
     except (ConfigError, DataError, RewardError, RunError) as error:
         sys.exit(f"error: {error}")
+
+
+def demonstrations(args: argparse.Namespace) -> list[dict]:
+    """Return demonstrations of families, or of the turns of one environment."""
+    environment = args.families[0]
+    if not is_environment(environment):
+        return write_demonstrations(args.families, args.n, args.seed)
+    rows = load(args.questions or environment, args.n, "pretrain", seed=args.seed)
+    return play_demonstrations(environment, rows, args.n, args.seed, args.skill)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -77,7 +87,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         command.add_argument(
             "--split", choices=["train", "eval", "pretrain"], default="train", help="split to read (default train)"
         )
-    demos.add_argument("families", nargs="+", metavar="FAMILY", help="sums, words, functions, ...")
+    demos.add_argument("families", nargs="+", metavar="FAMILY", help="sums, words, ..., or one environment")
+    demos.add_argument("--questions", metavar="SOURCE", help="questions of an environment that makes none")
+    demos.add_argument("--skill", type=float, default=0.5, help="share of good moves in an environment (default 0.5)")
     for command, n in ((show, 3), (check, None), (demos, 192), (distil, None), (calibrate, None)):
         default = n or "all; 100 for generated questions"
         command.add_argument("-n", type=int, default=n, help=f"number of rows (default {default})")

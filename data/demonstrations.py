@@ -1,11 +1,14 @@
 """Demonstrations for the cold start (rl/run/cold_start.py): prompts with complete answers.
 
-A demonstration is a row with `prompt` and `completion`. `read_demonstrations` reads them from a file,
+A demonstration is a row with `prompt` and `completion`, and with `turns` if it is an episode of several turns: pairs of the
+model's text and the environment's reply. `read_demonstrations` reads them from a file,
 `write_demonstrations` makes them for the built-in families that have steps.
 """
 
+import itertools
 import random
 
+from data.environments import add_observation, find_class, play_moves
 from data.schema import ASSISTANT_ROLES, DataError, is_prompt, parse_text, to_schema
 from data.sources import read_raw
 from data.tasks import MAKERS, Problem, problems
@@ -50,14 +53,50 @@ def _split(raw: dict, place: str) -> dict:
             raise DataError(f"{place}: messages must be a list of {{role, content}} that ends with an assistant turn")
         prompt = messages[:-1]
         completion = messages[-1]["content"]
-    if isinstance(completion, list) and is_prompt(completion) and len(completion) == 1:  # TRL's conversational form
-        completion = completion[0]["content"]
+    turns = []
+    if isinstance(completion, list) and is_prompt(completion):  # TRL's conversational form, with replies in between
+        texts = [message["content"] for message in completion]
+        replies = [message for message in completion[1::2] if message["role"].lower() in ASSISTANT_ROLES]
+        if replies or len(texts) % 2 == 0:
+            raise DataError(f"{place}: completion must begin and end with an assistant turn, with one reply in between")
+        turns = list(zip(texts[::2], [*texts[1::2], ""]))
+        completion = texts[-1]
     if not prompt or not isinstance(completion, str) or not completion.strip():
         raise DataError(
             f"{place}: a demonstration needs the columns prompt and completion (text), or messages; this row has "
             f"{', '.join(raw)}"
         )
-    return {"prompt": prompt, "completion": completion}
+    return {"prompt": prompt, "completion": completion} | ({"turns": turns} if len(turns) > 1 else {})
+
+
+def play_demonstrations(environment: str, rows: list[dict], n: int, seed: int, skill: float) -> list[dict]:
+    """Return n episodes as demonstrations, whose completions are lists of messages.
+
+    Args:
+        rows: Questions to play, in turn.
+        skill: Probability that a turn is the class's `_good_move()`; otherwise it is its `_random_move()`.
+
+    Raises:
+        DataError: The class lacks one of the two methods.
+    """
+    for method in ("_good_move", "_random_move"):
+        if not hasattr(find_class(environment), method):
+            raise DataError(f"{environment}: demonstrations need a method {method}(), which returns the text of a turn")
+    random.seed(f"{environment} {seed}")
+    demonstrations = []
+    for row in itertools.islice(itertools.cycle(rows), n):
+        row = dict(row)
+
+        def choose_move(game) -> str:
+            return game._good_move() if random.random() < skill else game._random_move()
+
+        turns, _ = play_moves(environment, row, choose_move)
+        messages = [
+            {"role": role, "content": content} for turn in turns for role, content in zip(("assistant", "user"), turn)
+        ]
+        prompt = add_observation(row["prompt"], row["observation"])
+        demonstrations.append({"prompt": prompt, "completion": messages[:-1]})  # without the last reply
+    return demonstrations
 
 
 def write_demonstrations(families: list[str], n: int, seed: int) -> list[dict]:

@@ -7,6 +7,7 @@ from grading.base import (
     RewardError,
     Rewards,
     Score,
+    Turn,
     Ungraded,
     metric,
     outcome_of,
@@ -16,6 +17,7 @@ from grading.base import (
     row_kind,
 )
 from grading.countdown import grade_countdown
+from grading.environments import grade_environment
 from grading.gym import grade_gym
 from grading.rewards.models import reward_model
 from grading.rewards.preflight import preflight
@@ -24,8 +26,8 @@ from grading.rewards.scoring import Scoring, score_all
 from grading.sandbox.code_grader import check_tests, extract_code, grade_code
 
 __all__ = [
-    "Completion", "RewardError", "Rewards", "Score", "Scoring", "Ungraded", "check_tests", "extract_answer", "extract_code",
-    "grade_code", "grade_countdown", "grade_gym", "grade_math", "grade_row", "load_rewards", "metric", "outcome_of",
+    "Completion", "RewardError", "Rewards", "Score", "Scoring", "Turn", "Ungraded", "check_tests", "extract_answer", "extract_code",
+    "grade_code", "grade_countdown", "grade_environment", "grade_gym", "grade_math", "grade_row", "load_rewards", "metric", "outcome_of",
     "outcome_shares", "preflight", "prompt_text", "reward", "reward_model", "row_kind", "score_all",
 ]  # fmt: skip
 

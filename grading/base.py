@@ -15,6 +15,7 @@ For each completion, a reward function returns one of:
     (number, "reason")        the reward and an explanation, which is logged and displayed
     [(position, number)]      a process reward: the reward of each step of the text, which ends at the character
                               `position`; their sum is the reward of the completion
+    [(turn, number)]          the same for turns of an episode, with elements of `completion.turns`
 
 A reason may start with one of OUTCOMES, followed by a colon; outcomes are counted in the metrics. A grader that fails
 raises `Ungraded`: the completion is then excluded from training instead of silently scoring 0.
@@ -87,8 +88,20 @@ def row_kind(row: dict) -> str | None:
 
 
 @dataclass
+class Turn:
+    """One turn of an episode with an environment."""
+
+    text: str  # what the model wrote, including the thinking
+    reply: str = ""  # what the environment answered
+    score: float | None = None  # change of the environment's score, if it has one
+
+
+@dataclass
 class Completion:
-    """One completion and all the information that is available to reward functions."""
+    """One completion and all the information that is available to reward functions.
+
+    In an episode of several turns (environments.py), `text` is the model's last turn.
+    """
 
     prompt: str  # the question
     text: str  # the whole completion, including the thinking
@@ -97,6 +110,10 @@ class Completion:
     truncated: bool = False  # True if cut off at max_completion_length, without an end-of-sequence token
     step: int = 0  # training step, starting at 1
     token_ids: list[int] = field(default_factory=list, repr=False)  # token ids of the completion
+    turns: list[Turn] = field(default_factory=list)  # all turns; empty without an environment
+    environment: object = field(default=None, repr=False)  # the environment after the episode
+    environment_reward: float | None = None  # what its get_reward() returned
+    error: RewardError | None = None  # of the environment, with reward_errors: skip
 
     def __post_init__(self):
         self.row = Row(copy.deepcopy(dict(self.row)))  # a copy: changes to its lists do not reach the data set
@@ -129,6 +146,7 @@ class Score:
     judge: str | None = None  # name of the reward function that the verdict comes from
     error: str | None = None  # error message of a function that raised, with reward_errors: skip
     process: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # (position, value) pairs by function
+    turns: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # (index of the turn, value) by function
     extra: dict[str, object] = field(default_factory=dict)  # value by column name, from TRL's log_extra
     seconds: float = 0.0  # time spent in reward functions, including waits for the sandbox
 
@@ -202,7 +220,7 @@ class RewardFunction:
 
 
 # Arguments of a batch function that are not data columns.
-TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "environments", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass

@@ -50,6 +50,7 @@ class Advantages:
         in_loss = torch.tensor([episode.in_loss for episode in episodes])
         rewards = torch.tensor([episode.reward for episode in episodes])  # (N,)
         lengths = [len(episode.completion_ids) for episode in episodes]
+        num_sampled = [episode.num_sampled for episode in episodes]
         if config.algorithm == "dpo":
             eligible = torch.where(in_loss, rewards, torch.nan)
             signs = algorithms.preference_signs(eligible, config.num_generations).tolist()
@@ -64,7 +65,7 @@ class Advantages:
             estimate = self.actor_critic if config.has_critic else self.reinforce
             advantages = estimate(episodes, outcome, merged, metrics)
         else:
-            by_completion = self.group_relative(outcome, lengths, in_loss).tolist()
+            by_completion = self.group_relative(outcome, num_sampled, in_loss).tolist()
             advantages = [torch.full((length,), a) for length, a in zip(lengths, by_completion)]
             for name, by_episode in steps.items():
                 weight = self.weights[name]
@@ -152,11 +153,20 @@ class Advantages:
                 if weight and episode.score.verdict != "ungraded":
                     by_episode = by_function.setdefault(name, [[] for _ in episodes])
                     by_episode[i] = [(token, weight * value) for token, value in self.align_to_tokens(episode, steps)]
+            for name, steps in episode.score.turns.items():
+                weight = self.weights[name]
+                if weight and episode.score.verdict != "ungraded":
+                    by_episode = by_function.setdefault(name, [[] for _ in episodes])
+                    ends = episode.turn_ends()
+                    by_episode[i] = [(ends[turn], weight * value) for turn, value in steps]
         return by_function
 
     def align_to_tokens(self, episode: Episode, steps: list[tuple[int, float]]) -> StepRewards:
         """Convert (character position, value) pairs to (index of the token in which the step ends, value) pairs."""
-        ids = episode.completion_ids
+        *earlier, _ = episode.turn_ends()
+        flags = episode.is_sampled or [True] * len(episode.completion_ids)
+        start = flags.index(True, earlier[-1] + 1) if earlier else 0  # the text is that of the last turn
+        ids = episode.completion_ids[start:]
         decode = self.policy.decode
         prefix_length = len(episode.completion.text) - len(decode(ids))  # characters that the chat template writes
 
@@ -165,13 +175,19 @@ class Advantages:
             return prefix_length + len(decode(ids[:num_tokens]))
 
         counts = range(1, len(ids))  # a position after the second-to-last token belongs to the last token
-        return [(bisect.bisect_left(counts, position, key=end_position), value) for position, value in sorted(steps)]
+        return [
+            (start + bisect.bisect_left(counts, position, key=end_position), value) for position, value in sorted(steps)
+        ]
 
 
 def completion_mask(episodes: list[Episode]) -> torch.Tensor:
-    """Return the mask of the completion tokens, (N, C)."""
+    """Return the mask of the tokens that the policy sampled, (N, C)."""
     lengths = torch.tensor([len(e.completion_ids) for e in episodes])
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    for row, episode in zip(mask, episodes):
+        if episode.is_sampled is not None:
+            row[: len(episode.is_sampled)] &= torch.tensor(episode.is_sampled)
+    return mask
 
 
 def pad(rows: list[torch.Tensor]) -> torch.Tensor:

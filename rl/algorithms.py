@@ -135,7 +135,7 @@ def token_rewards(
     outcome: R, (N,); nan counts as 0. kl: k1, (N, C), or None.
     """
     rewards = torch.zeros(mask.shape) if kl is None else torch.where(mask, -beta * kl, 0.0)
-    last = mask.sum(1) - 1
+    last = (mask * torch.arange(mask.shape[1])).amax(1)  # (N,)
     rewards[torch.arange(len(mask)), last] += outcome.nan_to_num(nan=0.0)
     for row, step_rewards in enumerate(steps):
         for position, value in step_rewards:

@@ -13,7 +13,7 @@ COMMANDS = ("resume", "accept_changes", "dry_run", "gpu_memory", "probe")  # com
 # Bounds. No number may be negative. Empty settings are not checked.
 AT_LEAST_1 = (
     "max_steps prompts_per_step num_generations max_completion_length rollout_batch_size num_iterations num_mini_batches lora_r "
-    "lora_alpha max_tokens_per_micro_batch sft_epochs train_questions eval_questions logging_steps"
+    "lora_alpha max_turns max_turn_length max_tokens_per_micro_batch sft_epochs train_questions eval_questions logging_steps"
 ).split()
 AT_MOST_1 = ("gamma", "lam", "top_p", "warmup_ratio")
 BELOW_1 = ("epsilon", "min_p")
@@ -22,6 +22,7 @@ ABOVE_0 = {  # setting: hint for the error message
     "top_p": "1 turns it off",
     "repetition_penalty": "1 turns it off",
     "code_timeout": "seconds; 1 is usual",
+    "environment_timeout": "seconds; 10 is usual",
     "max_grad_norm": "a large number turns clipping off",
     "epsilon": "0.2 is usual",
     "epsilon_high": "leave it empty to use epsilon",
@@ -65,6 +66,15 @@ class Config:
     system_prompt: str | None = None  # system message before every question
     chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # chat-template arguments (YAML only)
 
+    # --- environments (docs/environments.md)
+    environment: str | None = None  # class of rows without the column environment, such as environments.py:Calculator
+    play: Literal["auto", "tools", "text"] = (
+        "auto"  # form of commands: tool calls of the chat template, or a line of text
+    )
+    max_turns: int = 16  # turns of an episode
+    max_turn_length: int | None = None  # token limit of a turn; empty: only that of the episode
+    environment_timeout: float = 10.0  # seconds for a call in an environment
+
     # --- cold start
     sft_data: str | None = None  # file of demonstrations for supervised training before the first step; empty: none
     sft_epochs: int = 3  # epochs over the demonstrations
@@ -83,7 +93,7 @@ class Config:
     max_steps: int = 40  # training steps; each is one roll-out and its updates
     prompts_per_step: int = 32  # prompts in each step
     num_generations: int = 8  # completions of each prompt (the group)
-    max_completion_length: int = 256  # token limit; longer completions are truncated
+    max_completion_length: int = 256  # token limit of a completion, of a whole episode with environments
     temperature: float = 1.0  # sampling temperature, also used for log-probabilities
     top_p: float = 1.0  # nucleus sampling; 1: off. Values below 1 make the update off-policy
     top_k: int = 0  # sample from the k most likely tokens; 0: off

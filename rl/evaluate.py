@@ -17,7 +17,7 @@ from rl.rollout import Episode, rollout_and_score
 
 Z95 = 1.959964  # normal quantile of a 95 % confidence interval
 EVAL_SEED = 12345  # seed of the sampled answers, the same in every evaluation
-SAMPLED_FIELDS = ("completion", "verdict", "thinks", "finish_reason", "tokens", "reward", "rewards", "reasons")
+SAMPLED_FIELDS = ("completion", "verdict", "thinks", "finish_reason", "tokens", "reward", "rewards", "reasons", "turns")
 METRIC_FIELDS = ("task", "verdict", "thinks", "tokens", "reward")  # the fields that rates and gains are computed from
 
 
@@ -30,7 +30,7 @@ class Evaluation:
 
     def lines(self) -> list[dict]:
         """Return one dict per question for the run folder: the greedy answer, with the sampled one under `sampled`."""
-        return [g | {"sampled": {k: s[k] for k in SAMPLED_FIELDS}} for g, s in zip(self.greedy, self.sampled)]
+        return [g | {"sampled": {k: s[k] for k in SAMPLED_FIELDS if k in s}} for g, s in zip(self.greedy, self.sampled)]
 
     @classmethod
     def from_lines(cls, lines: list[dict]) -> "Evaluation":
@@ -118,7 +118,7 @@ def record(episode: Episode) -> dict:
         "reward": None if math.isnan(score.total) else round(score.total, 6),
         "rewards": score.parts,
         "reasons": score.reasons,
-    }
+    } | ({"turns": [{"text": t.text, "reply": t.reply} for t in completion.turns]} if completion.turns else {})
 
 
 def rates(records: list[dict]) -> dict:

@@ -5,6 +5,7 @@ is trained. Llama and its close relatives use our engine (rl/model/engine.py); o
 forward pass with our loop and sampling (rl/model/hf_generate.py).
 """
 
+import itertools
 import math
 import random
 import sys
@@ -24,6 +25,7 @@ from rl.model.hf_generate import HFGenerate
 from rl.model.oom import retry_on_oom, return_freed_memory
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
+from rl.play import Play
 
 
 @dataclass
@@ -31,9 +33,10 @@ class Episode:
     """One completion with its score and training data. C is the number of its tokens."""
 
     prompt_ids: list[int]
-    completion_ids: list[int]  # including the end-of-sequence token
+    completion_ids: list[int]  # including the end-of-sequence token; of an episode, all turns and replies
     sampler_logprobs: list[float]  # (C,), at the sampling temperature, before top-k, top-p and penalties
     truncated: bool  # reached max_completion_length without an end-of-sequence token
+    is_sampled: list[bool] | None = None  # (C,), False for tokens of an environment; None: all are sampled
     group: int = 0  # index shared by the completions of one question
     refill: int = 0  # dynamic_sampling: number of the refill that added the group, 0 for the first batch
     completion: Completion | None = None  # input of the reward functions
@@ -51,6 +54,16 @@ class Episode:
     def finish_reason(self) -> str:
         return "length" if self.truncated else "stop"
 
+    @property
+    def num_sampled(self) -> int:
+        """The number of tokens that the policy sampled."""
+        return len(self.completion_ids) if self.is_sampled is None else sum(self.is_sampled)
+
+    def turn_ends(self) -> list[int]:
+        """Return the index of the last token of each turn."""
+        flags = [*(self.is_sampled or [True] * len(self.completion_ids)), False]
+        return [i for i in range(len(flags) - 1) if flags[i] and not flags[i + 1]]
+
 
 @torch.no_grad()
 def rollout(
@@ -62,6 +75,7 @@ def rollout(
     generator: torch.Generator,
     rollout_batch_size: int,
     on_finished: Callable[[dict[int, Episode]], None] = lambda finished: None,
+    play: Play | None = None,
 ) -> list[Episode]:
     """Sample `num_generations` completions of each prompt.
 
@@ -69,19 +83,25 @@ def rollout(
         prompts: Token ids of each prompt.
         rollout_batch_size: Number of completions generated at a time.
         on_finished: Called with the episodes that have just finished, by their index in the result.
+        play: The environments of the episodes, by the same index.
 
     Returns:
         The episodes in the order of the prompts, with the completions of one prompt next to each other.
     """
     set_mode(policy.model, False, policy.uses_unsloth)  # enables the KV cache, which gradient checkpointing disables
     engine = Engine if policy.decoder else HFGenerate
-    sampler = engine(policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size)
+    sampler = engine(
+        policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size, play
+    )
     episodes = {}
     for outputs in sampler.run():
         finished = {}
         for index, (ids, logprobs, truncated) in outputs.items():
             group = index // num_generations
-            finished[index] = Episode(prompts[group], ids, logprobs, truncated, group)
+            finished[index] = episode = Episode(prompts[group], ids, logprobs, truncated, group=group)
+            if None in logprobs:
+                episode.is_sampled = [logprob is not None for logprob in logprobs]
+                episode.sampler_logprobs = [logprob or 0.0 for logprob in logprobs]
         episodes |= finished
         on_finished(finished)
     del sampler
@@ -92,9 +112,12 @@ def rollout(
 class StreamingScorer:
     """Scores completions as they finish, while the roll-out continues with the others."""
 
-    def __init__(self, policy: Policy, questions: list[Question], rewards: Rewards, step: int, progress: tqdm):
+    def __init__(
+        self, policy: Policy, questions: list[Question], play: Play | None, rewards: Rewards, step: int, progress: tqdm
+    ):
         self.policy = policy
         self.questions = questions
+        self.play = play
         self.step = step
         self.progress = progress
         self.scoring = Scoring(rewards)
@@ -102,6 +125,13 @@ class StreamingScorer:
     def add(self, finished: dict[int, Episode]) -> None:
         """Start scoring finished episodes, by their index in the roll-out."""
         for index, episode in finished.items():
+            if self.play:
+                sampled = [
+                    i for i, flag in zip(episode.completion_ids, episode.is_sampled or itertools.repeat(True)) if flag
+                ]
+                episode.completion = self.play.completion(index, sampled, episode.truncated, self.step)
+                self.scoring.add(episode.completion, index)
+                continue
             question = self.questions[episode.group]
             episode.completion = Completion(
                 prompt=prompt_text(question.row["prompt"]),
@@ -142,7 +172,6 @@ def rollout_and_score(
         RewardError: A reward function fails.
         ConfigError: Not even one group fits into memory.
     """
-    prompts = [question.prompt_ids for question in questions]
     total = len(questions) * num_generations
     state = generator.get_state()
     scorer = None
@@ -151,22 +180,31 @@ def rollout_and_score(
         nonlocal scorer
         generator.set_state(state)
         progress.reset()
-        scorer = StreamingScorer(policy, questions, rewards, step, progress)
+        prompts = [question.prompt_ids for question in questions]
+        size = num_generations
+        play = None
+        if any(question.row.get("environment") for question in questions):
+            play = Play(policy, questions, num_generations, config, step)
+            prompts = play.prompts
+            size = play.num_generations
+        scorer = StreamingScorer(policy, questions, play, rewards, step, progress)
         return rollout(
             policy,
             prompts,
-            num_generations,
+            size,
             config.max_completion_length,
             sampling,
             generator,
             config.rollout_batch_size,
             scorer.add,
+            play,
         )
 
     is_terminal = sys.stderr.isatty()
     with tqdm(total=total, desc=label, unit=" completions", leave=False, disable=not is_terminal) as progress:
         episodes = retry_on_oom(attempt, config, "rollout_batch_size", requested=total, minimum=num_generations)
-        for episode, score in zip(episodes, scorer.results()):
+        for i, (episode, score) in enumerate(zip(episodes, scorer.results())):
+            episode.group = i // num_generations
             episode.score = score
             episode.reward = score.total
     return episodes
@@ -226,7 +264,7 @@ def set_rewards(episodes: list[Episode], config: Config, step: int) -> None:
     if config.missing_eos_penalty:
         rewards = rewards - config.missing_eos_penalty * torch.tensor([float(e.truncated) for e in episodes])
     if config.soft_punish_cache:
-        lengths = torch.tensor([len(episode.completion_ids) for episode in episodes])
+        lengths = torch.tensor([episode.num_sampled for episode in episodes])
         rewards = rewards + algorithms.overlong_penalty(lengths, config.max_completion_length, config.soft_punish_cache)
     if config.control == "random-reward":
         coin = random.Random(f"{config.seed} {step}")

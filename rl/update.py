@@ -201,12 +201,13 @@ class Updater:
     def backward(self, episodes: list[Episode], totals: Counter) -> None:
         """Accumulate the gradient of the policy loss over the episodes of one optimizer step."""
         config = self.config
-        num_tokens = sum(len(e.completion_ids) for e in episodes if e.in_loss)
+        num_tokens = sum(e.num_sampled for e in episodes if e.in_loss)
         contributing = [e for e in episodes if self.contributes(e)]
         for batch in self.micro_batches(contributing):
             logprobs, mask, entropy = completion_logprobs(
                 self.policy, *prompt_and_completion_ids(batch), with_entropy=True
             )  # (B, C)
+            mask = mask & sampled_mask(batch, mask)
             advantages = self.pad([e.advantages for e in batch])
             for episode, row in zip(batch, logprobs.detach()):
                 if episode.old_logprobs is None:  # first update after the roll-out: pi = pi_old
@@ -221,6 +222,7 @@ class Updater:
                 totals["is_weight"] += (is_weight * mask).sum().item()
                 totals["logp_diff"] += logp_diff.sum().item()
                 totals["max_logp_diff"] = max(totals["max_logp_diff"], logp_diff.max().item())
+            entropy = torch.where(mask, entropy, 0.0)
             loss = loss - config.entropy_coef * entropy
             if config.kl_in_loss:
                 reference = self.pad([e.reference_logprobs for e in batch])
@@ -255,7 +257,10 @@ class Updater:
             logprobs, mask, entropy = completion_logprobs(
                 self.policy, *prompt_and_completion_ids(rows), with_entropy=True
             )
-            reference = self.pad([e.reference_logprobs for e in rows])
+            mask = mask & sampled_mask(rows, mask)
+            logprobs = torch.where(mask, logprobs, 0.0)
+            entropy = torch.where(mask, entropy, 0.0)
+            reference = torch.where(mask, self.pad([e.reference_logprobs for e in rows]), 0.0)
             margin = config.beta * (logprobs - reference).sum(1)  # (2 pairs,)
             margin = margin[: len(batch)] - margin[len(batch) :]
             chosen, rejected = logprobs.sum(1).split(len(batch))
@@ -280,9 +285,10 @@ class Updater:
     def backward_values(self, episodes: list[Episode], totals: Counter) -> None:
         """Accumulate the gradient of the value loss."""
         in_loss = [e for e in episodes if e.in_loss]
-        num_tokens = sum(len(e.completion_ids) for e in in_loss)
+        num_tokens = sum(e.num_sampled for e in in_loss)
         for batch in self.micro_batches(in_loss):
             values, mask = self.critic.values(*prompt_and_completion_ids(batch))  # (B, C + 1), (B, C)
+            mask = mask & sampled_mask(batch, mask)
             old = self.pad([e.values[:-1] for e in batch])
             returns = self.pad([e.returns for e in batch])
             loss = algorithms.clipped_value_loss(values[:, :-1], old, returns, self.config.cliprange_value)
@@ -319,3 +325,12 @@ class Updater:
 def prompt_and_completion_ids(episodes: list[Episode]) -> tuple[list[list[int]], list[list[int]]]:
     """Return the token ids of the prompts and of the completions."""
     return [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
+
+
+def sampled_mask(episodes: list[Episode], like: torch.Tensor) -> torch.Tensor:
+    """Return the mask of the tokens that the policy sampled, in the shape and on the device of `like` (B, C)."""
+    mask = torch.ones_like(like)
+    for row, episode in zip(mask, episodes):
+        if episode.is_sampled is not None:
+            row[: len(episode.is_sampled)] = torch.tensor(episode.is_sampled, device=mask.device)
+    return mask

@@ -24,6 +24,7 @@ from grading.base import (
     RewardFunction,
     Rewards,
     Score,
+    Turn,
     Ungraded,
     is_finite_number,
     lock_released,
@@ -83,8 +84,14 @@ class Scoring:
         parts = {f.name: None for f in self.rewards.functions if f.weight}
         metrics = {f.name: None for f in self.rewards.functions if not f.weight}
         score = Score(0.0, parts, metrics, {}, "wrong")
+        entry = _Entry(completion, len(self._entries) if index is None else index, score)
+        if completion.error:
+            name = self.rewards.names[0]
+            entry.errors.append(completion.error)
+            entry.ungraded.add(name)
+            score.reasons[name] = f"reward_error: {completion.error}"
         with self._changed:
-            self._entries.append(_Entry(completion, len(self._entries) if index is None else index, score))
+            self._entries.append(entry)
             self._ensure_idle_thread()
 
     def _ensure_idle_thread(self) -> None:
@@ -234,12 +241,15 @@ class Scoring:
 
     def _record(self, f: RewardFunction, entry: _Entry, result) -> None:
         """Store the result of a function for a completion. Raise _InvalidValue if it is invalid."""
+        result, turns = split_turns(result, entry.completion)
         value, reason, process = parse_result(result, len(entry.completion.text))
         (entry.score.parts if f.weight else entry.score.metrics)[f.name] = value
         if reason:
             entry.score.reasons[f.name] = reason
         if process is not None:
             entry.score.process[f.name] = process
+        if turns:
+            entry.score.turns[f.name] = turns
 
     def _mark_ungraded(self, f: RewardFunction, entries: list[_Entry], reason: str) -> None:
         for entry in entries:
@@ -277,6 +287,7 @@ class Scoring:
         names = [f.name for f in self.rewards.functions]  # the order of the file, not of completion
         score.reasons = {name: score.reasons[name] for name in names if name in score.reasons}
         score.process = {name: score.process[name] for name in names if name in score.process}
+        score.turns = {name: score.turns[name] for name in names if name in score.turns}
         if entry.errors:
             score.error = str(entry.errors[0])
         applied = [f for f in self.rewards.functions if score.parts.get(f.name) is not None]
@@ -296,6 +307,27 @@ class Scoring:
 
 class _InvalidValue(Exception):
     """The result of a reward function is invalid."""
+
+
+def split_turns(result, completion: Completion) -> tuple[object, list[tuple[int, float]]]:
+    """Return a result with the sum in place of a list of (turn, number), and this list with the turns' indices.
+
+    Other results are returned unchanged, with an empty list. Raise _InvalidValue for a turn of another completion.
+    """
+    has_reason = isinstance(result, tuple) and len(result) == 2
+    pairs = result[0] if has_reason else result
+    if not isinstance(pairs, list) or not pairs or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        return result, []
+    if not all(isinstance(turn, Turn) for turn, _ in pairs):
+        return result, []
+    indices = {id(turn): i for i, turn in enumerate(completion.turns)}
+    values = [(indices.get(id(turn)), to_number(number)) for turn, number in pairs]
+    if any(i is None or not is_finite_number(number) for i, number in values):
+        raise _InvalidValue(
+            f"returned {short_repr(pairs)}, expected pairs of an element of completion.turns and a number"
+        )
+    total = float(sum(number for _, number in values))
+    return (total, result[1]) if has_reason else total, values
 
 
 def parse_result(result, length: int) -> tuple[float | None, str, list[tuple[int, float]] | None]:

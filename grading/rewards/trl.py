@@ -91,7 +91,7 @@ def _arguments(
         message_type: The type of the chat messages; None for plain text.
     """
     if message_type:
-        texts = [[message_type(role="assistant", content=c.text)] for c in completions]
+        texts = [[message_type(m) for m in messages_of(c)] for c in completions]
         prompts = []
         for c in completions:
             prompt = c.row.get("prompt", c.prompt)
@@ -107,12 +107,25 @@ def _arguments(
         "prompts": prompts,
         "completions": texts,
         "completion_ids": [c.token_ids for c in completions],
+        "environments": [c.environment for c in completions],
         "trainer_state": TrainerState(max(0, completions[0].step - 1), max_steps),
         "log_extra": log.log_extra,
         "log_metric": log.log_metric,
     }
     accepts_all = any(p.kind is p.VAR_KEYWORD for p in f.parameters.values())
     return {name: value for name, value in available.items() if accepts_all or name in f.parameters}
+
+
+def messages_of(completion: Completion) -> list[dict]:
+    """Return a completion as chat messages. The replies of an environment have the role "tool"."""
+    if not completion.turns:
+        return [{"role": "assistant", "content": completion.text}]
+    messages = []
+    for turn in completion.turns:
+        messages.append({"role": "assistant", "content": turn.text})
+        if turn.reply:
+            messages.append({"role": "tool", "content": turn.reply})
+    return messages
 
 
 def _tracked(name: str):

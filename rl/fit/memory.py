@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from rl.config import Config
 from rl.fit.cards import MB
 from rl.fit.shapes import Shape, saved_activations
-from rl.model.engine import CACHE_GROWTH, MAX_MEMORY_SHARE, PREFILL_TOKENS
+from rl.model.engine import CACHE_GROWTH, PREFILL_TOKENS
 from rl.model.logprobs import LOGITS_PER_CHUNK
-from rl.model.oom import KEEP_FREED_BELOW_HIDDEN
+from rl.model.oom import KEEP_FREED_BELOW_HIDDEN, MAX_MEMORY_SHARE
 
 ASSUMED_PROMPT = 256  # tokens of the longest prompt if the questions are unknown
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per parameter: 4 bits, 8 bits per block of 64, 32 bits per 256 blocks

@@ -2,20 +2,21 @@
 
 A prompt is prefilled once for its group, and its keys and values are copied to the slots of the group's completions.
 Active rows always occupy the first slots: when a row finishes, the last row moves into its slot, and waiting groups are
-appended. The cost of a step therefore depends on the active rows only. If memory allows, the LoRA is folded into
+appended. The cost of a step therefore depends on the active rows only. In episodes of several turns, the tokens of an
+environment's reply are appended to the row's slot; while the environment works, the row keeps its slot. If memory allows, the LoRA is folded into
 scratch weights during the roll-out. On CUDA a step, including sampling, is a CUDA graph, captured for each batch size.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from rl.config import ConfigError
 from rl.model.attention import Rows, attention, causal, masks_by_window, round_up
 from rl.model.decoder import Layer
+from rl.model.oom import fits
 from rl.model.policy import Policy
 from rl.model.sampling import Finished, Sampling, sample
 
@@ -23,7 +24,6 @@ REFILL_SHARE = 1 / 8  # waiting groups are admitted together, once this share of
 PREFILL_TOKENS = 16384  # prompt tokens prefilled at a time
 STEPS_PER_CHECK = 8  # decode steps on CUDA between checks for finished rows; each check synchronizes with the GPU
 CACHE_GROWTH = 64  # minimum number of tokens by which the cache grows
-MAX_MEMORY_SHARE = 0.8  # maximum share of the free memory that is used
 SMALLEST_BATCH, SMALLEST_LENGTH = 8, 256  # smallest sizes of a CUDA graph; the next ones are powers of 2 times these
 
 
@@ -33,7 +33,9 @@ class Row:
 
     index: int  # index in the result of the roll-out
     ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)  # None for the tokens of an environment
+    turn_start: int = 0  # index in `ids` of the current turn
+    waits: bool = False  # for the environment
 
 
 class Engine:
@@ -48,7 +50,10 @@ class Engine:
         sampling: Sampling,
         generator: torch.Generator,
         max_rows: int,
+        play=None,
     ):
+        """play: the environments of the roll-out (rl/play.py), if there are any."""
+        self.play = play
         self.device = policy.device
         self.eos_ids = policy.eos_ids
         self.prompts = prompts
@@ -104,19 +109,26 @@ class Engine:
         waiting = deque(enumerate(self.prompts))
         while waiting or self.rows:
             free = self.slots - len(self.rows)
+            finished = {}
             if waiting and (not self.rows or free >= max(self.group, REFILL_SHARE * self.slots)):
                 groups = [waiting.popleft() for _ in range(min(len(waiting), free // self.group))]
                 first = len(self.rows)
-                tokens, logprobs = self.draw(first, self.admit(groups))
-            else:
-                first = 0
+                logits = self.admit(groups)
+                slots = range(first, len(self.rows))
+                finished = self.collect_finished(slots, *self.draw(slots, logits))
+            elif not all(row.waits for row in self.rows):
+                self.hold_waiting()
                 tokens, logprobs = self.step()
-            yield self.collect_finished(first, tokens, logprobs)
+                finished = self.collect_finished(range(len(self.rows)), tokens, logprobs)
+            if self.play:
+                finished |= self.continue_rows()
+            yield finished
 
     def allocate_peak(self) -> None:
         """Allocate the peak memory of the roll-out: fill the slots with groups and decode one step at full length."""
         groups = list(enumerate(self.prompts))[: self.slots // self.group]
-        self.draw(0, self.admit(groups))
+        logits = self.admit(groups)
+        self.draw(range(len(self.rows)), logits)
         for row in self.rows:
             row.ids = [0] * (self.max_completion_length - 1)
         self.reserve(self.used_length())
@@ -161,15 +173,18 @@ class Engine:
             self.seen[slots] = prompt_tokens.repeat_interleave(group, 0)
         return self.decoder.head(states[rows.lengths.cumsum(0) - 1])[0]
 
-    def collect_finished(self, first: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> Finished:
-        """Append sampled tokens to the rows from slot `first` on, and remove and return the rows that have finished.
+    def collect_finished(self, slots: Iterable[int], tokens: torch.Tensor, logprobs: torch.Tensor) -> Finished:
+        """Append sampled tokens to the rows in these slots, and remove and return the rows that have finished.
 
-        tokens, logprobs: (steps, rows). Tokens sampled after a row has finished are dropped.
+        tokens, logprobs: (steps, rows). Tokens sampled after a row or a turn has ended are dropped. If a turn ends, the
+        row waits for the environment.
         """
         finished = {}
         free_slots = []
-        for slot, (ids, values) in enumerate(zip(tokens.T.tolist(), logprobs.T.tolist()), first):
+        for slot, ids, values in zip(slots, tokens.T.tolist(), logprobs.T.tolist()):
             row = self.rows[slot]
+            if row.waits:
+                continue
             for token, logprob in zip(ids, values):
                 if logprob != logprob:
                     raise ConfigError(
@@ -178,12 +193,92 @@ class Engine:
                 row.ids.append(token)
                 row.logprobs.append(logprob)
                 stopped = token in self.eos_ids
-                if stopped or len(row.ids) == self.max_completion_length:
+                turn = row.ids[row.turn_start :]
+                if stopped and self.play:
+                    self.play.end_turn(row.index, turn)
+                    row.waits = True
+                    break
+                if stopped or len(row.ids) == self.max_completion_length or self.is_turn_full(turn):
+                    if self.play:
+                        self.play.end_last_turn(row.index, turn)
                     finished[row.index] = row.ids, row.logprobs, not stopped
                     free_slots.append(slot)
                     break
         self.compact(free_slots)
         return finished
+
+    def is_turn_full(self, turn: list[int]) -> bool:
+        return self.play is not None and len(turn) >= self.play.max_turn_length
+
+    # --- turns
+
+    def hold_waiting(self) -> None:
+        """Let the next step compute the last token of the waiting rows again, which changes nothing."""
+        slots = [slot for slot, row in enumerate(self.rows) if row.waits]
+        if slots:
+            rows = [self.rows[slot] for slot in slots]
+            self.token[slots] = torch.tensor([row.ids[-1] for row in rows], device=self.device)
+            self.position[slots] = torch.tensor([self.row_length(row) - 1 for row in rows], device=self.device)
+
+    def continue_rows(self) -> Finished:
+        """Append the replies of the environments to their rows, and sample the first token of the next turns.
+
+        Returns the rows whose episode is over, or whose reply has no room.
+        """
+        if not any(row.waits for row in self.rows):
+            return {}
+        replies = self.play.replies(block=all(row.waits for row in self.rows))
+        finished = {}
+        free_slots = []
+        for slot, row in enumerate(self.rows):
+            if row.index in replies:
+                reply = replies[row.index]
+                if reply is None or len(row.ids) + len(reply) >= self.max_completion_length:
+                    finished[row.index] = row.ids, row.logprobs, reply is not None
+                    free_slots.append(slot)
+        self.compact(free_slots)
+        slots = [slot for slot, row in enumerate(self.rows) if row.index in replies]
+        if slots:
+            tokens, logprobs = self.draw(slots, self.extend(slots, [replies[self.rows[slot].index] for slot in slots]))
+            finished |= self.collect_finished(slots, tokens, logprobs)
+        return finished
+
+    def extend(self, slots: list[int], replies: list[list[int]]) -> torch.Tensor:
+        """Append the tokens of replies to rows, whose keys and values are in the cache. Returns logits (rows, V)."""
+        rows = [self.rows[slot] for slot in slots]
+        new = [[row.ids[-1], *reply] for row, reply in zip(rows, replies)]  # the last token is not in the cache yet
+        starts = torch.tensor([self.row_length(row) - 1 for row in rows], device=self.device)  # (B,)
+        for row, reply in zip(rows, replies):
+            row.ids += reply
+            row.logprobs += [None] * len(reply)
+            row.turn_start = len(row.ids)
+            row.waits = False
+        length = max(map(self.row_length, rows))
+        self.reserve(length)
+        packed = Rows([len(tokens) for tokens in new], self.device, aligned=True)
+        positions = starts[packed.row] + packed.column  # (T,)
+        query_positions = starts[:, None] + torch.arange(packed.width, device=self.device)
+        distance = query_positions[:, :, None] - torch.arange(length, device=self.device)  # (B, W, length)
+        masks = masks_by_window(self.decoder, distance >= 0, distance)
+        slot = torch.tensor(slots, device=self.device)
+
+        def attend(layer: Layer, query, key, value):
+            for cache, x in zip(self.cache[layer.index], (key, value)):
+                cache[slot[packed.row], :, positions] = x
+            keys, values = self.cache[layer.index][:, slot, :, :length]
+            query = packed.pad_heads(query, self.decoder.kv_heads)
+            return packed.pack_heads(attention(query, keys, values, masks[layer.window], layer.scaling))
+
+        ids = torch.tensor([token for tokens in new for token in tokens], device=self.device)  # (T,)
+        states = self.decoder.forward(ids, positions, attend)
+        self.position[slots] = starts + packed.lengths - 1
+        if self.seen is not None:
+            self.seen[slot[packed.row], ids] = True
+        return self.decoder.head(states[packed.lengths.cumsum(0) - 1])[0]
+
+    def row_length(self, row: Row) -> int:
+        """Return the tokens of a row, including its prompt."""
+        return len(self.prompts[row.index // self.group]) + len(row.ids)
 
     def compact(self, free_slots: list[int]) -> None:
         """Move the last rows into the free slots, so that the rows occupy the first slots without gaps."""
@@ -204,7 +299,7 @@ class Engine:
 
     def used_length(self) -> int:
         """Return the length of the longest active row."""
-        return max(len(self.prompts[row.index // self.group]) + len(row.ids) for row in self.rows)
+        return max(map(self.row_length, self.rows))
 
     def reserve(self, length: int) -> None:
         """Grow the cache so that it holds rows of this length."""
@@ -218,15 +313,15 @@ class Engine:
 
     # --- sampling tokens
 
-    def draw(self, first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample the first token of the rows from slot `first` on. Returns tokens and logprobs, each (1, rows)."""
-        slots = slice(first, first + len(logits))
+    def draw(self, slots: Iterable[int], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample the first token of the rows in these slots. Returns tokens and logprobs, each (1, rows)."""
+        slots = torch.tensor(list(slots), device=self.device)
         seen = None if self.seen is None else self.seen[slots]
         token, logprob = sample(logits, self.sampling, self.generator, seen)
         self.accept(slots, token)
         return token[None], logprob[None]
 
-    def accept(self, slots: slice, token: torch.Tensor) -> None:
+    def accept(self, slots: slice | torch.Tensor, token: torch.Tensor) -> None:
         """Record the sampled token of each slot."""
         self.token[slots] = token
         self.position[slots] = (self.position[slots] + 1).clamp(max=self.length - 1)
@@ -311,18 +406,3 @@ def bucket(size: int, smallest: int, largest: int) -> int:
 
 def uses_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def fits(num_bytes: int, device: torch.device) -> bool:
-    """Return whether an allocation leaves at least a fifth of the free memory unused."""
-    return num_bytes < MAX_MEMORY_SHARE * free_memory(device)
-
-
-def free_memory(device: torch.device) -> float:
-    """Return the free memory in bytes, on a GPU including unused blocks of PyTorch's allocator."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - allocated
-    return min(free + reserved - allocated, allowed)

@@ -27,11 +27,54 @@ class HFGenerate:
     sampling: Sampling
     generator: torch.Generator
     max_rows: int
+    play: object = None  # the environments (rl/play.py), if there are any
 
     def run(self) -> Iterator[Finished]:
         """Yield the completions of each batch, by index. Those of prompt i start at index i * num_generations."""
         for indices in self.batches():
-            yield self.complete(indices)
+            finished = self.complete(indices)
+            yield self.play_on(finished) if self.play else finished
+
+    def play_on(self, turns: Finished) -> Finished:
+        """Play the episodes that begin with these turns to their ends. Each turn prefills the conversation again."""
+        rows = {index: ([], []) for index in turns}  # token ids and log-probabilities
+        finished = {}
+        while turns:
+            for index, (ids, logprobs, truncated) in turns.items():
+                room = min(self.max_completion_length - len(rows[index][0]), self.play.max_turn_length)
+                is_cut = truncated or len(ids) > room
+                ids, logprobs = ids[: int(min(room, len(ids)))], logprobs[: int(min(room, len(ids)))]
+                rows[index][0].extend(ids)
+                rows[index][1].extend(logprobs)
+                if is_cut:
+                    self.play.end_last_turn(index, ids)
+                    finished[index] = (*rows[index], True)
+                else:
+                    self.play.end_turn(index, ids)
+            replies = {}
+            while len(replies) < len(turns.keys() - finished.keys()):
+                replies |= self.play.replies(block=True)
+            continued = []
+            for index, reply in replies.items():
+                ids, logprobs = rows[index]
+                if reply is None or len(ids) + len(reply) >= self.max_completion_length:
+                    finished[index] = (ids, logprobs, reply is not None)
+                else:
+                    ids += reply
+                    logprobs += [None] * len(reply)
+                    continued.append(index)
+            turns = self.next_turns({index: rows[index][0] for index in sorted(continued)})
+        return finished
+
+    def next_turns(self, rows: dict[int, list[int]]) -> Finished:
+        """Generate the next turn after these tokens of each episode."""
+        if not rows:
+            return {}
+        prompts = [self.prompts[index // self.num_generations] + ids for index, ids in rows.items()]
+        limit = self.max_completion_length - min(map(len, rows.values()))
+        once = HFGenerate(self.policy, prompts, 1, limit, self.sampling, self.generator, self.max_rows)
+        indices = list(rows)
+        return {indices[i]: turn for finished in once.run() for i, turn in finished.items()}
 
     @property
     def can_copy_rows(self) -> bool:

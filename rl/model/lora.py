@@ -1,5 +1,6 @@
 """The LoRA of a model: a new one, or one loaded from a folder."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -70,3 +71,20 @@ def restore_adapter(model: peft.PeftModel, folder: Path) -> None:
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
         raise ConfigError(f"adapter: {folder} does not fit {model.config.name_or_path}: its LoRA has different shapes")
     peft.set_peft_model_state_dict(model, weights, adapter_name="default")
+
+
+def save_adapter(policy, folder: Path) -> None:
+    """Save LoRA and tokenizer in the format of peft."""
+    policy.model.save_pretrained(folder, selected_adapters=["default"])
+    policy.tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def reloaded_adapter(policy, folder: Path):
+    """Context manager that activates the LoRA saved in `folder`, read from disk."""
+    policy.model.load_adapter(folder, "reloaded", is_trainable=False)
+    try:
+        with policy.adapter("reloaded"):
+            yield
+    finally:
+        policy.model.delete_adapter("reloaded")

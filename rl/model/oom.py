@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
+import psutil
 import torch
 
 from grading.base import first_line
@@ -20,6 +21,7 @@ from rl.config import Config, ConfigError
 T = TypeVar("T")
 AUTO_SHRUNK = ("rollout_batch_size", "max_tokens_per_micro_batch")  # settings that are halved when memory runs out
 
+MAX_MEMORY_SHARE = 0.8  # maximum share of the free memory that the roll-out uses
 KEEP_FREED_BELOW_HIDDEN = 512  # hidden size below which, on a CPU, freed memory is kept for the whole run
 
 
@@ -145,3 +147,18 @@ def return_freed_memory(policy) -> None:
     if policy.device.type == "cpu" and policy.hidden_size >= KEEP_FREED_BELOW_HIDDEN:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Return whether an allocation leaves at least a fifth of the free memory unused."""
+    return num_bytes < MAX_MEMORY_SHARE * free_memory(device)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the free memory in bytes, on a GPU including unused blocks of PyTorch's allocator."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - allocated
+    return min(free + reserved - allocated, allowed)

@@ -36,6 +36,7 @@ from rl.model.gguf import is_gguf, model_folder
 from rl.model.lora import add_lora, load_adapter, lora_settings
 from rl.model.oom import keep_freed_memory
 from rl.model.tokens import check_ids, find_eos_ids, find_opening, is_embedded, unify_thinking
+from rl.model.turns import prompt_and_tools
 
 # Layers of Gemma 3n that stay in 16 bits: its forward pass clamps the weights of the last two.
 UNQUANTIZED = ["lm_head", "prediction_coefs", "correction_coefs"]
@@ -84,6 +85,7 @@ class Policy:
     logit_transform: LogitTransform | None = LogitTransform()  # None: unknown
     max_completion_length: int = 256  # tokens
     entropy_gradient: bool = False  # the loss has an entropy term
+    play: str = "auto"  # form of commands to an environment: "tools" of the chat template, or "text"
 
     @property
     def head(self) -> torch.nn.Module:
@@ -147,20 +149,20 @@ class Policy:
         finally:
             self.model.set_adapter("default")
 
-    def render_prompt(self, prompt: str | list[dict]) -> str:
+    def render_prompt(self, prompt: str | list[dict], tools: list[dict] | None = None) -> str:
         """Apply the chat template to the system prompt and the prompt, and add the generation prompt.
 
         The setting system_prompt replaces system messages of the prompt. A last assistant turn, such as "<think>", is
         the start of the completion. Without a chat template, return the text of the messages only.
         """
-        text, completion_prefix = self._render(prompt)
+        text, completion_prefix = self._render(prompt, tools)
         return text + completion_prefix
 
     def completion_prefix(self, prompt: str | list[dict]) -> str:
         """Return the start of the completion that the prompt contains: "<think>" of the template, a last assistant turn."""
         return unify_thinking(self._render(prompt)[1], self.tokenizer.chat_template)
 
-    def _render(self, prompt: str | list[dict]) -> tuple[str, str]:
+    def _render(self, prompt: str | list[dict], tools: list[dict] | None = None) -> tuple[str, str]:
         """Return the text of a prompt, and the start of its completion."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         prefill = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
@@ -169,7 +171,7 @@ class Policy:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+                messages, tokenize=False, add_generation_prompt=True, tools=tools, **self.chat_template_kwargs
             )
         else:
             text = "\n\n".join(message["content"] for message in messages) + ("\n\n" if prefill else "")
@@ -179,15 +181,25 @@ class Policy:
         is_repeated = prefill.lstrip().startswith(opening[1])
         return text[: opening.start()], ("" if is_repeated else opening[0]) + prefill
 
-    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
+    def encode_prompt(self, prompt: str | list[dict], tools: list[dict] | None = None) -> list[int]:
         """Return the token ids of a rendered prompt. A chat template writes its own BOS token, so none is added.
 
         Raises ValueError if the model has no embedding for a token.
         """
-        text = self.render_prompt(prompt)
+        text = self.render_prompt(prompt, tools)
         ids = self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.chat_template)
         check_ids(ids, self.tokenizer, self.model)
         return ids
+
+    def encode_row(self, row: dict) -> tuple[list[int], str]:
+        """Return the token ids of a row's prompt, and the start of its completion (`completion_prefix`).
+
+        With an environment, the prompt has its first observation, and its tools.
+        """
+        if not row.get("environment"):
+            return self.encode_prompt(row["prompt"]), self.completion_prefix(row["prompt"])
+        prompt, tools = prompt_and_tools(self, row)
+        return self.encode_prompt(prompt, tools), self.completion_prefix(prompt)
 
     def leaves_out_question(self) -> bool:
         try:
@@ -195,8 +207,11 @@ class Policy:
         except (jinja2.TemplateError, ValueError, TypeError):
             return False  # encoding the rows says what the template refuses
 
-    def encode(self, rows: list[dict]) -> list[Question]:
-        """Encode data rows. Raises ConfigError if a prompt cannot be encoded or leaves no room for a completion."""
+    def encode(self, rows: list[dict], needs_room: bool = True) -> list[Question]:
+        """Encode data rows. Raises ConfigError if a prompt cannot be encoded or leaves no room for a completion.
+
+        needs_room: False for demonstrations, which have completions of their own.
+        """
         if self.leaves_out_question():
             raise ConfigError(
                 f"model: the chat template in {self.tokenizer.name_or_path} leaves out the question: all prompts are "
@@ -205,8 +220,7 @@ class Policy:
         questions = []
         for row in rows:
             try:
-                prompt_ids = self.encode_prompt(row["prompt"])
-                completion_prefix = self.completion_prefix(row["prompt"])
+                prompt_ids, completion_prefix = self.encode_row(row)
             except (jinja2.TemplateError, ValueError, TypeError) as error:
                 raise ConfigError(f"row {row['id']}: the prompt cannot be encoded: {first_line(error)}") from error
             if not prompt_ids:
@@ -217,7 +231,7 @@ class Policy:
         longest = max(questions, key=lambda question: len(question.prompt_ids))
         length = len(longest.prompt_ids)
         needed = length + self.max_completion_length
-        if self.context_length and needed > self.context_length:
+        if needs_room and self.context_length and needed > self.context_length:
             raise ConfigError(
                 f"max_completion_length: row {longest.row['id']} needs {needed} tokens (prompt {length}, completion "
                 f"{self.max_completion_length}), but the model's context is {self.context_length}: lower the setting"
@@ -301,6 +315,7 @@ def load_policy(config: Config) -> Policy:
         fallback_reason=fallback_reason,
         logit_transform=find_logit_transform(model) if fallback_reason else LogitTransform(),
         entropy_gradient=config.entropy_coef > 0,
+        play=config.play,
     )
 
 
@@ -379,20 +394,3 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor | None:
         return decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state
     except Exception:  # the code of any architecture may raise anything
         return None
-
-
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """Save LoRA and tokenizer in the format of peft."""
-    policy.model.save_pretrained(folder, selected_adapters=["default"])
-    policy.tokenizer.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def reloaded_adapter(policy: Policy, folder: Path):
-    """Context manager that activates the LoRA saved in `folder`, read from disk."""
-    policy.model.load_adapter(folder, "reloaded", is_trainable=False)
-    try:
-        with policy.adapter("reloaded"):
-            yield
-    finally:
-        policy.model.delete_adapter("reloaded")

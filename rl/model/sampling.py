@@ -8,7 +8,8 @@ from rl.config import Config
 
 BLOCK = 128  # tokens in a block of `draw_by_inversion`
 # Finished completions by index in the roll-out: token ids, log-probabilities, and whether the completion is truncated.
-Finished = dict[int, tuple[list[int], list[float], bool]]
+# The log-probability of a token is None if it comes from an environment.
+Finished = dict[int, tuple[list[int], list[float | None], bool]]
 
 
 @dataclass

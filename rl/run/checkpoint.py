@@ -26,8 +26,9 @@ from safetensors import SafetensorError
 from grading.base import shorten
 from grading.rewards.reward_file import modules_beside
 from rl.config import Config, ConfigError, RunError
+from rl.model.lora import reloaded_adapter, save_adapter
 from rl.model.oom import AUTO_SHRUNK, retry_on_oom
-from rl.model.policy import Policy, Question, reloaded_adapter, save_adapter
+from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
 from rl.run.files import describe_write_error, fsync_path, sha256, write_atomic, write_errors

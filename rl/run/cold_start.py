@@ -14,9 +14,10 @@ from rl.config import Config, ConfigError
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import Policy
 from rl.model.tokens import choose_end_id
+from rl.model.turns import render_replies
 from rl.optimizer import Optimizer
 from rl.rollout import Episode
-from rl.update import Updater, prompt_and_completion_ids
+from rl.update import Updater, prompt_and_completion_ids, sampled_mask
 
 BATCH_SIZE = 8  # demonstrations in an optimizer step
 WARMUP_RATIO = 0.1  # its first step has the learning rate 0
@@ -61,9 +62,10 @@ class ColdStart:
         optimizer = Optimizer(self.policy.trainable_parameters(), config.sft_learning_rate, self.policy, settings)
 
         def backward(batch: list[Episode], totals: Counter) -> None:
-            num_tokens = sum(len(episode.completion_ids) for episode in batch)
+            num_tokens = sum(episode.num_sampled for episode in batch)
             for micro_batch in self.updater.micro_batches(batch):
                 logprobs, mask, _ = completion_logprobs(self.policy, *prompt_and_completion_ids(micro_batch))  # (B, C)
+                mask = mask & sampled_mask(micro_batch, mask)
                 loss = -torch.where(mask, logprobs, 0.0).sum() / num_tokens
                 optimizer.backward(loss)
                 totals["loss"] += loss.item()
@@ -88,7 +90,7 @@ def encode_demonstrations(policy: Policy, rows: list[dict]) -> list[Episode]:
     """Return demonstrations as episodes. Their completions end with the end token. Raises ConfigError."""
     end_id = choose_end_id(policy.tokenizer, policy.eos_ids)
     episodes = []
-    for question in policy.encode(rows):
+    for question in policy.encode(rows, needs_room=False):
         text = question.row["completion"].strip()
         prefix = question.completion_prefix.strip()  # "<think>", if the chat template writes it into the prompt
         if not text.startswith(prefix):
@@ -96,8 +98,18 @@ def encode_demonstrations(policy: Policy, rows: list[dict]) -> list[Episode]:
                 f"sft_data: row {question.row['id']}: the chat template starts every completion with {prefix!r}, but this "
                 "one does not start with it"
             )
-        ids = policy.tokenizer.encode(text[len(prefix) :], add_special_tokens=False)
-        episodes.append(Episode(question.prompt_ids, [*ids, end_id], [], truncated=False))
+        turns = question.row.get("turns") or [(text, "")]
+        ids = []
+        is_sampled = []
+        for turn, reply in turns:
+            turn_ids = [*policy.tokenizer.encode(turn.strip()[len(prefix) :], add_special_tokens=False), end_id]
+            reply_ids = []
+            if reply:
+                template, prefix = render_replies(policy, [{"role": "user", "content": reply}])
+                reply_ids = policy.tokenizer.encode(template, add_special_tokens=False)
+            ids += turn_ids + reply_ids
+            is_sampled += [True] * len(turn_ids) + [False] * len(reply_ids)
+        episodes.append(Episode(question.prompt_ids, ids, [], truncated=False, is_sampled=is_sampled))
     longest = max(len(episode.prompt_ids) + len(episode.completion_ids) for episode in episodes)
     if policy.context_length and longest > policy.context_length:
         raise ConfigError(

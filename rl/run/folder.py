@@ -246,7 +246,8 @@ def evaluation_step(file: Path) -> int | None:
 
 def describe_completion(completion: Completion) -> dict:
     """Return the fields of a line in rollouts/ that are needed, with the data row, to score a completion again."""
-    return {
+    turns = [{"text": turn.text, "reply": turn.reply} for turn in completion.turns]
+    return ({"turns": turns} if turns else {}) | {
         "step": completion.step,
         "prompt_id": completion.row["id"],
         "task": completion.row["task"],

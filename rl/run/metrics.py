@@ -45,6 +45,11 @@ def describe_episodes(episodes: list, rewards: Rewards, config: Config) -> dict[
             "completions/clipped_ratio": mean([completion.truncated for completion in completions]),
             "completions/thinking": mean([bool(completion.thinking) for completion in completions]),
             "completions/repetitive": mean([is_repetitive(completion.token_ids) for completion in completions]),
+            **(
+                {"episodes/mean_turns": mean([len(c.turns) for c in completions])}
+                if any(c.turns for c in completions)
+                else {}
+            ),
             "time/score": round(sum(score.seconds for score in scores), 4),
         }
         | outcome_shares(scores)

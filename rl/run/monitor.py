@@ -16,7 +16,7 @@ import torch
 from rl.config import Config, ConfigError
 from rl.fit.memory import predict
 from rl.fit.shapes import find_shape
-from rl.model.engine import free_memory
+from rl.model.oom import free_memory
 from rl.model.policy import Policy, Question
 
 

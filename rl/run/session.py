@@ -230,7 +230,7 @@ class Run:
         previous = self.history[-1] if self.history else {}
         metrics = {"step": self.step} | describe_episodes(episodes, self.rewards, config)
         metrics |= describe_tokens(tokens) | stats | self.stopwatch.step_metrics()
-        metrics["num_tokens"] = previous.get("num_tokens", 0) + sum(len(e.completion_ids) for e in episodes)
+        metrics["num_tokens"] = previous.get("num_tokens", 0) + sum(e.num_sampled for e in episodes)
         metrics["num_completions"] = previous.get("num_completions", 0) + len(episodes)
         metrics["peak_memory_mb"] = peak_memory_mb(self.policy.device)
         metrics["judges"] = sorted({e.score.judge for e in episodes if e.score.judge})

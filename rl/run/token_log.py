@@ -15,7 +15,8 @@ def inspect_tokens(updater: Updater, episodes: list[Episode]) -> dict:
 
     Returns:
         `prompt_id`, and a dict for each of the group's `completions` with lists of one value per token: tokens,
-        logprobs, sampler_logprobs, advantages, entropy, kl, and with a critic also values.
+        logprobs, sampler_logprobs, advantages, entropy, kl, with a critic also values, and in episodes of several turns
+        is_sampled, which is False for the tokens of an environment.
     """
     policy = updater.policy
 
@@ -47,6 +48,8 @@ def inspect_tokens(updater: Updater, episodes: list[Episode]) -> dict:
             "entropy": rounded(entropy[:n]),
             "kl": rounded(kl[:n]),
         }
+        if episode.is_sampled is not None:
+            columns["is_sampled"] = episode.is_sampled
         if episode.values is not None:
             columns["values"] = rounded(episode.values[:n])
         return columns
@@ -65,10 +68,14 @@ def describe_tokens(tokens: dict) -> dict[str, float]:
     the sampler's and the trainer's log-probabilities, which should be equal. If the update computes these metrics over
     all completions, its values replace them: `kl` if beta is set, the difference in bf16 and fp16.
     """
-    completions = tokens["completions"]
-    differences = [abs(a - b) for c in completions for a, b in zip(c["logprobs"], c["sampler_logprobs"])]
+    differences = []
+    kl = []
+    for c in tokens["completions"]:
+        flags = c.get("is_sampled") or [True] * len(c["tokens"])
+        differences += [abs(a - b) for a, b, flag in zip(c["logprobs"], c["sampler_logprobs"], flags) if flag]
+        kl += [value for value, flag in zip(c["kl"], flags) if flag]
     return {
-        "kl": mean([kl for c in completions for kl in c["kl"]]),
+        "kl": mean(kl),
         "sampling/sampling_logp_difference/mean": mean(differences),
         "sampling/sampling_logp_difference/max": max(differences),
     }

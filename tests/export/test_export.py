@@ -23,7 +23,8 @@ from export import gguf, merge
 from export.command import main
 from export.pipeline import Export
 from rl.config import Config, ConfigError, RunError
-from rl.model.policy import load_policy, save_adapter
+from rl.model.lora import save_adapter
+from rl.model.policy import load_policy
 from rl.run.checkpoint import fingerprint
 from rl.run.files import sha256
 

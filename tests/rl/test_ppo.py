@@ -11,7 +11,8 @@ from rl.advantages import Advantages
 from rl.config import Config, ConfigError
 from rl.critic import Critic
 from rl.model.logprobs import completion_logprobs
-from rl.model.policy import load_policy, save_adapter
+from rl.model.lora import save_adapter
+from rl.model.policy import load_policy
 from rl.update import Updater, prompt_and_completion_ids
 
 # --- shared base weights

@@ -15,7 +15,8 @@ from test_ui_compare_tab import CHECKPOINT, HOSTILE, make_run  # noqa: E402
 from test_ui_worker import PERTURBED, QUESTION, rollout_texts  # noqa: E402
 
 from rl.config import Config  # noqa: E402
-from rl.model.policy import load_policy, save_adapter  # noqa: E402
+from rl.model.lora import save_adapter  # noqa: E402
+from rl.model.policy import load_policy  # noqa: E402
 from ui import app  # noqa: E402
 from ui.chat import BASE  # noqa: E402
 from ui.worker import Worker  # noqa: E402

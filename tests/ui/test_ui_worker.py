@@ -13,7 +13,8 @@ import yaml
 from conftest import fill_lora
 
 from rl.config import Config
-from rl.model.policy import load_policy, save_adapter
+from rl.model.lora import save_adapter
+from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
 from ui import models

@@ -104,7 +104,8 @@ def test_graph_is_captured_once_and_its_warm_up_does_not_change_the_state(monkey
     prompts = random_rows(5, 3)
     with torch.no_grad():
         sampler = Engine(policy, prompts, 2, 9, Sampling(repetition_penalty=1.1), torch.Generator().manual_seed(0), 4)
-        sampler.draw(0, sampler.admit(list(enumerate(prompts))))
+        logits = sampler.admit(list(enumerate(prompts)))
+        sampler.draw(range(len(logits)), logits)
         sampler.reserve(sampler.length)
         state = [sampler.token.clone(), sampler.position.clone(), sampler.seen.clone()]
         sizes, decode = [], sampler.decode

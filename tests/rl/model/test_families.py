@@ -24,7 +24,8 @@ from rl.config import Config, ConfigError
 from rl.critic import Critic
 from rl.fit.shapes import find_shape
 from rl.model.logprobs import completion_logprobs
-from rl.model.policy import load_policy, save_adapter
+from rl.model.lora import save_adapter
+from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
 from rl.run.report import model_notes

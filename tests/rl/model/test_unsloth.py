@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from rl.checks import check_sampler  # noqa: E402
 from rl.critic import Critic  # noqa: E402
 from rl.model.logprobs import completion_logprobs  # noqa: E402
-from rl.model.policy import Question, load_policy, reloaded_adapter, save_adapter  # noqa: E402
+from rl.model.lora import reloaded_adapter, save_adapter  # noqa: E402
+from rl.model.policy import Question, load_policy  # noqa: E402
 from rl.model.sampling import Sampling  # noqa: E402
 from rl.rollout import rollout  # noqa: E402
 from rl.update import Updater  # noqa: E402

@@ -1,0 +1,264 @@
+"""Play the episodes of a roll-out: the environments, their replies as tokens, and what the reward functions get.
+
+A turn is a reply of the model. Its commands are called in the environment, and the texts that they return are appended
+to the episode's tokens, in the form of the chat template. An episode ends with a turn without a command, when the
+environment is done, after `max_turns`, and when its tokens reach `max_completion_length`.
+
+Environments run in a thread. Replies that come within a second are waited for, so that quick environments leave a run
+reproducible; once one is slower, the other rows are decoded meanwhile.
+"""
+
+import functools
+import inspect
+import math
+import queue
+import random
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import DataError
+from data.commands import find_commands
+from data.environments import add_observation, first_observation, make_environment, row_seed, tools_of
+from grading import Completion, RewardError, Turn, prompt_text
+from grading.base import first_line, is_finite_number, reward_lock, shorten, to_number
+from rl.config import Config
+from rl.model.policy import Policy, Question
+from rl.model.turns import plays_with_tools, render_replies
+
+PATIENCE = 1.0  # seconds to wait for replies before other rows are decoded
+MAX_REPLY = 4000  # characters of a reply; the rest is cut off
+
+
+@dataclass
+class Game:
+    """One episode. An episode of a row without an environment has one turn."""
+
+    question: Question
+    environment: object = None
+    tools: dict = field(default_factory=dict)
+    random_state: tuple = ()  # of Python's `random`, one for each episode
+    prompt: str | list[dict] = ""  # with the first observation
+    prompt_ids: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    completion_prefix: str = ""  # start of the current turn that the chat template writes
+    score: float | None = None
+    reward: float | None = None
+    error: RewardError | None = None  # with reward_errors: skip
+
+
+class Play:
+    """The episodes of one roll-out, by their index in it.
+
+    Attributes:
+        prompts: Token ids of each prompt, and the number of completions of each, in `num_generations`: 1 if the first
+            observations in a group differ.
+    """
+
+    def __init__(self, policy: Policy, questions: list[Question], num_generations: int, config: Config, step: int):
+        self.policy = policy
+        self.config = config
+        self.games = []
+        for question in questions:
+            self.games += [self._begin(question, step) for _ in range(num_generations)]
+        ids = [game.prompt_ids for game in self.games]
+        groups = [ids[i : i + num_generations] for i in range(0, len(ids), num_generations)]
+        is_equal = all(prompt == group[0] for group in groups for prompt in group)
+        self.num_generations = num_generations if is_equal else 1
+        self.prompts = [group[0] for group in groups] if is_equal else ids
+        self.max_turn_length = config.max_turn_length or math.inf  # tokens
+        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._done = threading.Condition()
+        self._replies: dict[int, list[int] | None] = {}
+        self._error: BaseException | None = None
+        self._num_pending = 0
+        self._call_started = math.inf
+        self._is_slow = False
+        self._thread: threading.Thread | None = None
+
+    def _begin(self, question: Question, step: int) -> Game:
+        row = question.row
+        if not row.get("environment"):
+            return Game(question, prompt=row["prompt"], prompt_ids=question.prompt_ids)
+        game = Game(question, make_environment(row["environment"]))
+        game.tools = tools_of(game.environment)
+        seed = row_seed(row, step)
+        game.random_state = random.Random(seed).getstate()
+        observation = self._call(game, "reset", lambda: first_observation(game.environment, row | {"seed": seed}))
+        game.prompt = add_observation(row["prompt"], observation or "")
+        game.prompt_ids = question.prompt_ids
+        if observation != row.get("observation"):
+            game.prompt_ids = self.policy.encode_row(row | {"observation": observation})[0]
+        game.completion_prefix = question.completion_prefix
+        game.score = self._score(game)
+        return game
+
+    # --- called by the roll-out
+
+    def end_turn(self, index: int, ids: list[int]) -> None:
+        """Let the environment answer a turn, given its token ids. `replies` returns the answer."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        with self._done:
+            self._num_pending += 1
+        self._work.put((index, ids))
+
+    def replies(self, block: bool) -> dict[int, list[int] | None]:
+        """Return the new answers as token ids, by episode; None ends the episode.
+
+        block: wait until there is one. Raises RewardError if an environment fails or takes too long.
+        """
+        limit = self.config.environment_timeout
+        patience = 0.0 if self._is_slow else PATIENCE
+        start = time.monotonic()
+        with self._done:
+            while self._num_pending > len(self._replies) and not self._error:
+                has_waited = time.monotonic() - start >= patience
+                if has_waited and (self._replies or not block):
+                    self._is_slow = True
+                    break
+                self._done.wait(0.05)
+                if time.monotonic() - self._call_started > limit:
+                    raise RewardError(
+                        f"environment: a call of {self._called} took more than {limit:g} s (environment_timeout)"
+                    )
+            if self._error:
+                raise self._error
+            replies = self._replies
+            self._replies = {}
+            self._num_pending -= len(replies)
+        return replies
+
+    def end_last_turn(self, index: int, ids: list[int]) -> None:
+        """Record a turn that no reply follows, because the episode has reached a limit of tokens."""
+        game = self.games[index]
+        game.turns.append(Turn(game.completion_prefix + self.policy.decode(ids)))
+
+    def completion(self, index: int, ids: list[int], truncated: bool, step: int) -> Completion:
+        """Return the input of the reward functions for a finished episode. ids: the tokens that the model sampled."""
+        game = self.games[index]
+        if game.environment is not None and hasattr(game.environment, "get_reward"):
+            reward = to_number(self._call(game, "get_reward", game.environment.get_reward))
+            if reward is not None and not is_finite_number(reward):
+                self._fail(game, "get_reward", TypeError(f"returned {reward!r}, expected a finite number"))
+            game.reward = reward
+        return Completion(
+            prompt=prompt_text(game.prompt),
+            text=game.turns[-1].text if game.turns else "",
+            row=game.question.row,
+            tokens=len(ids),
+            token_ids=ids,
+            truncated=truncated,
+            step=step,
+            turns=game.turns if game.environment is not None else [],
+            environment=game.environment,
+            environment_reward=game.reward,
+            error=game.error,
+        )
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        while True:
+            index, ids = self._work.get()
+            if index is None:
+                return
+            try:
+                reply = self._answer(self.games[index], ids)
+            except BaseException as error:
+                self._error = error
+                reply = None
+            with self._done:
+                self._replies[index] = reply
+                self._done.notify_all()
+
+    def close(self) -> None:
+        self._work.put((None, []))
+
+    def _answer(self, game: Game, ids: list[int]) -> list[int] | None:
+        """Record a turn and call its commands. Returns the tokens of the reply, or None if the episode is over."""
+        turn = Turn(game.completion_prefix + self.policy.decode(ids))
+        game.turns.append(turn)
+        if game.environment is None:
+            return None
+        results = self._results(game, turn.text)
+        score = self._score(game)
+        if score is not None:
+            turn.score = score - game.score
+            game.score = score
+        turn.reply = "\n".join(results)
+        if not results or getattr(game.environment, "done", False) or len(game.turns) >= self.config.max_turns:
+            return None
+        role = "tool" if plays_with_tools(self.policy) else "user"
+        contents = results if role == "tool" else [turn.reply]
+        text, game.completion_prefix = render_replies(self.policy, [{"role": role, "content": c} for c in contents])
+        return self.policy.tokenizer.encode(text, add_special_tokens=False)
+
+    def _results(self, game: Game, text: str) -> list[str]:
+        """Call the commands of a turn and return what they return, or what is wrong with them."""
+        completion = Completion(prompt="", text=text, row={})
+        try:
+            commands = find_commands(completion.answer, game.tools, takes_bare=hasattr(game.environment, "done"))
+        except ValueError as error:
+            return [str(error)]
+        results = []
+        for name, arguments in commands:
+            if name not in game.tools:
+                results.append(f"There is no command {shorten(name)}, only {', '.join(game.tools)}.")
+                continue
+            tool = game.tools[name]
+            try:
+                inspect.signature(tool).bind(**arguments)
+            except TypeError as error:
+                results.append(f"{name}: {error}.")
+                continue
+            result = self._call(game, name, functools.partial(tool, **arguments))
+            results.append(str("" if result is None else result)[:MAX_REPLY])
+        return results
+
+    def _score(self, game: Game) -> float | None:
+        if not hasattr(game.environment, "score"):
+            return None
+        score = to_number(self._call(game, "score", game.environment.score))
+        if not is_finite_number(score):
+            self._fail(game, "score", TypeError(f"returned {score!r}, expected a finite number"))
+            return game.score
+        return float(score)
+
+    def _call(self, game: Game, name: str, function):
+        """Return the result of a call in the environment, or the message of a ValueError in a tool.
+
+        Python's `random` has the episode's own state during the call.
+        """
+        self._called = f"{game.question.row['environment']}.{name}, row {game.question.row['id']}"
+        with reward_lock():
+            self._call_started = time.monotonic()
+            state = random.getstate()
+            random.setstate(game.random_state)
+            try:
+                return function()
+            except ValueError as error:
+                if name in game.tools:
+                    return str(error)
+                return self._fail(game, name, error)
+            except Exception as error:
+                return self._fail(game, name, error)
+            finally:
+                game.random_state = random.getstate()
+                random.setstate(state)
+                self._call_started = math.inf
+
+    def _fail(self, game: Game, name: str, error: Exception) -> None:
+        """Raise RewardError for a failure of an environment; with reward_errors: skip, leave its episode out."""
+        row = game.question.row
+        environment = row["environment"]
+        file = Path(environment.rpartition(":")[0]).resolve()
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+        place = f" (line {lines[-1]})" if lines else ""
+        text = f"environment {environment}.{name}{place}, row {row['id']}: {type(error).__name__}: {first_line(error)}"
+        if isinstance(error, DataError) or self.config.reward_errors == "stop":
+            raise RewardError(text) from error
+        game.error = game.error or RewardError(text)

@@ -1,0 +1,377 @@
+"""Episodes of several turns: tokens, masks and log-probabilities, ends and errors, and what environments and rewards get."""
+
+import random
+import textwrap
+import types
+
+import pytest
+import torch
+from conftest import fill_lora
+
+from data import DataError, load, load_questions
+from data.commands import find_commands
+from grading import Completion, RewardError, load_rewards, score_all
+from rl.advantages import Advantages
+from rl.config import Config, ConfigError
+from rl.critic import Critic
+from rl.evaluate import evaluate
+from rl.model.logprobs import completion_logprobs
+from rl.model.policy import load_policy
+from rl.model.sampling import Sampling
+from rl.model.turns import render_replies, tool_schemas
+from rl.play import Play
+from rl.rollout import rollout_and_score
+from rl.update import Updater, prompt_and_completion_ids, sampled_mask
+
+ECHO = '''
+import random
+import time
+
+
+class Echo:
+    """Answers each turn with a letter, five times."""
+
+    prompt = "Play.\\n"
+    done = False
+
+    def reset(self, seed=None):
+        self.texts = []
+        return f"seed {seed}"
+
+    def say(self, text: str) -> str:
+        """Say something.
+
+        Args:
+            text: Anything.
+        """
+        self.texts.append(text)
+        self.done = len(self.texts) == 5
+        return random.choice("abcdefgh") * len(self.texts)
+
+    def get_reward(self):
+        return len(self.texts) / 5
+'''
+
+
+def write_class(tmp_path, source=ECHO, name="Echo", file="games.py"):
+    (tmp_path / file).write_text(textwrap.dedent(source))
+    return f"{tmp_path}/{file}:{name}"
+
+
+def make(source, **settings):
+    """Return config, policy with a random LoRA, questions and rewards for a source of episodes."""
+    sizes = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 120, "max_turn_length": 10}
+    config = Config(
+        **{"train_data": [source], "eval_questions": 4, "train_questions": 8, "device": "cpu"} | sizes | settings
+    )
+    policy = load_policy(config)
+    fill_lora(policy, 0.02)
+    train_rows, _, _ = load_questions(config)
+    return config, policy, policy.encode(train_rows), load_rewards("rewards.py", ["wins"])
+
+
+def play(made, seed=0, step=1, **options):
+    config, policy, questions, rewards = made
+    generator = torch.Generator().manual_seed(seed)
+    return rollout_and_score(policy, questions[:4], 4, Sampling(**options), generator, rewards, config, step)
+
+
+@pytest.fixture
+def echo(tmp_path):
+    return make(write_class(tmp_path))
+
+
+def fallback(made):
+    made[1].decoder = None
+    return made
+
+
+@pytest.mark.parametrize("change", [lambda made: made, fallback], ids=["engine", "fallback"])
+def test_sampled_tokens_have_the_trainers_logprobs(echo, change):
+    episodes = play(change(echo), temperature=1.3)
+    echo[1].temperature = 1.3
+    logprobs, mask, _ = completion_logprobs(echo[1], *prompt_and_completion_ids(episodes))
+    mask &= sampled_mask(episodes, mask)
+    sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.sampler_logprobs) for e in episodes], batch_first=True)
+    assert max(len(e.completion.turns) for e in episodes) >= 3
+    torch.testing.assert_close(logprobs[mask], sampled[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_greedy_episodes_do_not_depend_on_batch_and_path(echo, rows):
+    echo[0].rollout_batch_size = rows
+    fast = play(echo, temperature=0)
+    slow = play(fallback(echo), temperature=0)
+    assert [e.completion_ids for e in fast] == [e.completion_ids for e in slow]
+    assert [e.is_sampled for e in fast] == [e.is_sampled for e in slow]
+
+
+def test_tokens_are_turns_and_replies_in_the_form_of_the_template(echo):
+    policy = echo[1]
+    for episode in play(echo):
+        turns = episode.completion.turns
+        text = (
+            "".join(f"{turn.text}<|end|><|user|>{turn.reply}<|assistant|>" for turn in turns[:-1])
+            + turns[-1].text
+            + ("" if episode.truncated else "<|end|>")
+        )
+        assert policy.tokenizer.decode(episode.completion_ids) == text
+        flags = episode.is_sampled or [True] * len(episode.completion_ids)
+        sampled = [token for token, flag in zip(episode.completion_ids, flags) if flag]
+        assert policy.tokenizer.decode(sampled) == "".join(turn.text + "<|end|>" for turn in turns).removesuffix(
+            "<|end|>" if episode.truncated else ""
+        )
+        assert episode.completion.tokens == len(sampled)
+        assert policy.tokenizer.decode(episode.prompt_ids).startswith("<|user|>Play.\nseed ")
+
+
+def test_a_group_shares_its_seed_and_steps_do_not(tmp_path):
+    source = write_class(tmp_path)
+    (tmp_path / "q.jsonl").write_text("".join(f'{{"prompt": "Play {i}. "}}\n' for i in range(8)))
+    made = make(f"{tmp_path}/q.jsonl", environment=source, reward_funcs=["wins"])
+    prompts = [[tuple(prompt) for prompt in Play(made[1], made[2][:4], 4, made[0], step).prompts] for step in (1, 2)]
+    assert len(prompts[0]) == 4  # one for each group: its first observations are equal
+    assert prompts[0] != prompts[1]
+
+
+def test_the_same_seed_gives_the_same_episodes_and_python_random_is_untouched(echo):
+    random.seed(3)
+    first = play(echo)
+    drawn = random.random()
+    random.seed(3)
+    assert random.random() == drawn
+    assert [e.completion_ids for e in first] == [e.completion_ids for e in play(echo)]
+
+
+def test_an_episode_ends_when_done_at_max_turns_and_at_its_length(echo):
+    config = echo[0]
+    for episode in play(echo):
+        turns = episode.completion.turns
+        assert len(turns) <= 5 and len(episode.completion_ids) <= 120
+        assert (episode.reward == 1) == (len(turns) == 5 and not episode.truncated)
+    config.max_turns = 2
+    assert max(len(e.completion.turns) for e in play(echo)) == 2
+    config.max_completion_length = 14
+    assert any(e.truncated for e in play(echo))
+
+
+SLOW = ECHO.replace("self.texts.append(text)", "self.texts.append(text)\n        time.sleep(0.3)")
+
+
+def test_slow_environments_do_not_hold_up_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("rl.play.PATIENCE", 0.01)
+    made = make(write_class(tmp_path, SLOW, file="slow.py"))
+    made[0].max_turns = 2
+    config, policy, questions, rewards = made
+    steps = []
+    original = Play.replies
+    monkeypatch.setattr(Play, "replies", lambda self, block: steps.append(block) or original(self, block))
+    episodes = play(made)
+    assert steps.count(False) > 3  # other rows were decoded meanwhile
+    logprobs, mask, _ = completion_logprobs(policy, *prompt_and_completion_ids(episodes))
+    mask &= sampled_mask(episodes, mask)
+    sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.sampler_logprobs) for e in episodes], batch_first=True)
+    torch.testing.assert_close(logprobs[mask], sampled[mask], atol=1e-4, rtol=0)
+
+
+# --- errors
+
+
+def failing(statement):
+    return ECHO.replace("self.texts.append(text)", statement)
+
+
+def test_a_value_error_is_shown_to_the_model(tmp_path):
+    made = make(write_class(tmp_path, failing("raise ValueError('no such word')"), file="refuses.py"))
+    turns = [turn for episode in play(made) for turn in episode.completion.turns]
+    assert {turn.reply for turn in turns} <= {"no such word", ""}
+
+
+def test_other_errors_stop_the_run_with_class_method_and_row(tmp_path):
+    made = make(write_class(tmp_path, failing("text = 1 / 0"), file="broken.py"))
+    with pytest.raises(RewardError, match=r"broken.py:Echo.say \(line \d+\), row .*Echo-train-0-\d: ZeroDivisionError"):
+        play(made)
+
+
+def test_with_skip_an_episode_with_an_error_is_left_out(tmp_path):
+    made = make(write_class(tmp_path, failing("text = 1 / (len(self.texts) - 0)"), file="skips.py"))
+    made[0].reward_errors = made[3].reward_errors = "skip"
+    made[3].scored = 10_000
+    episodes = play(made)
+    played = [e for e in episodes if e.completion.turns and not (e.truncated and len(e.completion.turns) == 1)]
+    assert played and all(e.score.verdict == "ungraded" for e in played)
+
+
+def test_a_call_that_hangs_stops_the_run(tmp_path):
+    made = make(write_class(tmp_path, failing("time.sleep(30)"), file="hangs.py"))
+    made[0].environment_timeout = 0.2
+    with pytest.raises(RewardError, match="Echo.say, row .* took more than 0.2 s"):
+        play(made)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.py:Game", "there is no file nowhere.py"),
+        ("environments.py:IceMase", "no class IceMase.* Did you mean 'IceMaze'"),
+        ("environments.py:Calculator", "no text `prompt`"),
+        ("gym:NoSuchGame-v0", "NoSuchGame"),
+    ],
+)
+def test_unusable_classes_are_one_line(source, message):
+    with pytest.raises(DataError, match=message):
+        load(source, 2)
+
+
+def test_a_template_that_changes_the_conversation_is_refused(policy):
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.last %}{{ m.role }}: {{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match="chat template of .* cannot be used for several turns"):
+        render_replies(policy, [{"role": "user", "content": "yes"}])
+
+
+# --- training
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce", "reinforce_plus_plus", "ppo", "a2c", "dpo"])
+def test_tokens_of_the_environment_have_no_effect_on_the_update(echo, algorithm):
+    """Their advantages, log-probabilities and values may be anything."""
+    config, policy, _, rewards = echo
+    config.algorithm = algorithm
+    config.beta = 0.1
+    config.entropy_coef = 0.01 if algorithm != "dpo" else 0
+    episodes = play(echo)
+    for i, episode in enumerate(episodes):
+        episode.reward = episode.score.total = float(i % 3)
+    results = []
+    critic = Critic(policy, config) if config.has_critic else None
+    for noise in (0.0, 100.0):
+        updater = Updater(policy, critic, config)
+        for episode in episodes:
+            episode.old_logprobs = episode.reference_logprobs = episode.values = None
+        updater.fill_values(episodes)
+        with policy.reference():
+            updater.fill_logprobs(episodes, "reference_logprobs")
+        for episode in episodes:
+            if episode.values is not None and episode.is_sampled:
+                flags = torch.tensor([*episode.is_sampled, True])
+                episode.values = torch.where(flags, episode.values, noise)
+        Advantages(policy, rewards, config).compute(episodes)
+        for episode in episodes:
+            if episode.is_sampled:
+                flags = torch.tensor(episode.is_sampled)
+                episode.advantages = torch.where(flags, episode.advantages, noise)
+        results.append(
+            updater.accumulate(
+                updater.optimizer, updater.backward_pairs if updater.uses_pairs else updater.backward, episodes
+            )
+        )
+        gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters() if p.grad is not None])
+        results[-1]["gradient"] = gradient
+    assert any(e.is_sampled for e in episodes)
+    assert results[0]["tokens"] == sum(e.num_sampled for e in episodes if algorithm != "dpo") or algorithm in (
+        "dpo",
+        "grpo",
+        "rloo",
+    )
+    torch.testing.assert_close(results[0]["gradient"], results[1]["gradient"])
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-6)
+
+
+SCORED = ECHO.replace(
+    "    def get_reward", "    def score(self):\n        return min(len(self.texts), 2) / 10\n\n    def get_reward"
+)
+
+
+def test_a_score_is_the_reward_of_its_turn(tmp_path):
+    made = make(write_class(tmp_path, SCORED, file="scored.py"))
+    config, policy, _, rewards = made
+    config.algorithm, config.gamma, config.baseline = "reinforce", 1.0, "none"
+    episodes = play(made)
+    Advantages(policy, rewards, config).compute(episodes)
+    long = max(episodes, key=lambda e: len(e.completion.turns))
+    ends = long.turn_ends()
+    returns = [long.advantages[end].item() for end in ends]
+    changes = [a - b for a, b in zip(returns, returns[1:])]
+    assert changes == pytest.approx([0.1, 0.1, 0.0, 0.0][: len(changes)], abs=1e-6) and len(changes) >= 2
+    assert returns[0] == pytest.approx(long.reward, abs=1e-6)
+
+
+def test_evaluation_records_turns(echo):
+    config, policy, questions, rewards = echo
+    evaluation = evaluate(policy, questions[:2], rewards, config, 0)
+    for line in evaluation.lines():
+        assert line["turns"][0].keys() == {"text", "reply"} and line["verdict"] in ("right", "wrong")
+
+
+# --- commands and tools
+
+
+def add(a: int, b: int = 2) -> int:
+    """Add."""
+
+
+def say(text: str) -> str:
+    """Say."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Let me see.\nadd(1, 2)", [("add", {"a": 1, "b": 2})]),
+        ("add(b=3, a=1)", [("add", {"a": 1, "b": 3})]),
+        ("say(12+34)", [("say", {"text": "12+34"})]),
+        ("say('up')", [("say", {"text": "up"})]),
+        ('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', [("add", {"a": 1})]),
+        ('<tool_call>{"name": "x", "arguments": {}}</tool_call><tool_call>{"name": "say", "arguments": {"text": "y"}}</tool_call>',
+         [("x", {}), ("say", {"text": "y"})]),
+        ("The answer is 5.", []),
+        ("drop(1)", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_commands(answer, expected):
+    assert find_commands(answer, {"add": add, "say": say}, takes_bare=True) == expected
+
+
+def test_a_bare_answer_is_the_argument_of_the_only_tool():
+    assert find_commands("I go\nup", {"say": say}, takes_bare=True) == [("say", {"text": "up"})]
+    assert find_commands("up", {"say": say}, takes_bare=False) == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["add(1, )()", "add(__import__('os'))", "add(1, 2, 3)", "<tool_call>{bad}</tool_call>", "add(" + "(" * 500 + ")"],
+)
+def test_unreadable_commands_are_messages_for_the_model(answer):
+    with pytest.raises(ValueError, match="form|cannot be read"):
+        find_commands(answer, {"add": add}, takes_bare=True)
+
+
+def test_rewards_of_trl_get_environments_and_messages(tmp_path):
+    source = "reward_funcs = ['f']\ndef f(completions, environments, **kwargs):\n    return [e.points + len([m['content'] for m in c]) for c, e in zip(completions, environments)]\n"
+    (tmp_path / "rewards.py").write_text(source)
+    rewards = load_rewards(str(tmp_path / "rewards.py"))
+    completion = Completion("q", "b", {"id": "1"}, environment=types.SimpleNamespace(points=2))
+    completion.turns = [types.SimpleNamespace(text="a", reply="r"), types.SimpleNamespace(text="b", reply="")]
+    assert score_all(rewards, [completion])[0].total == 5  # 2 points, 3 messages
+
+
+def test_schemas_need_docstrings(tmp_path):
+    name = write_class(
+        tmp_path,
+        "class Bare:\n    def reset(self):\n        pass\n    def act(self, x):\n        pass\n",
+        "Bare",
+        "bare.py",
+    )
+    with pytest.raises(ConfigError, match="Bare.act"):
+        tool_schemas(name)
+    assert tool_schemas("environments.py:IceMaze")[0]["function"]["name"] == "move"
+
+
+def test_held_out_games_are_not_trained_on():
+    config = Config(train_data=["environments.py:IceMaze"], train_questions=300, eval_questions=100)
+    train_rows, eval_rows, _ = load_questions(config)
+    assert len(train_rows) == 300 and len(eval_rows) == 100
+    assert not {row["observation"] for row in train_rows} & {row["observation"] for row in eval_rows}
