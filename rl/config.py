@@ -67,12 +67,10 @@ class Config:
     chat_template_kwargs: dict[str, typing.Any] = field(default_factory=dict)  # chat-template arguments (YAML only)
 
     # --- environments (docs/environments.md)
-    environment: str | None = None  # class of rows without the column environment, such as environments.py:Calculator
-    play: Literal["auto", "tools", "text"] = (
-        "auto"  # form of commands: tool calls of the chat template, or a line of text
-    )
+    environment: str | None = None  # class of rows that have none, such as environments.py:Calculator
+    play: Literal["auto", "tools", "text"] = "auto"  # form of commands: tool calls, or a line of text
     max_turns: int = 16  # turns of an episode
-    max_turn_length: int | None = None  # token limit of a turn; empty: only that of the episode
+    max_turn_length: int | None = None  # tokens of a turn at which the episode ends; empty: no limit of its own
     environment_timeout: float = 10.0  # seconds for a call in an environment
 
     # --- cold start

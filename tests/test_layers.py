@@ -13,7 +13,7 @@ LAYERS = [
     ["rl/config.py"],  # the settings, which every layer may read
     ["grading/sandbox"],
     ["grading/answers"],
-    ["grading/countdown.py", "grading/gym.py", "grading/gym_verdicts.py"],
+    ["grading/countdown.py", "grading/environments.py", "grading/gym.py", "grading/gym_verdicts.py"],
     ["grading/rewards"],
     ["grading"],
     ["data"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["rl/fit"],
     ["rl/run"],
     ["tools", "export"],
-    ["train.py", "export.py", "rewards.py"],
+    ["train.py", "export.py", "rewards.py", "environments.py"],
     ["bench", "ui"],
 ]
 PACKAGES = ("rl", "grading", "data", "tools", "export", "ui", "bench", "train", "rewards")
@@ -30,7 +30,7 @@ PACKAGES = ("rl", "grading", "data", "tools", "export", "ui", "bench", "train", 
 
 def is_entry_point(path: str) -> bool:
     """Return True for commands, which may import upward, such as `python -m grading self-test`."""
-    return path.endswith("__main__.py") or path == "rewards.py"
+    return path.endswith("__main__.py") or path in ("rewards.py", "environments.py")
 
 
 def source_files() -> list[str]:

@@ -12,7 +12,19 @@ from pathlib import Path
 from grading.base import RewardError, RewardFunction, Rewards, did_you_mean, short_repr
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OWN_MODULES = ("bench", "data", "export", "grading", "rewards", "rl", "tests", "tools", "train", "ui")  # in ROOT
+OWN_MODULES = (
+    "bench",
+    "data",
+    "environments",
+    "export",
+    "grading",
+    "rewards",
+    "rl",
+    "tests",
+    "tools",
+    "train",
+    "ui",
+)  # in ROOT
 
 
 def load_rewards(

@@ -37,6 +37,12 @@ class Row:
     turn_start: int = 0  # index in `ids` of the current turn
     waits: bool = False  # for the environment
 
+    def append_reply(self, reply: list[int]) -> None:
+        self.ids += reply
+        self.logprobs += [None] * len(reply)
+        self.turn_start = len(self.ids)
+        self.waits = False
+
 
 class Engine:
     """Generates the completions of one roll-out. Call either `run` or `steps`, once."""
@@ -50,10 +56,10 @@ class Engine:
         sampling: Sampling,
         generator: torch.Generator,
         max_rows: int,
-        play=None,
+        play=None,  # the environments of the roll-out (rl/play.py)
     ):
-        """play: the environments of the roll-out (rl/play.py), if there are any."""
         self.play = play
+        self.max_turn_length = play.max_turn_length if play else max_completion_length
         self.device = policy.device
         self.eos_ids = policy.eos_ids
         self.prompts = prompts
@@ -112,15 +118,14 @@ class Engine:
             finished = {}
             if waiting and (not self.rows or free >= max(self.group, REFILL_SHARE * self.slots)):
                 groups = [waiting.popleft() for _ in range(min(len(waiting), free // self.group))]
-                first = len(self.rows)
                 logits = self.admit(groups)
-                slots = range(first, len(self.rows))
+                slots = range(len(self.rows) - len(logits), len(self.rows))
                 finished = self.collect_finished(slots, *self.draw(slots, logits))
             elif not all(row.waits for row in self.rows):
                 self.hold_waiting()
                 tokens, logprobs = self.step()
                 finished = self.collect_finished(range(len(self.rows)), tokens, logprobs)
-            if self.play:
+            if any(row.waits for row in self.rows):
                 finished |= self.continue_rows()
             yield finished
 
@@ -174,10 +179,9 @@ class Engine:
         return self.decoder.head(states[rows.lengths.cumsum(0) - 1])[0]
 
     def collect_finished(self, slots: Iterable[int], tokens: torch.Tensor, logprobs: torch.Tensor) -> Finished:
-        """Append sampled tokens to the rows in these slots, and remove and return the rows that have finished.
+        """Append sampled tokens, (steps, rows), to the rows in these slots, and remove and return the finished rows.
 
-        tokens, logprobs: (steps, rows). Tokens sampled after a row or a turn has ended are dropped. If a turn ends, the
-        row waits for the environment.
+        Tokens sampled after a row or a turn has ended are dropped. A row whose turn has ended waits for its environment.
         """
         finished = {}
         free_slots = []
@@ -198,7 +202,7 @@ class Engine:
                     self.play.end_turn(row.index, turn)
                     row.waits = True
                     break
-                if stopped or len(row.ids) == self.max_completion_length or self.is_turn_full(turn):
+                if stopped or len(row.ids) == self.max_completion_length or len(turn) >= self.max_turn_length:
                     if self.play:
                         self.play.end_last_turn(row.index, turn)
                     finished[row.index] = row.ids, row.logprobs, not stopped
@@ -207,26 +211,17 @@ class Engine:
         self.compact(free_slots)
         return finished
 
-    def is_turn_full(self, turn: list[int]) -> bool:
-        return self.play is not None and len(turn) >= self.play.max_turn_length
-
     # --- turns
 
     def hold_waiting(self) -> None:
         """Let the next step compute the last token of the waiting rows again, which changes nothing."""
-        slots = [slot for slot, row in enumerate(self.rows) if row.waits]
-        if slots:
-            rows = [self.rows[slot] for slot in slots]
-            self.token[slots] = torch.tensor([row.ids[-1] for row in rows], device=self.device)
-            self.position[slots] = torch.tensor([self.row_length(row) - 1 for row in rows], device=self.device)
+        for slot, row in enumerate(self.rows):
+            if row.waits:
+                self.token[slot] = row.ids[-1]
+                self.position[slot] = self.row_length(row) - 1
 
     def continue_rows(self) -> Finished:
-        """Append the replies of the environments to their rows, and sample the first token of the next turns.
-
-        Returns the rows whose episode is over, or whose reply has no room.
-        """
-        if not any(row.waits for row in self.rows):
-            return {}
+        """Append the replies of environments and sample the next token. Returns rows that are over or have no room."""
         replies = self.play.replies(block=all(row.waits for row in self.rows))
         finished = {}
         free_slots = []
@@ -239,8 +234,8 @@ class Engine:
         self.compact(free_slots)
         slots = [slot for slot, row in enumerate(self.rows) if row.index in replies]
         if slots:
-            tokens, logprobs = self.draw(slots, self.extend(slots, [replies[self.rows[slot].index] for slot in slots]))
-            finished |= self.collect_finished(slots, tokens, logprobs)
+            logits = self.extend(slots, [replies[self.rows[slot].index] for slot in slots])
+            finished |= self.collect_finished(slots, *self.draw(slots, logits))
         return finished
 
     def extend(self, slots: list[int], replies: list[list[int]]) -> torch.Tensor:
@@ -249,10 +244,7 @@ class Engine:
         new = [[row.ids[-1], *reply] for row, reply in zip(rows, replies)]  # the last token is not in the cache yet
         starts = torch.tensor([self.row_length(row) - 1 for row in rows], device=self.device)  # (B,)
         for row, reply in zip(rows, replies):
-            row.ids += reply
-            row.logprobs += [None] * len(reply)
-            row.turn_start = len(row.ids)
-            row.waits = False
+            row.append_reply(reply)
         length = max(map(self.row_length, rows))
         self.reserve(length)
         packed = Rows([len(tokens) for tokens in new], self.device, aligned=True)

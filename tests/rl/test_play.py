@@ -60,7 +60,7 @@ def write_class(tmp_path, source=ECHO, name="Echo", file="games.py"):
 
 def make(source, **settings):
     """Return config, policy with a random LoRA, questions and rewards for a source of episodes."""
-    sizes = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 120, "max_turn_length": 10}
+    sizes = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 220, "max_turn_length": 40}
     config = Config(
         **{"train_data": [source], "eval_questions": 4, "train_questions": 8, "device": "cpu"} | sizes | settings
     )
@@ -147,11 +147,11 @@ def test_an_episode_ends_when_done_at_max_turns_and_at_its_length(echo):
     config = echo[0]
     for episode in play(echo):
         turns = episode.completion.turns
-        assert len(turns) <= 5 and len(episode.completion_ids) <= 120
+        assert len(turns) <= 5 and len(episode.completion_ids) <= 220
         assert (episode.reward == 1) == (len(turns) == 5 and not episode.truncated)
     config.max_turns = 2
     assert max(len(e.completion.turns) for e in play(echo)) == 2
-    config.max_completion_length = 14
+    config.max_completion_length = 9
     assert any(e.truncated for e in play(echo))
 
 
