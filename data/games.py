@@ -5,11 +5,13 @@ Both packages are optional.
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable
 
 from data.schema import DataError
 
 GAMES = ("gym:", "textarena:")
+HIGHLIGHT = r"\x1b\[\d+m(.*?)\x1b\[0m"  # colour of a terminal, such as the player's field; written in brackets
 INSTALL = {"gym:": "gymnasium==1.4.0", "textarena:": "textarena==0.7.4"}
 
 
@@ -64,7 +66,7 @@ class GymGame:
         return self._reward
 
     def _render(self) -> str:
-        return str(self._game.render()).strip()
+        return re.sub(HIGHLIGHT, r"[\1]", str(self._game.render())).strip()
 
 
 class TextArenaGame:

@@ -201,7 +201,8 @@ class Play:
         """Call the commands of a turn and return what they return, or what is wrong with them."""
         completion = Completion(prompt="", text=text, row={})
         try:
-            commands = find_commands(completion.answer, game.tools, takes_bare=hasattr(game.environment, "done"))
+            takes_bare = hasattr(game.environment, "done") and not plays_with_tools(self.policy)
+            commands = find_commands(completion.answer, game.tools, takes_bare)
         except ValueError as error:
             return [str(error)]
         results = []

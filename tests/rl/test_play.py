@@ -375,3 +375,82 @@ def test_held_out_games_are_not_trained_on():
     train_rows, eval_rows, _ = load_questions(config)
     assert len(train_rows) == 300 and len(eval_rows) == 100
     assert not {row["observation"] for row in train_rows} & {row["observation"] for row in eval_rows}
+
+
+# --- parity with TRL
+
+TOOL_TEMPLATE = """\
+{%- if tools %}<|system|>{{ tools | tojson }}{% endif -%}
+{%- for m in messages -%}
+<|{{ m.role if m.role != 'tool' else 'user' }}|>{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor -%}
+{%- if m.role == 'assistant' %}<|end|>
+{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|assistant|>{% endif -%}
+"""
+
+
+def test_an_episode_has_trls_tokens_and_mask(tmp_path, monkeypatch):
+    """The same turns through TRL's tool loop, with its generation replaced, and through ours."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    made = make(write_class(tmp_path, file="parity.py"), play="tools", max_turn_length=None)
+    config, policy, questions, _ = made
+    tokenizer = policy.tokenizer
+    tokenizer.chat_template = TOOL_TEMPLATE
+    call = '<tool_call>{"name": "say", "arguments": {"text": "%s"}}</tool_call>'
+    texts = [call % "one", "<think>hm</think>" + call % "two", "the end"]
+    turns = [tokenizer.encode(text + "<|end|>", add_special_tokens=False) for text in texts]
+
+    ours = Play(policy, questions[:1], 1, config, 1)
+    ids, mask = [], []
+    for turn in turns:
+        ids += turn
+        mask += [1] * len(turn)
+        ours.end_turn(0, turn)
+        reply = ours.replies(block=True)[0]
+        ids += reply or []
+        mask += [0] * len(reply or [])
+
+    environment = ours.games[0].environment
+    replies = iter([turn.reply for turn in ours.games[0].turns])
+
+    def parsed(text):
+        calls = [
+            {"type": "function", "function": {"name": name, "arguments": arguments}}
+            for name, arguments in find_commands(text, {"say": environment.say}, takes_bare=False)
+        ]
+        return {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {})
+
+    remaining = iter(list(zip(texts, turns))[1:])
+
+    def generate(prompt_ids, *args, **kwargs):
+        text, turn = next(remaining)
+        generate.text = text
+        return [turn], None
+
+    def parse(processor, ids, *args, **kwargs):
+        return parsed(generate.text)
+
+    monkeypatch.setattr(grpo_trainer, "parse_response", parse, raising=False)
+    fake = types.SimpleNamespace(
+        max_tool_calling_iterations=10, _sync_tool_dicts=[{"say": lambda text: next(replies)}], _async_tool_dicts=[{}],
+        use_vllm=False, _is_vlm=False, tools=[environment.say], model=policy.model, max_completion_length=config.max_completion_length,
+        processing_class=tokenizer, _tokenizer=tokenizer, chat_template=None, chat_template_kwargs={}, _generate_single_turn=generate,
+        environment_factories=None, pad_token_id=policy.pad_id, eos_token_id=tokenizer.eos_token_id, vllm_mode=None,
+    )  # fmt: skip
+    fake._get_tool_suffix_ids = types.MethodType(grpo_trainer.GRPOTrainer._get_tool_suffix_ids, fake)
+    tool_mask, _, completion_ids, *_ = grpo_trainer.GRPOTrainer._tool_call_loop(
+        fake,
+        [[{"role": "user", "content": "Play."}]],
+        [questions[0].prompt_ids],
+        [list(turns[0])],
+        [[parsed(texts[0])]],
+        None,
+        None,
+        {},
+    )
+    assert tokenizer.decode(completion_ids[0]) == tokenizer.decode(ids)
+    assert completion_ids[0] == ids
+    assert tool_mask[0] == mask

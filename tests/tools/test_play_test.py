@@ -1,0 +1,121 @@
+"""The self-test of environments, demonstrations of episodes, games of gymnasium, and a run that plays."""
+
+import json
+
+import pytest
+from conftest import ROOT, lines
+from running import finish
+
+from data import DataError, load
+from data.demonstrations import play_demonstrations, read_demonstrations
+from data.environments import play_moves
+from rl.config import Config
+from rl.model.policy import load_policy
+from rl.run.cold_start import encode_demonstrations
+from tools.play_test import play_test
+
+UNFAIR = '''
+class Unfair:
+    prompt = "Play."
+
+    def reset(self):
+        self.done = False
+
+    def act(self, text: str) -> str:
+        """Act.
+
+        Args:
+            text: Anything.
+        """
+        self.done = True
+        return "yes"
+
+    def get_reward(self):
+        return 1.0
+
+    def _good_move(self):
+        return "good"
+
+    def _random_move(self):
+        return "bad"
+'''
+
+
+def test_the_bundled_classes_pass(capsys):
+    play_test("environments.py", ["--episodes", "50"])
+    assert "IceMaze            good play 100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (UNFAIR, "Unfair: random play earns as much as good play"),
+        (UNFAIR.replace("            text: Anything.\n", ""), "Unfair.act"),
+        ("x = 1\n", "no class with a method reset"),
+    ],
+)
+def test_failures(tmp_path, capsys, source, message):
+    path = tmp_path / "games.py"
+    path.write_text(source)
+    with pytest.raises(SystemExit) as stopped:
+        play_test(str(path), [])
+    assert message in capsys.readouterr().out + str(stopped.value)
+
+
+def test_demonstrations_have_the_tokens_of_played_episodes(tmp_path):
+    rows = load("environments.py:IceMaze", 5, "pretrain")
+    demos = play_demonstrations("environments.py:IceMaze", rows, 5, seed=0, skill=1.0)
+    path = tmp_path / "demos.jsonl"
+    path.write_text("".join(json.dumps(demo) + "\n" for demo in demos))
+    read, _ = read_demonstrations(str(path), [])
+    policy = load_policy(Config(device="cpu"))
+    for row, episode in zip(rows, encode_demonstrations(policy, read)):
+        turns, environment = play_moves("environments.py:IceMaze", dict(row), lambda game: game._good_move())
+        assert environment.get_reward() == 1
+        text = "<|assistant|>".join(
+            f"{move}<|end|>" + (f"<|user|>{reply}" if i + 1 < len(turns) else "")
+            for i, (move, reply) in enumerate(turns)
+        )
+        assert policy.tokenizer.decode(episode.completion_ids) == text
+        sampled = [token for token, flag in zip(episode.completion_ids, episode.is_sampled) if flag]
+        assert policy.tokenizer.decode(sampled) == "".join(f"{move}<|end|>" for move, _ in turns)
+
+
+def test_a_game_of_gymnasium():
+    rows = load("gym:FrozenLake-v1", 3)
+    assert (
+        rows[0]["prompt"].startswith("Play FrozenLake-v1.")
+        and rows[0]["observation"].startswith("[S]FFF\nFHFH")
+        and "\x1b" not in rows[0]["observation"]
+    )
+    turns, game = play_moves("gym:FrozenLake-v1", dict(rows[0]), lambda game: "1", max_turns=50)
+    assert game.done and game.get_reward() in (0.0, 1.0)
+    assert (
+        play_moves("gym:FrozenLake-v1", dict(rows[0]), lambda game: "9", max_turns=1)[0][0][1]
+        == "Write a number from 0 to 3."
+    )
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install textarena"):
+        load("textarena:Wordle-v0", 1)
+
+
+SETTINGS = (
+    "--train-data environments.py:IceMaze --eval-data environments.py:IceMaze --reward-funcs wins --max-turns 3 --max-turn-length 12 "
+    "--max-completion-length 100"
+)
+
+
+def test_a_run_that_plays_resumes_to_the_same_bits(tmp_path):
+    whole = tmp_path / "whole"
+    assert finish(whole, "grpo", more=SETTINGS) == 0
+    parts = tmp_path / "parts"
+    assert finish(parts, "grpo", more=SETTINGS, faults={"rl.play:Play:replies": (60, KeyboardInterrupt())}) != 0
+    assert finish(parts, "grpo", resume=True) == 0
+    for file in sorted((whole / "rollouts").iterdir()):
+        assert lines(file) == lines(parts / "rollouts" / file.name)
+    line = lines(whole / "rollouts/000001.jsonl")[0]
+    assert line["turns"] and line["prompt"].startswith("Cross the ice")
+    assert (ROOT / "environments.py").is_file()
