@@ -40,6 +40,8 @@ CSS = """
 .console textarea {font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto}
 .dark .tokens span, .dark .tokens .category-label {color: white !important}
 footer {display: none !important}
+.turns .message { font-family: monospace; white-space: pre-wrap; }
+.turns .user { color: var(--body-text-color-subdued); }
 """
 
 

@@ -13,6 +13,7 @@ import gradio as gr
 from gradio.context import Context
 
 from grading.base import first_line
+from rl.run.report import transcript
 from ui import chat
 from ui.chat import BASE, SIDES, Session, cut
 from ui.runs import Page, UiError, shows_errors
@@ -315,7 +316,7 @@ def format_record(record: dict) -> str:
         reason = record["reasons"].get(name, "")
         if value is not None or reason:
             lines.append(f"{name} {value if value is None else format(value, 'g')} {reason}".rstrip())
-    return "\n".join([*lines, "", cut(record["completion"])])
+    return "\n".join([*lines, "", cut(transcript(record))])
 
 
 def build_changes(page: Page) -> None:

@@ -76,6 +76,7 @@ def build(page: Page) -> None:
         headers = ("#", "reward", "verdict", "advantage", "ended by", "tokens", "completion")
         completions = table("Completions, highest reward first (click to select)", *headers)
         text = gr.Textbox(label="Completion", max_lines=20)
+        turns = gr.Chatbot(label="Turns", render_markdown=False, elem_classes="turns", visible=False)
         reasons = table("Rewards of the completion", "function", "value", "reason")
         gr.Markdown("### Tokens of the group with the largest advantages")
         logged = gr.State([])  # completions with a token log
@@ -101,13 +102,13 @@ def build(page: Page) -> None:
     outputs = list(components.values())
     gr.on([tab.select, name.input], watch_run, inputs, outputs, **quiet)
     timer.tick(watch_run, inputs, outputs, js=IS_VISIBLE, **quiet)
-    group_outputs = [group, question, completions, text, reasons]
+    group_outputs = [group, question, completions, text, reasons, turns]
     outputs = [groups, prompts, *group_outputs, logged, logged_choice, legend, coloured]
     show = shows_errors(show_step, page.runs)
     step_events = [shown_range.change, step.change]
     gr.on(step_events, show, [name, step, measure], outputs, trigger_mode="always_last", **quiet)
     prompts.select(shows_errors(pick_prompt), groups, group_outputs, **quiet)
-    completions.select(shows_errors(pick_completion), group, [text, reasons], **quiet)
+    completions.select(shows_errors(pick_completion), group, [text, reasons, turns], **quiet)
     colour_events = [logged_choice.input, measure.input]
     gr.on(colour_events, shows_errors(describe_tokens), [logged, logged_choice, measure], [legend, coloured], **quiet)
     coloured.select(shows_errors(pick_token), [logged, logged_choice], legend, **quiet)
@@ -228,7 +229,7 @@ def show_step(runs: Runs, name: str, step: float, measure: str) -> list:
         groups = run.groups(step)
         group = [groups[0], *show_group(groups[0])]
     except UiError as error:
-        group = [[], str(error), [], "", []]
+        group = [[], str(error), [], "", [], show_turns({})]
     try:
         record = run.tokens(step) or {"prompt_id": None, "completions": []}
         logged = record["completions"]
@@ -264,11 +265,21 @@ def show_group(group: list[dict]) -> list:
 
 
 def show_completion(record: dict) -> list:
-    """Return the text of a completion, and a table row per reward function."""
+    """Return the text of a completion, a table row per reward function, and its turns, if it has several."""
     reasons = record.get("reasons") or {}
     rewards = record.get("rewards") or {}
     rows = [[name, format_number(value), cut(reasons.get(name, ""), CELL_CHARS)] for name, value in rewards.items()]
-    return [cut(record["completion"]), rows]
+    return [cut(record["completion"]), rows, show_turns(record)]
+
+
+def show_turns(record: dict) -> gr.Chatbot:
+    """Return an episode as a chat: the model's turns, and the environment's replies in the place of the user's."""
+    messages = []
+    for turn in record.get("turns") or []:
+        messages.append({"role": "assistant", "content": cut(turn["text"])})
+        if turn["reply"]:
+            messages.append({"role": "user", "content": cut(turn["reply"])})
+    return gr.Chatbot(messages, visible=bool(messages))
 
 
 def describe_group(number: int, group: list[dict]) -> list:

@@ -107,11 +107,12 @@ def _arguments(
         "prompts": prompts,
         "completions": texts,
         "completion_ids": [c.token_ids for c in completions],
-        "environments": [c.environment for c in completions],
         "trainer_state": TrainerState(max(0, completions[0].step - 1), max_steps),
         "log_extra": log.log_extra,
         "log_metric": log.log_metric,
     }
+    if any(c.environment for c in completions):
+        available["environments"] = [c.environment for c in completions]
     accepts_all = any(p.kind is p.VAR_KEYWORD for p in f.parameters.values())
     return {name: value for name, value in available.items() if accepts_all or name in f.parameters}
 

@@ -36,7 +36,9 @@ def highest_rewards(step: int, episodes: list) -> str:
         score = episode.score
         parts = ", ".join(f"{name} {value:g}" for name, value in score.parts.items() if value is not None)
         lines.append(f"    {score.total:.2f} ({parts}), {score.verdict}, {completion.tokens} tokens")
-        for label, text in (("question", completion.prompt), ("answer", completion.text)):
+        turns = [{"text": turn.text, "reply": turn.reply} for turn in completion.turns]
+        answer = transcript({"completion": completion.text, "turns": turns})
+        for label, text in (("question", completion.prompt), ("answer", answer)):
             if len(text) > 500:
                 text = f"{text[:250]} [...] {text[-250:]}"
             lines.append(f"      {label + ':':<10}" + printable(text).replace("\n", "\n" + 16 * " "))
@@ -95,8 +97,17 @@ def format_answer(record: dict) -> str:
     verdict = record["verdict"]
     if expected is not None:
         verdict += f" (expected: {'; '.join(map(str, expected)) if isinstance(expected, list) else expected})"
-    lines = [f"question: {record['question']}", f"answer:   {record['completion']}", f"verdict:  {verdict}"]
+    lines = [f"question: {record['question']}", f"answer:   {transcript(record)}", f"verdict:  {verdict}"]
     return "\n".join("  " + printable(line).replace("\n", "\n            ") for line in lines)
+
+
+def transcript(record: dict) -> str:
+    """Return the text of a completion, of an episode all turns, with the environment's replies in lines after "> "."""
+    lines = []
+    for turn in record.get("turns") or [{"text": record["completion"], "reply": ""}]:
+        lines.append(turn["text"])
+        lines += [f"> {line}" for line in turn["reply"].splitlines()]
+    return "\n".join(lines)
 
 
 def model_card(config: Config, step: int, base, evaluations: dict) -> str:

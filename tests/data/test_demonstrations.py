@@ -85,7 +85,7 @@ def test_all_forms_are_read(tmp_path, row):
         ),
         ({"prompt": "1 + 1?", "completion": " "}, "demos.jsonl:1: a demonstration needs"),
         ({"completion": "2"}, "demos.jsonl:1: a demonstration needs"),
-        ({"prompt": "1 + 1?", "completion": [QUESTION, ANSWER]}, "demos.jsonl:1: a demonstration needs"),
+        ({"prompt": "1 + 1?", "completion": [QUESTION, ANSWER]}, "demos.jsonl:1: completion must begin and end with"),
         ({"messages": [QUESTION]}, "demos.jsonl:1: messages must be a list .* ends with an assistant turn"),
         ({"messages": "no"}, "demos.jsonl:1: messages must be a list"),
         ({"messages": [ANSWER]}, "demos.jsonl:1: a demonstration needs"),

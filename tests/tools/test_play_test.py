@@ -1,17 +1,20 @@
 """The self-test of environments, demonstrations of episodes, games of gymnasium, and a run that plays."""
 
 import json
+import random
 
 import pytest
 from conftest import ROOT, lines
 from running import finish
 
+from bench import q_learning
 from data import DataError, load
 from data.demonstrations import play_demonstrations, read_demonstrations
 from data.environments import play_moves
 from rl.config import Config
 from rl.model.policy import load_policy
 from rl.run.cold_start import encode_demonstrations
+from rl.run.report import format_answer
 from tools.play_test import play_test
 
 UNFAIR = '''
@@ -119,3 +122,22 @@ def test_a_run_that_plays_resumes_to_the_same_bits(tmp_path):
     line = lines(whole / "rollouts/000001.jsonl")[0]
     assert line["turns"] and line["prompt"].startswith("Cross the ice")
     assert (ROOT / "environments.py").is_file()
+
+
+def test_the_console_shows_all_turns():
+    turns = [{"text": "up", "reply": "A.\n.F"}, {"text": "down", "reply": ""}]
+    record = {"question": "Where?", "expected": None, "completion": "down", "verdict": "wrong", "turns": turns}
+    assert format_answer(record).splitlines()[1:5] == [
+        "  answer:   up",
+        "            > A.",
+        "            > .F",
+        "            down",
+    ]
+
+
+def test_q_learning_solves_the_mazes_that_it_learns_from():
+    random.seed(0)
+    table = q_learning.Table()
+    for _ in range(3000):
+        q_learning.episode(table, 5, slippery=0.0, learns=True)
+    assert q_learning.win_rate(table, [5], slippery=0.0) == 1 == q_learning.optimum([5])

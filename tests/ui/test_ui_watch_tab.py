@@ -160,7 +160,7 @@ def test_sorts_a_group_by_reward_and_shows_verdicts():
         record(1.1, "right", rewards={"correct": 1.0, "format": 1.0}, reasons={"correct": "right"}),
         record(0.1),
     ]
-    question, rows, text, reasons = watch_tab.show_group(group)
+    question, rows, text, reasons, _ = watch_tab.show_group(group)
     assert [row[:5] for row in rows] == [
         [4, "1.1", "correct", "+0.5", "stop token"],
         [2, "0.1", "no answer", "+0.5", "stop token"],
@@ -176,7 +176,7 @@ def test_sorts_a_group_by_reward_and_shows_verdicts():
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_stays_text(text):
     """The components show it as plain text. Text that is too long is cut with a note."""
-    question, rows, shown, reasons = watch_tab.show_group(
+    question, rows, shown, reasons, _ = watch_tab.show_group(
         [record(1.0, completion=text, prompt=text, reasons={"correct": text})]
     )
     for value, limit in ((question, 20_000), (shown, 20_000), (rows[0][-1], 300), (reasons[0][2], 300)):
@@ -251,9 +251,9 @@ def test_a_click_selects_a_prompt_completion_or_token(folder):
     tokens = [{"tokens": ["a", "b"], "logprobs": [-0.5, -1.5]}]
     write_tokens(folder / "a", [{"step": 3, "prompt_id": "q3-0", "completions": tokens}])
     write_rollouts(folder / "a", make_rollouts([3], text="<b>"))
-    groups, _, _, _, _, _, _, logged, *_ = watch_tab.show_step(runs, "a", 3, "KL")
+    groups, _, _, _, _, _, _, _, logged, *_ = watch_tab.show_step(runs, "a", 3, "KL")
     assert groups == runs.get("a").groups(3) and logged == tokens
-    group, question, rows, text, _ = click(page, "pick_prompt", groups, row=["2", "2 + 2 = ?"])
+    group, question, rows, text, _, _ = click(page, "pick_prompt", groups, row=["2", "2 + 2 = ?"])
     assert (group, question, text) == (groups[1], "2 + 2 = ?", "<b> 3 1 1") and [row[0] for row in rows] == [2, 1]
     assert click(page, "pick_completion", group, row=[1, "0"])[0] == "<b> 3 1 0"
     assert click(page, "pick_token", logged, 0, index=1).startswith("token 2, text b, log-probability -1.5")
@@ -267,7 +267,7 @@ def test_a_missing_or_damaged_file_gives_an_empty_step(folder):
     write_tokens(
         folder / "a", [{"step": 3, "prompt_id": "q3-0", "completions": [{"tokens": ["a"], "advantages": [1.0]}]}]
     )
-    _, prompts, group, question, completions, _, _, _, choice, legend, tokens = watch_tab.show_step(
+    _, prompts, group, question, completions, _, _, _, _, choice, legend, tokens = watch_tab.show_step(
         runs, "a", 3, "advantage"
     )
     assert (len(prompts), len(group), question, len(completions)) == (3, 2, "2 + 2 = ?", 2)
@@ -282,7 +282,7 @@ def test_a_missing_or_damaged_file_gives_an_empty_step(folder):
         (5, "rollouts/000005.jsonl is damaged", "tokens/000005.json is damaged"),
         (6, "rollouts/000006.jsonl is damaged", "tokens/000006.json is damaged"),
     ):
-        *empty, question, completions, text, reasons, logged, choice, legend, tokens = watch_tab.show_step(
+        *empty, question, completions, text, reasons, _, logged, choice, legend, tokens = watch_tab.show_step(
             runs, "a", step, "KL"
         )
         assert empty == [[], [], []] and completions == reasons == tokens == choice.choices == [] and text == ""
@@ -312,3 +312,14 @@ def test_every_control_has_a_label(folder):
     page = build(folder)
     controls = (gr.Textbox, gr.Dropdown, gr.Slider, gr.Radio, gr.Dataframe, gr.LinePlot, gr.HighlightedText)
     assert all(block.label for block in page.blocks.values() if isinstance(block, controls))
+
+
+def test_an_episode_is_shown_as_a_chat():
+    turns = [{"text": "move(<b>up</b>)", "reply": "A."}, {"text": "done", "reply": ""}]
+    chat = watch_tab.show_turns({"completion": "done", "turns": turns})
+    assert chat.visible and [(m["role"], m["content"][0]["text"]) for m in chat.value] == [
+        ("assistant", "move(<b>up</b>)"),
+        ("user", "A."),
+        ("assistant", "done"),
+    ]
+    assert not watch_tab.show_turns({"completion": "done"}).visible

@@ -27,7 +27,9 @@ from rl.model import backends
 from rl.run.read_config import read_config, read_yaml
 
 RECIPES = sorted(
-    str(path) for path in Path("configs").glob("*.yaml") if not path.stem.startswith(("tiny", "long_sums", "smollm2"))
+    str(path)
+    for path in Path("configs").glob("*.yaml")
+    if not path.stem.startswith(("tiny", "long_sums", "smollm2", "ice_maze", "calculator"))
 )
 FIELD = re.compile(r"^# (Card|Memory|Time|Result) +(.*)$", re.MULTILINE)
 # Recipes whose sources generate their questions, so that nothing is downloaded (reasoning_gym by family and level).
