@@ -179,7 +179,8 @@ def local_prompts(train_data: list[str], eval_data: list[str], columns: dict) ->
     sources = [*train_data, *eval_data]
     if any(map(is_hub_source, sources)):
         return []
-    return [str(row["prompt"]) for source in sources for row in load(source, columns=columns)]
+    rows = [row for source in sources for row in load(source, columns=columns)]
+    return [str(row["prompt"]) + str(row.get("observation") or "") for row in rows]
 
 
 class QuestionSampler:

@@ -26,7 +26,7 @@ from data.schema import DataError
 from data.tasks import assign_split
 from grading.base import did_you_mean, first_line
 
-NOT_TOOLS = ("reset", "get_reward", "score")
+NOT_TOOLS = ("reset", "get_reward")
 INTERNAL_COLUMNS = ("observation",)  # columns that `reset` does not get
 MAX_REPEATS = 1000  # seeds with a known first observation that are left out before observations are repeated
 
@@ -87,7 +87,22 @@ def tools_of(environment: object) -> dict[str, Callable]:
     """Return the public methods of an environment, by name."""
     names = [name for name in dir(type(environment)) if not name.startswith("_") and name not in NOT_TOOLS]
     members = {name: getattr(environment, name) for name in names}
-    return {name: member for name, member in members.items() if inspect.ismethod(member)}
+    tools = {name: member for name, member in members.items() if inspect.ismethod(member)}
+    if has_score(environment):
+        del tools["score"]
+    return tools
+
+
+def has_score(environment: object) -> bool:
+    """Return whether an environment has a score: a method without arguments. With arguments, it is a tool."""
+    score = getattr(environment, "score", None)
+    return inspect.ismethod(score) and not inspect.signature(score).parameters
+
+
+def environment_of(row: dict) -> str | None:
+    """Return the name of a row's environment. A column `environment` with other values is some data of the user."""
+    name = row.get("environment")
+    return name if isinstance(name, str) and is_environment(name) else None
 
 
 def first_observation(environment: object, row: dict) -> str:
@@ -177,7 +192,7 @@ def assign_environment(rows: list[dict], name: str | None) -> None:
         for row in rows:
             if name and not row.get("environment"):
                 row["environment"] = name
-            if row.get("environment") and "observation" not in row:
+            if environment_of(row) and "observation" not in row:
                 row["observation"] = _observe(row["environment"], row | {"seed": row_seed(row, 0)})
     finally:
         random.setstate(state)

@@ -8,6 +8,7 @@ Environments run in a thread. Replies that come within a second are waited for, 
 reproducible; once one is slower, the other rows are decoded meanwhile.
 """
 
+import asyncio
 import functools
 import inspect
 import math
@@ -21,7 +22,15 @@ from pathlib import Path
 
 from data import DataError
 from data.commands import find_commands
-from data.environments import add_observation, first_observation, make_environment, row_seed, tools_of
+from data.environments import (
+    add_observation,
+    environment_of,
+    first_observation,
+    has_score,
+    make_environment,
+    row_seed,
+    tools_of,
+)
 from grading import Completion, RewardError, Turn, prompt_text
 from grading.base import first_line, is_finite_number, reward_lock, shorten, to_number
 from rl.config import Config
@@ -80,14 +89,15 @@ class Play:
 
     def _begin(self, question: Question, step: int) -> Game:
         row = question.row
-        if not row.get("environment"):
-            return Game(question, prompt=row["prompt"], prompt_ids=question.prompt_ids)
+        if not environment_of(row):
+            prefix = question.completion_prefix
+            return Game(question, prompt=row["prompt"], prompt_ids=question.prompt_ids, completion_prefix=prefix)
         game = Game(question, make_environment(row["environment"]))
         game.tools = tools_of(game.environment)
         seed = row_seed(row, step)
         game.random_state = random.Random(seed).getstate()
-        observation = self._call(game, "reset", lambda: first_observation(game.environment, row | {"seed": seed}))
-        game.prompt = add_observation(row["prompt"], observation or "")
+        observation = self._call(game, "reset", lambda: first_observation(game.environment, row | {"seed": seed})) or ""
+        game.prompt = add_observation(row["prompt"], observation)
         game.prompt_ids = question.prompt_ids
         if observation != row.get("observation"):
             game.prompt_ids = self.policy.encode_row(row | {"observation": observation})[0]
@@ -159,6 +169,10 @@ class Play:
             error=game.error,
         )
 
+    def close(self) -> None:
+        """End the thread."""
+        self._work.put((None, []))
+
     # --- in the thread
 
     def _run(self) -> None:
@@ -175,9 +189,6 @@ class Play:
                 self._replies[index] = reply
                 self._done.notify_all()
 
-    def close(self) -> None:
-        self._work.put((None, []))
-
     def _answer(self, game: Game, ids: list[int]) -> list[int] | None:
         """Record a turn and call its commands. Returns the tokens of the reply, or None if the episode is over."""
         turn = Turn(game.completion_prefix + self.policy.decode(ids))
@@ -187,10 +198,15 @@ class Play:
         results = self._results(game, turn.text)
         score = self._score(game)
         if score is not None:
-            turn.score = score - game.score
+            turn.score = score - (game.score or 0.0)
             game.score = score
         turn.reply = "\n".join(results)
-        if not results or getattr(game.environment, "done", False) or len(game.turns) >= self.config.max_turns:
+        if (
+            not results
+            or game.error
+            or getattr(game.environment, "done", False)
+            or len(game.turns) >= self.config.max_turns
+        ):
             return None
         role = "tool" if plays_with_tools(self.policy) else "user"
         contents = results if role == "tool" else [turn.reply]
@@ -221,7 +237,7 @@ class Play:
         return results
 
     def _score(self, game: Game) -> float | None:
-        if not hasattr(game.environment, "score"):
+        if not has_score(game.environment):
             return None
         score = to_number(self._call(game, "score", game.environment.score))
         if not is_finite_number(score):
@@ -240,7 +256,8 @@ class Play:
             state = random.getstate()
             random.setstate(game.random_state)
             try:
-                return function()
+                result = function()
+                return asyncio.run(result) if inspect.iscoroutine(result) else result
             except ValueError as error:
                 if name in game.tools:
                     return str(error)

@@ -5,6 +5,7 @@ is trained. Llama and its close relatives use our engine (rl/model/engine.py); o
 forward pass with our loop and sampling (rl/model/hf_generate.py).
 """
 
+import contextlib
 import itertools
 import math
 import random
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data import QuestionSampler
+from data.environments import environment_of
 from grading import Completion, Rewards, Score, Scoring, prompt_text
 from rl import algorithms
 from rl.config import Config
@@ -94,16 +96,17 @@ def rollout(
         policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size, play
     )
     episodes = {}
-    for outputs in sampler.run():
-        finished = {}
-        for index, (ids, logprobs, truncated) in outputs.items():
-            group = index // num_generations
-            finished[index] = episode = Episode(prompts[group], ids, logprobs, truncated, group=group)
-            if None in logprobs:
-                episode.is_sampled = [logprob is not None for logprob in logprobs]
-                episode.sampler_logprobs = [logprob or 0.0 for logprob in logprobs]
-        episodes |= finished
-        on_finished(finished)
+    with contextlib.closing(play) if play else contextlib.nullcontext():
+        for outputs in sampler.run():
+            finished = {}
+            for index, (ids, logprobs, truncated) in outputs.items():
+                group = index // num_generations
+                finished[index] = episode = Episode(prompts[group], ids, logprobs, truncated, group=group)
+                if None in logprobs:
+                    episode.is_sampled = [logprob is not None for logprob in logprobs]
+                    episode.sampler_logprobs = [logprob or 0.0 for logprob in logprobs]
+            episodes |= finished
+            on_finished(finished)
     del sampler
     return_freed_memory(policy)
     return [episodes[index] for index in range(len(episodes))]
@@ -183,7 +186,7 @@ def rollout_and_score(
         prompts = [question.prompt_ids for question in questions]
         size = num_generations
         play = None
-        if any(question.row.get("environment") for question in questions):
+        if any(environment_of(question.row) for question in questions):
             play = Play(policy, questions, num_generations, config, step)
             prompts = play.prompts
             size = play.num_generations

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from data.environments import environment_of
 from grading.base import first_line
 from rl.config import Config, ConfigError
 from rl.model.backends import (
@@ -196,7 +197,7 @@ class Policy:
 
         With an environment, the prompt has its first observation, and its tools.
         """
-        if not row.get("environment"):
+        if not environment_of(row):
             return self.encode_prompt(row["prompt"]), self.completion_prefix(row["prompt"])
         prompt, tools = prompt_and_tools(self, row)
         return self.encode_prompt(prompt, tools), self.completion_prefix(prompt)

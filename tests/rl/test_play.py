@@ -2,6 +2,7 @@
 
 import random
 import textwrap
+import threading
 import types
 
 import pytest
@@ -303,6 +304,72 @@ def test_evaluation_records_turns(echo):
     evaluation = evaluate(policy, questions[:2], rewards, config, 0)
     for line in evaluation.lines():
         assert line["turns"][0].keys() == {"text", "reply"} and line["verdict"] in ("right", "wrong")
+
+
+def test_no_thread_is_left_after_a_roll_out(echo):
+    play(echo)
+    before = threading.active_count()
+    for step in range(3):
+        play(echo, step=step)
+    assert threading.active_count() <= before
+
+
+def test_a_column_environment_with_other_data_is_left_alone(tmp_path):
+    (tmp_path / "q.jsonl").write_text(
+        "".join(f'{{"prompt": "{i} + 1?", "environment": "production"}}\n' for i in range(8))
+    )
+    made = make(f"{tmp_path}/q.jsonl", max_completion_length=8)
+    assert all(
+        not e.completion.turns and e.is_sampled is None
+        for e in play((*made[:3], load_rewards("rewards.py", ["format"])))
+    )
+
+
+def test_questions_and_games_are_mixed(tmp_path):
+    made = make("sums", train_data=["sums", write_class(tmp_path)], train_questions=2)
+    questions = sorted(made[2], key=lambda question: question.row["task"])[:4]
+    episodes = play((made[0], made[1], questions, load_rewards("rewards.py", ["correct", "wins"])))
+    assert {(e.score.judge, bool(e.completion.turns)) for e in episodes} == {("correct", False), ("wins", True)}
+
+
+TRL_SHAPES = {
+    "counter": "def reset(self, **kwargs) -> str | None:\n        self.n = 0\n        return 'at 0 '\n    def add(self, by: str) -> str:\n"
+    '        """Add.\n\n        Args:\n            by: Number.\n        """\n        self.n += 1\n        return str(self.n)\n',
+    "silent": "def reset(self, **kwargs):\n        self.row = kwargs\n    def look(self) -> str:\n"
+    '        """Look."""\n        return self.row["secret"]\n',
+    "rewarded": "def reset(self, secret, **kwargs) -> None:\n        self.secret = secret\n    def guess(self, word: str) -> str:\n"
+    '        """Guess.\n\n        Args:\n            word: A word.\n        """\n        return "no"\n'
+    "    def get_reward(self) -> float:\n        return 0.25\n",
+    "awaited": "def reset(self, **kwargs) -> None:\n        pass\n    async def wait(self, seconds: str) -> str:\n"
+    '        """Wait.\n\n        Args:\n            seconds: A number.\n        """\n        return "done"\n'
+    "    async def get_reward(self) -> float:\n        return 0.5\n",
+    "tool named score": "def reset(self, **kwargs) -> None:\n        pass\n    def score(self, text: str) -> str:\n"
+    '        """Score.\n\n        Args:\n            text: Text.\n        """\n        return "7"\n',
+}
+
+
+@pytest.mark.parametrize("shape", TRL_SHAPES)
+def test_classes_written_for_trl_run_unchanged(tmp_path, shape):
+    name = write_class(tmp_path, f"class Shape:\n    {TRL_SHAPES[shape]}", "Shape", f"{shape.replace(' ', '_')}.py")
+    (tmp_path / "q.jsonl").write_text("".join(f'{{"prompt": "Play {i}. ", "secret": "word"}}\n' for i in range(8)))
+    (tmp_path / "rewards.py").write_text(
+        "reward_funcs = ['f']\ndef f(completions, environments, secret, **kwargs):\n"
+        "    return [float(type(e).__name__ == 'Shape' and s == 'word') for e, s in zip(environments, secret)]\n"
+    )
+    made = make(f"{tmp_path}/q.jsonl", environment=name, max_completion_length=60, play="text")
+    config, policy, questions, _ = made
+    tools = tool_schemas(name)
+    assert len(tools) == 1
+    game = Play(policy, questions[:1], 1, config, 1)
+    command = tools[0]["function"]["name"]
+    argument = "1" if tools[0]["function"]["parameters"]["properties"] else ""
+    game.end_turn(0, policy.tokenizer.encode(f"{command}({argument})<|end|>", add_special_tokens=False))
+    (reply,) = game.replies(block=True).values()
+    expected = {"counter": "1", "silent": "word", "rewarded": "no", "awaited": "done", "tool named score": "7"}[shape]
+    assert policy.tokenizer.decode(reply) == f"<|user|>{expected}<|assistant|>"
+    assert game.completion(0, [1], False, 1).environment_reward == {"rewarded": 0.25, "awaited": 0.5}.get(shape)
+    episodes = play((*made[:3], load_rewards(str(tmp_path / "rewards.py"))))
+    assert [e.reward for e in episodes] == [1.0] * 16
 
 
 # --- commands and tools
