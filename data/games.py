@@ -79,6 +79,7 @@ class TextArenaGame:
 
         self.done = False
         self._reward = 0.0
+        self._shown = ""
         try:
             self._game = textarena.make(name)
         except Exception as error:
@@ -105,8 +106,10 @@ class TextArenaGame:
         return self._reward
 
     def _observation(self) -> str:
-        """Return what is new: the package keeps what was shown before."""
+        """Return what is new: most games repeat what they have shown before."""
         _, observation = self._game.get_observation()
-        if isinstance(observation, str):
-            return observation
-        return "\n".join(str(message) for _, message, *_ in observation)
+        if not isinstance(observation, str):  # games without a wrapper return messages
+            observation = "\n".join(str(message) for _, message, *_ in observation)
+        new = observation.removeprefix(self._shown)
+        self._shown = observation
+        return new.strip()

@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+import types
 
 import pytest
 from conftest import ROOT, lines
@@ -97,6 +99,32 @@ def test_a_game_of_gymnasium():
         play_moves("gym:FrozenLake-v1", dict(rows[0]), lambda game: "9", max_turns=1)[0][0][1]
         == "Write a number from 0 to 3."
     )
+
+
+class RepeatingGame:
+    """A game in the form of textarena, whose observations repeat all earlier ones."""
+
+    def reset(self, num_players, seed):
+        self.text = f"Guess. Seed {seed}.\n"
+
+    def get_observation(self):
+        return 0, self.text
+
+    def step(self, action):
+        self.text += f"[You] {action}\n[Game] No.\n"
+        return action == "[3]", {}
+
+    def close(self):
+        return {0: 1.0}, {}
+
+
+def test_a_game_of_textarena_appends_only_what_is_new(monkeypatch):
+    monkeypatch.setitem(sys.modules, "textarena", types.SimpleNamespace(make=lambda name: RepeatingGame()))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    moves = iter(["[1]", "[2]", "[3]"])
+    turns, game = play_moves("textarena:Repeating-v0", {"id": "1", "seed": 5}, lambda game: next(moves))
+    assert turns == [("[1]", "[You] [1]\n[Game] No."), ("[2]", "[You] [2]\n[Game] No."), ("[3]", "")]
+    assert game.done and game.get_reward() == 1.0
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
