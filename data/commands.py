@@ -1,11 +1,14 @@
 """The commands in a turn of the model: tool calls in the form of the chat template, or a line of text."""
 
 import ast
+import contextlib
 import inspect
 import json
 import re
 from collections.abc import Callable
 
+FUNCTION = re.compile(r"<function=(\w+)>(.*?)</function>", re.DOTALL)  # Qwen3.5
+PARAMETER = re.compile(r"<parameter=(\w+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Qwen, Hermes, SmolLM3
 COMMAND = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
@@ -25,6 +28,11 @@ def find_commands(answer: str, tools: dict[str, Callable], takes_bare: bool) -> 
     calls = TOOL_CALL.findall(answer)
     if calls:
         return [_read_call(call) for call in calls]
+    calls = FUNCTION.findall(answer)
+    if calls:
+        return [(name, _read_parameters(text, tools.get(name))) for name, text in calls]
+    if answer.strip().startswith('{"name"'):  # Llama 3
+        return [_read_call(answer.strip())]
     line = (answer.strip().splitlines() or [""])[-1].strip().strip("`")
     match = COMMAND.fullmatch(line)
     if match and match[1] in tools:
@@ -49,6 +57,17 @@ def _read_call(text: str) -> tuple[str, dict]:
         return str(call["name"]), dict(arguments)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError('A tool call has the form {"name": ..., "arguments": {...}}.') from None
+
+
+def _read_parameters(text: str, tool: Callable | None) -> dict:
+    """Return the parameters of a call in tags. Those that are not texts are read as JSON."""
+    parameters = inspect.signature(tool).parameters if tool else {}
+    values = dict(PARAMETER.findall(text))
+    for name, value in values.items():
+        if name in parameters and parameters[name].annotation not in (str, "str"):
+            with contextlib.suppress(ValueError):
+                values[name] = json.loads(value)
+    return values
 
 
 def _read_arguments(command: str, text: str, tool: Callable) -> dict:

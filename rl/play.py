@@ -62,13 +62,16 @@ class Play:
     """The episodes of one roll-out, by their index in it.
 
     Attributes:
-        prompts: Token ids of each prompt, and the number of completions of each, in `num_generations`: 1 if the first
-            observations in a group differ.
+        prompts: Token ids of the prompts, with the first observations.
+        num_generations: Completions of each prompt; 1 if the first observations in a group differ.
+        max_turn_length: Tokens of a turn at which the episode ends.
     """
 
     def __init__(self, policy: Policy, questions: list[Question], num_generations: int, config: Config, step: int):
         self.policy = policy
         self.config = config
+        self._called = ""  # the call in progress, for a message
+        self._call_started = math.inf
         self.games = []
         for question in questions:
             self.games += [self._begin(question, step) for _ in range(num_generations)]
@@ -77,13 +80,12 @@ class Play:
         is_equal = all(prompt == group[0] for group in groups for prompt in group)
         self.num_generations = num_generations if is_equal else 1
         self.prompts = [group[0] for group in groups] if is_equal else ids
-        self.max_turn_length = config.max_turn_length or math.inf  # tokens
+        self.max_turn_length = config.max_turn_length or config.max_completion_length
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._done = threading.Condition()
         self._replies: dict[int, list[int] | None] = {}
         self._error: BaseException | None = None
         self._num_pending = 0
-        self._call_started = math.inf
         self._is_slow = False
         self._thread: threading.Thread | None = None
 

@@ -43,9 +43,9 @@ class HFGenerate:
             for index, (ids, logprobs, truncated) in turns.items():
                 room = min(self.max_completion_length - len(rows[index][0]), self.play.max_turn_length)
                 is_cut = truncated or len(ids) > room
-                ids, logprobs = ids[: int(min(room, len(ids)))], logprobs[: int(min(room, len(ids)))]
+                ids = ids[:room]
                 rows[index][0].extend(ids)
-                rows[index][1].extend(logprobs)
+                rows[index][1].extend(logprobs[:room])
                 if is_cut:
                     self.play.end_last_turn(index, ids)
                     finished[index] = (*rows[index], True)
