@@ -116,7 +116,13 @@ class StreamingScorer:
     """Scores completions as they finish, while the roll-out continues with the others."""
 
     def __init__(
-        self, policy: Policy, questions: list[Question], play: Play | None, rewards: Rewards, step: int, progress: tqdm
+        self,
+        policy: Policy,
+        questions: list[Question],
+        rewards: Rewards,
+        step: int,
+        progress: tqdm,
+        play: Play | None = None,
     ):
         self.policy = policy
         self.questions = questions
@@ -190,7 +196,7 @@ def rollout_and_score(
             play = Play(policy, questions, num_generations, config, step)
             prompts = play.prompts
             size = play.num_generations
-        scorer = StreamingScorer(policy, questions, play, rewards, step, progress)
+        scorer = StreamingScorer(policy, questions, rewards, step, progress, play)
         return rollout(
             policy,
             prompts,

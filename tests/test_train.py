@@ -275,10 +275,10 @@ def test_errors_are_one_line_on_the_terminal(tmp_path):
 
 def test_adapter_that_loads_differently_is_an_error(tmp_path, monkeypatch):
     """The check at the end of a run detects an adapter file that differs from the weights in memory."""
-    import rl.model.policy
+    import rl.model.lora
     import rl.run.checkpoint
 
-    save = rl.model.policy.save_adapter
+    save = rl.model.lora.save_adapter
 
     def lossy(policy, folder):
         from conftest import fill_lora

@@ -92,7 +92,7 @@ def test_starts_watches_and_stops_a_run_also_after_a_reload(folder, served):
     values = watch_run(reloaded)
     assert values["name"]["value"] == "tiny-1" and "Running" in values["status"] and "step" in values["log"]
     outputs = reloaded.predict("tiny-1", 1, "entropy", api_name="/show_step")
-    assert len(outputs[0]["data"]) == 2 and outputs[6].startswith("entropy: ") and outputs[7]
+    assert len(outputs[0]["data"]) == 2 and outputs[7].startswith("entropy: ") and outputs[8]
     with pytest.raises(Exception, match="a is not running"):
         reloaded.predict("a", api_name="/stop_run")
     assert "stop after the current step" in reloaded.predict("tiny-1", api_name="/stop_run")

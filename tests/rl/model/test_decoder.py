@@ -104,11 +104,12 @@ def test_engine_logits_are_the_models_own(name, scratch, monkeypatch):
         return sample(logits, *args)
 
     class RecordingEngine(Engine):
-        def collect_finished(self, first, tokens, logprobs):
+        def collect_finished(self, slots, tokens, logprobs):
             counts.append((len(waiting_rows(self)), len(self.rows)))
-            for row, logits in zip(self.rows[first:], sampled_logits[-1]):
+            for slot, logits in zip(slots, sampled_logits[-1]):
+                row = self.rows[slot]
                 logits_by_token[row.index, len(row.ids)] = logits
-            return super().collect_finished(first, tokens, logprobs)
+            return super().collect_finished(slots, tokens, logprobs)
 
     def waiting_rows(engine):
         started = {index for index, _ in logits_by_token} | {row.index for row in engine.rows}

@@ -12,13 +12,11 @@ from conftest import copy_tiny, fill_lora, vectors
 from rl.config import Config, ConfigError
 from rl.fit.shapes import find_shape
 from rl.model.logprobs import completion_logprobs
-from rl.model.lora import restore_adapter
+from rl.model.lora import reloaded_adapter, restore_adapter, save_adapter
 from rl.model.policy import (
     choose_device,
     load_policy,
     make_deterministic,
-    reloaded_adapter,
-    save_adapter,
 )
 from rl.update import Updater
 
