@@ -71,7 +71,7 @@ class Config:
     play: Literal["auto", "tools", "text"] = "auto"  # form of commands: tool calls, or a line of text
     max_turns: int = 16  # turns of an episode
     max_turn_length: int | None = None  # tokens of a turn at which the episode ends; empty: no limit of its own
-    environment_timeout: float = 10.0  # seconds for a command in an environment
+    environment_timeout: float = 10.0  # seconds for a call in an environment
 
     # --- cold start
     sft_data: str | None = None  # file of demonstrations for supervised training before the first step; empty: none

@@ -98,7 +98,8 @@ class Play:
         game.tools = tools_of(game.environment)
         seed = row_seed(row, step)
         game.random_state = random.Random(seed).getstate()
-        observation = self._call(game, "reset", lambda: first_observation(game.environment, row | {"seed": seed})) or ""
+        reset = functools.partial(first_observation, game.environment, row | {"seed": seed})
+        observation = self._in_thread(lambda: self._call(game, "reset", reset)) or ""
         game.prompt = add_observation(row["prompt"], observation)
         game.prompt_ids = question.prompt_ids
         if observation != row.get("observation"):
@@ -123,7 +124,6 @@ class Play:
 
         block: wait until there is one. Raises RewardError if an environment fails or takes too long.
         """
-        limit = self.config.environment_timeout
         patience = 0.0 if self._is_slow else PATIENCE
         start = time.monotonic()
         with self._done:
@@ -133,10 +133,7 @@ class Play:
                     self._is_slow = True
                     break
                 self._done.wait(0.05)
-                if time.monotonic() - self._call_started > limit:
-                    raise RewardError(
-                        f"environment: a call of {self._called} took more than {limit:g} s (environment_timeout)"
-                    )
+                self._check_time()
             if self._error:
                 raise self._error
             replies = self._replies
@@ -153,7 +150,8 @@ class Play:
         """Return the input of the reward functions for a finished episode. ids: the tokens that the model sampled."""
         game = self.games[index]
         if game.environment is not None and hasattr(game.environment, "get_reward"):
-            reward = to_number(self._call(game, "get_reward", game.environment.get_reward))
+            get_reward = game.environment.get_reward
+            reward = to_number(self._in_thread(lambda: self._call(game, "get_reward", get_reward)))
             if reward is not None and not is_finite_number(reward):
                 self._fail(game, "get_reward", TypeError(f"returned {reward!r}, expected a finite number"))
             game.reward = reward
@@ -170,6 +168,31 @@ class Play:
             environment_reward=game.reward,
             error=game.error,
         )
+
+    def _in_thread(self, function):
+        """Return function(), which is called in a thread. Raises RewardError if the call in it takes too long."""
+        results = []
+
+        def run() -> None:
+            try:
+                results.append((function(), None))
+            except BaseException as error:
+                results.append((None, error))
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.05)
+            self._check_time()
+        ((result, error),) = results
+        if error:
+            raise error
+        return result
+
+    def _check_time(self) -> None:
+        limit = self.config.environment_timeout
+        if time.monotonic() - self._call_started > limit:
+            raise RewardError(f"environment: a call of {self._called} took more than {limit:g} s (environment_timeout)")
 
     def close(self) -> None:
         """End the thread."""

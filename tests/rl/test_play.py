@@ -3,6 +3,7 @@
 import random
 import textwrap
 import threading
+import time
 import types
 
 import pytest
@@ -204,10 +205,29 @@ def test_with_skip_an_episode_with_an_error_is_left_out(tmp_path):
 
 
 def test_a_call_that_hangs_stops_the_run(tmp_path):
-    made = make(write_class(tmp_path, failing("time.sleep(30)"), file="hangs.py"))
+    made = make(write_class(tmp_path, failing("time.sleep(2)"), file="hangs.py"))
     made[0].environment_timeout = 0.2
     with pytest.raises(RewardError, match="Echo.say, row .* took more than 0.2 s"):
         play(made)
+
+
+@pytest.mark.parametrize("method", ["reset", "get_reward"])
+def test_the_other_methods_have_the_same_limit(echo, method):
+    config, policy, questions, _ = echo
+    config.environment_timeout = 0.2
+    game = Play(policy, questions[:1], 1, config, 1)
+    row = questions[0].row
+    kind = type(game.games[0].environment)
+    original = getattr(kind, method)
+    setattr(kind, method, lambda self, **options: time.sleep(1))
+    try:
+        with pytest.raises(RewardError, match=f"Echo.{method}, row {row['id']} took more than 0.2 s"):
+            if method == "reset":
+                Play(policy, questions[:1], 1, config, 1)
+            game.completion(0, [1], False, 1)
+    finally:
+        setattr(kind, method, original)
+        time.sleep(1)  # the call still holds the lock
 
 
 @pytest.mark.parametrize(
