@@ -51,8 +51,10 @@ def _read(source: str, n: int | None, split: str, columns: dict, seed: int) -> t
     """Return at most n rows, and the total number of rows in the source (for generated rows: their number)."""
     if is_generated(source):
         try:
-            generate = read_environment if is_environment(source) else questions
-            generate = read_gym if source.startswith(PREFIX) else generate
+            if is_environment(source):
+                generate = read_environment
+            else:
+                generate = read_gym if source.startswith(PREFIX) else questions
             rows = generate(source, n=n or 100, split=split, seed=seed)
         except ValueError as error:
             raise DataError(str(error)) from None

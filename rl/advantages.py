@@ -15,7 +15,7 @@ from rl import algorithms
 from rl.algorithms import StepRewards
 from rl.config import Config
 from rl.model.policy import Policy
-from rl.rollout import Episode
+from rl.rollout import Episode, sampled_mask
 
 
 class Advantages:
@@ -91,7 +91,7 @@ class Advantages:
         self, episodes: list[Episode], outcome: torch.Tensor, steps: list[StepRewards], metrics: dict
     ) -> list[torch.Tensor]:
         """Return G_t - b of each episode, (C,). The baseline b is the group's mean return, a running mean, or 0."""
-        mask = completion_mask(episodes)  # (N, C)
+        mask = sampled_mask(episodes)  # (N, C)
         returns = algorithms.discounted_returns(
             algorithms.token_rewards(outcome, steps, mask, None, 0.0), mask, self.config.gamma
         )
@@ -115,7 +115,7 @@ class Advantages:
         Sets `in_loss` of ungraded episodes to False, and `returns` of all episodes.
         """
         config = self.config
-        mask = completion_mask(episodes)  # (N, C)
+        mask = sampled_mask(episodes)  # (N, C)
         kl = None
         if config.beta:
             old, reference = (pad([getattr(e, f"{name}_logprobs") for e in episodes]) for name in ("old", "reference"))
@@ -164,8 +164,9 @@ class Advantages:
     def align_to_tokens(self, episode: Episode, steps: list[tuple[int, float]]) -> StepRewards:
         """Convert (character position, value) pairs to (index of the token in which the step ends, value) pairs."""
         *earlier, _ = episode.turn_ends()
-        flags = episode.is_sampled or [True] * len(episode.completion_ids)
-        start = flags.index(True, earlier[-1] + 1) if earlier else 0  # the text is that of the last turn
+        start = (
+            episode.sampled_flags.index(True, earlier[-1] + 1) if earlier else 0
+        )  # the text is that of the last turn
         ids = episode.completion_ids[start:]
         decode = self.policy.decode
         prefix_length = len(episode.completion.text) - len(decode(ids))  # characters that the chat template writes
@@ -178,16 +179,6 @@ class Advantages:
         return [
             (start + bisect.bisect_left(counts, position, key=end_position), value) for position, value in sorted(steps)
         ]
-
-
-def completion_mask(episodes: list[Episode]) -> torch.Tensor:
-    """Return the mask of the tokens that the policy sampled, (N, C)."""
-    lengths = torch.tensor([len(e.completion_ids) for e in episodes])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    for row, episode in zip(mask, episodes):
-        if episode.is_sampled is not None:
-            row[: len(episode.is_sampled)] &= torch.tensor(episode.is_sampled)
-    return mask
 
 
 def pad(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -6,7 +6,6 @@ forward pass with our loop and sampling (rl/model/hf_generate.py).
 """
 
 import contextlib
-import itertools
 import math
 import random
 import sys
@@ -59,12 +58,23 @@ class Episode:
     @property
     def num_sampled(self) -> int:
         """The number of tokens that the policy sampled."""
-        return len(self.completion_ids) if self.is_sampled is None else sum(self.is_sampled)
+        return sum(self.sampled_flags)
+
+    @property
+    def sampled_flags(self) -> list[bool]:
+        """`is_sampled`, with all True if it is None."""
+        return self.is_sampled or [True] * len(self.completion_ids)
 
     def turn_ends(self) -> list[int]:
         """Return the index of the last token of each turn."""
-        flags = [*(self.is_sampled or [True] * len(self.completion_ids)), False]
+        flags = [*self.sampled_flags, False]
         return [i for i in range(len(flags) - 1) if flags[i] and not flags[i + 1]]
+
+
+def sampled_mask(episodes: list[Episode]) -> torch.Tensor:
+    """Return the mask of the completion tokens that the policy sampled, (N, C) bool on the CPU."""
+    flags = [torch.tensor(episode.sampled_flags, dtype=torch.bool) for episode in episodes]
+    return torch.nn.utils.rnn.pad_sequence(flags, batch_first=True)
 
 
 @torch.no_grad()
@@ -135,9 +145,7 @@ class StreamingScorer:
         """Start scoring finished episodes, by their index in the roll-out."""
         for index, episode in finished.items():
             if self.play:
-                sampled = [
-                    i for i, flag in zip(episode.completion_ids, episode.is_sampled or itertools.repeat(True)) if flag
-                ]
+                sampled = [token for token, flag in zip(episode.completion_ids, episode.sampled_flags) if flag]
                 episode.completion = self.play.completion(index, sampled, episode.truncated, self.step)
                 self.scoring.add(episode.completion, index)
                 continue

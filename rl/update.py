@@ -18,7 +18,7 @@ from rl.model.logprobs import completion_logprobs
 from rl.model.oom import micro_batches, retry_on_oom, return_freed_memory
 from rl.model.policy import Policy
 from rl.optimizer import Optimizer
-from rl.rollout import Episode
+from rl.rollout import Episode, sampled_mask
 
 
 class Updater:
@@ -207,7 +207,7 @@ class Updater:
             logprobs, mask, entropy = completion_logprobs(
                 self.policy, *prompt_and_completion_ids(batch), with_entropy=True
             )  # (B, C)
-            mask = mask & sampled_mask(batch, mask)
+            mask = sampled_mask(batch).to(mask.device)
             advantages = self.pad([e.advantages for e in batch])
             for episode, row in zip(batch, logprobs.detach()):
                 if episode.old_logprobs is None:  # first update after the roll-out: pi = pi_old
@@ -257,7 +257,7 @@ class Updater:
             logprobs, mask, entropy = completion_logprobs(
                 self.policy, *prompt_and_completion_ids(rows), with_entropy=True
             )
-            mask = mask & sampled_mask(rows, mask)
+            mask = sampled_mask(rows).to(mask.device)
             logprobs = torch.where(mask, logprobs, 0.0)
             entropy = torch.where(mask, entropy, 0.0)
             reference = torch.where(mask, self.pad([e.reference_logprobs for e in rows]), 0.0)
@@ -288,7 +288,7 @@ class Updater:
         num_tokens = sum(e.num_sampled for e in in_loss)
         for batch in self.micro_batches(in_loss):
             values, mask = self.critic.values(*prompt_and_completion_ids(batch))  # (B, C + 1), (B, C)
-            mask = mask & sampled_mask(batch, mask)
+            mask = sampled_mask(batch).to(mask.device)
             old = self.pad([e.values[:-1] for e in batch])
             returns = self.pad([e.returns for e in batch])
             loss = algorithms.clipped_value_loss(values[:, :-1], old, returns, self.config.cliprange_value)
@@ -325,12 +325,3 @@ class Updater:
 def prompt_and_completion_ids(episodes: list[Episode]) -> tuple[list[list[int]], list[list[int]]]:
     """Return the token ids of the prompts and of the completions."""
     return [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
-
-
-def sampled_mask(episodes: list[Episode], like: torch.Tensor) -> torch.Tensor:
-    """Return the mask of the tokens that the policy sampled, in the shape and on the device of `like` (B, C)."""
-    mask = torch.ones_like(like)
-    for row, episode in zip(mask, episodes):
-        if episode.is_sampled is not None:
-            row[: len(episode.is_sampled)] = torch.tensor(episode.is_sampled, device=mask.device)
-    return mask

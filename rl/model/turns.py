@@ -1,5 +1,6 @@
 """Prompts and replies of environments, in the form of the chat template."""
 
+import functools
 import inspect
 
 from transformers.utils import get_json_schema
@@ -72,6 +73,7 @@ def summary(tool) -> str:
     return (inspect.getdoc(tool) or "").partition("\n")[0]
 
 
+@functools.cache  # called for each row
 def tool_schemas(environment: str) -> list[dict]:
     """Return the JSON schemas of a class's tools. Raises ConfigError if a docstring or a type hint is missing."""
     schemas = []

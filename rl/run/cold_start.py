@@ -16,8 +16,8 @@ from rl.model.policy import Policy
 from rl.model.tokens import choose_end_id
 from rl.model.turns import render_replies
 from rl.optimizer import Optimizer
-from rl.rollout import Episode
-from rl.update import Updater, prompt_and_completion_ids, sampled_mask
+from rl.rollout import Episode, sampled_mask
+from rl.update import Updater, prompt_and_completion_ids
 
 BATCH_SIZE = 8  # demonstrations in an optimizer step
 WARMUP_RATIO = 0.1  # its first step has the learning rate 0
@@ -65,7 +65,7 @@ class ColdStart:
             num_tokens = sum(episode.num_sampled for episode in batch)
             for micro_batch in self.updater.micro_batches(batch):
                 logprobs, mask, _ = completion_logprobs(self.policy, *prompt_and_completion_ids(micro_batch))  # (B, C)
-                mask = mask & sampled_mask(micro_batch, mask)
+                mask = sampled_mask(micro_batch).to(mask.device)
                 loss = -torch.where(mask, logprobs, 0.0).sum() / num_tokens
                 optimizer.backward(loss)
                 totals["loss"] += loss.item()

@@ -22,8 +22,8 @@ from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.model.turns import render_replies, tool_schemas
 from rl.play import Play
-from rl.rollout import rollout_and_score
-from rl.update import Updater, prompt_and_completion_ids, sampled_mask
+from rl.rollout import rollout_and_score, sampled_mask
+from rl.update import Updater, prompt_and_completion_ids
 
 ECHO = '''
 import random
@@ -93,7 +93,7 @@ def test_sampled_tokens_have_the_trainers_logprobs(echo, change):
     episodes = play(change(echo), temperature=1.3)
     echo[1].temperature = 1.3
     logprobs, mask, _ = completion_logprobs(echo[1], *prompt_and_completion_ids(episodes))
-    mask &= sampled_mask(episodes, mask)
+    mask &= sampled_mask(episodes)
     sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.sampler_logprobs) for e in episodes], batch_first=True)
     assert max(len(e.completion.turns) for e in episodes) >= 3
     torch.testing.assert_close(logprobs[mask], sampled[mask], atol=1e-4, rtol=0)
@@ -171,7 +171,7 @@ def test_slow_environments_do_not_hold_up_the_others(tmp_path, monkeypatch):
     episodes = play(made)
     assert steps.count(False) > 3  # other rows were decoded meanwhile
     logprobs, mask, _ = completion_logprobs(policy, *prompt_and_completion_ids(episodes))
-    mask &= sampled_mask(episodes, mask)
+    mask &= sampled_mask(episodes)
     sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.sampler_logprobs) for e in episodes], batch_first=True)
     torch.testing.assert_close(logprobs[mask], sampled[mask], atol=1e-4, rtol=0)
 
