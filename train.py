@@ -58,7 +58,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
     import torch
 
     from rl.advantages import Advantages
-    from rl.checks import check_memory, check_sampler
+    from rl.run.checks import check_memory, check_sampler
     from rl.critic import Critic
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy

@@ -126,7 +126,7 @@ class Ponder:
 
     def sample(self) -> tuple[list[int], list[list[int]], list[float]]:
         """Return a prompt, eight completions of it, and the log-probabilities of all their tokens."""
-        from rl.checks import check_sampler
+        from rl.run.checks import check_sampler
         from rl.model.sampling import Sampling
         from rl.rollout import rollout
 

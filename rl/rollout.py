@@ -26,7 +26,7 @@ from rl.model.hf_generate import HFGenerate
 from rl.model.oom import retry_on_oom, return_freed_memory
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
-from rl.play import Play
+from rl.model.play import Play
 
 
 @dataclass

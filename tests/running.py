@@ -22,7 +22,7 @@ METHODS = {
 # Children of a fork server start with all modules imported, and are not forked from a process with threads.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    "train rl.advantages rl.critic rl.checks rl.run.session rl.run.commands tqdm matplotlib.pyplot "
+    "train rl.advantages rl.critic rl.run.checks rl.run.session rl.run.commands tqdm matplotlib.pyplot "
     "matplotlib.backends.backend_agg transformers.models.qwen3.modeling_qwen3 pydantic_monty".split()
 )
 

@@ -78,7 +78,8 @@ def test_openmp_spins_little_unless_the_user_says_otherwise(module, own):
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch':\n"
-        "            print('torch', os.environ.get('GOMP_SPINCOUNT'))\n"
+        "            print('torch', os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
+        "            os._exit(0)\n"
         f"sys.meta_path.insert(0, Finder())\nimport {module}\nimport rl, torch"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

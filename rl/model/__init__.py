@@ -1,4 +1,4 @@
-"""The model: the policy with its LoRA, its forward pass, the roll-out engine, and log-probabilities."""
+"""The model: the policy with its LoRA, its forward pass, the roll-out engine, episodes of environments, and log-probabilities."""
 
 import logging
 

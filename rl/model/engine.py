@@ -56,7 +56,7 @@ class Engine:
         sampling: Sampling,
         generator: torch.Generator,
         max_rows: int,
-        play=None,  # the environments of the roll-out (rl/play.py)
+        play=None,  # the environments of the roll-out (rl/model/play.py)
     ):
         self.play = play
         self.max_turn_length = play.max_turn_length if play else max_completion_length

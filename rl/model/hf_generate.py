@@ -27,7 +27,7 @@ class HFGenerate:
     sampling: Sampling
     generator: torch.Generator
     max_rows: int
-    play: object = None  # the environments (rl/play.py), if there are any
+    play: object = None  # the environments (rl/model/play.py), if there are any
 
     def run(self) -> Iterator[Finished]:
         """Yield the completions of each batch, by index. Those of prompt i start at index i * num_generations."""

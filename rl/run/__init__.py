@@ -1,1 +1,1 @@
-"""The run: its folder, checkpoints, metrics, alarms, console output, and trackers."""
+"""The run: checks before it, its folder, checkpoints, metrics, alarms, console output, and trackers."""

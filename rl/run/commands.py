@@ -50,7 +50,7 @@ def eval_only(config: Config, name: str) -> None:
     from rl.model.backends import import_backend
 
     notes += import_backend(config)
-    from rl.checks import check_sampler
+    from rl.run.checks import check_sampler
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy
     from rl.run.checkpoint import seed_all, shrunk_settings

@@ -7,7 +7,7 @@ import torch
 
 from grading import RewardError, Rewards
 from grading.rewards.verdicts import payments_to_lists
-from rl.checks import Agreement
+from rl.run.checks import Agreement
 from rl.config import Config
 from rl.critic import Critic
 from rl.evaluate import Evaluation, best_step

@@ -24,6 +24,7 @@ def test_every_model_has_a_shape():
     assert {len(shape) for shape in memory.SMALL_SHAPES.values()} == {len(memory.FIELDS)}
 
 
+@pytest.mark.slow
 def test_measures_predicted_and_actual_memory():
     predicted, measured = memory.measure("qwen3-small", memory.SHORT)
     assert 10 < predicted < 1000 and 10 < measured < 1000

@@ -41,7 +41,7 @@ def test_errors(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_real_package(tmp_path):
     """The command makes a folder that loads, ends its answers with <|im_end|>, and runs in the written-out decoder."""
-    from rl.checks import check_sampler
+    from rl.run.checks import check_sampler
     from rl.config import Config
     from rl.model.policy import load_policy
 

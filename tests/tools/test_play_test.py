@@ -143,7 +143,7 @@ def test_a_run_that_plays_resumes_to_the_same_bits(tmp_path):
     whole = tmp_path / "whole"
     assert finish(whole, "grpo", more=SETTINGS) == 0
     parts = tmp_path / "parts"
-    assert finish(parts, "grpo", more=SETTINGS, faults={"rl.play:Play:replies": (60, KeyboardInterrupt())}) != 0
+    assert finish(parts, "grpo", more=SETTINGS, faults={"rl.model.play:Play:replies": (60, KeyboardInterrupt())}) != 0
     assert finish(parts, "grpo", resume=True) == 0
     for file in sorted((whole / "rollouts").iterdir()):
         assert lines(file) == lines(parts / "rollouts" / file.name)

@@ -36,6 +36,16 @@ FIELD = re.compile(r"^# (Card|Memory|Time|Result) +(.*)$", re.MULTILINE)
 GENERATED = {"configs/countdown.yaml", "configs/reasoning_gym.yaml"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_found_once():
+    """Many tests need the shapes of the same models; building one takes half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(find_shape)
+        patch.setattr("rl.fit.recipes.find_shape", cached)
+        patch.setattr("rl.fit.dry_run.find_shape", cached)
+        yield
+
+
 def header(file):
     """Return the fields of a recipe's header, and the memory of its card in GB."""
     text = Path(file).read_text(encoding="utf-8")

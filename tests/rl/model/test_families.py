@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import train
 from export.merge import compute_logits, merge_lora
 from rl.advantages import Advantages
-from rl.checks import check_sampler
+from rl.run.checks import check_sampler
 from rl.config import Config, ConfigError
 from rl.critic import Critic
 from rl.fit.shapes import find_shape

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from conftest import copy_tiny, fill_lora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from rl.checks import check_sampler  # noqa: E402
+from rl.run.checks import check_sampler  # noqa: E402
 from rl.critic import Critic  # noqa: E402
 from rl.model.logprobs import completion_logprobs  # noqa: E402
 from rl.model.lora import reloaded_adapter, save_adapter  # noqa: E402

@@ -117,7 +117,14 @@ def test_a_run_evaluates_before_and_after_it(tmp_path, demonstrations, capsys):
         train.main(["--resume", str(folder), "--sft-epochs", "2", "--accept-changes"])
 
 
-@pytest.mark.parametrize("fault", ["in the cold start", "after the cold start", "in a step"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "in the cold start",
+        pytest.param("after the cold start", marks=pytest.mark.slow),
+        pytest.param("in a step", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, demonstrations, fault):
     more = f"--sft-data {demonstrations} --sft-epochs 1 --beta 0.01"
     faults = {

@@ -43,10 +43,8 @@ MOMENTS = {
 }
 
 
-FAST = ("while a checkpoint is written",)
-
-
-@pytest.mark.parametrize("moment", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_resumes_after_a_kill_at_any_moment(tmp_path, uninterrupted_run, moment):
     folder = tmp_path / "run"
     assert finish(folder, "grpo", faults=MOMENTS[moment]) == -KILL

@@ -265,7 +265,7 @@ def test_resumes_after_a_kill_while_an_accepted_change_is_written(copy, nth):
 
 def test_the_original_settings_are_backed_up_once(copy):
     for rate in ("1e-3", "5e-4"):
-        faults = {"rl.checks::check_memory": (1, KILL)}
+        faults = {"rl.run.checks::check_memory": (1, KILL)}
         finish(copy, "grpo", resume=True, more=f"--learning-rate {rate} --accept-changes", faults=faults)
     assert "learning_rate: 0.002" in (copy / "config_until_step_000005.yaml").read_text()
     assert "learning_rate: 0.0005" in (copy / "config.yaml").read_text()
@@ -295,7 +295,7 @@ def test_refuses_to_resume_with_missing_answers_of_an_evaluation(copy):
 
 
 def test_halved_settings_are_restored_before_the_memory_check(copy, monkeypatch):
-    import rl.checks
+    import rl.run.checks
 
     class Settings(Exception):
         pass
@@ -312,7 +312,7 @@ def test_halved_settings_are_restored_before_the_memory_check(copy, monkeypatch)
     )
     sums = state.with_name("SHA256SUMS")
     sums.write_text("".join(f"{sha256(file)}  {file.name}\n" for file in state.parent.iterdir() if file != sums))
-    monkeypatch.setattr(rl.checks, "check_memory", report_settings)
+    monkeypatch.setattr(rl.run.checks, "check_memory", report_settings)
     with pytest.raises(Settings, match=r"\(4, 4096\)"):
         train.main(["--resume", str(copy)])
     with pytest.raises(Settings, match=r"\(64, 4096\)"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rl.checks import MAX_DIFFERENCE, TARGET_SHIFT, check_sampler
+from rl.run.checks import MAX_DIFFERENCE, TARGET_SHIFT, check_sampler
 from rl.config import ConfigError
 from rl.model import decoder
 from rl.model.hf_generate import HFGenerate

@@ -17,6 +17,8 @@ import random
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,24 +72,26 @@ class Play:
     def __init__(self, policy: Policy, questions: list[Question], num_generations: int, config: Config, step: int):
         self.policy = policy
         self.config = config
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()  # for the thread: a future and its function
+        self._replies: dict[int, Future] = {}  # by episode
+        self._is_slow = False  # a reply has taken longer than PATIENCE
         self._called = ""  # the call in progress, for a message
         self._call_started = math.inf
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
         self.games = []
-        for question in questions:
-            self.games += [self._begin(question, step) for _ in range(num_generations)]
+        try:
+            for question in questions:
+                self.games += [self._begin(question, step) for _ in range(num_generations)]
+        except BaseException:
+            self.close()
+            raise
         ids = [game.prompt_ids for game in self.games]
         groups = [ids[i : i + num_generations] for i in range(0, len(ids), num_generations)]
         is_equal = all(prompt == group[0] for group in groups for prompt in group)
         self.num_generations = num_generations if is_equal else 1
         self.prompts = [group[0] for group in groups] if is_equal else ids
         self.max_turn_length = config.max_turn_length or config.max_completion_length
-        self._work: queue.SimpleQueue = queue.SimpleQueue()
-        self._done = threading.Condition()
-        self._replies: dict[int, list[int] | None] = {}
-        self._error: BaseException | None = None
-        self._num_pending = 0
-        self._is_slow = False
-        self._thread: threading.Thread | None = None
 
     def _begin(self, question: Question, step: int) -> Game:
         row = question.row
@@ -99,7 +103,7 @@ class Play:
         seed = row_seed(row, step)
         game.random_state = random.Random(seed).getstate()
         reset = functools.partial(first_observation, game.environment, row | {"seed": seed})
-        observation = self._in_thread(lambda: self._call(game, "reset", reset)) or ""
+        observation = self._wait_for(self._submit(lambda: self._call(game, "reset", reset))) or ""
         game.prompt = add_observation(row["prompt"], observation)
         game.prompt_ids = question.prompt_ids
         if observation != row.get("observation"):
@@ -112,34 +116,24 @@ class Play:
 
     def end_turn(self, index: int, ids: list[int]) -> None:
         """Let the environment answer a turn, given its token ids. `replies` returns the answer."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        with self._done:
-            self._num_pending += 1
-        self._work.put((index, ids))
+        self._replies[index] = self._submit(lambda: self._answer(self.games[index], ids))
 
     def replies(self, block: bool) -> dict[int, list[int] | None]:
         """Return the new answers as token ids, by episode; None ends the episode.
 
         block: wait until there is one. Raises RewardError if an environment fails or takes too long.
         """
-        patience = 0.0 if self._is_slow else PATIENCE
-        start = time.monotonic()
-        with self._done:
-            while self._num_pending > len(self._replies) and not self._error:
-                has_waited = time.monotonic() - start >= patience
-                if has_waited and (self._replies or not block):
-                    self._is_slow = True
-                    break
-                self._done.wait(0.05)
-                self._check_time()
-            if self._error:
-                raise self._error
-            replies = self._replies
-            self._replies = {}
-            self._num_pending -= len(replies)
-        return replies
+        deadline = time.monotonic() + (0.0 if self._is_slow else PATIENCE)
+        while True:
+            done, pending = wait(self._replies.values(), timeout=0)
+            is_late = pending and time.monotonic() >= deadline
+            if not pending or is_late and (done or not block):
+                break
+            wait(pending, timeout=0.05)
+            self._check_time()
+        self._is_slow = self._is_slow or bool(pending)
+        indices = [index for index, future in self._replies.items() if future in done]
+        return {index: self._replies.pop(index).result() for index in indices}
 
     def end_last_turn(self, index: int, ids: list[int]) -> None:
         """Record a turn that no reply follows, because the episode has reached a limit of tokens."""
@@ -151,7 +145,7 @@ class Play:
         game = self.games[index]
         if game.environment is not None and hasattr(game.environment, "get_reward"):
             get_reward = game.environment.get_reward
-            reward = to_number(self._in_thread(lambda: self._call(game, "get_reward", get_reward)))
+            reward = to_number(self._wait_for(self._submit(lambda: self._call(game, "get_reward", get_reward))))
             if reward is not None and not is_finite_number(reward):
                 self._fail(game, "get_reward", TypeError(f"returned {reward!r}, expected a finite number"))
             game.reward = reward
@@ -169,50 +163,38 @@ class Play:
             error=game.error,
         )
 
-    def _in_thread(self, function):
-        """Return function(), which is called in a thread. Raises RewardError if the call in it takes too long."""
-        results = []
+    def close(self) -> None:
+        """End the thread, once its call is over."""
+        self._calls.put(None)
+        self._thread.join(timeout=1.0)
 
-        def run() -> None:
-            try:
-                results.append((function(), None))
-            except BaseException as error:
-                results.append((None, error))
+    def _submit(self, function: Callable) -> Future:
+        """Call a function in the thread. Calls follow each other in this order."""
+        future = Future()
+        self._calls.put((future, function))
+        return future
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.05)
+    def _wait_for(self, future: Future):
+        """Return the result of a call. Raises RewardError if a call takes too long."""
+        while not future.done():
+            wait([future], timeout=0.05)
             self._check_time()
-        ((result, error),) = results
-        if error:
-            raise error
-        return result
+        return future.result()
 
     def _check_time(self) -> None:
         limit = self.config.environment_timeout
         if time.monotonic() - self._call_started > limit:
             raise RewardError(f"environment: a call of {self._called} took more than {limit:g} s (environment_timeout)")
 
-    def close(self) -> None:
-        """End the thread."""
-        self._work.put((None, []))
-
     # --- in the thread
 
     def _run(self) -> None:
-        while True:
-            index, ids = self._work.get()
-            if index is None:
-                return
+        while call := self._calls.get():
+            future, function = call
             try:
-                reply = self._answer(self.games[index], ids)
+                future.set_result(function())
             except BaseException as error:
-                self._error = error
-                reply = None
-            with self._done:
-                self._replies[index] = reply
-                self._done.notify_all()
+                future.set_exception(error)
 
     def _answer(self, game: Game, ids: list[int]) -> list[int] | None:
         """Record a turn and call its commands. Returns the tokens of the reply, or None if the episode is over."""

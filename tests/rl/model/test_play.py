@@ -21,7 +21,7 @@ from rl.model.logprobs import completion_logprobs
 from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.model.turns import render_replies, tool_schemas
-from rl.play import Play
+from rl.model.play import Play
 from rl.rollout import rollout_and_score, sampled_mask
 from rl.update import Updater, prompt_and_completion_ids
 
@@ -157,11 +157,11 @@ def test_an_episode_ends_when_done_at_max_turns_and_at_its_length(echo):
     assert any(e.truncated for e in play(echo))
 
 
-SLOW = ECHO.replace("self.texts.append(text)", "self.texts.append(text)\n        time.sleep(0.3)")
+SLOW = ECHO.replace("self.texts.append(text)", "self.texts.append(text)\n        time.sleep(0.15)")
 
 
 def test_slow_environments_do_not_hold_up_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.play.PATIENCE", 0.01)
+    monkeypatch.setattr("rl.model.play.PATIENCE", 0.01)
     made = make(write_class(tmp_path, SLOW, file="slow.py"))
     made[0].max_turns = 2
     config, policy, questions, rewards = made
@@ -331,7 +331,7 @@ def test_no_thread_is_left_after_a_roll_out(echo):
     before = threading.active_count()
     for step in range(3):
         play(echo, step=step)
-    assert threading.active_count() <= before
+    assert threading.active_count() <= before, threading.enumerate()
 
 
 def test_a_column_environment_with_other_data_is_left_alone(tmp_path):
