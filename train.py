@@ -58,11 +58,11 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
     import torch
 
     from rl.advantages import Advantages
-    from rl.run.checks import check_memory, check_sampler
     from rl.critic import Critic
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy
     from rl.rollout import collect
+    from rl.run.checks import check_memory, check_sampler
     from rl.run.cold_start import ColdStart
     from rl.run.session import Run
     from rl.run.token_log import inspect_tokens

@@ -126,9 +126,9 @@ class Ponder:
 
     def sample(self) -> tuple[list[int], list[list[int]], list[float]]:
         """Return a prompt, eight completions of it, and the log-probabilities of all their tokens."""
-        from rl.run.checks import check_sampler
         from rl.model.sampling import Sampling
         from rl.rollout import rollout
+        from rl.run.checks import check_sampler
 
         check_sampler(self.policy, self.order)  # roll-out, update and the model's own forward pass must agree
         prompt = self.order[0].prompt_ids

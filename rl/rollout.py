@@ -24,9 +24,9 @@ from rl.model.backends import set_mode
 from rl.model.engine import Engine
 from rl.model.hf_generate import HFGenerate
 from rl.model.oom import retry_on_oom, return_freed_memory
+from rl.model.play import Play
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
-from rl.model.play import Play
 
 
 @dataclass

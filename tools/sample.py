@@ -116,10 +116,10 @@ def sample(rows: list[dict], num_samples: int, config: Config, out: Path) -> lis
     import_backend(config)
     import torch
 
-    from rl.run.checks import check_sampler
     from rl.model.policy import load_policy
     from rl.model.sampling import Sampling
     from rl.rollout import rollout_and_score
+    from rl.run.checks import check_sampler
 
     policy = load_policy(config)
     questions = policy.encode(rows)

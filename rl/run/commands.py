@@ -50,10 +50,10 @@ def eval_only(config: Config, name: str) -> None:
     from rl.model.backends import import_backend
 
     notes += import_backend(config)
-    from rl.run.checks import check_sampler
     from rl.evaluate import evaluate
     from rl.model.policy import load_policy
     from rl.run.checkpoint import seed_all, shrunk_settings
+    from rl.run.checks import check_sampler
     from rl.run.folder import RunFolder, choose_folder
     from rl.run.metrics import summarize
     from rl.run.monitor import MemoryUse, describe_machine, peak_memory_mb, versions

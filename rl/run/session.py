@@ -7,7 +7,6 @@ import torch
 
 from grading import RewardError, Rewards
 from grading.rewards.verdicts import payments_to_lists
-from rl.run.checks import Agreement
 from rl.config import Config
 from rl.critic import Critic
 from rl.evaluate import Evaluation, best_step
@@ -18,6 +17,7 @@ from rl.rollout import Episode
 from rl.run import report
 from rl.run.alarms import Alarms, find_alarms, find_hacking, find_notes
 from rl.run.checkpoint import Checkpoint, RandomState, check_saved, fingerprint, run_provenance, shrunk_settings
+from rl.run.checks import Agreement
 from rl.run.files import to_json, write_errors
 from rl.run.folder import RunFolder, choose_folder
 from rl.run.metrics import describe_episodes, summarize

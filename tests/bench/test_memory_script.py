@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from bench import memory
 from rl.config import Config
 

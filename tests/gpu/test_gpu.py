@@ -130,9 +130,9 @@ def start(folder: Path, arguments: str, faults: dict | None = None) -> int:
 )
 def test_sampler_agrees(load_model, show, name, dtype, load_in_4bit):
     """Roll-out, update and the model's own forward pass agree, and the roll-out agrees with a row-by-row fp32 forward."""
-    from rl.run.checks import check_sampler
     from rl.model.sampling import Sampling
     from rl.rollout import rollout
+    from rl.run.checks import check_sampler
 
     precision = {} if DRY else {"dtype": dtype}
     config, policy, questions = load_model(name, 32, load_in_4bit=load_in_4bit, **precision)

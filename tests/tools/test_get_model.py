@@ -41,9 +41,9 @@ def test_errors(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_real_package(tmp_path):
     """The command makes a folder that loads, ends its answers with <|im_end|>, and runs in the written-out decoder."""
-    from rl.run.checks import check_sampler
     from rl.config import Config
     from rl.model.policy import load_policy
+    from rl.run.checks import check_sampler
 
     folder = tmp_path / "smollm2"
     command = [sys.executable, "-m", "data", "get", "smollm2", "--out", str(folder)]

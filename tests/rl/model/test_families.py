@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import train
 from export.merge import compute_logits, merge_lora
 from rl.advantages import Advantages
-from rl.run.checks import check_sampler
 from rl.config import Config, ConfigError
 from rl.critic import Critic
 from rl.fit.shapes import find_shape
@@ -28,6 +27,7 @@ from rl.model.lora import save_adapter
 from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
+from rl.run.checks import check_sampler
 from rl.run.report import model_notes
 from rl.update import Updater, prompt_and_completion_ids
 

@@ -18,10 +18,10 @@ from rl.config import Config, ConfigError
 from rl.critic import Critic
 from rl.evaluate import evaluate
 from rl.model.logprobs import completion_logprobs
+from rl.model.play import Play
 from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.model.turns import render_replies, tool_schemas
-from rl.model.play import Play
 from rl.rollout import rollout_and_score, sampled_mask
 from rl.update import Updater, prompt_and_completion_ids
 

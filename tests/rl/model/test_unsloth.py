@@ -29,13 +29,13 @@ import torch  # noqa: E402
 from conftest import copy_tiny, fill_lora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from rl.run.checks import check_sampler  # noqa: E402
 from rl.critic import Critic  # noqa: E402
 from rl.model.logprobs import completion_logprobs  # noqa: E402
 from rl.model.lora import reloaded_adapter, save_adapter  # noqa: E402
 from rl.model.policy import Question, load_policy  # noqa: E402
 from rl.model.sampling import Sampling  # noqa: E402
 from rl.rollout import rollout  # noqa: E402
+from rl.run.checks import check_sampler  # noqa: E402
 from rl.update import Updater  # noqa: E402
 
 QUESTIONS = ["What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "1 + 1 = ?"]

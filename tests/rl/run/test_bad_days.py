@@ -190,8 +190,8 @@ def test_a_batch_that_cannot_fit_is_reported_at_the_start(tmp_path, monkeypatch)
 def test_the_memory_check_leaves_the_policy_unchanged(policy, config):
     from conftest import vectors
 
-    from rl.run.checks import check_memory
     from rl.critic import Critic
+    from rl.run.checks import check_memory
 
     config.algorithm = "ppo"
     critic = Critic(policy, config)

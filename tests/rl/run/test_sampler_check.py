@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rl.run.checks import MAX_DIFFERENCE, TARGET_SHIFT, check_sampler
 from rl.config import ConfigError
 from rl.model import decoder
 from rl.model.hf_generate import HFGenerate
 from rl.model.policy import Question, load_policy
+from rl.run.checks import MAX_DIFFERENCE, TARGET_SHIFT, check_sampler
 
 QUESTIONS = ["What is 3 + 4 + 5?", "Compute 9 - 2 + 1.", "1 + 1 = ?"]
 
