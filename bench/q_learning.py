@@ -2,6 +2,7 @@
 
     python bench/q_learning.py                  three seeds, mazes that are never slippery
     python bench/q_learning.py --slippery 0.2   one step in five goes in a random direction
+    python bench/q_learning.py --plot curves.png --run runs/RUN    the win rates, with those of the language model
 
 Q-learning (Watkins, 1989): Q(s, a) <- Q(s, a) + alpha (r + gamma max_b Q(s', b) - Q(s, a)). The behaviour policy is
 epsilon-greedy, the target policy greedy: what is learned is not what is played (off-policy). GRPO and PPO learn about the
@@ -10,10 +11,13 @@ about a new one; a model that reads the drawing can generalize.
 """
 
 import argparse
+import json
 import random
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.environments import read_environment  # noqa: E402
@@ -76,27 +80,71 @@ def optimum(seeds: list[int]) -> float:
     return solved / len(seeds)
 
 
+def learn(seed: int, options: argparse.Namespace) -> tuple[dict, list[tuple]]:
+    """Learn from the mazes of the split "train". Returns the mazes of each split, and points of the curves.
+
+    A point is a number of episodes with three win rates: of the behaviour policy since the last point, and of the target
+    policy in the mazes trained on and in others.
+    """
+    random.seed(seed)
+    mazes = {
+        split: [row["seed"] for row in read_environment("environments.py:IceMaze", n, split, seed)]
+        for split, n in (("train", 100), ("eval", 200))
+    }
+    table = Table()
+    points = []
+    wins = 0
+    interval = max(1, options.episodes // 30)
+    for i in range(options.episodes):
+        wins += episode(table, mazes["train"][i % 100], options.slippery, learns=True)
+        if (i + 1) % interval == 0:
+            target = [win_rate(table, seeds, options.slippery) for seeds in mazes.values()]
+            points.append((i + 1, wins / interval, *target))
+            wins = 0
+    return mazes, points
+
+
+def plot(points: list[tuple], run: str | None, file: str) -> None:
+    """Draw the win rates by episodes, with those of a run of train.py on the ice maze, if there is one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    episodes, behaviour, trained, held_out = zip(*points)
+    axes.plot(episodes, behaviour, label="Q-learning, behaviour policy (epsilon-greedy), mazes trained on")
+    axes.plot(episodes, trained, label="Q-learning, target policy (greedy), mazes trained on")
+    axes.plot(episodes, held_out, label="Q-learning, target policy (greedy), other mazes")
+    if run:
+        config = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+        per_step = config["prompts_per_step"] * config["num_generations"]
+        metrics = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        rates = [(m["step"] * per_step, m["accuracy"]) for m in metrics]
+        axes.plot(*zip(*rates), label="language model, sampled (on-policy), new mazes each step")
+    axes.set(xlabel="episodes", ylabel="mazes crossed", ylim=(0, 1))
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slippery", type=float, default=0.0, help="probability of a random direction (default 0)")
     parser.add_argument("--episodes", type=int, default=15360, help="episodes to learn from (default as in the recipe)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the win rates of seed 0 by episodes, such as curves.png")
+    parser.add_argument("--run", help="a run of configs/ice_maze.yaml, drawn in the same plot")
     options = parser.parse_args()
     print(
         "| seed | episodes | mazes trained on | mazes not trained on | random play | shortest paths |\n|---|---|---|---|---|---|"
     )
     for seed in range(3):
-        random.seed(seed)
-        train, held_out = (
-            [row["seed"] for row in read_environment("environments.py:IceMaze", n, split, seed)]
-            for n, split in ((100, "train"), (200, "eval"))
-        )
-        untrained = win_rate(Table(), held_out, options.slippery)
-        table = Table()
-        for i in range(options.episodes):
-            episode(table, train[i % len(train)], options.slippery, learns=True)
-        rates = [win_rate(table, seeds, options.slippery) for seeds in (train, held_out)]
-        cells = [f"{rate:.1%}" for rate in (*rates, untrained, optimum(held_out))]
+        mazes, points = learn(seed, options)
+        _, _, *rates = points[-1]
+        untrained = win_rate(Table(), mazes["eval"], options.slippery)
+        cells = [f"{rate:.1%}" for rate in (*rates, untrained, optimum(mazes["eval"]))]
         print(f"| {seed} | {options.episodes:,} | {' | '.join(cells)} |", flush=True)
+        if seed == 0 and options.plot:
+            plot(points, options.run, options.plot)
 
 
 if __name__ == "__main__":

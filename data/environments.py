@@ -5,8 +5,8 @@ methods as tools, with type hints and a docstring with an `Args:` section. Optio
 the end; `prompt`, the question of a class that makes its own rows; a parameter `seed` of `reset`; `done`, which ends the
 episode if it is true; `score()`, whose change is the reward of a turn.
 
-A class is named by its file, environments.py:IceMaze, or as gym:NAME or textarena:NAME (data/games.py). Such a name is a
-source of questions, a value of the setting `environment`, or of the column `environment`.
+A class is named by its file, environments.py:IceMaze, or as gym:NAME or textarena:NAME (data/games.py). Functions can take
+the place of a class, as in TRL's `tools`: my_tools.py:multiply,divide. Such a name is a source of questions, a value of the setting `environment`, or of the column `environment`.
 """
 
 import copy
@@ -36,6 +36,16 @@ def is_environment(source: str) -> bool:
     return ".py:" in source or source.startswith(GAMES)
 
 
+class Functions:
+    """Plain functions as the tools of an episode."""
+
+    def __init__(self, tools: dict[str, Callable]):
+        self.tools = tools
+
+    def reset(self) -> None:
+        pass
+
+
 @functools.cache
 def find_class(name: str) -> Callable[[], object]:
     """Return the class with this name, or a function that makes the game. Raises DataError if there is none."""
@@ -47,6 +57,9 @@ def find_class(name: str) -> Callable[[], object]:
         )
     path, _, class_name = name.rpartition(":")
     module = _import(Path(path).resolve(), path)
+    functions = {key: getattr(module, key, None) for key in class_name.split(",")}
+    if all(map(inspect.isfunction, functions.values())):
+        return functools.partial(Functions, functions)
     classes = {key: value for key, value in vars(module).items() if inspect.isclass(value) and hasattr(value, "reset")}
     if class_name not in classes:
         hint = did_you_mean(class_name, classes) or f" It has {', '.join(classes) or 'none'}."
@@ -84,7 +97,9 @@ def make_environment(name: str) -> object:
 
 
 def tools_of(environment: object) -> dict[str, Callable]:
-    """Return the public methods of an environment, by name."""
+    """Return the commands of an environment by name: its public methods, or plain functions."""
+    if isinstance(environment, Functions):
+        return environment.tools
     names = [name for name in dir(type(environment)) if not name.startswith("_") and name not in NOT_TOOLS]
     members = {name: getattr(environment, name) for name in names}
     tools = {name: member for name, member in members.items() if inspect.ismethod(member)}

@@ -17,6 +17,7 @@ METHODS = {
     "grpo": "--num-mini-batches 2 --num-iterations 2 --save-total-limit 2",
     "ppo": "--algorithm ppo --num-mini-batches 2 --num-iterations 2 --beta 0.02 --beta-target-kl 0.5 --critic-warmup-steps 2",
     "running": "--algorithm reinforce --num-mini-batches 1 --baseline running --control random-reward --curriculum-steps 4 --train-data sums",
+    "episodes": "--train-data environments.py:IceMaze --eval-data environments.py:IceMaze --reward-funcs wins --max-turns 3 --max-turn-length 12 --max-completion-length 100",
 }
 
 # Children of a fork server start with all modules imported, and are not forked from a process with threads.

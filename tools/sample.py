@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 from data import DataError, load
+from data.environments import assign_environment, environment_of
 from grading import check_tests, load_rewards, preflight, sandbox
 from rl.config import Config
 from rl.run.files import to_json, to_jsonl, write_atomic
@@ -74,6 +75,8 @@ def distil(
     """
     config.system_prompt = config.system_prompt or FEW_SHOT
     rows = load_all(sources, n, split, config)
+    if any(map(environment_of, rows)):
+        raise DataError("distil writes answers of one turn; for episodes use python -m data demos ENVIRONMENT")
     demonstrations = []
     for row, record in zip(rows, sample(rows, num_samples, config, out)):
         answers = sorted(record["answers"], key=lambda answer: len(answer["completion"]))
@@ -89,7 +92,9 @@ def distil(
 
 
 def load_all(sources: list[str], n: int | None, split: str, config: Config) -> list[dict]:
-    return [row for source in sources for row in load(source, n, split, config.columns, config.seed)]
+    rows = [row for source in sources for row in load(source, n, split, config.columns, config.seed)]
+    assign_environment(rows, config.environment)
+    return rows
 
 
 def sample(rows: list[dict], num_samples: int, config: Config, out: Path) -> list[dict]:
@@ -101,7 +106,7 @@ def sample(rows: list[dict], num_samples: int, config: Config, out: Path) -> lis
     for note in check_tests(rows) + preflight(rewards, rows):
         print(f"  note     {note}", file=sys.stderr)
     task = [num_samples, config.model, config.adapter, config.system_prompt, config.max_completion_length]
-    task += [config.temperature, config.seed, [row["prompt"] for row in rows]]
+    task += [config.temperature, config.seed, [(row["prompt"], row.get("environment")) for row in rows]]
     key = zlib.crc32(to_json(task).encode())
     partial = partial_file(out)
     text = partial.read_text(encoding="utf-8") if partial.exists() else ""

@@ -22,7 +22,11 @@ def attention(query, key, value, mask: torch.Tensor, scaling: float) -> torch.Te
     mask = mask.expand(len(query), query.shape[1], -1, -1)
     if not query.is_cuda and query.shape[2] <= FEW_QUERIES and not torch.is_grad_enabled():
         # The fused CPU kernel is optimized for long queries; in a decode step two matrix products take half the time.
-        scores = torch.baddbmm(mask.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)
+        mask, query_rows, keys = mask.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1)
+        if query.dtype == torch.bfloat16:  # its product with transposed keys copies them
+            scores = torch.bmm(keys, (query_rows * scaling).mT).mT + mask
+        else:
+            scores = torch.baddbmm(mask, query_rows, keys.mT, alpha=scaling)
         return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(query.shape)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 

@@ -133,18 +133,12 @@ def test_a_missing_package_is_one_line(monkeypatch):
         load("textarena:Wordle-v0", 1)
 
 
-SETTINGS = (
-    "--train-data environments.py:IceMaze --eval-data environments.py:IceMaze --reward-funcs wins --max-turns 3 --max-turn-length 12 "
-    "--max-completion-length 100"
-)
-
-
 def test_a_run_that_plays_resumes_to_the_same_bits(tmp_path):
     whole = tmp_path / "whole"
-    assert finish(whole, "grpo", more=SETTINGS) == 0
+    assert finish(whole, "episodes") == 0
     parts = tmp_path / "parts"
-    assert finish(parts, "grpo", more=SETTINGS, faults={"rl.model.play:Play:replies": (60, KeyboardInterrupt())}) != 0
-    assert finish(parts, "grpo", resume=True) == 0
+    assert finish(parts, "episodes", faults={"rl.model.play:Play:replies": (60, KeyboardInterrupt())}) != 0
+    assert finish(parts, "episodes", resume=True) == 0
     for file in sorted((whole / "rollouts").iterdir()):
         assert lines(file) == lines(parts / "rollouts" / file.name)
     line = lines(whole / "rollouts/000001.jsonl")[0]

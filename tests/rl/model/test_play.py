@@ -12,6 +12,7 @@ from conftest import fill_lora
 
 from data import DataError, load, load_questions
 from data.commands import find_commands
+from data.environments import play_moves
 from grading import Completion, RewardError, load_rewards, score_all
 from rl.advantages import Advantages
 from rl.config import Config, ConfigError
@@ -545,3 +546,38 @@ def test_an_episode_has_trls_tokens_and_mask(tmp_path, monkeypatch):
     assert tokenizer.decode(completion_ids[0]) == tokenizer.decode(ids)
     assert completion_ids[0] == ids
     assert tool_mask[0] == mask
+
+
+FUNCTIONS = """
+def multiply(a: int, b: int) -> int:
+    \"\"\"Multiply two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    \"\"\"
+    return a * b
+
+
+def halve(number: int) -> float:
+    \"\"\"Halve a number.
+
+    Args:
+        number: Any number.
+    \"\"\"
+    return number / 2
+"""
+
+
+def test_plain_functions_are_tools(tmp_path):
+    (tmp_path / "tools.py").write_text(FUNCTIONS)
+    name = f"{tmp_path}/tools.py:multiply,halve"
+    assert [schema["function"]["name"] for schema in tool_schemas(name)] == ["multiply", "halve"]
+    row = {"id": "1", "prompt": "2 * 3?"}
+    texts = iter(["multiply(2, 3)", "halve(6)", "It is 3."])
+    turns, _ = play_moves(name, row, lambda _: next(texts))
+    assert [reply for _, reply in turns] == ["6", "3.0", ""]
+    made = make("sums", environment=name)
+    assert all(episode.completion.turns for episode in play((*made[:3], load_rewards("rewards.py", ["format"]))))
+    with pytest.raises(DataError, match="has no class multiply,half with a method reset"):
+        tool_schemas(f"{tmp_path}/tools.py:multiply,half")

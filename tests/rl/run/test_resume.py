@@ -84,7 +84,7 @@ def test_a_run_from_an_adapter_keeps_its_reference(tmp_path, uninterrupted_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("method", ["grpo", "ppo", "episodes"])
 def test_resumes_after_a_kill_at_twenty_random_moments(tmp_path, uninterrupted_run, method):
     """The moments are spread evenly over the steps and the times before the first and after the last step.
 
