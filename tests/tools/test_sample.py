@@ -124,3 +124,16 @@ def test_the_command(tmp_path):
     )
     assert error.returncode == 2 and "unrecognized arguments: --model x" in error.stderr
     assert json.loads(out.read_text().splitlines()[0])["task"] == "sums"
+
+
+def test_games_can_be_calibrated_but_not_distilled(tmp_path, monkeypatch):
+    """The file has the column `environment`, so that its questions are played."""
+    out = tmp_path / "mazes.jsonl"
+    game = "environments.py:GuessNumber"
+    settings = {"reward_funcs": ["wins"], "max_turns": 5, "max_turn_length": 8, "max_completion_length": 150}
+    config = Config(device="cpu", **settings)
+    monkeypatch.setattr(tools.sample, "LEAST", 0.0)
+    text = calibrate([game], 4, config, "train", 6, out)
+    assert "4 answers" in text and all(row["environment"] == game for row in load(str(out)))
+    with pytest.raises(DataError, match="for episodes use python -m data demos"):
+        distil([game], 4, config, "train", 6, out, keep_right=True)
