@@ -352,6 +352,9 @@ def load_with_transformers(config: Config, model_config, device: torch.device, d
     )
     refuse_missing_weights(config.model, loading["missing_keys"])
     model.requires_grad_(False)
+    if device.type == "cpu" and not config.load_in_4bit:
+        for parameter in model.parameters():  # views of the mapped file would keep all of it in memory
+            parameter.data = parameter.data.clone()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
