@@ -60,6 +60,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
     from rl.advantages import Advantages
     from rl.critic import Critic
     from rl.evaluate import evaluate
+    from rl.model import distributed
     from rl.model.policy import load_policy
     from rl.rollout import collect
     from rl.run.checks import check_memory, check_sampler
@@ -68,6 +69,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
     from rl.run.token_log import inspect_tokens
     from rl.update import Updater
 
+    distributed.join(config)  # with torchrun, the processes share roll-outs and gradients
     with Run(config, name, settings, rewards, train_rows, eval_rows, notes, started, signals) as run:
         # One frozen base model, a LoRA for the policy, and with PPO a LoRA or a value head for the critic.
         policy = load_policy(config)
@@ -78,7 +80,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
         advantages = Advantages(policy, rewards, config)
         updater = Updater(policy, critic, config)
         cold_start = ColdStart(updater, demonstrations, config) if demonstrations else None
-        generator = torch.Generator(policy.device).manual_seed(config.seed)
+        generator = torch.Generator(policy.device).manual_seed(distributed.seed(config))
 
         agreement = check_sampler(policy, train_questions)  # the sampler and the trainer must agree
         state = {"questions": questions, "rewards": rewards, "advantages": advantages, "updater": updater}

@@ -76,6 +76,9 @@ class Row(dict):
 
     __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
 
+    def __reduce__(self):  # to send it to another process
+        return Row, (dict(self),)
+
 
 def row_kind(row: dict) -> str | None:
     """Return the kind of grader for a row: its `grader` column, else "code" (has tests) or "math" (has an answer).

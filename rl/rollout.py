@@ -9,6 +9,7 @@ import contextlib
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from data.environments import environment_of
 from grading import Completion, Rewards, Score, Scoring, prompt_text
 from rl import algorithms
 from rl.config import Config
+from rl.model import distributed
 from rl.model.backends import set_mode
 from rl.model.engine import Engine
 from rl.model.hf_generate import HFGenerate
@@ -178,7 +180,7 @@ def rollout_and_score(
     step: int,
     label: str = "",
 ) -> list[Episode]:
-    """Sample completions and score them.
+    """Sample completions and score them. With torchrun, each process does so for its share of the questions.
 
     On OOM, the whole roll-out restarts with a smaller batch: keeping the finished completions would favour short ones.
 
@@ -189,6 +191,8 @@ def rollout_and_score(
         RewardError: A reward function fails.
         ConfigError: Not even one group fits into memory.
     """
+    num_questions = len(questions)
+    questions = distributed.share(questions)
     total = len(questions) * num_generations
     state = generator.get_state()
     scorer = None
@@ -218,13 +222,35 @@ def rollout_and_score(
         )
 
     is_terminal = sys.stderr.isatty()
-    with tqdm(total=total, desc=label, unit=" completions", leave=False, disable=not is_terminal) as progress:
-        episodes = retry_on_oom(attempt, config, "rollout_batch_size", requested=total, minimum=num_generations)
-        for i, (episode, score) in enumerate(zip(episodes, scorer.results())):
-            episode.group = i // num_generations
-            episode.score = score
-            episode.reward = score.total
+    counts = Counter(scored=-rewards.scored, errors=-rewards.errors)
+    episodes = []
+    if questions:
+        with tqdm(total=total, desc=label, unit=" completions", leave=False, disable=not is_terminal) as progress:
+            episodes = retry_on_oom(attempt, config, "rollout_batch_size", requested=total, minimum=num_generations)
+            for episode, score in zip(episodes, scorer.results()):
+                episode.score = score
+                episode.reward = score.total
+    if distributed.world_size() > 1:
+        episodes = share_episodes(episodes, num_questions, num_generations, rewards, counts)
+    for i, episode in enumerate(episodes):
+        episode.group = i // num_generations
     return episodes
+
+
+def share_episodes(
+    episodes: list[Episode], num_questions: int, num_generations: int, rewards: Rewards, before: Counter
+) -> list[Episode]:
+    """Return the episodes of all processes, without their environments, and add the others' counts to `rewards`.
+
+    before: the counts of `rewards` before these episodes were scored, negated.
+    """
+    for episode in episodes:
+        episode.completion.environment = None  # cannot be sent
+    groups = [episodes[i : i + num_generations] for i in range(0, len(episodes), num_generations)]
+    added = distributed.sum_counts(before + Counter(scored=rewards.scored, errors=rewards.errors))
+    rewards.scored = added["scored"] - before["scored"]
+    rewards.errors = added["errors"] - before["errors"]
+    return [episode for group in distributed.gather_shares(groups, num_questions) for episode in group]
 
 
 def collect(

@@ -14,6 +14,7 @@ import torch
 from rl import algorithms
 from rl.config import Config
 from rl.critic import Critic
+from rl.model import distributed
 from rl.model.logprobs import completion_logprobs
 from rl.model.oom import micro_batches, retry_on_oom, return_freed_memory
 from rl.model.policy import Policy
@@ -69,17 +70,20 @@ class Updater:
             return
 
         def fill() -> None:
-            for batch in self.micro_batches(episodes):
+            for batch in self.micro_batches(distributed.own(episodes)):
                 values, _ = self.critic.values(*prompt_and_completion_ids(batch))  # (B, C + 1)
                 for episode, row in zip(batch, values):
                     episode.values = row[: len(episode.completion_ids) + 1].clone()
 
         with torch.no_grad(), self.critic.active():
             self.retry_on_oom(fill, episodes)
+        distributed.exchange(episodes, "values")
         if self.config.beta:
             self.fill_logprobs(episodes, "old_logprobs")
             with self.policy.reference():
                 self.fill_logprobs(episodes, "reference_logprobs")
+            distributed.exchange(episodes, "old_logprobs")
+            distributed.exchange(episodes, "reference_logprobs")
 
     def update(self, episodes: list[Episode]) -> dict[str, float]:
         """Run all optimizer steps on the episodes of one roll-out.
@@ -187,7 +191,9 @@ class Updater:
         return False
 
     def accumulate(self, optimizer: Optimizer, backward: Callable, episodes: list[Episode]) -> Counter:
-        """Accumulate the gradient over the episodes and return the sums for the metrics. Restarts on OOM."""
+        """Accumulate the gradient over the episodes, with torchrun each process over its own, and return the sums for the
+        metrics. Restarts on OOM.
+        """
 
         def attempt() -> Counter:
             optimizer.zero_grad()
@@ -196,13 +202,15 @@ class Updater:
                 backward(episodes, totals)
             return totals
 
-        return self.retry_on_oom(attempt, episodes)
+        totals = self.retry_on_oom(attempt, episodes)
+        distributed.sum_gradients(optimizer.parameters)
+        return distributed.sum_counts(totals)
 
     def backward(self, episodes: list[Episode], totals: Counter) -> None:
         """Accumulate the gradient of the policy loss over the episodes of one optimizer step."""
         config = self.config
         num_tokens = sum(e.num_sampled for e in episodes if e.in_loss)
-        contributing = [e for e in episodes if self.contributes(e)]
+        contributing = [e for e in distributed.own(episodes) if self.contributes(e)]
         for batch in self.micro_batches(contributing):
             logprobs, mask, entropy = completion_logprobs(
                 self.policy, *prompt_and_completion_ids(batch), with_entropy=True
@@ -252,7 +260,8 @@ class Updater:
             pair = [e for sign in (1, -1) for e in group if e.in_loss and e.advantages[0] == sign]
             if len(pair) == 2:
                 pairs.append(pair)
-        for batch in self.micro_batches(pairs):
+        own_pairs = [pair for pair in pairs if distributed.own(pair)]
+        for batch in self.micro_batches(own_pairs):
             rows = [pair[0] for pair in batch] + [pair[1] for pair in batch]
             logprobs, mask, entropy = completion_logprobs(
                 self.policy, *prompt_and_completion_ids(rows), with_entropy=True
@@ -286,7 +295,7 @@ class Updater:
         """Accumulate the gradient of the value loss."""
         in_loss = [e for e in episodes if e.in_loss]
         num_tokens = sum(e.num_sampled for e in in_loss)
-        for batch in self.micro_batches(in_loss):
+        for batch in self.micro_batches(distributed.own(in_loss)):
             values, mask = self.critic.values(*prompt_and_completion_ids(batch))  # (B, C + 1), (B, C)
             mask = sampled_mask(batch).to(mask.device)
             old = self.pad([e.values[:-1] for e in batch])
@@ -298,10 +307,10 @@ class Updater:
 
     @torch.no_grad()
     def fill_logprobs(self, episodes: list[Episode], name: str) -> None:
-        """Set each episode's attribute `name` to its log-probabilities under the current model."""
+        """Set the attribute `name` of this process's episodes to their log-probabilities under the current model."""
 
         def fill() -> None:
-            for batch in self.micro_batches(episodes):
+            for batch in self.micro_batches(distributed.own(episodes)):
                 logprobs, _, _ = completion_logprobs(self.policy, *prompt_and_completion_ids(batch))
                 for episode, row in zip(batch, logprobs):
                     setattr(episode, name, row[: len(episode.completion_ids)].clone())

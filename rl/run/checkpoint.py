@@ -33,7 +33,7 @@ from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout
 from rl.run.files import describe_write_error, fsync_path, sha256, write_atomic, write_errors
 
-FORMAT = 2  # version of the format of trainer_state.json and trainer_state.pt
+FORMAT = 3  # version of the format of trainer_state.json and trainer_state.pt
 # Settings and other provenance that cannot change during a run.
 FIXED = (
     "model adapter load_in_4bit lora_r lora_alpha algorithm critic optim seed runs_on held_out sft_data sft_epochs "

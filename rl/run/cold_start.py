@@ -11,6 +11,7 @@ from collections import Counter
 import torch
 
 from rl.config import Config, ConfigError
+from rl.model import distributed
 from rl.model.logprobs import completion_logprobs
 from rl.model.policy import Policy
 from rl.model.tokens import choose_end_id
@@ -63,7 +64,7 @@ class ColdStart:
 
         def backward(batch: list[Episode], totals: Counter) -> None:
             num_tokens = sum(episode.num_sampled for episode in batch)
-            for micro_batch in self.updater.micro_batches(batch):
+            for micro_batch in self.updater.micro_batches(distributed.share(batch)):
                 logprobs, mask, _ = completion_logprobs(self.policy, *prompt_and_completion_ids(micro_batch))  # (B, C)
                 mask = sampled_mask(micro_batch).to(mask.device)
                 loss = -torch.where(mask, logprobs, 0.0).sum() / num_tokens

@@ -49,7 +49,8 @@ class StopSignals:
         is_first = not self.requested
         self.requested = True
         self.exit_code = 128 + number
-        if not self.deferred:
+        is_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if not self.deferred or (is_of_several and number == signal.SIGTERM):  # torchrun allows only 30 seconds
             print(f"\n{name}: stopping", flush=True)
             raise Stopped(self.exit_code)
         if is_first:
@@ -68,6 +69,9 @@ def command_output():
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+    if int(os.environ.get("RANK", 0)):  # of several processes started by torchrun, only the first prints
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
     try:
         yield
     except BrokenPipeError:

@@ -10,6 +10,7 @@ from grading.rewards.verdicts import payments_to_lists
 from rl.config import Config
 from rl.critic import Critic
 from rl.evaluate import Evaluation, best_step
+from rl.model import distributed
 from rl.model.backends import describe_precision
 from rl.model.lora import restore_adapter
 from rl.model.policy import Policy, Question
@@ -65,6 +66,7 @@ class Run:
         self.memory = MemoryUse()
         self.stopwatch = Stopwatch(started)
         self.signals = signals
+        self.stop_agreed = False  # with torchrun: whether a process has seen a request to stop
         self.trackers = None
         self.folder = RunFolder(choose_folder(config, name), config)
         self.provenance = run_provenance(settings, rewards.path, train_rows, eval_rows, describe_precision(config))
@@ -166,8 +168,14 @@ class Run:
 
         Batch settings that were halved when memory ran out keep their halved values, unless the user has changed them.
         """
-        for name, part in self.state.items():
-            part.load_state_dict(checkpoint.state[name])
+        by_process = checkpoint.state.pop("random")
+        for name, part in checkpoint.state.items():
+            self.state[name].load_state_dict(part)
+        if len(by_process) == distributed.world_size():
+            self.state["random"].load_state_dict(by_process[distributed.rank()])
+        else:
+            print_note(f"the checkpoint is of {len(by_process)} processes: new random states, so results differ slightly")
+            self.state["random"].generator.manual_seed(distributed.seed(self.config) + self.step)
         checkpoint.state.clear()  # frees memory: the state has been copied
         saved = checkpoint.meta["made"]["config"]
         for name, value in checkpoint.meta["shrunk"].items():
@@ -190,6 +198,9 @@ class Run:
 
     @property
     def stop_requested(self) -> bool:
+        return self.stop_agreed if distributed.world_size() > 1 else self._sees_request()
+
+    def _sees_request(self) -> bool:
         return self.signals.requested or (self.folder.path / "STOP").exists()
 
     @property
@@ -227,6 +238,7 @@ class Run:
             stats: The metrics of the advantages and of the update.
         """
         config = self.config
+        self.stop_agreed = any(distributed.all_ranks(self._sees_request()))
         previous = self.history[-1] if self.history else {}
         metrics = {"step": self.step} | describe_episodes(episodes, self.rewards, config)
         metrics |= describe_tokens(tokens) | stats | self.stopwatch.step_metrics()
@@ -309,6 +321,8 @@ class Run:
             "shrunk": shrunk_settings(self.config),
         }
         state = {name: part.state_dict() for name, part in self.state.items()}
+        state["random"] = distributed.all_ranks(state["random"])
+        distributed.check_equal(self.policy.trainable_parameters())
         card = report.model_card(self.config, self.step, self.base, self.evaluations)
         best = best_step(self.evaluations)
         path = self.folder.checkpoints.save(self.step, self.policy, card, meta, state, best)
