@@ -22,13 +22,15 @@ class StopSignals:
     """Context manager that handles Ctrl-C and SIGTERM. It ignores SIGHUP, so that a run survives its terminal.
 
     While `deferred` is True, the first signal only sets `requested`, so that the run can finish and save the current
-    step, and a second Ctrl-C raises KeyboardInterrupt. Otherwise, a signal raises Stopped immediately.
+    step, and a second Ctrl-C raises KeyboardInterrupt. Otherwise, a signal raises Stopped immediately, and so does the
+    SIGTERM that torchrun sends when another process has failed.
     """
 
     def __init__(self):
         self.deferred = False
         self.requested = False
         self.exit_code = 0
+        self.is_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # processes started by torchrun
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
@@ -41,16 +43,15 @@ class StopSignals:
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for number, handler in self._previous.items():  # torchrun repeats its signal while a process cleans up
+            signal.signal(number, signal.SIG_IGN if self.is_of_several else handler)
 
     def _handle(self, number, frame) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         is_first = not self.requested
         self.requested = True
         self.exit_code = 128 + number
-        is_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if not self.deferred or (is_of_several and number == signal.SIGTERM):  # torchrun allows only 30 seconds
+        if not self.deferred or (self.is_of_several and number == signal.SIGTERM):  # torchrun waits only 30 seconds
             print(f"\n{name}: stopping", flush=True)
             raise Stopped(self.exit_code)
         if is_first:

@@ -174,7 +174,9 @@ class Run:
         if len(by_process) == distributed.world_size():
             self.state["random"].load_state_dict(by_process[distributed.rank()])
         else:
-            print_note(f"the checkpoint is of {len(by_process)} processes: new random states, so results differ slightly")
+            print_note(
+                f"the checkpoint is of {len(by_process)} processes: new random states, so results differ slightly"
+            )
             self.state["random"].generator.manual_seed(distributed.seed(self.config) + self.step)
         checkpoint.state.clear()  # frees memory: the state has been copied
         saved = checkpoint.meta["made"]["config"]

@@ -172,16 +172,14 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path, victim)
     while not (folder / "checkpoints/step_000002").exists():
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()
-    workers = [
-        child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == str(victim)
-    ]
+    workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == str(victim)]
     start = time.monotonic()
     workers[0].send_signal(signal.SIGKILL)
     status, output = finish(process)
     assert status != 0 and time.monotonic() - start < 30
     if victim:
         assert len(re.findall("another process of this run has stopped|SIGTERM: stopping", output)) == 1, output
-    assert "Traceback" not in output.replace("traceback :", ""), output
+    assert f'{ROOT}/train.py", line' not in output, output  # torchrun has a traceback of its own
     step = len(lines(folder / "metrics.jsonl"))
     resume = ["--resume", folder, "--max-steps", step + 2, "--accept-changes"]
     assert finish(torchrun(2, *resume))[0] == 0
