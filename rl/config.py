@@ -98,6 +98,8 @@ class Config:
     min_p: float = 0.0  # drop tokens below min_p times the highest probability; 0: off
     repetition_penalty: float = 1.0  # penalty on tokens that occurred before; 1: off
     rollout_batch_size: int = 512  # completions generated at a time; lowered automatically if memory is short
+    rollout: Literal["local", "vllm"] = "local"  # vllm: completions come from a server (docs/scaling.md)
+    rollout_url: str = "http://127.0.0.1:8000"  # address of the vLLM server
 
     dynamic_sampling: int = 0  # DAPO: rounds per step that replace all-right and all-wrong groups; 0: off
     curriculum_steps: int = 0  # steps over which harder questions join (column level); 0: off
@@ -299,6 +301,10 @@ class Config:
         if self.importance_sampling_level == "sequence" and (self.loss_type != "grpo" or self.epsilon > 0.01):
             notes.append(
                 "GSPO is meant for loss_type grpo, epsilon 3e-4 and epsilon_high 4e-4: sequence ratios stay near 1"
+            )
+        if self.rollout == "vllm" and self.load_in_4bit:
+            notes.append(
+                "the server samples from 16-bit weights, the trainer has 4-bit ones: importance weights correct for it"
             )
         if self.has_critic and self.adapter:
             notes.append("the critic starts untrained: critic_warmup_steps trains it before the policy")

@@ -104,6 +104,8 @@ def rollout(
     """
     set_mode(policy.model, False, policy.uses_unsloth)  # enables the KV cache, which gradient checkpointing disables
     engine = Engine if policy.decoder else HFGenerate
+    if policy.server:
+        from rl.model.vllm_server import ServerGenerate as engine  # imports httpx
     sampler = engine(
         policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size, play
     )

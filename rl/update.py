@@ -58,8 +58,9 @@ class Updater:
 
     @property
     def corrects_sampler(self) -> bool:
-        """True if importance weights correct for the sampler, whose log-probs differ noticeably in bf16 and fp16."""
-        return self.config.importance_sampling_cap > 0 and self.policy.dtype != torch.float32
+        """True if importance weights correct for the sampler: a server, or ours in bf16 or fp16."""
+        differs = self.policy.dtype != torch.float32 or self.policy.server
+        return self.config.importance_sampling_cap > 0 and bool(differs)
 
     def fill_values(self, episodes: list[Episode]) -> None:
         """Set each episode's `values` and, for a KL in the reward, its `old_logprobs` and `reference_logprobs`.

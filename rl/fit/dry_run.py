@@ -82,6 +82,10 @@ def dry_run(config: Config, prompt_length: int | None = None, prompts: Iterable[
             f"It does not fit: it needs {needed / GB:.1f} GB, but only {machine.memory / GB:.1f} GB are available."
         )
         lines.append(advice(config, shape, machine, prompt_length))
+    if config.rollout == "vllm":
+        from rl.model.vllm_server import launch_command
+
+        lines += ["", "The server is started with", "", f"    {launch_command(config, prompt_length)}"]
     return "\n".join(lines)
 
 

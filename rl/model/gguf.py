@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from grading.base import first_line
-from rl.config import ConfigError
+from rl.config import Config, ConfigError
 
 
 def is_gguf(model: str) -> bool:
@@ -63,3 +63,17 @@ def convert(file: Path, folder: Path) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
+
+
+def check_folders(config: Config) -> None:
+    """Raise ConfigError if `model` is a folder without a model, or if `adapter` is not a folder with a LoRA."""
+    folder = Path(config.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        files = sorted(folder.glob("*.gguf"))
+        hint = f": to train its GGUF file, set model to {files[0]}" if files else ", so it is not a model"
+        raise ConfigError(f"model: the folder {folder} has no config.json{hint}")
+    if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
+            "(use a folder such as runs/NAME/checkpoints/step_000045)"
+        )

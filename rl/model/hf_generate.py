@@ -72,7 +72,7 @@ class HFGenerate:
             return {}
         prompts = [self.prompts[index // self.num_generations] + ids for index, ids in rows.items()]
         limit = self.max_completion_length - min(map(len, rows.values()))
-        once = HFGenerate(self.policy, prompts, 1, limit, self.sampling, self.generator, self.max_rows)
+        once = type(self)(self.policy, prompts, 1, limit, self.sampling, self.generator, self.max_rows)
         indices = list(rows)
         return {indices[i]: turn for finished in once.run() for i, turn in finished.items()}
 

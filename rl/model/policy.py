@@ -33,7 +33,7 @@ from rl.model.backends import (
     set_mode,
 )
 from rl.model.decoder import Decoder, unsupported_reason
-from rl.model.gguf import is_gguf, model_folder
+from rl.model.gguf import check_folders, is_gguf, model_folder
 from rl.model.lora import add_lora, load_adapter, lora_settings
 from rl.model.oom import keep_freed_memory
 from rl.model.tokens import check_ids, find_eos_ids, find_opening, is_embedded, unify_thinking
@@ -87,6 +87,7 @@ class Policy:
     max_completion_length: int = 256  # tokens
     entropy_gradient: bool = False  # the loss has an entropy term
     play: str = "auto"  # form of commands to an environment: "tools" of the chat template, or "text"
+    server: object = None  # of roll-outs (rl/model/vllm_server.py); None: they are made here
 
     @property
     def head(self) -> torch.nn.Module:
@@ -317,21 +318,17 @@ def load_policy(config: Config) -> Policy:
         logit_transform=find_logit_transform(model) if fallback_reason else LogitTransform(),
         entropy_gradient=config.entropy_coef > 0,
         play=config.play,
+        server=connect(config),
     )
 
 
-def check_folders(config: Config) -> None:
-    """Raise ConfigError if `model` is a folder without a model, or if `adapter` is not a folder with a LoRA."""
-    folder = Path(config.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        files = sorted(folder.glob("*.gguf"))
-        hint = f": to train its GGUF file, set model to {files[0]}" if files else ", so it is not a model"
-        raise ConfigError(f"model: the folder {folder} has no config.json{hint}")
-    if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"adapter: {config.adapter} is not a saved LoRA: it has no adapter_config.json "
-            "(use a folder such as runs/NAME/checkpoints/step_000045)"
-        )
+def connect(config: Config):
+    """Return a client of the server for roll-outs, or None. Raises ConfigError if it does not answer."""
+    if config.rollout == "local":
+        return None
+    from rl.model.vllm_server import Server
+
+    return Server(config)
 
 
 def load_with_transformers(config: Config, model_config, device: torch.device, dtype: torch.dtype):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from grading.base import first_line
-from rl.config import Config, ConfigError
+from rl.config import Config, ConfigError, RunError
 from rl.model.engine import Engine
 from rl.model.logprobs import completion_logprobs
 from rl.model.oom import is_out_of_memory, retry_on_oom, return_freed_memory
@@ -53,8 +53,11 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
         ConfigError: if the roll-out does not sample from the trained policy.
     """
     prompts = [question.prompt_ids for question in questions[:NUM_PROMPTS]]
+    if policy.server:
+        policy.server.check_replicas(policy, prompts[0])
     agreement = compare_paths(policy, prompts)
-    if policy.decoder and not (agreement.sampler_agrees() and agreement.trainer_agrees()):
+    agrees = agreement.trainer_agrees() and (policy.server or agreement.sampler_agrees())
+    if policy.decoder and not agrees:
         policy.decoder = None
         policy.fallback_reason = (
             f"with noise in the LoRA (shift {agreement.shift:.2g} nats/token), Ponder's decoder differs from it by "
@@ -65,6 +68,12 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
         raise ConfigError(
             f"model: {policy.model.config.model_type} cannot be trained, because its log-probabilities depend on the "
             f"padding of the batch: they differ by {agreement.model_forward:.2g} nats/token from those of each row alone"
+        )
+    if policy.server and not agreement.sampler_agrees():
+        raise ConfigError(
+            f"rollout_url: the server does not sample from the trained policy: log-probabilities differ by "
+            f"{agreement.sampler:.2g} nats/token, where the LoRA shifts them by {agreement.shift:.2g}: it ignores the LoRA, keeps an "
+            "older one in its cache, or has another base model"
         )
     if not agreement.sampler_agrees():
         raise ConfigError(
@@ -83,7 +92,7 @@ def compare_paths(policy: Policy, prompts: list[list[int]]) -> Agreement:
     try:
         return _compare_paths(policy, prompts)
     except Exception as error:  # the code of any architecture may raise anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or policy.server and isinstance(error, (ConfigError, RunError)):
             raise
         raise ConfigError(
             f"model: {policy.model.config.name_or_path} ({policy.model.config.model_type}) cannot be trained: its forward "
@@ -168,7 +177,7 @@ def check_memory(updater: Updater, questions: list[Question], held_out: list[Que
     """
     policy = updater.policy
     config = updater.config
-    if policy.decoder:  # the fallback is too slow at full length; its first roll-out is the check
+    if policy.decoder and not policy.server:  # the fallback is too slow at full length; its first roll-out is the check
         try_rollout(policy, questions, config.prompts_per_step, config.num_generations, config)
         try_rollout(policy, held_out, len(held_out), 1, config)
     try_update(updater, questions)
