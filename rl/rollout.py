@@ -24,7 +24,7 @@ from rl.config import Config
 from rl.model import distributed
 from rl.model.backends import set_mode
 from rl.model.engine import Engine
-from rl.model.hf_generate import HFGenerate
+from rl.model.hf_generate import HFGenerate, ServerGenerate
 from rl.model.oom import retry_on_oom, return_freed_memory
 from rl.model.play import Play
 from rl.model.policy import Policy, Question
@@ -103,9 +103,7 @@ def rollout(
         The episodes in the order of the prompts, with the completions of one prompt next to each other.
     """
     set_mode(policy.model, False, policy.uses_unsloth)  # enables the KV cache, which gradient checkpointing disables
-    engine = Engine if policy.decoder else HFGenerate
-    if policy.server:
-        from rl.model.vllm_server import ServerGenerate as engine  # imports httpx
+    engine = ServerGenerate if policy.server else Engine if policy.decoder else HFGenerate
     sampler = engine(
         policy, prompts, num_generations, max_completion_length, sampling, generator, rollout_batch_size, play
     )

@@ -95,6 +95,8 @@ def predict(
         rollout_bytes(config, shape, is_gpu, itemsize, prompt_length, prompts, group, free)
         for prompts, group in ((config.prompts_per_step, config.num_generations), (config.eval_questions, 1))
     )
+    if config.rollout == "vllm":
+        rollout = 0  # on the server
     with_unsloth = uses_unsloth(config, shape, device, dtype)
     update = update_bytes(config, shape, is_gpu, with_unsloth, dtype, prompt_length)
     fragmentation = FRAGMENTATION if shape.uses_decoder else FRAGMENTATION_OWN

@@ -1,4 +1,4 @@
-"""Roll-outs with the model's own forward pass: the fallback for models without a `Decoder` (rl/model/decoder.py).
+"""Roll-outs without our engine: with the model's own forward pass, for models without a `Decoder`, or on a server.
 
 `generate` of transformers prepares the inputs and the cache of any architecture. The loop is ours: each prompt is
 prefilled once, its rows of the cache are copied for its completions, and rows that have ended are dropped.
@@ -6,6 +6,7 @@ prefilled once, its rows of the cache are copied for its completions, and rows t
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from rl.model.policy import Policy
 from rl.model.sampling import Finished, Sampling, sample
 
+CONNECTIONS = 64  # requests to a server at a time
 STATE_IN_MODULES = ("recurrent_gemma",)  # the state of the recurrent layers is not in the cache
 
 
@@ -186,3 +188,34 @@ def select_rows(inputs: dict, indices: torch.Tensor) -> dict:
         elif isinstance(value, torch.Tensor):  # such as positions, (B, T) or (3, B, T)
             selected[name] = value.index_select(-2, indices)
     return selected
+
+
+class ServerGenerate(HFGenerate):
+    """Generates the completions on a vLLM server (rl/model/vllm_server.py). Has the same arguments and results."""
+
+    def run(self) -> Iterator[Finished]:
+        """Yield completions by index, each group as soon as it is finished."""
+        if self.play:
+            yield self.play_on({index: turn for finished in self.groups() for index, turn in finished.items()})
+        else:
+            yield from self.groups()
+
+    def groups(self) -> Iterator[Finished]:
+        server = self.policy.server
+        name = server.publish(self.policy)
+        n = self.num_generations
+        device = self.generator.device
+        seeds = torch.randint(2**31, (len(self.prompts),), generator=self.generator, device=device).tolist()
+        limit = self.max_completion_length
+        eos_ids = self.policy.eos_ids
+        pool = ThreadPoolExecutor(CONNECTIONS)
+        try:
+            groups = {
+                pool.submit(server.complete, name, prompt, n, limit, self.sampling, seed, eos_ids): i
+                for i, (prompt, seed) in enumerate(zip(self.prompts, seeds))
+            }
+            for future in as_completed(groups):
+                first = groups[future] * n
+                yield {first + i: completion for i, completion in enumerate(future.result())}
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -14,21 +14,16 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import httpx
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rl.config import Config, ConfigError, RunError
 from rl.model import distributed
-from rl.model.hf_generate import HFGenerate
-from rl.model.sampling import Finished, Sampling
+from rl.model.sampling import Sampling
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
-CONNECTIONS = 64  # requests at a time
 PATIENCE = 120.0  # seconds for a server to come back
 PAUSE = 2.0  # seconds between two attempts
 TIMEOUT = httpx.Timeout(600.0, connect=30.0)  # seconds; an answer takes as long as its completions
@@ -138,6 +133,8 @@ class Server:
         while answer.status_code == 404 and name in self.paths and time.monotonic() < deadline:  # it was restarted
             self.load(name)
             answer = self._post("/v1/completions", request)
+            if answer.status_code == 404:
+                time.sleep(PAUSE)
         if answer.status_code != 200:
             raise RunError(f"rollout_url: the server refuses a request for completions: {shorten(answer)}")
         try:
@@ -195,37 +192,6 @@ class Server:
                     "again, continue with --resume"
                 )
             time.sleep(PAUSE)
-
-
-class ServerGenerate(HFGenerate):
-    """Generates the completions of one roll-out on the server. Has the same arguments and results as `Engine`."""
-
-    def run(self) -> Iterator[Finished]:
-        """Yield completions by index, each group as soon as it is finished."""
-        if self.play:
-            yield self.play_on({index: turn for finished in self.groups() for index, turn in finished.items()})
-        else:
-            yield from self.groups()
-
-    def groups(self) -> Iterator[Finished]:
-        server = self.policy.server
-        name = server.publish(self.policy)
-        n = self.num_generations
-        device = self.generator.device
-        seeds = torch.randint(2**31, (len(self.prompts),), generator=self.generator, device=device).tolist()
-        limit = self.max_completion_length
-        eos_ids = self.policy.eos_ids
-        pool = ThreadPoolExecutor(CONNECTIONS)
-        try:
-            groups = {
-                pool.submit(server.complete, name, prompt, n, limit, self.sampling, seed, eos_ids): i
-                for i, (prompt, seed) in enumerate(zip(self.prompts, seeds))
-            }
-            for future in as_completed(groups):
-                first = groups[future] * n
-                yield {first + i: completion for i, completion in enumerate(future.result())}
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def shorten(answer: httpx.Response) -> str:

@@ -172,6 +172,15 @@ def test_a_run_survives_a_restart_of_the_server(tmp_path):
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 3 and "Saved " in output
 
 
+def test_episodes_are_played_through_the_server(url, tmp_path):
+    folder = tmp_path / "run"
+    game = "--train-data environments.py:GuessNumber --reward-funcs wins --max-turns 3 --max-completion-length 90 --max-steps 1"
+    train.main([*SETTINGS.split(), *game.split(), "--rollout-url", url, "--output-dir", str(folder)])
+    records = lines(folder / "rollouts/000001.jsonl")
+    assert len(records) == 16 and all(record["turns"] for record in records)
+    assert any(len(record["turns"]) > 1 for record in records)
+
+
 @pytest.mark.slow
 def test_the_main_job_is_learned(url, tmp_path):
     folder = tmp_path / "run"
