@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import QuestionSampler
 from data.environments import environment_of
-from grading import Completion, Rewards, Score, Scoring, prompt_text
+from grading import Completion, RewardError, Rewards, Score, Scoring, prompt_text
 from rl import algorithms
 from rl.config import Config
 from rl.model import distributed
@@ -224,12 +224,17 @@ def rollout_and_score(
     is_terminal = sys.stderr.isatty()
     counts = Counter(scored=-rewards.scored, errors=-rewards.errors)
     episodes = []
+    failure = None
     if questions:
         with tqdm(total=total, desc=label, unit=" completions", leave=False, disable=not is_terminal) as progress:
-            episodes = retry_on_oom(attempt, config, "rollout_batch_size", requested=total, minimum=num_generations)
-            for episode, score in zip(episodes, scorer.results()):
-                episode.score = score
-                episode.reward = score.total
+            try:
+                episodes = retry_on_oom(attempt, config, "rollout_batch_size", requested=total, minimum=num_generations)
+                for episode, score in zip(episodes, scorer.results()):
+                    episode.score = score
+                    episode.reward = score.total
+            except RewardError as error:
+                failure = error
+    distributed.raise_first(failure)
     if distributed.world_size() > 1:
         episodes = share_episodes(episodes, num_questions, num_generations, rewards, counts)
     for i, episode in enumerate(episodes):

@@ -34,6 +34,8 @@ def choose_device(config: Config) -> torch.device:
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if device == "cpu" and config.optim != "adamw_torch":
         raise ConfigError(f"optim is {config.optim}, which needs an NVIDIA GPU: set it to adamw_torch")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(device)
 
 

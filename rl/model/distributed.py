@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from grading import RewardError
 from rl.config import Config, RunError
 
 TIMEOUT = datetime.timedelta(hours=2)  # longer than any roll-out; a process that has died is noticed at once
@@ -90,6 +91,17 @@ def all_ranks(value) -> list:
 def seed(config: Config) -> int:
     """Return the seed of this process's roll-outs."""
     return config.seed + rank() * SEED_DISTANCE
+
+
+def raise_first(error: RewardError | None) -> None:
+    """Raise the first error of any process in process 0; the others end with it."""
+    if error:
+        for completion in error.completions:
+            completion.environment = None  # cannot be sent
+    for failure in filter(None, all_ranks(error)):
+        if rank():
+            all_ranks(None)  # ends this process once process 0, which writes the failed completions, has ended
+        raise failure
 
 
 # --- shares of the work

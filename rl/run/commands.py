@@ -51,6 +51,7 @@ def eval_only(config: Config, name: str) -> None:
 
     notes += import_backend(config)
     from rl.evaluate import evaluate
+    from rl.model import distributed
     from rl.model.policy import load_policy
     from rl.run.checkpoint import seed_all, shrunk_settings
     from rl.run.checks import check_sampler
@@ -58,6 +59,7 @@ def eval_only(config: Config, name: str) -> None:
     from rl.run.metrics import summarize
     from rl.run.monitor import MemoryUse, describe_machine, peak_memory_mb, versions
 
+    distributed.join(config)
     folder = RunFolder(choose_folder(config, name), config)
     memory = MemoryUse()
     policy = load_policy(config)

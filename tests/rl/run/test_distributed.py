@@ -186,6 +186,31 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path, victim)
     assert json.loads((folder / "summary.json").read_text())["finished"]
 
 
+@pytest.mark.slow
+def test_a_reward_error_in_any_process_is_reported_once_with_the_completions(tmp_path):
+    """Only the second process gets the question on which the function fails."""
+    (tmp_path / "rewards.py").write_text(
+        "from grading import reward\n\n@reward\ndef fails(completion):\n"
+        "    import os\n    return 1 / (os.environ['RANK'] == '0' or completion.step != 2)\n"
+    )
+    folder = tmp_path / "run"
+    more = ["--rewards-file", tmp_path / "rewards.py", "--output-dir", folder]
+    status, output = finish(torchrun(2, *SETTINGS.split(), *more))
+    assert status != 0 and output.count("ZeroDivisionError") == 1, output
+    assert (folder / "failed.jsonl").exists() and str(folder / "failed.jsonl") in output
+
+
+@pytest.mark.slow
+def test_evaluation_of_two_processes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = ["--eval-only", "--eval-questions", 9, "--device", "cpu"]
+    assert finish(torchrun(1, *arguments, "--output-dir", one))[0] == 0
+    assert finish(torchrun(2, *arguments, "--output-dir", two))[0] == 0
+    (first,) = (lines(file) for file in one.glob("eval/*.jsonl"))
+    (second,) = (lines(file) for file in two.glob("eval/*.jsonl"))
+    assert [line["completion"] for line in first] == [line["completion"] for line in second]
+
+
 def test_one_process_exchanges_nothing(policy):
     items = [1, 2, 3]
     assert distributed.share(items) == items == distributed.gather_shares(items, 3)
