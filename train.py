@@ -80,7 +80,7 @@ def train(config: Config, name: str, signals: StopSignals) -> None:
         advantages = Advantages(policy, rewards, config)
         updater = Updater(policy, critic, config)
         cold_start = ColdStart(updater, demonstrations, config) if demonstrations else None
-        generator = torch.Generator(policy.device).manual_seed(distributed.seed(config))
+        generator = torch.Generator(policy.device).manual_seed(distributed.own_seed(config.seed))
 
         agreement = check_sampler(policy, train_questions)  # the sampler and the trainer must agree
         state = {"questions": questions, "rewards": rewards, "advantages": advantages, "updater": updater}

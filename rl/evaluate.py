@@ -11,6 +11,7 @@ import torch
 
 from grading import Rewards
 from rl.config import Config
+from rl.model import distributed
 from rl.model.policy import Policy, Question
 from rl.model.sampling import Sampling
 from rl.rollout import Episode, rollout_and_score
@@ -84,7 +85,7 @@ def answer(
     policy: Policy, questions: list[Question], rewards: Rewards, config: Config, step: int, temperature: float
 ) -> list[dict]:
     """Answer every question at a temperature (0 is greedy), and return one record per question."""
-    generator = torch.Generator(policy.device).manual_seed(EVAL_SEED)
+    generator = torch.Generator(policy.device).manual_seed(distributed.own_seed(EVAL_SEED))
     episodes = rollout_and_score(
         policy, questions, 1, Sampling(temperature), generator, rewards, config, step, label="evaluation"
     )

@@ -27,6 +27,7 @@ class Optimizer:
         )
         # Only fp16 gradients underflow without scaling.
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        self.scaler.scale(torch.zeros(1, device=policy.device))  # under torchrun, a process may have no loss to scale
 
     @property
     def learning_rate(self) -> float:

@@ -48,6 +48,7 @@ class Models:
         device = self.choose_device(config)
         dtype = "auto" if device == "cpu" and config.device != "cpu" else config.dtype
         fixed = {"adapter": None, "backend": "transformers", "optim": "adamw_torch", "gradient_checkpointing": False}
+        fixed["rollout"] = "local"
         config = dataclasses.replace(config, device=device, dtype=dtype, **fixed)
         return config, (config.model, config.load_in_4bit, config.dtype, config.device)
 

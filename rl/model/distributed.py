@@ -28,7 +28,6 @@ from grading import RewardError
 from rl.config import Config, RunError
 
 TIMEOUT = datetime.timedelta(hours=2)  # longer than any roll-out; a process that has died is noticed at once
-SEED_DISTANCE = 2**32  # between the seeds of two processes' roll-outs
 
 
 def world_size() -> int:
@@ -88,9 +87,13 @@ def all_ranks(value) -> list:
     return values
 
 
-def seed(config: Config) -> int:
-    """Return the seed of this process's roll-outs."""
-    return config.seed + rank() * SEED_DISTANCE
+def own_seed(seed: int) -> int:
+    """Return a seed for this process: `seed` itself in process 0, unrelated ones in the others."""
+    if not rank():
+        return seed
+    return int.from_bytes(
+        hashlib.sha256(f"{seed} {rank()}".encode()).digest()[:4], "big"
+    )  # torch uses 32 bits on a CPU
 
 
 def raise_first(error: RewardError | None) -> None:

@@ -3,7 +3,10 @@
 import copy
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+import filelock
 
 from grading.base import first_line
 from rl.config import Config, ConfigError
@@ -25,6 +28,13 @@ def model_folder(model: str) -> str:
     file = Path(model)
     if not file.is_file():
         raise ConfigError(f"model: the file {file} does not exist")
+    with filelock.FileLock(
+        Path(tempfile.gettempdir(), f"{file.name}.lock")
+    ):  # processes of a run need it at the same time
+        return _converted(file)
+
+
+def _converted(file: Path) -> str:
     folder = Path(f"{file}.hf")
     if folder.is_dir() and folder.stat().st_mtime >= file.stat().st_mtime:
         return str(folder)

@@ -5,6 +5,7 @@ prefilled once, its rows of the cache are copied for its completions, and rows t
 """
 
 import itertools
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -206,16 +207,17 @@ class ServerGenerate(HFGenerate):
         n = self.num_generations
         device = self.generator.device
         seeds = torch.randint(2**31, (len(self.prompts),), generator=self.generator, device=device).tolist()
-        limit = self.max_completion_length
+        context = self.policy.context_length or sys.maxsize
+        limits = [min(self.max_completion_length, context - len(prompt)) for prompt in self.prompts]
         eos_ids = self.policy.eos_ids
         pool = ThreadPoolExecutor(CONNECTIONS)
         try:
             groups = {
                 pool.submit(server.complete, name, prompt, n, limit, self.sampling, seed, eos_ids): i
-                for i, (prompt, seed) in enumerate(zip(self.prompts, seeds))
+                for i, (prompt, limit, seed) in enumerate(zip(self.prompts, limits, seeds))
             }
             for future in as_completed(groups):
                 first = groups[future] * n
                 yield {first + i: completion for i, completion in enumerate(future.result())}
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -98,10 +98,11 @@ class Play:
         if not environment_of(row):
             prefix = question.completion_prefix
             return Game(question, prompt=row["prompt"], prompt_ids=question.prompt_ids, completion_prefix=prefix)
-        game = Game(question, make_environment(row["environment"]))
-        game.tools = tools_of(game.environment)
         seed = row_seed(row, step)
-        game.random_state = random.Random(seed).getstate()
+        game = Game(question, random_state=random.Random(seed).getstate())
+        create = functools.partial(make_environment, row["environment"])
+        game.environment = self._wait_for(self._submit(lambda: self._call(game, "__init__", create)))
+        game.tools = tools_of(game.environment)
         reset = functools.partial(first_observation, game.environment, row | {"seed": seed})
         observation = self._wait_for(self._submit(lambda: self._call(game, "reset", reset))) or ""
         game.prompt = add_observation(row["prompt"], observation)
@@ -109,7 +110,7 @@ class Play:
         if observation != row.get("observation"):
             game.prompt_ids = self.policy.encode_row(row | {"observation": observation})[0]
         game.completion_prefix = question.completion_prefix
-        game.score = self._score(game)
+        game.score = self._wait_for(self._submit(lambda: self._score(game)))
         return game
 
     # --- called by the roll-out
@@ -269,7 +270,7 @@ class Play:
                 if name in game.tools:
                     return str(error)
                 return self._fail(game, name, error)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return self._fail(game, name, error)
             finally:
                 game.random_state = random.getstate()

@@ -108,6 +108,8 @@ class Policy:
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if self.uses_unsloth:
             limits.append(getattr(self.model, "max_seq_length", None))
+        if self.server:
+            limits.append(self.server.max_model_len)
         return min(filter(None, limits), default=None)
 
     @property

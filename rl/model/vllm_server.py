@@ -26,8 +26,8 @@ from rl.model.sampling import Sampling
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 PATIENCE = 120.0  # seconds for a server to come back
 PAUSE = 2.0  # seconds between two attempts
-TIMEOUT = httpx.Timeout(600.0, connect=30.0)  # seconds; an answer takes as long as its completions
-NUM_PROBES = 4  # equal requests, whose answers differ if replicas have different LoRAs
+TIMEOUT = httpx.Timeout(3600.0, connect=30.0)  # seconds; an answer takes as long as its completions
+UNREACHABLE = (502, 503, 504)  # status codes of a proxy or a server that starts
 
 
 def launch_command(config: Config, prompt_length: int) -> str:
@@ -48,13 +48,17 @@ class Server:
         self.config = config
         self.client = httpx.Client(base_url=config.rollout_url, timeout=TIMEOUT)
         self.run = distributed.all_ranks(f"ponder-{uuid.uuid4().hex[:8]}")[0]  # all processes load the same LoRAs
-        self.folder = Path(tempfile.mkdtemp(prefix="ponder-lora-"))  # the server reads it
+        Path("runs").mkdir(exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=".lora-", dir="runs"))  # the server reads it
+        self.folder.chmod(0o755)
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.paths: dict[str, Path] = {}  # of the saved LoRAs, by name
         self.loaded: list[str] = []
         try:
             models = self.client.get("/v1/models").raise_for_status().json()["data"]
-            self.base = next(model["id"] for model in models if not model.get("parent"))
+            base = next(model for model in models if not model.get("parent"))
+            self.base = base["id"]
+            self.max_model_len = base.get("max_model_len")  # tokens
         except (httpx.HTTPError, ValueError, KeyError, StopIteration) as error:
             raise ConfigError(
                 f"rollout_url: no vLLM server answers at {config.rollout_url} ({type(error).__name__}). To start one, see the "
@@ -159,33 +163,21 @@ class Server:
             problem = "answers another prompt than was sent: its tokenizer or its settings change it"
         elif any(not ids or len(ids) != len(logprobs) or None in logprobs for ids, logprobs, *_ in completions):
             problem = "returns completions without a log-probability for each token"
-        elif any((ids[-1] in eos_ids) != (reason == "stop") for ids, _, reason, _ in completions):
+        elif any(reason == "stop" and ids[-1] not in eos_ids for ids, _, reason, _ in completions):
             problem = "ends completions at other tokens than the trainer: start it with --generation-config vllm"
         if problem:
             raise RunError(f"rollout_url: the server {problem}")
-        return [(ids, logprobs, reason != "stop") for ids, logprobs, reason, _ in completions]
-
-    def check_replicas(self, policy, prompt: list[int]) -> None:
-        """Raise ConfigError if equal requests have different answers, as from replicas with different LoRAs."""
-        name = self.publish(policy)
-        limit = min(8, policy.max_completion_length)
-        answers = [
-            self.complete(name, prompt, 1, limit, Sampling(), 0, policy.eos_ids)[0][0] for _ in range(NUM_PROBES)
-        ]
-        if any(ids != answers[0] for ids in answers):
-            raise ConfigError(
-                "rollout_url: the server answers one seeded request differently each time: its replicas do not have the same "
-                "LoRA. Start one server without data parallelism"
-            )
+        return [(ids, logprobs, ids[-1] not in eos_ids) for ids, logprobs, *_ in completions]
 
     def _post(self, path: str, body: dict) -> httpx.Response:
-        """Send a request, again and again for PATIENCE seconds if the server does not answer. Raises RunError."""
-        deadline = time.monotonic() + PATIENCE
+        """Send a request, for PATIENCE seconds again and again if the server cannot be reached. Raises RunError."""
+        deadline = None
         while True:
             with contextlib.suppress(httpx.TransportError):
                 answer = self.client.post(path, json=body)
-                if answer.status_code < 500:
+                if answer.status_code not in UNREACHABLE:
                     return answer
+            deadline = deadline or time.monotonic() + PATIENCE
             if time.monotonic() > deadline:
                 raise RunError(
                     f"rollout_url: the server at {self.config.rollout_url} has not answered for {PATIENCE:.0f} s. Once it runs "

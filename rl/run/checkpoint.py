@@ -16,7 +16,7 @@ import hashlib
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -273,6 +273,7 @@ def check_saved(policy: Policy, folder: Path, questions: list[Question], config:
         RunError: If the reloaded LoRA gives different answers.
     """
     prompts = [question.prompt_ids for question in questions[:: max(1, len(questions) // 16)]]
+    policy = replace(policy, server=None)  # a server gives a request another answer in another batch
 
     def attempt() -> list[Episode]:
         generator = torch.Generator(policy.device)

@@ -53,8 +53,6 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
         ConfigError: if the roll-out does not sample from the trained policy.
     """
     prompts = [question.prompt_ids for question in questions[:NUM_PROMPTS]]
-    if policy.server:
-        policy.server.check_replicas(policy, prompts[0])
     agreement = compare_paths(policy, prompts)
     agrees = agreement.trainer_agrees() and (policy.server or agreement.sampler_agrees())
     if policy.decoder and not agrees:
@@ -73,7 +71,7 @@ def check_sampler(policy: Policy, questions: list[Question]) -> Agreement:
         raise ConfigError(
             f"rollout_url: the server does not sample from the trained policy: log-probabilities differ by "
             f"{agreement.sampler:.2g} nats/token, where the LoRA shifts them by {agreement.shift:.2g}: it ignores the LoRA, keeps an "
-            "older one in its cache, or has another base model"
+            "older one in its cache, has another base model, or has replicas with different LoRAs"
         )
     if not agreement.sampler_agrees():
         raise ConfigError(

@@ -110,9 +110,11 @@ def probe(config: Config, train: Callable[[Config, str, StopSignals], None], sig
     with tempfile.TemporaryDirectory(prefix="ponder-probe-") as folder:
         changes = {"max_steps": PROBE_STEPS, "eval_questions": PROBE_QUESTIONS, "critic_warmup_steps": 0}
         changes |= {"eval_steps": 0, "save_steps": 0, "report_to": [], "output_dir": f"{folder}/run", "sft_data": None}
-        train(dataclasses.replace(config, **changes), "probe", signals)
-        summary = json.loads((Path(folder) / "run/summary.json").read_text(encoding="utf-8"))
-        last = read_jsonl(Path(folder) / "run/metrics.jsonl")[-1]
+        probed = dataclasses.replace(config, **changes)
+        train(probed, "probe", signals)
+        run = Path(probed.output_dir)  # under torchrun, each process has its own
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        last = read_jsonl(run / "metrics.jsonl")[-1]
     evaluations = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)
     questions = summary["eval"]["before"]["n"] + summary["eval"]["after"]["n"]
     evaluation = summary["seconds"]["eval"] / questions * config.eval_questions

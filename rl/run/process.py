@@ -22,8 +22,8 @@ class StopSignals:
     """Context manager that handles Ctrl-C and SIGTERM. It ignores SIGHUP, so that a run survives its terminal.
 
     While `deferred` is True, the first signal only sets `requested`, so that the run can finish and save the current
-    step, and a second Ctrl-C raises KeyboardInterrupt. Otherwise, a signal raises Stopped immediately, and so does the
-    SIGTERM that torchrun sends when another process has failed.
+    step, and a second Ctrl-C raises KeyboardInterrupt. Otherwise, and under torchrun, which sends signals when a process has
+    failed, a signal raises Stopped immediately.
     """
 
     def __init__(self):
@@ -51,7 +51,7 @@ class StopSignals:
         is_first = not self.requested
         self.requested = True
         self.exit_code = 128 + number
-        if not self.deferred or (self.is_of_several and number == signal.SIGTERM):  # torchrun waits only 30 seconds
+        if not self.deferred or self.is_of_several:  # torchrun waits only 30 seconds
             print(f"\n{name}: stopping", flush=True)
             raise Stopped(self.exit_code)
         if is_first:

@@ -177,7 +177,7 @@ class Run:
             print_note(
                 f"the checkpoint is of {len(by_process)} processes: new random states, so results differ slightly"
             )
-            self.state["random"].generator.manual_seed(distributed.seed(self.config) + self.step)
+            self.state["random"].generator.manual_seed(distributed.own_seed(self.config.seed) + self.step)
         checkpoint.state.clear()  # frees memory: the state has been copied
         saved = checkpoint.meta["made"]["config"]
         for name, value in checkpoint.meta["shrunk"].items():

@@ -581,3 +581,23 @@ def test_plain_functions_are_tools(tmp_path):
     assert all(episode.completion.turns for episode in play((*made[:3], load_rewards("rewards.py", ["format"]))))
     with pytest.raises(DataError, match="has no class multiply,half with a method reset"):
         tool_schemas(f"{tmp_path}/tools.py:multiply,half")
+
+
+def test_an_exit_in_a_tool_is_an_error_of_the_environment(tmp_path):
+    made = make(write_class(tmp_path, failing("raise SystemExit(0)"), file="exits.py"))
+    with pytest.raises(RewardError, match=r"exits.py:Echo.say \(line \d+\), row .*: SystemExit"):
+        play(made)
+
+
+def test_constructor_and_methods_run_in_one_thread(tmp_path):
+    source = ECHO.replace(
+        "def reset(self, seed=None):",
+        """def __init__(self):
+        import sqlite3
+
+        self.database = sqlite3.connect(":memory:")
+
+    def reset(self, seed=None):
+        self.database.execute("select 1")""",
+    )
+    assert play(make(write_class(tmp_path, source, file="database.py")))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -90,7 +91,7 @@ def test_completions_come_from_the_current_lora_with_its_logprobs(url):
         ("stale", "the server does not sample from the trained policy"),
         ("prompt", "the server answers another prompt than was sent"),
         ("name", "the server answers with data/tiny in place of ponder-"),
-        ("replicas", "one seeded request differently"),
+        ("replicas", "or has replicas with different LoRAs"),
     ],
 )
 def test_refuses_a_server(fault, message):
@@ -98,7 +99,7 @@ def test_refuses_a_server(fault, message):
     process = start(port, fault)
     try:
         _, policy, questions = connected(f"http://127.0.0.1:{port}")
-        fill_lora(policy, 0.3 if fault == "replicas" else 0.05)
+        fill_lora(policy, 0.05)
         with pytest.raises((ConfigError, RunError), match=message):
             check_sampler(policy, questions)
     finally:
@@ -111,10 +112,10 @@ def test_no_server_is_one_line():
         connected("http://127.0.0.1:9")
 
 
-@pytest.mark.parametrize("status, text", [(404, "Not Found"), (400, "rank 16 is greater than max_lora_rank 8")])
+@pytest.mark.parametrize("status, text", [(404, "Not Found"), (500, "LoRA rank 16 is greater than max_lora_rank 8")])
 def test_a_server_that_cannot_load_a_lora(url, status, text, monkeypatch):
     _, policy, questions = connected(url)
-    monkeypatch.setattr(policy.server, "_post", lambda path, body: httpx.Response(status, text=text))
+    monkeypatch.setattr(policy.server.client, "post", lambda path, json: httpx.Response(status, text=text))
     with pytest.raises(ConfigError, match=f"{status} {text}"):
         check_sampler(policy, questions)
 
@@ -125,7 +126,7 @@ def test_a_server_that_cannot_load_a_lora(url, status, text, monkeypatch):
         (lambda body: body["choices"].pop(), "returns 1 of 2 completions"),
         (lambda body: body["choices"][0]["token_ids"].append(1), "without a log-probability for each token"),
         (lambda body: body["choices"][0].pop("token_ids"), "has no 'token_ids': vLLM 0.11 or newer"),
-        (lambda body: body["choices"][1].update(finish_reason="length"), "ends completions at other tokens"),
+        (lambda body: body["choices"][1]["token_ids"].__setitem__(1, 6), "ends completions at other tokens"),
     ],
 )
 def test_refuses_an_incomplete_answer(url, change, message, monkeypatch):
@@ -140,6 +141,26 @@ def test_refuses_an_incomplete_answer(url, change, message, monkeypatch):
     change(body)
     with pytest.raises(RunError, match=message):
         server.complete("lora", [3], 2, 8, Sampling(), 0, policy.eos_ids)
+
+
+def test_prompts_that_exceed_the_servers_context_are_refused(url, monkeypatch):
+    _, policy, questions = connected(url)
+    policy.server.max_model_len = 30
+    with pytest.raises(ConfigError, match="the model's context is 30"):
+        policy.encode([question.row for question in questions])
+
+
+def test_page_and_export_of_a_run_need_no_server(url, tmp_path):
+    from export.pipeline import Export
+    from ui.models import Models
+
+    folder = tmp_path / "run"
+    train.main([*SETTINGS.split(), "--max-steps", "1", "--rollout-url", url, "--output-dir", str(folder)])
+    config = Config(rollout="vllm", rollout_url="http://127.0.0.1:9")
+    assert Export(folder / "checkpoints/step_000001", config, None, "cpu").load().server is None
+    runs = SimpleNamespace(get=lambda name: SimpleNamespace(config=config))
+    settings, _ = Models.settings(SimpleNamespace(runs=runs, choose_device=lambda config: "cpu"), "run")
+    assert settings.rollout == "local"
 
 
 def test_the_dry_run_prints_the_command_that_starts_the_server(capsys):
