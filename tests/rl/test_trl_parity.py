@@ -168,7 +168,9 @@ def run_ours(numbers: Numbers, config: Config):
     updater = object.__new__(Updater)
     updater.config = config
     device = torch.device("cpu")
-    updater.policy = SimpleNamespace(device=device, dtype=torch.float32, shares_prompts=False, hidden_size=64)
+    updater.policy = SimpleNamespace(
+        device=device, dtype=torch.float32, shares_prompts=False, hidden_size=64, server=None
+    )
     updater.optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
     totals = Counter()
     with mock.patch("rl.update.completion_logprobs", logprobs):

@@ -88,10 +88,10 @@ def test_completions_come_from_the_current_lora_with_its_logprobs(url):
     "fault, message",
     [
         ("ignores", "the server does not sample from the trained policy"),
-        ("stale", "the server does not sample from the trained policy"),
+        pytest.param("stale", "the server does not sample from the trained policy", marks=pytest.mark.slow),
         ("prompt", "the server answers another prompt than was sent"),
-        ("name", "the server answers with data/tiny in place of ponder-"),
-        ("replicas", "or has replicas with different LoRAs"),
+        pytest.param("name", "the server answers with data/tiny in place of ponder-", marks=pytest.mark.slow),
+        pytest.param("replicas", "or has replicas with different LoRAs", marks=pytest.mark.slow),
     ],
 )
 def test_refuses_a_server(fault, message):
@@ -170,6 +170,7 @@ def test_the_dry_run_prints_the_command_that_starts_the_server(capsys):
     assert launch_command(Config(lora_r=RANKS[-1]), 10).count("--max-lora-rank 512")
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_restart_of_the_server(tmp_path):
     """The new server knows no LoRA, so the run loads it again."""
     port = free_port()

@@ -52,7 +52,8 @@ def test_resumes_after_a_kill_at_any_moment(tmp_path, uninterrupted_run, moment)
     assert_same(folder, uninterrupted_run("grpo")[0])
 
 
-@pytest.mark.parametrize("method", ["ppo", pytest.param("running", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "running"])
 def test_other_methods_resume_after_a_kill(tmp_path, uninterrupted_run, method):
     """The run is killed in an update after the third checkpoint."""
     folder = tmp_path / "run"
