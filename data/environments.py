@@ -6,7 +6,8 @@ the end; `prompt`, the question of a class that makes its own rows; a parameter 
 episode if it is true; `score()`, whose change is the reward of a turn.
 
 A class is named by its file, environments.py:IceMaze, or as gym:NAME or textarena:NAME (data/games.py). Functions can take
-the place of a class, as in TRL's `tools`: my_tools.py:multiply,divide. Such a name is a source of questions, a value of the setting `environment`, or of the column `environment`.
+the place of a class, as in TRL's `tools`: my_tools.py:multiply,divide. Such a name is a source of questions, a value of the
+setting `environment`, or of the column `environment`.
 """
 
 import copy

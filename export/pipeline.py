@@ -46,8 +46,8 @@ class Export:
         self.base = base_model or config.model
         self.dtype, self.base_has_dtype = merge.merge_dtype(self.base)
         self.config = replace(config, model=self.base, adapter=str(checkpoint), device=device)
-        self.config = replace(self.config, optim="adamw_torch", backend="transformers")  # these run without a GPU, too
-        self.config = replace(self.config, rollout="local")
+        # These run without a GPU or a server, too.
+        self.config = replace(self.config, optim="adamw_torch", backend="transformers", rollout="local")
         self.folder = self.run_folder / "export"
         self.merged = self.folder / "merged"
         self.unpacked = self.folder / "unpacked"  # the GGUF file, converted for transformers

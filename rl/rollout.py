@@ -222,7 +222,7 @@ def rollout_and_score(
         )
 
     is_terminal = sys.stderr.isatty()
-    counts = Counter(scored=-rewards.scored, errors=-rewards.errors)
+    counts = rewards.state_dict()
     episodes = []
     failure = None
     if questions:
@@ -243,18 +243,17 @@ def rollout_and_score(
 
 
 def share_episodes(
-    episodes: list[Episode], num_questions: int, num_generations: int, rewards: Rewards, before: Counter
+    episodes: list[Episode], num_questions: int, num_generations: int, rewards: Rewards, before: dict
 ) -> list[Episode]:
     """Return the episodes of all processes, without their environments, and add the others' counts to `rewards`.
 
-    before: the counts of `rewards` before these episodes were scored, negated.
+    before: the counts of `rewards` before these episodes were scored.
     """
     for episode in episodes:
         episode.completion.environment = None  # cannot be sent
     groups = [episodes[i : i + num_generations] for i in range(0, len(episodes), num_generations)]
-    added = distributed.sum_counts(before + Counter(scored=rewards.scored, errors=rewards.errors))
-    rewards.scored = added["scored"] - before["scored"]
-    rewards.errors = added["errors"] - before["errors"]
+    added = distributed.sum_counts(Counter(rewards.state_dict()) - Counter(before))
+    rewards.load_state_dict({name: count + added[name] for name, count in before.items()})
     return [episode for group in distributed.gather_shares(groups, num_questions) for episode in group]
 
 

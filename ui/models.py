@@ -47,8 +47,13 @@ class Models:
         config = self.runs.get(run).config if run else Config()
         device = self.choose_device(config)
         dtype = "auto" if device == "cpu" and config.device != "cpu" else config.dtype
-        fixed = {"adapter": None, "backend": "transformers", "optim": "adamw_torch", "gradient_checkpointing": False}
-        fixed["rollout"] = "local"
+        fixed = {
+            "adapter": None,
+            "backend": "transformers",
+            "optim": "adamw_torch",
+            "gradient_checkpointing": False,
+            "rollout": "local",
+        }
         config = dataclasses.replace(config, device=device, dtype=dtype, **fixed)
         return config, (config.model, config.load_in_4bit, config.dtype, config.device)
 

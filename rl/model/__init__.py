@@ -1,4 +1,6 @@
-"""The model: the policy with its LoRA, its forward pass, the roll-out engine, episodes of environments, and log-probabilities."""
+"""The model: the policy with its LoRA, its forward pass, roll-outs here or on a server, episodes of environments,
+log-probabilities, and the exchange between several processes.
+"""
 
 import logging
 

@@ -101,16 +101,16 @@ class Play:
         seed = row_seed(row, step)
         game = Game(question, random_state=random.Random(seed).getstate())
         create = functools.partial(make_environment, row["environment"])
-        game.environment = self._wait_for(self._submit(lambda: self._call(game, "__init__", create)))
+        game.environment = self._in_thread(lambda: self._call(game, "__init__", create))
         game.tools = tools_of(game.environment)
         reset = functools.partial(first_observation, game.environment, row | {"seed": seed})
-        observation = self._wait_for(self._submit(lambda: self._call(game, "reset", reset))) or ""
+        observation = self._in_thread(lambda: self._call(game, "reset", reset)) or ""
         game.prompt = add_observation(row["prompt"], observation)
         game.prompt_ids = question.prompt_ids
         if observation != row.get("observation"):
             game.prompt_ids = self.policy.encode_row(row | {"observation": observation})[0]
         game.completion_prefix = question.completion_prefix
-        game.score = self._wait_for(self._submit(lambda: self._score(game)))
+        game.score = self._in_thread(lambda: self._score(game))
         return game
 
     # --- called by the roll-out
@@ -146,7 +146,7 @@ class Play:
         game = self.games[index]
         if game.environment is not None and hasattr(game.environment, "get_reward"):
             get_reward = game.environment.get_reward
-            reward = to_number(self._wait_for(self._submit(lambda: self._call(game, "get_reward", get_reward))))
+            reward = to_number(self._in_thread(lambda: self._call(game, "get_reward", get_reward)))
             if reward is not None and not is_finite_number(reward):
                 self._fail(game, "get_reward", TypeError(f"returned {reward!r}, expected a finite number"))
             game.reward = reward
@@ -175,8 +175,9 @@ class Play:
         self._calls.put((future, function))
         return future
 
-    def _wait_for(self, future: Future):
-        """Return the result of a call. Raises RewardError if a call takes too long."""
+    def _in_thread(self, function: Callable):
+        """Return function(), called in the thread. Raises RewardError if a call takes too long."""
+        future = self._submit(function)
         while not future.done():
             wait([future], timeout=0.05)
             self._check_time()
