@@ -28,9 +28,8 @@ def model_folder(model: str) -> str:
     file = Path(model)
     if not file.is_file():
         raise ConfigError(f"model: the file {file} does not exist")
-    lock = Path(
-        tempfile.gettempdir(), f"{file.name}.lock"
-    )  # several processes of a run need the folder at the same time
+    # Several processes of a run need the folder at the same time.
+    lock = Path(tempfile.gettempdir(), f"{file.name}.lock")
     with filelock.FileLock(lock):
         return _converted(file)
 
