@@ -4,8 +4,9 @@
     python ui/app.py --runs FOLDER --port 7861
     python ui/app.py --host 0.0.0.0 --auth NAME:PASSWORD      let others on the network view runs and ask questions
 
-The page sends nothing to other machines, and stores only the theme in the browser. Rewards can be edited and runs
-started only if the page is served to this machine alone (the default). Requests from other sites' pages are refused.
+The page sends nothing to other machines. The browser stores the theme and the number of a tab, which finds the chat again
+after a reload. Rewards can be edited and runs started only if the page is served to this machine alone (the default).
+Requests from other sites' pages are refused.
 """
 
 import os
@@ -31,17 +32,26 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 
 from grading.base import first_line  # noqa: E402
 from rl.run.process import command_output  # noqa: E402
-from ui import compare_tab, learn_tab, rewards_tab, watch_tab  # noqa: E402
+from ui import chat_page, learn_page, questions_page, rewards_page, watch_page  # noqa: E402
+from ui.launch import Launcher  # noqa: E402
 from ui.runs import Page, Runs  # noqa: E402
 from ui.worker import Worker  # noqa: E402
 
 LOOPBACK = ("127.0.0.1", "localhost")
+PAGES = {"What changed": questions_page, "Watch": watch_page, "Rewards": rewards_page, "Learn": learn_page}
+# Nothing is loaded from other machines, even if a model writes a link to an image.
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "frame-ancestors 'self'"
+)
 CSS = """
-.console textarea {font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto}
-.dark .tokens span, .dark .tokens .category-label {color: white !important}
 footer {display: none !important}
-.turns .message { font-family: monospace; white-space: pre-wrap; }
-.turns .user { color: var(--body-text-color-subdued); }
+progress {width: 100%; height: 14px; accent-color: #f97316}
+.status:has(textarea:placeholder-shown) {display: none}
+.console textarea {font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto}
+@media (max-width: 640px) {
+    .chat {height: 27vh !important}
+}
 """
 
 
@@ -60,7 +70,7 @@ class Settings:
 
 
 class SameOriginMiddleware:
-    """ASGI middleware that refuses requests from other sites' pages and prevents them from framing this page."""
+    """ASGI middleware that refuses requests from other sites' pages, and sets the POLICY of this one."""
 
     def __init__(self, app):
         self.app = app
@@ -73,22 +83,26 @@ class SameOriginMiddleware:
                 response = PlainTextResponse("Refused: the request comes from another site's page.", 403)
                 return await response(scope, receive, send)
 
-        async def send_unframed(message):
+        async def send_with_policy(message):
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).append("Content-Security-Policy", "frame-ancestors 'self'")
+                MutableHeaders(scope=message).append("Content-Security-Policy", POLICY)
             await send(message)
 
-        await self.app(scope, receive, send_unframed)
+        await self.app(scope, receive, send_with_policy)
 
 
 def build(settings: Settings) -> gr.Blocks:
     """Build the page without serving it."""
     runs = Runs(settings.runs)
-    page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file)
-    with gr.Blocks(title="Ponder", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown("# Ponder\nCompare a model's answers before and after training.")
-        for tab in (compare_tab, watch_tab, rewards_tab, learn_tab):
-            tab.build(page)
+    page = Page(runs, Worker(runs), settings.is_local, settings.rewards_file, Launcher(runs))
+    options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (3600, 3600)}
+    with gr.Blocks(title="Ponder", **options) as blocks:
+        gr.Navbar(main_page_name="Chat")
+        chat_page.build(page)
+    for name, module in PAGES.items():
+        with blocks.route(name):
+            gr.Navbar(main_page_name="Chat")
+            module.build(page)
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""A chat with two models: questions, verdicts of the reward functions, and downloads.
+"""A chat with one or two models: questions, answers, verdicts of the reward functions, votes and downloads.
 
 The raw texts stay on the server, in a `Session`. Both sides are scored with the same reward file: the copy in the right
 side's run, else in the left side's, else in the newest run, else rewards.py. Does not import gradio or torch.
@@ -8,53 +8,83 @@ import contextlib
 import json
 import math
 import random
-import re
 import tempfile
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from grading import Score, outcome_of, prompt_text
+from grading import outcome_of, prompt_text
 from rl.config import Config
-from ui.reward_process import reward_rows, score_completions
+from ui.reward_process import score_completions
 from ui.runs import Page, Run, UiError, config_of, import_models, questions_of
+from ui.text import fenced
 from ui.turns import Answer, ChatRequest, Sample
 
 BASE = "the base model"
 SIDES = "left", "right"
-MAX_TEXT_LENGTH = 20_000  # characters of a text shown on the page; downloads contain the full text
+COMPARE, BLIND, SINGLE = "Compare two models", "Blind vote", "One model"
+GREEDY, SAMPLING = "Greedy: one answer", "Sampling"
 REWARD_TIMEOUT = 30.0  # seconds
 DEFAULT_CONFIG = Path("configs/tiny.yaml")  # used if there is no run
+MAX_SESSIONS = 100  # the oldest chats are dropped
 
 
 @dataclass(eq=False)
 class Round:
-    """A question and the answers of both sides."""
+    """A question and the answers of one or two models."""
 
     question: str
-    names: list[str]  # model name of each side
-    is_hidden: bool  # in a blind chat: names and verdicts are hidden until the vote
-    request: ChatRequest
+    sides: list[str]  # value of `side_choices` of each side
+    is_hidden: bool  # names and verdicts are hidden until the vote
+    is_fresh: bool  # starts a conversation: the models do not see the rounds before it
+    run: str | None
+    options: dict  # sampling settings, as in ChatRequest
     row: dict | None = None  # data row for scoring; None: no expected answer
-    answers: tuple[Answer, ...] = ()
+    title: str = ""  # "Held-out question 7"
+    stop: threading.Event = field(default_factory=threading.Event)
+    is_started: bool = False
     is_done: bool = False  # answered and scored
+    answers: tuple[Answer, ...] = ()
     weights: dict[str, float] = field(default_factory=dict)  # by reward function
     no_verdict_reason: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return list(map(side_label, self.sides))
 
 
 @dataclass
 class Session:
-    """The chat of one visitor."""
+    """The chat of one browser tab."""
 
     rounds: list[Round] = field(default_factory=list)
-    held_out_row: dict | None = None  # the last held-out row loaded into the question field
+    selected: tuple = ()  # mode, left and right of the last question
+    is_raw: bool = False  # show the raw texts
     is_swapped: bool | None = None  # in a blind chat: whether the sides are swapped; None: not blind
     votes: Counter = field(default_factory=Counter)
-    unanswered: str = ""  # the last question, if no side answered it
     folder: tempfile.TemporaryDirectory | None = None  # downloads; removed with the session
 
+    def waiting(self) -> Round | None:
+        """Return the first question that no model has begun to answer."""
+        return next((round_ for round_ in self.rounds if not round_.is_started), None)
 
-# --- questions
+    def stop(self) -> None:
+        for round_ in self.rounds:
+            round_.stop.set()
+
+
+def find_session(page: Page, number: str) -> Session:
+    """Return the chat of a browser tab, which sends the same number after a reload."""
+    session = page.sessions.pop(number, None) or Session()
+    page.sessions[number] = session  # the most recently used one comes last
+    for oldest in list(page.sessions)[:-MAX_SESSIONS]:
+        del page.sessions[oldest]
+    return session
+
+
+# --- models and questions
 
 
 def side_choices(page: Page) -> list[tuple[str, str]]:
@@ -63,8 +93,27 @@ def side_choices(page: Page) -> list[tuple[str, str]]:
     for name in page.runs.names():
         with contextlib.suppress(UiError):  # the error is shown when the run is selected
             for checkpoint in reversed(page.runs.get(name).checkpoints()):
-                choices.append((f"{name}, step {int(checkpoint[5:])}", f"{name}/{checkpoint}"))
+                choices.append((side_label(f"{name}/{checkpoint}"), f"{name}/{checkpoint}"))
     return choices
+
+
+def side_label(value: str) -> str:
+    side = parse_side(value)
+    return f"{side[0]}, step {int(side[1][5:])}" if side else BASE
+
+
+def default_side(page: Page) -> str:
+    """Return the last checkpoint of the newest run that improved; else of the newest finished one, or of the newest."""
+    latest = {}
+    for _, value in side_choices(page)[1:]:
+        latest.setdefault(value.partition("/")[0], value)
+
+    def rank(name: str) -> tuple:
+        summary = page.runs.get(name).summary()
+        low = summary.get("eval", {}).get("gain", {}).get("ci95", [0.0])[0]
+        return low > 0, bool(summary.get("finished"))
+
+    return latest[max(latest, key=rank)] if latest else BASE  # of equal ones, the newest
 
 
 def parse_side(value: str | None) -> tuple[str, str] | None:
@@ -81,105 +130,103 @@ def shared_run(page: Page, left: str | None, right: str | None) -> Run | None:
     return page.runs.get(names[0]) if names else None
 
 
+def load_config(run: Run | None) -> Config:
+    return run.config if run else config_of(DEFAULT_CONFIG, 0)
+
+
 def held_out_rows(page: Page, left: str | None, right: str | None) -> list[dict]:
     run = shared_run(page, left, right)
     return (run.questions() if run else questions_of(DEFAULT_CONFIG, 0))[1]
 
 
-def load_held_out(page: Page, session: Session, left, right, number: float | None) -> tuple[str, int]:
-    """Return the text of a held-out question and its number, for the question and number fields."""
+def held_out_question(page: Page, left, right, number: float | None) -> tuple[str, int]:
+    """Return the text of a held-out question and its number; a random one if there is no number."""
     rows = held_out_rows(page, left, right)
-    if not number or not 1 <= number <= len(rows):
-        raise UiError(f"There is no held-out question {number or 0:g}. They are numbered from 1 to {len(rows)}.")
-    session.held_out_row = rows[int(number) - 1]
-    return prompt_text(session.held_out_row["prompt"]), int(number)
+    number = random.randint(1, len(rows)) if number is None else int(number)
+    if not 1 <= number <= len(rows):
+        raise UiError(f"There is no held-out question {number}. They are numbered from 1 to {len(rows)}.")
+    return prompt_text(rows[number - 1]["prompt"]), number
 
 
-def random_held_out(page: Page, session: Session, left, right) -> tuple[str, int]:
-    """Return the text of a random held-out question and its number."""
-    return load_held_out(page, session, left, right, random.randint(1, len(held_out_rows(page, left, right))))
+def add_question(page: Page, session: Session, mode: str, left, right, question, expected, **options) -> Round:
+    """Append a question to the chat. options: sampling settings of ChatRequest. Raises UiError if one is invalid.
 
-
-def build_messages(rounds: list[Round], side: int, question: str | list[dict]) -> list[dict]:
-    """Return the conversation of a side, ending with the question. Only the first sample of each answer is used."""
-    messages = []
-    for round_ in rounds:
-        samples = round_.answers[side].samples if round_.answers else ()
-        messages.append({"role": "user", "content": round_.question})
-        messages.append({"role": "assistant", "content": samples[0].text if samples else ""})
-    return messages + ([{"role": "user", "content": question}] if isinstance(question, str) else list(question))
-
-
-def stop(session: Session) -> None:
-    for round_ in session.rounds:
-        round_.request.stop.set()
-
-
-def start_round(page: Page, session: Session, left, right, blind, question, expected, greedy, *sampling) -> Round:
-    """Append a round with a request for the worker to the chat. A held-out question starts a new chat."""
-    temperature, top_p, seed, max_tokens, samples = sampling
+    A held-out question is asked as in training: in a new conversation.
+    """
     if not (question or "").strip():
         raise UiError("There is no question. Type one, or load a held-out question.")
-    if (max_tokens or 0) < 0:
-        raise UiError("Maximum answer length: enter a positive number of tokens, or 0 for the length used in training.")
-    stop(session)
-    run = shared_run(page, left, right)
+    sides = [left or BASE] if mode == SINGLE else [left or BASE, right or BASE]
+    run = shared_run(page, sides[0], sides[-1])
     config = load_config(run)
-    row, prompt = None, question
-    if session.held_out_row and question.strip() == prompt_text(session.held_out_row["prompt"]).strip():
-        row = session.held_out_row
-        prompt = row["prompt"]
-        session.rounds = []
-    elif (expected or "").strip():
+    session.selected = mode, left, right
+    options["max_tokens"] = int(options.get("max_tokens") or 0) or config.max_completion_length
+    if options["max_tokens"] < 0:
+        raise UiError("Maximum answer length: enter a positive number of tokens, or 0 for the length used in training.")
+    row, title = None, ""
+    for number, held_out in enumerate(held_out_rows(page, sides[0], sides[-1]), 1):
+        if prompt_text(held_out["prompt"]).strip() == question.strip():
+            row, title = held_out, f"Held-out question {number}"
+    if not row and (expected or "").strip():
         answer = expected.strip()
         row = {config.columns.get("answer", "answer"): answer}
         row |= {"id": "own", "task": "own", "prompt": question, "answer": answer}
-    was_blind = session.rounds and session.rounds[-1].is_hidden
-    starts_new_chat = not was_blind if blind else session.is_swapped is not None
-    if starts_new_chat:  # within a chat, the sides are never swapped again
-        session.rounds = []
-        session.is_swapped = random.random() < 0.5 if blind else None
-    names = [left or BASE, right or BASE]
+    is_blind = mode == BLIND
+    previous = session.rounds[-1] if session.rounds else None
+    is_fresh = not previous or bool(title) or previous.is_hidden != is_blind
+    if not (is_blind and previous and previous.is_hidden):  # the sides stay until the vote
+        session.is_swapped = random.random() < 0.5 if is_blind else None
     if session.is_swapped:
-        names.reverse()
-    session.rounds = [round_ for round_ in session.rounds if any(answer.samples for answer in round_.answers)]
-    request = ChatRequest(
-        sides=tuple(map(parse_side, names)),
-        messages=tuple(build_messages(session.rounds, side, prompt) for side in (0, 1)),
-        run=run.name if run else None,
-        temperature=0.0 if greedy else float(temperature),
-        top_p=float(top_p),
-        seed=int(seed or 0) % 2**31,
-        max_tokens=int(max_tokens or 0) or config.max_completion_length,
-        samples=1 if greedy else min(16, max(1, int(samples or 1))),
-    )
-    session.rounds.append(Round(question, names, bool(blind), request, row))
+        sides.reverse()
+    session.rounds.append(Round(question, sides, is_blind, is_fresh, run.name if run else None, options, row, title))
     return session.rounds[-1]
 
 
-def load_config(run: Run | None) -> Config:
-    return run.config if run else config_of(DEFAULT_CONFIG, 0)
+def make_request(session: Session, round_: Round) -> ChatRequest:
+    """Return the request for the worker: the conversation of each side, ending with the question."""
+    before = session.rounds[: session.rounds.index(round_)]
+    start = max((i for i, other in enumerate(before) if other.is_fresh), default=0)
+    prompt = round_.row["prompt"] if round_.title else round_.question
+    question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    conversations = []
+    for side in range(len(round_.names)):
+        messages = []
+        for other in [] if round_.is_fresh else before[start:]:
+            samples = other.answers[side].samples if side < len(other.answers) else ()
+            if samples:
+                messages.append({"role": "user", "content": other.question})
+                messages.append({"role": "assistant", "content": samples[0].text})
+        conversations.append([messages + question])
+    sides = tuple(map(parse_side, round_.sides))
+    return ChatRequest(sides, tuple(conversations), round_.run, stop=round_.stop, **round_.options)
 
 
 # --- verdicts
 
 
-def score_round(page: Page, round_: Round) -> None:
-    """Score the finished samples of both sides. Raise RewardError if a reward function fails or times out."""
-    run = page.runs.get(round_.request.run) if round_.request.run else None
-    file = run.file("rewards.py") if run else page.rewards_file
-    finished = [sample for answer in round_.answers for sample in answer.samples if sample.finished]
-    completions = [
-        {"text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids}
-        for s in finished
-    ]
-    arguments = run and run.path, file, file.read_text(encoding="utf-8"), REWARD_TIMEOUT
-    round_.weights, scores, _ = score_completions(*arguments, round_.row, completions, round_.request.stop)
+def score_round(page: Page, round_: Round) -> Iterator[float]:
+    """Score the finished samples of all sides. Raise RewardError if a reward function fails or times out."""
+    samples = [sample for answer in round_.answers for sample in answer.samples if sample.finished]
+    weights, scores = yield from score_samples(page, round_.run, [(round_.row, sample) for sample in samples])
+    round_.weights = weights
     scores = iter(scores)
     round_.answers = tuple(
         replace(answer, samples=tuple(replace(s, score=next(scores)) if s.finished else s for s in answer.samples))
         for answer in round_.answers
     )
+
+
+def score_samples(page: Page, run_name: str | None, samples: list[tuple[dict, Sample]]) -> Iterator[float]:
+    """Score (row, sample) pairs with the reward file of a run. Returns the weights and the scores."""
+    run = page.runs.get(run_name) if run_name else None
+    file = run.file("rewards.py") if run else page.rewards_file
+    completions = [
+        {"row": row, "text": s.text, "truncated": s.truncated, "tokens": len(s.token_ids), "token_ids": s.token_ids}
+        for row, s in samples
+    ]
+    source = file.read_text(encoding="utf-8")
+    seconds = REWARD_TIMEOUT + 0.05 * len(samples)
+    weights, scores, _ = yield from score_completions(run and run.path, file, source, seconds, completions)
+    return weights, scores
 
 
 def verdict(sample: Sample, max_tokens: int) -> str:
@@ -199,13 +246,10 @@ def verdict(sample: Sample, max_tokens: int) -> str:
     return cut_off or ("no answer" if outcome_of(score.reasons.get(score.judge, "")) == "no_answer" else "wrong")
 
 
-def sample_scores(answer: Answer) -> list[Score]:
-    return [sample.score for sample in answer.samples if sample.score]
-
-
 def count_correct(answer: Answer) -> tuple[int, int]:
     """Return the number of correct samples of a side, and the number of graded ones."""
-    graded = [score for score in sample_scores(answer) if score.judge and score.verdict != "ungraded"]
+    scores = [sample.score for sample in answer.samples if sample.score]
+    graded = [score for score in scores if score.judge and score.verdict != "ungraded"]
     return sum(score.is_right for score in graded), len(graded)
 
 
@@ -214,25 +258,23 @@ def format_accuracy(correct: int, n: int) -> str:
     import_models()
     from rl.evaluate import wilson_interval
 
+    if n == 1:
+        return "correct" if correct else "not correct"
     low, high = wilson_interval(correct, n)
     return f"{correct}/{n} correct ({correct / n:.0%}, 95% CI {low:.0%} to {high:.0%})"
 
 
-def verdict_text(round_: Round, answer: Answer) -> str:
-    """Return the line below a side: verdict, reward, and expected answer."""
-    if answer.state == "failed":
-        return answer.note
-    correct, graded = count_correct(answer)
-    if len(answer.samples) > 1 and graded:
-        text = format_accuracy(correct, graded)
-    else:
-        text = "; ".join(dict.fromkeys(verdict(sample, round_.request.max_tokens) for sample in answer.samples))
-    totals = [score.total for score in sample_scores(answer) if not math.isnan(score.total)]
-    if totals:
-        text += f". Reward {sum(totals) / len(totals):.3g}" + (" on average" if len(totals) > 1 else "")
-    if round_.row:
-        text += f". Expected: {expected_answer(round_.row)}"
-    return cut(f"{text}. {round_.no_verdict_reason}" if round_.no_verdict_reason else text, 2000)
+def describe_sample(round_: Round, side: int, sample: Sample) -> str:
+    """Return the line below an answer: verdict, reward, length, speed, and the model that wrote it."""
+    length = f"{len(sample.token_ids)} tokens"
+    if round_.is_hidden:
+        return length
+    answer = round_.answers[side]
+    text = verdict(sample, round_.options["max_tokens"])
+    text += f" (expected {expected_answer(round_.row)})" if round_.row else ""
+    total = sample.score.total if sample.score else math.nan
+    reward = [] if math.isnan(total) else [f"reward {total:.3g}"]
+    return " · ".join([text, *reward, length, f"{answer.tokens_per_second:.0f} tokens/s", round_.names[side]])
 
 
 def expected_answer(row: dict) -> str:
@@ -242,54 +284,36 @@ def expected_answer(row: dict) -> str:
     return "; ".join(map(str, expected)) if isinstance(expected, list) else str(expected)
 
 
-def reward_table(round_: Round, answer: Answer) -> list[list]:
-    """Return one row per sample and reward: sample number, name, value, weight, reason."""
-    table = []
-    for number, sample in enumerate(answer.samples, 1):
-        rows = reward_rows(sample.score, round_.weights) if sample.score else []
-        table += [[number, *row[:3], cut(row[-1], 500)] for row in rows if row[1] != "-" or row[-1]]
-    return table
-
-
 def summary(round_: Round, seconds: float) -> str:
     """Return the status line of a finished round."""
     counts = [count_correct(answer) for answer in round_.answers]
-    is_graded = not round_.is_hidden and all(n for _, n in counts)
-    accuracy = f"{' vs '.join(f'{correct}/{n}' for correct, n in counts)} correct. " if is_graded else ""
-    sampling = (
-        f"temperature {round_.request.temperature:g}, seed {round_.request.seed}"
-        if round_.request.temperature
-        else "greedy"
-    )
+    is_graded = not round_.is_hidden and counts and all(n for _, n in counts)
+    accuracy = " against ".join(format_accuracy(*count) for count in counts) + ". " if is_graded else ""
+    temperature = round_.options.get("temperature")
+    sampling = f"temperature {temperature:g}, seed {round_.options['seed']}" if temperature else "greedy"
     states = {answer.state for answer in round_.answers}
     outcome = "Stopped" if "stopped" in states else "Failed" if states == {"failed"} else "Answered"
+    reason = f" {round_.no_verdict_reason}" if round_.no_verdict_reason and not round_.is_hidden else ""
     vote = " Vote to reveal the models and the verdicts." if round_.is_hidden else ""
-    return f"{accuracy}{outcome} after {seconds:.1f} s ({sampling}).{vote}"
+    return f"{accuracy}{outcome} after {seconds:.1f} s ({sampling}).{reason}{vote}"
 
 
 # --- downloads
 
 
 def as_records(session: Session) -> list[dict]:
-    """Return one record per question, with its settings, answers and scores."""
+    """Return one record per answered question, with its settings, answers and scores."""
     records = []
     for round_ in session.rounds:
         if not round_.answers:
             continue
-        record = {"question": round_.question, "id": round_.row and round_.row["id"]}
-        record |= {
-            "expected": round_.row and expected_answer(round_.row),
-            "run": round_.request.run,
-            "seed": round_.request.seed,
-        }
-        record["settings"] = {
-            name: getattr(round_.request, name) for name in ("temperature", "top_p", "max_tokens", "samples")
-        }
-        record["note"] = round_.no_verdict_reason
-        for side, (name, answer) in enumerate(zip(SIDES, round_.answers)):
+        record = {"question": round_.question, "id": round_.row and round_.row["id"], "run": round_.run}
+        record |= {"expected": round_.row and expected_answer(round_.row), "new_conversation": round_.is_fresh}
+        record |= {"settings": round_.options, "note": round_.no_verdict_reason}
+        for side, answer in enumerate(round_.answers):
             model = "hidden until the vote" if round_.is_hidden else round_.names[side]
             samples = [sample_record(round_, sample) for sample in answer.samples]
-            record[name] = {"model": model, "state": answer.state, "note": answer.note, "samples": samples}
+            record[SIDES[side]] = {"model": model, "state": answer.state, "note": answer.note, "samples": samples}
         records.append(record)
     return records
 
@@ -297,7 +321,7 @@ def as_records(session: Session) -> list[dict]:
 def sample_record(round_: Round, sample: Sample) -> dict:
     record = {"text": sample.text, "tokens": len(sample.token_ids)}
     if not round_.is_hidden:
-        record["verdict"] = verdict(sample, round_.request.max_tokens)
+        record["verdict"] = verdict(sample, round_.options["max_tokens"])
         if score := sample.score:
             record["reward"] = None if math.isnan(score.total) else score.total
             record |= {"rewards": score.parts, "metrics": score.metrics, "reasons": score.reasons}
@@ -305,15 +329,14 @@ def sample_record(round_: Round, sample: Sample) -> dict:
 
 
 def as_markdown(records: list[dict]) -> str:
-    parts = ["# Comparison"]
+    parts = ["# Chat"]
     for record in records:
-        settings = ", ".join(
-            f"{name} {value:g}" for name, value in (record["settings"] | {"seed": record["seed"]}).items()
-        )
+        settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if value != "")
         parts += ["## Question", fenced(record["question"]), f"Expected: {record['expected']}. Settings: {settings}."]
         for name in SIDES:
-            side = record[name]
-            parts.append(f"### {name.title()}: {side['model']} {side['note']}".strip())
+            side = record.get(name, {"samples": []})
+            if side["samples"]:
+                parts.append(f"### {name.title()}: {side['model']} {side['note']}".strip())
             for sample in side["samples"]:
                 rewards = ", ".join(f"{k} {v:g}" for k, v in sample.get("rewards", {}).items() if v is not None)
                 outcome = sample.get("verdict", "no vote yet")
@@ -322,23 +345,14 @@ def as_markdown(records: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def fenced(text: str) -> str:
-    """Wrap a text in a Markdown code fence longer than any run of backticks in it."""
-    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", text)), 0)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def write_downloads(session: Session) -> tuple[str | None, str | None]:
-    """Write the chat as Markdown and as JSONL, and return the paths; None if the chat is empty."""
+def write_downloads(session: Session) -> list[str]:
+    """Write the chat as Markdown and as JSONL, and return the paths. Raises UiError if the chat is empty."""
     if not (records := as_records(session)):
-        return None, None
+        raise UiError("There is nothing to download yet. Ask a question first.")
     session.folder = session.folder or tempfile.TemporaryDirectory(prefix="ponder-")
-    markdown, jsonl = (Path(session.folder.name) / f"comparison.{kind}" for kind in ("md", "jsonl"))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    markdown.write_text(as_markdown(records), encoding="utf-8", errors="replace")
-    jsonl.write_text(lines, encoding="utf-8", errors="replace")
-    return str(markdown), str(jsonl)
-
-
-def cut(text: str, limit: int = MAX_TEXT_LENGTH) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters are not shown)"
+    files = []
+    for name, text in (("chat.md", as_markdown(records)), ("chat.jsonl", lines)):
+        files.append(Path(session.folder.name) / name)
+        files[-1].write_text(text, encoding="utf-8", errors="replace")
+    return list(map(str, files))

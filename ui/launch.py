@@ -4,18 +4,30 @@ import itertools
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 
 import gradio as gr
 
-from ui.runs import Runs, UiError, shows_errors, tail
+from rl.run.read_config import read_yaml
+from ui.runs import Page, Runs, UiError, tail
+from ui.view import View, status_line
 
 ROOT = Path(__file__).resolve().parent.parent
-READ_ONLY = "Other machines can reach this page. Serve it at 127.0.0.1 to start and stop runs."
+DEFAULT_RECIPE = "configs/tiny.yaml"
+FIELDS = {  # the settings that people change most: label
+    "model": "Model (folder or Hub id)",
+    "max_steps": "Training steps",
+    "learning_rate": "Learning rate",
+    "num_generations": "Completions per question",
+    "max_completion_length": "Longest completion, tokens",
+}
+DRY_RUN_SECONDS = 120
 
 
 class Launcher:
@@ -29,7 +41,8 @@ class Launcher:
         self.process: Popen | None = None
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="ponder-")
-        self.log = Path(self._folder.name) / "console.log"
+        self.folder = Path(self._folder.name)  # for exported files; removed with the process
+        self.log = self.folder / "console.log"
 
     @property
     def name(self) -> str | None:
@@ -38,14 +51,14 @@ class Launcher:
 
     def start_command(self, recipe: str, overrides: str) -> list[str]:
         """Return the command that starts a recipe in a new folder. Raises UiError if it or a setting is not allowed."""
-        if recipe not in load_recipes():
+        if recipe not in recipes():
             raise UiError(f"There is no recipe {recipe!r}. Choose one from the list.")
         stem = Path(recipe).stem
         folder = next(f for n in itertools.count(1) if not (f := self.runs.folder / f"{stem}-{n}").exists())
         output_dir = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)
         return [sys.executable, "train.py", "--config", recipe, *parse_overrides(overrides), "--output-dir", output_dir]
 
-    def resume_command(self, name: str | None, overrides: str) -> list[str]:
+    def resume_command(self, name: str | None, overrides: str = "") -> list[str]:
         """Return the command that resumes a run. Raises UiError if it has not stopped or a setting is not allowed."""
         run = self.runs.get(name)
         if (status := run.status()) != "stopped":
@@ -78,57 +91,24 @@ class Launcher:
     def describe(self) -> str:
         """Describe the last start: the command, the state of its process and its last console lines."""
         if self.process is None:
-            return "No run yet."
+            return ""
         command = shlex.join(self.process.args)
         if self.is_alive():
-            state = f"Running as process {self.process.pid}. The run continues if you close this page."
-        else:
-            state = f"Ended with exit code {self.process.returncode}. Last lines:"
-        return f"{command}\n{state}\n{tail(self.log, 15)}"
+            return f"{command}\nRunning as process {self.process.pid}. The run continues if you close this page."
+        return f"{command}\nEnded with exit code {self.process.returncode}. Last lines:\n{tail(self.log, 15)}"
 
 
-def launch_controls(launcher: Launcher, name: gr.Dropdown, timer: gr.Timer) -> gr.Textbox:
-    """Build the controls that start, resume and stop runs. Returns the text box that describes the last start."""
-    with gr.Accordion("Start or stop a run", open=False) as controls:
-        recipe = gr.Dropdown(list(load_recipes()), value="configs/tiny.yaml", label="Recipe")
-        description = gr.Textbox(load_recipes()["configs/tiny.yaml"], label="Description", max_lines=12)
-        overrides = gr.Textbox(
-            label="Other settings", placeholder="--max-steps 20", info="Command-line options of train.py"
-        )
-        command = gr.Textbox(label="Command", max_lines=4)
-        with gr.Row():
-            start = gr.Button("Start run", variant="primary")
-            resume = gr.Button("Resume selected run")
-            stop = gr.Button("Save and stop selected run")
-    started = gr.Textbox(label="Started from this page", max_lines=20)
+# --- recipes and settings
 
-    @shows_errors
-    def show_command(recipe: str, overrides: str):
-        try:
-            command = launcher.start_command(recipe, overrides)
-        except UiError as error:
-            return gr.skip(), str(error)
-        return load_recipes()[recipe], shlex.join(command)
 
-    @shows_errors
-    def start_run(recipe: str, overrides: str):
-        return launcher.start(launcher.start_command(recipe, overrides)), gr.Timer(2, active=True)
-
-    @shows_errors
-    def resume_run(name: str | None, overrides: str):
-        return launcher.start(launcher.resume_command(name, overrides)), gr.Timer(2, active=True)
-
-    @shows_errors
-    def stop_run(name: str | None):
-        return launcher.stop(name)
-
-    outputs = [description, command]
-    quiet = {"show_progress": "hidden", "trigger_mode": "always_last"}
-    gr.on([controls.expand, recipe.change, overrides.change], show_command, [recipe, overrides], outputs, **quiet)
-    start.click(start_run, [recipe, overrides], [started, timer])
-    resume.click(resume_run, [name, overrides], [started, timer])
-    stop.click(stop_run, name, started)
-    return started
+def recipes() -> dict[str, str]:
+    """Return the first paragraph of the comment at the top of each recipe, by file name."""
+    titles = {}
+    for path in sorted(ROOT.glob("configs/*.yaml")):
+        comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        text = "\n".join(line[1:].strip() for line in comment)
+        titles[f"configs/{path.name}"] = text.partition("\n\n")[0].replace("\n", " ")
+    return titles
 
 
 def parse_overrides(overrides: str) -> list[str]:
@@ -143,10 +123,72 @@ def parse_overrides(overrides: str) -> list[str]:
     return arguments
 
 
-def load_recipes() -> dict[str, str]:
-    """Return the comment at the top of each recipe, by file name."""
-    recipes = {}
-    for path in sorted(ROOT.glob("configs/*.yaml")):
-        comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-        recipes[f"configs/{path.name}"] = "\n".join(line[1:].removeprefix(" ") for line in comment)
-    return recipes
+def join_overrides(recipe: str, values: tuple, other: str) -> str:
+    """Return the command-line arguments for the fields that differ from the recipe, and the other settings."""
+    config = read_yaml(recipe)
+    arguments = []
+    for name, value in zip(FIELDS, values):
+        default = getattr(config, name)
+        if value not in (None, "") and type(default)(value) != default:
+            arguments += [f"--{name.replace('_', '-')}", str(type(default)(value))]
+    return " ".join([shlex.join(arguments), other or ""]).strip()
+
+
+def dry_run(command: list[str]) -> str:
+    """Return the answer of --dry-run for a command that starts a run: whether it fits on this machine, and why."""
+    arguments = [*command[:-2], "--dry-run"]  # without the output folder
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=DRY_RUN_SECONDS)
+    if result.returncode:
+        raise UiError(result.stderr.strip() or f"The dry run ended with exit code {result.returncode}.")
+    model, memory, *answer = result.stdout.strip().split("\n\n")
+    return "\n\n".join([*answer, memory, model])
+
+
+# --- the form
+
+
+def fill_fields(recipe: str) -> dict:
+    """Put the values of a recipe into the fields."""
+    config = read_yaml(recipe)
+    return {name: getattr(config, name) for name in FIELDS}
+
+
+def show_command(launcher: Launcher, recipe: str, other: str, *fields) -> dict:
+    return {"command": shlex.join(launcher.start_command(recipe, join_overrides(recipe, fields, other)))}
+
+
+def check(page: Page, is_first_run: bool, recipe: str, other: str, *fields) -> dict:
+    """Answer whether the run fits on this machine. is_first_run: the form is hidden if there are runs."""
+    if is_first_run and page.runs.names():
+        return {}
+    return {"fits": dry_run(page.launcher.start_command(recipe, join_overrides(recipe, fields, other)))}
+
+
+def start_run(launcher: Launcher, recipe: str, other: str, *fields) -> dict:
+    return {"started": launcher.start(launcher.start_command(recipe, join_overrides(recipe, fields, other)))}
+
+
+def build_form(page: Page, opened, is_first_run: bool) -> None:
+    """Build the form that starts a run. opened: the event at which the form appears."""
+    view = View(started=gr.Textbox(visible=False))
+    choices = [(f"{Path(file).stem}: {text}", file) for file, text in recipes().items()]
+    view["recipe"] = gr.Dropdown(choices, value=DEFAULT_RECIPE, label="1. Recipe: what to train on what")
+    defaults = fill_fields(DEFAULT_RECIPE)
+    with gr.Row():
+        for name, label in FIELDS.items():
+            kind = gr.Textbox if name == "model" else gr.Number
+            view[name] = kind(defaults[name], label=label, min_width=150)
+    view["other"] = gr.Textbox(label="Other settings: options of train.py", placeholder="--seed 1 --learning-rate 1e-3")
+    view["fits"] = gr.Code(label="2. Does it fit here?", lines=3, max_lines=8, show_line_numbers=False)
+    view["command"] = gr.Textbox(label="Command", max_lines=3)
+    start = gr.Button("3. Start", variant="primary")
+    view["status"] = status_line("start-status")
+    inputs = f"recipe other {' '.join(FIELDS)}"
+    changes = [view[name].change for name in inputs.split()]
+    latest = {"trigger_mode": "always_last"}
+    view.on([view["recipe"].input], fill_fields, "recipe")
+    view.on([opened, *changes], partial(show_command, page.launcher), inputs, "command", **latest)
+    progress = {"show_progress": "full", "show_progress_on": view["fits"]}
+    view.on([opened, *changes], partial(check, page, is_first_run), inputs, "fits", **latest, **progress)
+    event = view.on(start.click, partial(start_run, page.launcher), inputs)
+    event.then(None, view["started"], None, js="started => { if (started) location.href = 'watch' }")

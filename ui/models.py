@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from rl.model.sampling import Sampling
 from ui.runs import Runs, UiError
 from ui.turns import Turn
 
+MAX_ROWS = 64  # completions generated at the same time
 MAX_ADAPTERS = 6  # checkpoints that stay loaded with the base model
 MAX_CPU_PARAMETERS = 1e9  # largest model that may run on the CPU while a run trains on the GPU
 
@@ -78,35 +80,42 @@ class Models:
         return None
 
     @torch.no_grad()
-    def start_answer(self, turn: Turn, in_use: set[str]) -> None:
+    def start_answer(self, turn: Turn, in_use: set[str | None]) -> None:
         """Load the adapter of a side and prepare generation. in_use: adapters that must stay loaded."""
         request = turn.request
         config = turn.config
         policy = dataclasses.replace(
-            self.policy, system_prompt=config.system_prompt, chat_template_kwargs=config.chat_template_kwargs
+            self.policy,
+            system_prompt=request.system_prompt or config.system_prompt,
+            chat_template_kwargs=config.chat_template_kwargs,
         )
         turn.adapter = self.get_adapter(*turn.side, in_use) if turn.side else None
-        prompt = policy.encode_prompt(turn.messages)
-        room = (policy.context_length or 2**31) - len(prompt)
+        prompts = [policy.encode_prompt(messages) for messages in turn.conversations]
+        longest = max(map(len, prompts))
+        room = (policy.context_length or 2**31) - longest
         if room <= 0:
             raise UiError(
-                f"The chat with this question has {len(prompt):,} tokens, which leaves no room for an answer: the "
+                f"The chat with this question has {longest:,} tokens, which leaves no room for an answer: the "
                 f"context length of the model is {policy.context_length:,}. Start a new chat or shorten the question."
             )
         self.activate(turn.adapter)  # before Engine(), which may fold the adapter into its scratch weights
         sampling = Sampling(request.temperature, top_p=request.top_p)
         generator = torch.Generator(policy.device).manual_seed(request.seed)
-        rollout = policy, [prompt], request.samples, min(request.max_tokens, room), sampling, generator, request.samples
-        turn.engine = Engine(*rollout) if policy.decoder else None  # HFGenerate does not stream
-        turn.steps = turn.engine.steps() if turn.engine else HFGenerate(*rollout).run()
+        limits = request.samples, min(request.max_tokens, room), sampling, generator, MAX_ROWS
+        turn.engine = Engine(policy, prompts, *limits) if policy.decoder else None  # HFGenerate does not stream
+        steps = turn.engine.steps() if turn.engine else HFGenerate(policy, prompts, *limits).run()
+        turn.steps = self.with_adapter(turn.adapter, steps)
         turn.policy = policy
-        turn.completion_prefix = policy.completion_prefix(turn.messages)
+        turn.prompt = policy.render_prompt(turn.conversations[0])
+        turn.prefixes = [policy.completion_prefix(messages) for messages in turn.conversations]
 
-    @torch.no_grad()
-    def step(self, turn: Turn) -> None:
-        """Make one decode step; several on CUDA."""
-        self.activate(turn.adapter)
-        turn.finished |= next(turn.steps)
+    def with_adapter(self, adapter: str | None, steps: Iterator) -> Iterator:
+        """Activate the adapter of a side before each of its decode steps."""
+        while True:
+            self.activate(adapter)
+            with torch.no_grad():
+                finished = next(steps)
+            yield finished
 
     # --- base model
 
@@ -148,7 +157,7 @@ class Models:
             model.base_model.enable_adapter_layers()
             model.set_adapter(adapter, inference_mode=True)
 
-    def get_adapter(self, name: str, checkpoint: str, in_use: set[str]) -> str:
+    def get_adapter(self, name: str, checkpoint: str, in_use: set[str | None]) -> str:
         """Return the name of a checkpoint's adapter in the model, loaded if necessary. Raise UiError or ConfigError."""
         run = self.runs.get(name)
         if checkpoint not in (names := run.checkpoints()):
@@ -161,7 +170,7 @@ class Models:
         self.adapters[key] = adapter
         return adapter
 
-    def load_adapter(self, folder: Path, in_use: set[str]) -> str:
+    def load_adapter(self, folder: Path, in_use: set[str | None]) -> str:
         """Load an adapter and drop the least recently used ones. Raise ConfigError if it does not fit the model."""
         model = self.policy.model
         name = f"checkpoint{next(self.counter)}"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
 
@@ -32,20 +33,23 @@ from tools.rescore import (
     report,
     saved_completion,
 )
+from ui.runs import read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_OUTPUT = 50_000  # only the last bytes of the printed output are kept
 GRACE = 5.0  # extra seconds for the process to start and exit
+POLL_SECONDS = 0.2
 JOB, ANSWER, TRACEBACK = "job.json", "answer.json", "traceback.txt"  # files in the folder of a task
 
 
-def run_task(task: str, run: Path | None, file: Path, source: str, seconds: float, stop=None, **arguments):
-    """Run one of TASKS. Returns its result, and the end of its printed output.
+def run_task(task: str, run: Path | None, file: Path, source: str, seconds: float, **arguments) -> Iterator[float]:
+    """Run one of TASKS. Yields the elapsed seconds, then returns the result and the end of its printed output.
+
+    Closing the iterator kills the process.
 
     Args:
         run: The run folder whose settings are used, if any.
         source: The text of the reward file, saved or not.
-        stop: A threading.Event that stops the task early.
 
     Raises:
         RewardError: The source cannot be imported, a function fails, or the time limit is exceeded.
@@ -61,14 +65,17 @@ def run_task(task: str, run: Path | None, file: Path, source: str, seconds: floa
         output = bytearray()
         reader = threading.Thread(target=drain, args=(process.stdout, output), daemon=True)
         reader.start()
-        end = time.monotonic() + seconds + GRACE
-        while process.poll() is None and time.monotonic() < end and not (stop and stop.is_set()):
-            with contextlib.suppress(TimeoutExpired):
-                process.wait(0.2)
-        with contextlib.suppress(OSError):  # also kills the processes that it started
-            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-        process.wait()
-        reader.join(1.0)
+        start = time.monotonic()
+        try:
+            while process.poll() is None and time.monotonic() < start + seconds + GRACE:
+                with contextlib.suppress(TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+                yield time.monotonic() - start
+        finally:
+            with contextlib.suppress(OSError):  # also kills the processes that it started
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            process.wait()
+            reader.join(1.0)
         answer, traceback = read_text(folder / ANSWER), read_text(folder / TRACEBACK)
     printed = bytes(output).decode(errors="replace").strip()
     if answer:
@@ -76,8 +83,6 @@ def run_task(task: str, run: Path | None, file: Path, source: str, seconds: floa
         if "error" in result:
             raise RewardError(result["error"])
         return result["value"], printed
-    if stop and stop.is_set():
-        raise RewardError("stopped")
     if traceback:
         frames = re.findall(r'File "(.*)", line (\d+) in (.*)', traceback)
         place = next((f"in {f}, line {n}" for path, n, f in frames if Path(path).name == file.name), "in another file")
@@ -95,17 +100,12 @@ def drain(pipe, output: bytearray) -> None:
         del output[:-MAX_OUTPUT]
 
 
-def read_text(file: Path) -> str:
-    """Return the contents of a text file, or an empty string if there is none."""
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+def score_completions(run, file: Path, source: str, seconds: float, completions: list[dict]) -> Iterator[float]:
+    """Score completions. Returns the weight of each function, a Score per completion, and the last output.
 
-
-def score_completions(run, file, source: str, seconds: float, row: dict, completions: list[dict], stop=None) -> tuple:
-    """Score completions of a row. Returns the weight of each function, a Score per completion, and the last output.
-
-    completions: text, truncated and, if known, step, tokens and token_ids of each. The rest: see `run_task`.
+    completions: row, text, truncated and, if known, step, tokens and token_ids of each. The rest: see `run_task`.
     """
-    result, printed = run_task("score", run, file, source, seconds, stop, row=row, completions=completions)
+    result, printed = yield from run_task("score", run, file, source, seconds, completions=completions)
     return result["weights"], [Score(**fields) for fields in result["scores"]], printed
 
 
@@ -164,13 +164,13 @@ def check_task(job: dict) -> list[str]:
 
 
 def score_task(job: dict) -> dict:
-    """Score completions of one row. Returns the weight of each function, and the fields of each Score."""
-    row = job["row"]
-    rewards = load_job_rewards(job, [row])
-    learn_run_payments(rewards, job["run"] and Path(job["run"]), [row])
+    """Score completions. Returns the weight of each function, and the fields of each Score."""
+    rows = [fields["row"] for fields in job["completions"]]
+    rewards = load_job_rewards(job, rows)
+    learn_run_payments(rewards, job["run"] and Path(job["run"]), rows)
     completions = []
     for fields in job["completions"]:
-        completion = probes.completion(row, fields["text"], fields["truncated"], fields.get("step") or 1)
+        completion = probes.completion(fields["row"], fields["text"], fields["truncated"], fields.get("step") or 1)
         if fields.get("tokens"):  # otherwise each byte counts as a token
             completion.tokens, completion.token_ids = fields["tokens"], fields.get("token_ids", [])
         completions.append(completion)

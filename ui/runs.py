@@ -1,22 +1,23 @@
-"""Read the runs folder for the page, and no file outside it. Imports neither torch nor gradio.
+"""Read, rename and delete run folders for the page, and no file outside the runs folder. Imports neither torch nor gradio.
 
-A run may be in progress, truncated by --resume, or half a gigabyte in size, so metrics, roll-outs and tokens are not
-cached. There is one file of roll-outs and one of tokens per step; metrics.jsonl (2 KB per step) is read as a whole.
+A run may be in progress, truncated by --resume, or half a gigabyte in size. Roll-outs and tokens have one file per step
+and are not cached. metrics.jsonl (2 KB per step) is read as a whole, and reduced to at most 1,000 steps.
 """
 
 import contextlib
 import functools
-import html
-import inspect
 import itertools
 import json
+import math
 import os
+import shutil
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import filelock
 
@@ -37,13 +38,27 @@ class UiError(Exception):
 
 @dataclass
 class Page:
-    """The objects and settings that all tabs share."""
+    """The objects and settings that all pages share."""
 
     runs: "Runs"
     worker: Any
-    editable: bool  # whether the reward file can be edited, and runs can be started and stopped
+    editable: bool  # whether the reward file can be edited, and runs can be started, stopped, renamed and deleted
     rewards_file: Path
-    draft_owner: str | None = None  # session of the visitor whose edits are in the draft of the reward file
+    launcher: Any = None  # ui/launch.py
+    sessions: dict = field(default_factory=dict)  # chats by the number of the browser tab (ui/chat.py)
+
+
+class Metrics(NamedTuple):
+    """The metrics of a run, at most 2 * MAX_POINTS steps."""
+
+    steps: list[int]
+    columns: dict[str, array]  # metric -> its value in each step; nan if there is none
+    alarms: dict[str, int]  # first step of each alarm, by its subject
+    active: list[str]  # alarms of the last step
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        """Return the (step, value) pairs of a metric."""
+        return [(step, value) for step, value in zip(self.steps, self.columns.get(metric, ())) if value == value]
 
 
 class Runs:
@@ -78,8 +93,36 @@ class Runs:
                     running.append(name)
         return running
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Rename the folder of a run. Raises UiError if the run is in progress or the new name cannot be used."""
+        with self._idle(name) as path:
+            if not new_name or Path(new_name).name != new_name or new_name.startswith((".", "-")):
+                raise UiError(f"{new_name!r} cannot be the name of a run. Enter a name without slashes.")
+            if (self.folder / new_name).exists():
+                raise UiError(f"{new_name} exists already. Choose another name.")
+            path.rename(self.folder / new_name)
+
+    def delete(self, name: str) -> None:
+        """Delete the folder of a run. Raises UiError if the run is in progress."""
+        with self._idle(name) as path:
+            deleted = self.folder / f".deleted-{name}"
+            path.rename(deleted)  # first: a run is never half deleted
+            shutil.rmtree(deleted)
+
+    @contextlib.contextmanager
+    def _idle(self, name: str):
+        """Hold the lock of a run, and yield its folder."""
+        run = self.get(name)
+        try:
+            with filelock.FileLock(run.file("lock"), blocking=False):
+                yield run.path
+        except filelock.Timeout:
+            raise UiError(f"{name} is running. Stop it first.") from None
+        except OSError as error:
+            raise UiError(f"{name} cannot be changed: {error.strerror or error}.") from None
+
     def _has(self, name: str) -> bool:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
             return False
         config = self.folder / name / "config.yaml"
         return os.path.isfile(config) and is_inside(config, self.folder)
@@ -129,26 +172,24 @@ class Run:
             return "running"
         return "finished" if self.summary().get("finished") else "stopped"
 
-    def metrics(self, max_points: int = MAX_POINTS) -> list[dict]:
-        """Return the metrics of each step.
+    def stamp(self, name: str) -> tuple[str, int, int]:
+        """Return the path, size and modification time of a file, which identify its contents; zeros if it is missing."""
+        path = self.file(name)
+        try:
+            status = path.stat()
+        except OSError:
+            return str(path), 0, 0
+        return str(path), status.st_size, status.st_mtime_ns
 
-        A long run is reduced to `max_points` evenly spaced steps and `max_points` steps with an evaluation.
-        """
-        lines = list(self._metrics_lines())
-        evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
-        indices = {*downsample(range(len(lines)), max_points), *downsample(evaluated, max_points)}
-        return [parse_object(lines[i], "metrics.jsonl", "step") for i in sorted(indices)]
+    def metrics(self) -> Metrics:
+        """Return the metrics, cached until the file changes. Raises UiError if the file is damaged."""
+        return read_metrics(self.stamp("metrics.jsonl"))
 
-    def alarms(self) -> dict[str, int]:
-        """Return the first step of each alarm, by its subject."""
-        first_steps = {}
-        for line in self._metrics_lines():
-            if b'"alarms": []' in line:  # skips most lines, because parsing 5,000 of them takes 0.1 s
-                continue
-            metrics = parse_object(line, "metrics.jsonl", "step")
-            for subject in metrics.get("alarms", []):
-                first_steps.setdefault(subject, metrics["step"])
-        return first_steps
+    def note(self) -> str:
+        return read_text(self.file("note.txt"))
+
+    def write_note(self, text: str) -> None:
+        self.file("note.txt").write_text(text, encoding="utf-8")
 
     def evaluations(self) -> list[str]:
         """Return the names of the evaluations in order: before, step_000015, ..., after."""
@@ -197,14 +238,34 @@ class Run:
         path = self.file(name)
         return parse_object(path.read_bytes(), name, "prompt_id", "completions") if path.is_file() else None
 
-    def _metrics_lines(self) -> Iterator[bytes]:
-        """Yield the complete lines of metrics.jsonl, one per step."""
-        with open_or_empty(self.file("metrics.jsonl")) as file:
-            yield from (line for line in file if line.endswith(b"\n"))
-
     def _read_records(self, name: str, *fields: str) -> list[dict]:
         with open_or_empty(self.file(name)) as file:
             return [parse_object(line, name, *fields) for line in file if line.strip()]
+
+
+@functools.lru_cache(64)
+def read_metrics(stamp: tuple[str, int, int]) -> Metrics:
+    """Read the complete lines of a metrics.jsonl. stamp: see `Run.stamp`.
+
+    A long run is reduced to MAX_POINTS evenly spaced steps and MAX_POINTS steps with an evaluation.
+    """
+    with open_or_empty(Path(stamp[0])) as file:
+        lines = [line for line in file if line.endswith(b"\n")]
+    evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
+    kept = {*downsample(range(len(lines))), *downsample(evaluated)}
+    records, alarms, active = [], {}, []
+    for i, line in enumerate(lines):
+        if i not in kept and b'"alarms": []' in line:  # parsing 5,000 lines would take 0.1 s
+            continue
+        record = parse_object(line, "metrics.jsonl", "step")
+        active = record.get("alarms", [])
+        for subject in active:
+            alarms.setdefault(subject, record["step"])
+        if i in kept:
+            records.append({k: v if isinstance(v, (int, float)) else math.nan for k, v in record.items()})
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {name: array("d", (record.get(name, math.nan) for record in records)) for name in names}
+    return Metrics([int(record["step"]) for record in records], columns, alarms, active)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -252,6 +313,11 @@ def parse_object(text: bytes, name: str, *fields: str) -> dict:
     return value
 
 
+def read_text(path: Path) -> str:
+    """Return the contents of a text file, or an empty string if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 def tail(path: Path, n: int) -> str:
     """Return the last n lines of a text file, at most 64 KB. Returns an empty string if there is no file."""
     with open_or_empty(path) as file:
@@ -283,36 +349,8 @@ def import_models() -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message to show on the page. The traceback of an unexpected error is printed."""
+    """Return the message of an error to show on the page. The traceback of an unexpected error is printed."""
     if isinstance(error, (UiError, ConfigError, DataError, RewardError, RunError)):
         return str(error)
     traceback.print_exception(error)
     return f"Unexpected error: {type(error).__name__}: {first_line(error)}. The traceback is in the terminal."
-
-
-@contextlib.contextmanager
-def raise_as_gradio_error() -> Iterator[None]:
-    """Convert exceptions to gr.Error, which Gradio shows. The text is escaped, because the page renders it as HTML."""
-    import gradio as gr
-
-    try:
-        yield
-    except Exception as error:
-        raise gr.Error(html.escape(describe_error(error)), print_exception=False) from None
-
-
-def shows_errors(function: Callable, *first) -> Callable:
-    """Wrap an event handler or generator: its first arguments are bound, and its errors are shown on the page."""
-    bound = functools.partial(function, *first)
-
-    def call(*args):
-        with raise_as_gradio_error():
-            return bound(*args)
-
-    def generate(*args) -> Iterator:
-        with raise_as_gradio_error():
-            yield from bound(*args)
-
-    handler = functools.update_wrapper(generate if inspect.isgeneratorfunction(function) else call, function)
-    handler.__signature__ = inspect.signature(bound)  # tells Gradio whether the handler takes an event or a request
-    return handler

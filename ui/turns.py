@@ -1,6 +1,7 @@
-"""A question to both sides of the Compare tab, and the state of each side's answer. Does not import torch."""
+"""A question to the models, and the state of each model's answer. Does not import torch."""
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -8,20 +9,22 @@ from grading import Score
 from rl.config import Config
 
 Side = tuple[str, str] | None  # run and checkpoint; None: the base model
+MAX_STREAMED = 16  # with more completions, their texts are shown when all are finished
 
 
 @dataclass
 class ChatRequest:
-    """A question to both sides, with its sampling settings."""
+    """Conversations that one or two models continue, with the sampling settings."""
 
     sides: tuple[Side, ...]
-    messages: tuple[list[dict], ...]  # the conversation of each side, ending with the question
+    conversations: tuple[list[list[dict]], ...]  # of each side: the messages, ending with the question
     run: str | None = None  # run that sets the base model and its system prompt; None: data/tiny
+    system_prompt: str = ""  # empty: that of the run
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     seed: int = 0
     max_tokens: int = 256
-    samples: int = 1
+    samples: int = 1  # of each conversation
     stop: threading.Event = field(default_factory=threading.Event, repr=False)  # set to stop generation
 
 
@@ -41,12 +44,18 @@ class Answer:
     """The state of one side."""
 
     state: str = "waiting"  # waiting, loading, answering, done, stopped, failed
-    note: str = ""  # message for the user: what the side is waiting for, or the error
-    samples: tuple[Sample, ...] = ()
+    note: str = ""  # message for the user: what the side is doing, or the error
+    samples: tuple[Sample, ...] = ()  # those of conversation i start at index i * ChatRequest.samples
+    prompt: str = ""  # first conversation as the chat template renders it
+    seconds: float = 0.0  # decode time of this side
 
     @property
     def is_over(self) -> bool:
         return self.state in ("done", "stopped", "failed")
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(sample.token_ids) for sample in self.samples) / max(self.seconds, 1e-6)
 
 
 @dataclass
@@ -55,30 +64,46 @@ class Turn:
 
     request: ChatRequest
     side: Side
-    messages: list[dict]
+    conversations: list[list[dict]]
     answer: Answer = Answer()
     config: Config | None = None
     base_key: tuple | None = None  # identifies the base model
-    policy: object = None  # the base model with this run's system prompt
+    policy: object = None  # the base model with the system prompt
     adapter: str | None = None  # name of the adapter in the model
     engine: object = None
-    steps: Iterator | None = None  # yields the samples that finish at each decode step
-    completion_prefix: str = ""  # start of the thinking, if the chat template writes it
-    finished: dict = field(default_factory=dict)  # sample index -> (token ids, log-probabilities, truncated)
+    steps: Iterator | None = None  # yields the completions that finish at each decode step
+    prompt: str = ""
+    prefixes: list[str] = field(default_factory=list)  # starts of the thinking, if the chat template writes them
+    finished: dict = field(default_factory=dict)  # index -> (token ids, log-probabilities, truncated)
+    seconds: float = 0.0
+
+    def step(self) -> None:
+        """Advance by one decode step; by several on CUDA."""
+        start = time.perf_counter()
+        self.finished |= next(self.steps)
+        self.seconds += time.perf_counter() - start
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.finished) == len(self.prefixes) * self.request.samples
 
     def update(self, state: str, note: str = "") -> None:
         """Set the answer, and release the model if the turn is over."""
-        self.answer = Answer(state, note, self.samples() if self.policy else ())
+        total = len(self.prefixes) * self.request.samples
+        if state == "answering" and total > MAX_STREAMED:
+            self.answer = Answer(state, f"{len(self.finished)} of {total} answered")
+            return
+        self.answer = Answer(state, note, self.samples() if self.policy else (), self.prompt, self.seconds)
         if self.answer.is_over:
             self.policy = self.engine = self.steps = None
 
     def samples(self) -> tuple[Sample, ...]:
-        """Return the samples with the tokens generated up to now."""
+        """Return the completions with the tokens generated up to now."""
         running = {row.index: (row.ids, [], None) for row in self.engine.rows} if self.engine else {}
         samples = []
-        for index in range(self.request.samples):
+        for index in range(len(self.prefixes) * self.request.samples):
             ids, _, truncated = (running | self.finished).get(index, ([], [], None))
-            text = self.completion_prefix + self.policy.decode(ids)
+            text = self.prefixes[index // self.request.samples] + self.policy.decode(ids)
             if truncated is None:
                 text = text.rstrip("\ufffd")  # the first bytes of an incomplete character
             samples.append(Sample(text, list(ids), truncated is not None, bool(truncated)))

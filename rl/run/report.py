@@ -83,12 +83,17 @@ def evaluation_table(evaluations: dict) -> str:
         lines.append(f"{label:<27}" + "".join(f"{value:>33}" for value in values))
     for name, label in (("gain", "gain"), ("gain_over_cold_start", "over the cold start")):
         if gain := evaluations.get(name):
-            low, high = gain["ci95"]
-            lines.append(
-                f"{label}, greedy: {100 * gain['accuracy']:+.1f} points (95% CI {100 * low:+.1f} to {100 * high:+.1f}), "
-                f"{gain['fixed']} questions fixed, {gain['broke']} broken"
-            )
+            lines.append(f"{label}, greedy: {describe_gain(gain)}")
     return "\n".join(lines)
+
+
+def describe_gain(gain: dict) -> str:
+    """Describe a paired gain (rl.evaluate.paired_gain) with its 95% confidence interval."""
+    low, high = gain["ci95"]
+    return (
+        f"{100 * gain['accuracy']:+.1f} points (95% CI {100 * low:+.1f} to {100 * high:+.1f}), "
+        f"{gain['fixed']} questions fixed, {gain['broke']} broken"
+    )
 
 
 def format_answer(record: dict) -> str:

@@ -1,0 +1,318 @@
+"""The chat page: ask one or two models, side by side. The chat itself is in ui/chat.py."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import gradio as gr
+from gradio.context import Context
+
+from grading import RewardError, prompt_text
+from ui import chat, launch
+from ui.chat import BASE, BLIND, COMPARE, GREEDY, SAMPLING, SIDES, SINGLE, Round, Session
+from ui.reward_process import reward_rows
+from ui.runs import Page, UiError, describe_error
+from ui.text import LATEX_DELIMITERS, fenced, plain, to_markdown
+from ui.turns import Sample
+from ui.view import View, status_line
+
+NO_RUN = (
+    "No model has been trained yet, so both sides are the bundled model. Start the first run here; it takes minutes."
+)
+REASONING_TAGS = [("&lt;think>", "&lt;/think>")]  # as `to_markdown` escapes them
+NUM_EXAMPLES = 4
+# The browser keeps a number for the tab, so that a reload finds the chat again.
+TAB_NUMBER = """() => {
+    sessionStorage.ponder_tab ??= Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16)).join('')
+    return [sessionStorage.ponder_tab]
+}"""
+MODEL_QUEUE = {"concurrency_limit": 1, "concurrency_id": "models"}  # one request at a time (ui/worker.py)
+
+
+# --- rendering
+
+
+def message(role: str, text: str, title: str | None = None, status: str = "done") -> dict:
+    """Build a message for gr.Chatbot. A message with a title is folded."""
+    return {"role": role, "content": text or " ", "metadata": {"title": title, "status": status} if title else {}}
+
+
+def chat_messages(session: Session, side: int) -> list[dict]:
+    """Return the chat of a side for gr.Chatbot."""
+    messages = []
+    show = fenced if session.is_raw else to_markdown
+    for number, round_ in enumerate(session.rounds):
+        if side >= len(round_.names):
+            continue
+        title = round_.title + (", in a new conversation" if round_.is_fresh and number else "")
+        heading = f"*{title or 'New conversation'}*\n\n" if title else ""
+        messages.append(message("user", heading + show(round_.question)))
+        if not round_.answers:
+            messages.append(message("assistant", "*Stopped*" if round_.is_done else "*Waiting ...*"))
+            continue
+        answer = round_.answers[side]
+        for i, sample in enumerate(answer.samples):
+            if i and not answer.is_over:
+                break
+            text = show(sample.text)
+            if answer.is_over and not session.is_raw and "&lt;think>" in text and "&lt;/think>" not in text:
+                text += "&lt;/think>"  # cut off: Gradio would show that it is still thinking
+            title = f"Sample {i + 1} of {len(answer.samples)}: {plain(chat.describe_sample(round_, side, sample))}"
+            messages.append(message("assistant", text, title if i else None))
+            if i == 0 and round_.is_done:
+                below = plain(chat.describe_sample(round_, side, sample))
+                messages.append(message("assistant", describe_rewards(round_, side, sample), below))
+        if answer.note and answer.state != "stopped":
+            messages.append(message("assistant", plain(answer.note)))
+    return messages
+
+
+def describe_rewards(round_: Round, side: int, sample: Sample) -> str:
+    """Return the rewards of an answer with their reasons, and the rendered prompt, as Markdown."""
+    parts = []
+    if sample.score and not round_.is_hidden:
+        rows = [row for row in reward_rows(sample.score, round_.weights) if row[1] != "-" or row[-1]]
+        cells = [[plain(cell[:500]) for cell in (*row[:3], row[-1])] for row in rows]
+        lines = ["reward | value | weight | reason", "--|--|--|--", *map(" | ".join, cells)]
+        parts.append("\n".join(lines))
+    parts.append(f"Prompt as the model reads it:\n\n{fenced(round_.answers[side].prompt)}")
+    return "\n\n".join(parts)
+
+
+def panes(session: Session) -> dict:
+    """Return both chats, and whether there is something to vote on."""
+    chats = {f"{name}_chat": chat_messages(session, side) for side, name in enumerate(SIDES)}
+    last = session.rounds[-1] if session.rounds else None
+    return chats | {"vote_row": gr.Row(visible=bool(last and last.is_hidden and last.is_done))}
+
+
+# --- handlers
+
+
+def load(page: Page, tab_number: str) -> dict:
+    """Restore the chat of this browser tab, and update the models to choose from."""
+    session = chat.find_session(page, tab_number)
+    choices = chat.side_choices(page)
+    values = [value for _, value in choices]
+    mode, left, right = session.selected or (COMPARE, BASE, chat.default_side(page))
+    left, right = (value if value in values else BASE for value in (left, right))
+    run = chat.shared_run(page, left, right)
+    page.worker.preload(run.name if run else None)
+    values = panes(session) | show_mode(mode) | {"session": session, "mode": mode, "raw": session.is_raw}
+    values["left"] = gr.Dropdown(choices, value=left)
+    values["right"] = gr.Dropdown(choices, value=right, visible=mode != SINGLE)
+    examples = [{"text": prompt_text(row["prompt"])} for row in chat.held_out_rows(page, left, right)[:NUM_EXAMPLES]]
+    values["left_chat"] = gr.Chatbot(values["left_chat"], examples=examples)
+    return values | {"first_run": gr.Column(visible=not page.runs.names())}
+
+
+def show_mode(mode: str) -> dict:
+    """Hide the right side if there is one model. The labels of a blind vote do not tell which side a model is on."""
+    labels = ("First model", "Second model (shuffled)") if mode == BLIND else ("Left", "Right")
+    left, right = (gr.Dropdown(label=label, visible=True) for label in labels)
+    if mode == SINGLE:
+        left, right = gr.Dropdown(label="Model"), gr.Dropdown(visible=False)
+    return {"left": left, "right": right, "right_column": gr.Column(visible=mode != SINGLE)}
+
+
+def ask(page: Page, session: Session, question: str, expected: str, *settings) -> dict:
+    """Append a question to the chat. It is answered when the earlier ones are."""
+    mode, left, right, decoding, samples, temperature, top_p, seed, max_tokens, system_prompt = settings
+    options = {"max_tokens": max_tokens, "system_prompt": (system_prompt or "").strip()}
+    options |= {"temperature": 0.0, "top_p": 1.0, "seed": int(seed or 0) % 2**31, "samples": 1}
+    if decoding == SAMPLING:
+        options |= {"temperature": float(temperature), "top_p": float(top_p), "samples": min(16, int(samples))}
+    chat.add_question(page, session, mode, left, right, question, expected, **options)
+    return panes(session) | {"question": "", "expected": ""}
+
+
+def ask_example(page: Page, event: gr.SelectData, session: Session, *settings) -> dict:
+    return ask(page, session, event.value["text"], "", *settings)
+
+
+def retry(page: Page, side: int, event: gr.RetryData, session: Session, messages: list, *settings) -> dict:
+    return ask_again(page, session, side, messages, event.index, None, *settings)
+
+
+def edit(page: Page, side: int, event: gr.EditData, session: Session, messages: list, *settings) -> dict:
+    return ask_again(page, session, side, messages, event.index, event.value, *settings)
+
+
+def ask_again(page: Page, session: Session, side: int, messages: list, index, question: str | None, *settings) -> dict:
+    """Ask a question again, or an edited one, and remove it and the later ones from the chat.
+
+    index: position in `messages`, the Chatbot's list, which has one user message per question.
+    """
+    position = index[0] if isinstance(index, (list, tuple)) else index
+    number = sum(m["role"] == "user" for m in messages[: position + 1]) - 1
+    old = [round_ for round_ in session.rounds if side < len(round_.names)][number]
+    session.stop()
+    session.rounds = session.rounds[: session.rounds.index(old)]
+    expected = chat.expected_answer(old.row) if old.row and not old.title else ""
+    return ask(page, session, question or old.question, expected, *settings)
+
+
+def answer(page: Page, session: Session) -> Iterator[dict]:
+    """Answer the waiting questions of a chat. Yields the page while the models answer, then with the verdicts."""
+    while round_ := session.waiting():
+        round_.is_started = True
+        begin = time.monotonic()
+        try:
+            with contextlib.closing(page.worker.answer(chat.make_request(session, round_))) as updates:
+                for round_.answers in updates:
+                    if round_ not in session.rounds:  # a new chat was started
+                        return
+                    notes = dict.fromkeys(a.note for a in round_.answers if a.note and not a.is_over)
+                    yield panes(session) | {"status": "; ".join(notes) or "Answering ..."}
+            yield from score(page, session, round_)
+        finally:
+            round_.is_done = True
+        if round_ in session.rounds:
+            yield panes(session) | {"status": chat.summary(round_, time.monotonic() - begin)}
+
+
+def score(page: Page, session: Session, round_: Round) -> Iterator[dict]:
+    """Score the finished answers. Stop ends the scoring too."""
+    if not round_.row:
+        round_.no_verdict_reason = "To get a verdict on your own question, enter the expected answer under Settings."
+        return
+    if not any(sample.finished for a in round_.answers for sample in a.samples):
+        return
+    round_.stop.clear()  # finished samples are scored even after Stop
+    try:
+        with contextlib.closing(chat.score_round(page, round_)) as progress:
+            for seconds in progress:
+                if round_.stop.is_set() or round_ not in session.rounds:
+                    raise RewardError("stopped")
+                yield {"status": f"Scoring, {seconds:.0f} s ..."}
+    except Exception as error:
+        round_.no_verdict_reason = f"No verdict: {describe_error(error)}"
+
+
+def stop(session: Session) -> dict:
+    session.stop()
+    return {"status": "Stopping ..."}
+
+
+def vote(better: int | None, session: Session) -> dict:
+    """Reveal the sides and count the vote. better: index of a side, or None for a tie."""
+    if not session.rounds or not session.rounds[-1].is_hidden:
+        raise UiError("There is nothing to vote on. Choose the blind vote and ask a question.")
+    names = session.rounds[-1].names
+    session.votes["neither" if better is None else names[better]] += 1
+    for round_ in session.rounds:
+        round_.is_hidden = False
+    tally = ", ".join(f"{name} {n}" for name, n in session.votes.most_common())
+    return panes(session) | {"status": f"Left was {names[0]}, right was {names[1]}. Votes: {tally}."}
+
+
+def new_chat(session: Session) -> dict:
+    session.stop()
+    session.rounds = []
+    return panes(session) | {"download": gr.File(visible=False)}
+
+
+def show_raw(session: Session, is_raw: bool) -> dict:
+    session.is_raw = is_raw
+    return panes(session)
+
+
+def show_decoding(decoding: str) -> dict:
+    return {"sampling": gr.Row(visible=decoding == SAMPLING)}
+
+
+def load_question(page: Page, left, right, number: float | None) -> dict:
+    """Put a held-out question into the question field; a random one if there is no number."""
+    question, number = chat.held_out_question(page, left, right, number)
+    return {"question": question, "number": number}
+
+
+def download(session: Session) -> dict:
+    return {"download": gr.File(chat.write_downloads(session), visible=True)}
+
+
+# --- the layout
+
+
+def build(page: Page) -> None:
+    view = View(session=gr.State(Session()), tab_number=gr.Textbox(visible=False))
+    with gr.Column(visible=not page.runs.names()) as view["first_run"]:
+        if page.editable:
+            gr.Markdown(NO_RUN)
+            launch.build_form(page, Context.root_block.load, is_first_run=True)
+    with gr.Row():
+        view["mode"] = gr.Dropdown([COMPARE, BLIND, SINGLE], value=COMPARE, label="Mode", min_width=90)
+        for name in SIDES:
+            view[name] = gr.Dropdown([BASE], value=BASE, label=name.title(), allow_custom_value=True, min_width=90)
+    with gr.Row(elem_id="chats"):
+        for name in SIDES:
+            with gr.Column(min_width=300) as view[f"{name}_column"]:
+                view[f"{name}_chat"] = gr.Chatbot(
+                    label=name.title(),
+                    elem_id=f"{name}-chat",
+                    elem_classes="chat",
+                    height="46vh",
+                    layout="panel",
+                    buttons=["copy"],
+                    editable="user",
+                    latex_delimiters=LATEX_DELIMITERS,
+                    reasoning_tags=REASONING_TAGS,
+                    allow_tags=False,
+                    placeholder="Ask a question below." if name == "right" else "Ask a question, or choose one:",
+                )
+    with gr.Row(visible=False) as view["vote_row"]:
+        vote_buttons = [gr.Button(text) for text in ("Left is better", "Neither is better", "Right is better")]
+    view["question"] = gr.Textbox(
+        label="Question", placeholder="Ask a question", max_lines=6, submit_btn=True, stop_btn=True, elem_id="question"
+    )
+    view["status"] = status_line()
+    with gr.Row():
+        view["number"] = gr.Number(1, label="Held-out question", precision=0, min_width=110)
+        number_button = gr.Button("Load this one", min_width=110)
+        random_button = gr.Button("Load a random one", min_width=110)
+        new_chat_button = gr.Button("New chat", min_width=110)
+        download_button = gr.Button("Download", min_width=110)
+    view["download"] = gr.File(label="The chat as Markdown and JSONL", visible=False, interactive=False)
+    with gr.Accordion("Settings", open=False):
+        view["decoding"] = gr.Radio([GREEDY, SAMPLING], value=GREEDY, label="Answers")
+        with gr.Row(visible=False) as view["sampling"]:
+            view["samples"] = gr.Slider(1, 16, value=8, step=1, label="Samples of each model")
+            view["temperature"] = gr.Slider(0.05, 2.0, value=1.0, step=0.05, label="Temperature")
+            view["top_p"] = gr.Slider(0.05, 1.0, value=1.0, step=0.05, label="top_p (1: off)")
+            view["seed"] = gr.Number(0, label="Seed", precision=0)
+        with gr.Row():
+            view["expected"] = gr.Textbox(label="Expected answer to your own question (needed for a verdict)")
+            view["max_tokens"] = gr.Number(0, label="Maximum answer length in tokens (0: as in training)", precision=0)
+        view["system_prompt"] = gr.Textbox(label="System prompt (empty: as in training)", lines=2)
+        view["raw"] = gr.Checkbox(label="Raw text: show answers exactly as the model wrote them")
+
+    settings = "mode left right decoding samples temperature top_p seed max_tokens system_prompt"
+    fast = {"queue": False, "trigger_mode": "multiple"}
+    asked = [
+        view.on(view["question"].submit, partial(ask, page), f"session question expected {settings}", **fast),
+        view.on(view["left_chat"].example_select, partial(ask_example, page), f"session {settings}", **fast),
+        view.on(Context.root_block.load, partial(load, page), "tab_number", js=TAB_NUMBER),
+    ]
+    for side, name in enumerate(SIDES):
+        for again in (retry, edit):
+            inputs = f"session {name}_chat {settings}"
+            event = getattr(view[f"{name}_chat"], again.__name__)
+            asked.append(
+                view.on(event, partial(again, page, side), inputs, api_name=f"{again.__name__}_{name}", **fast)
+            )
+        view.on(view[f"{name}_chat"].clear, new_chat, "session", api_visibility="private")
+    answers = {"show_progress": "minimal", "show_progress_on": view["status"], "trigger_mode": "multiple"}
+    for i, event in enumerate(asked):
+        private = {"api_visibility": "private"} if i else {}
+        view.on(event.then, partial(answer, page), "session", **answers, **MODEL_QUEUE, **private)
+    view.on(view["question"].stop, stop, "session", queue=False)
+    view.on(new_chat_button.click, new_chat, "session")
+    view.on(download_button.click, download, "session")
+    view.on(view["raw"].input, show_raw, "session raw")
+    view.on(view["mode"].input, show_mode, "mode")
+    view.on(view["decoding"].input, show_decoding, "decoding")
+    view.on([number_button.click, view["number"].submit], partial(load_question, page), "left right number")
+    view.on(random_button.click, partial(load_question, page, number=None), "left right", api_name="random_question")
+    for button, better in zip(vote_buttons, (0, None, 1)):
+        view.on(button.click, partial(vote, better), "session", api_name=f"vote_{better}")

@@ -1,0 +1,79 @@
+"""Building blocks of the pages: event handlers that report their errors, tables and plots."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+
+import gradio as gr
+import pandas as pd
+
+from ui.runs import describe_error
+from ui.text import CELL_CHARS
+
+
+class View(dict):
+    """The components of a page by name, one of them its `status` line.
+
+    Handlers take the values of components and return, or yield, a dict of the values to change, by name.
+    """
+
+    def on(self, triggers, handler: Callable, inputs: str = "", clears: str = "", **options):
+        """Call a handler on events. Its error is shown in the status line, which the next success empties.
+
+        inputs, clears: names of components, separated by spaces. `clears` are emptied by an error, so that no data
+        stays under another name. options: see gr.on.
+        """
+
+        def convert(values: dict | None) -> dict:
+            return {self[name]: value for name, value in ({"status": ""} | (values or {})).items()}
+
+        def report(error: Exception) -> dict:
+            lists = gr.Dataframe, gr.State
+            empty = {name: [] if isinstance(self[name], lists) else None for name in clears.split()}
+            return convert(empty | {"status": describe_error(error)})
+
+        def call(*args):
+            try:
+                return convert(handler(*args))
+            except Exception as error:
+                return report(error)
+
+        def stream(*args):
+            yield convert({"status": gr.skip()})  # Gradio empties the outputs of a generator that yields nothing
+            try:
+                for values in handler(*args):
+                    yield convert(values)
+            except Exception as error:
+                yield report(error)
+
+        function = handler.func if isinstance(handler, functools.partial) else handler
+        wrapper = functools.update_wrapper(stream if inspect.isgeneratorfunction(function) else call, function)
+        wrapper.__signature__ = inspect.signature(handler)  # tells Gradio whether it takes an event or a request
+        options = {"api_name": function.__name__, "show_progress": "hidden"} | options
+        if isinstance(triggers, list):
+            triggers = functools.partial(gr.on, triggers)
+        return triggers(wrapper, [self[name] for name in inputs.split()], list(self.values()), **options)
+
+
+# --- components
+
+
+def status_line(name: str = "status") -> gr.Textbox:
+    options = {"show_label": False, "container": False, "interactive": False, "max_lines": 4}
+    return gr.Textbox(label="Status", elem_id=name, elem_classes="status", placeholder="Status", **options)
+
+
+def table(label: str, *headers: str, **options) -> gr.Dataframe:
+    options = {"max_height": 360, "wrap": True, "max_chars": CELL_CHARS} | options
+    return gr.Dataframe(headers=list(headers), type="array", datatype="str", label=label, interactive=False, **options)
+
+
+def line_plot(label: str, color: str, x: str = "step", y: str = " ", height: int = 250, **options) -> gr.LinePlot:
+    """Build a line plot of a `frame` with a line per value of the column `color`."""
+    axes = {"x": "x", "y": "y", "color": color, "x_title": x, "y_title": y}
+    return gr.LinePlot(label=label, height=height, min_width=380, buttons=["fullscreen"], **axes, **options)
+
+
+def frame(points: Iterable[tuple], color: str) -> pd.DataFrame | None:
+    """Return a frame with the columns x, y and `color`, or None if it is empty: plots take its axes for categories."""
+    return pd.DataFrame(points, columns=["x", "y", color]) if points else None
