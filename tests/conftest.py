@@ -96,16 +96,16 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def launcher(folder):
-    from ui.launch import Launcher
-    from ui.runs import Runs
+def page(folder):
+    """What the pages share, over `folder`."""
+    from watching import make_page
 
-    return Launcher(Runs(folder))
+    return make_page(folder)
 
 
 @pytest.fixture
 def served(folder):
-    """A function that returns a client of the Watch tab over `folder`."""
+    """A function that returns a client of the Watch page over `folder`."""
     from watching import serving
 
     with serving(folder) as client:

@@ -1,4 +1,4 @@
-"""Run folders with synthetic contents, and the Watch tab over them."""
+"""Run folders with synthetic contents, and the pages over them."""
 
 import contextlib
 import itertools
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import gradio as gr
 
-from ui import watch_tab
-from ui.runs import Page, Runs
-
-NAMES = ["name", "status", "alarms", "log", "started", "step", "shown_range", "timer", "seen"]
+from rl.run.reader import Runs
+from ui import watch_page
+from ui.launch import Launcher
+from ui.page import Page
 
 
 def to_jsonl(dicts):
@@ -58,10 +58,6 @@ def truncate_rollouts(run, step):
             file.unlink()
 
 
-def follow_run(launcher, selected=None, seen=None):
-    return watch_tab.follow(launcher.runs, launcher, selected, seen or {})
-
-
 def real_metrics(steps, **more):
     parts = {
         "completions/mean_length": 20.0,
@@ -73,9 +69,9 @@ def real_metrics(steps, **more):
     return make_metrics(steps, **{"kl": None, "peak_memory_mb": 500.0} | parts | more)
 
 
-def stopped_run(tmp_path):
-    """Return a runs folder with a run `a` that stopped after 10 of 20 steps of 3 x 2 completions."""
-    run = tmp_path / "runs/a"
+def stopped_run(tmp_path, name="a"):
+    """Return a runs folder with a run that stopped after 10 of 20 steps of 3 x 2 completions."""
+    run = tmp_path / "runs" / name
     (run / "eval").mkdir(parents=True)
     (run / "config.yaml").write_text("num_generations: 2\nprompts_per_step: 3\nmax_steps: 20\neval_steps: 5\n")
     metrics = real_metrics(range(1, 11))
@@ -88,43 +84,63 @@ def stopped_run(tmp_path):
     return tmp_path / "runs"
 
 
-def build(folder, editable=True):
+def make_page(folder, editable=True, worker=None, rewards_file=Path("rewards.py")):
+    runs = Runs(folder)
+    return Page(runs, worker, editable, rewards_file, Launcher(runs))
+
+
+def follow_run(page, name=None, seen=None, others=(), metrics=tuple(watch_page.METRICS)[:6], smoothing=0.0):
+    """Return the values that the Watch page shows, by name."""
+    return watch_page.follow(page, name, list(others), list(metrics), smoothing, seen or {})
+
+
+def build(page, module=watch_page):
+    """Return the Blocks and the View of a page."""
     with gr.Blocks(analytics_enabled=False) as blocks:
-        with gr.Tab("Another"):
-            gr.Markdown("-")
-        watch_tab.build(Page(Runs(folder), None, editable, Path("rewards.py")))
-    return blocks
+        view = module.build(page)
+    return blocks, view
 
 
 @contextlib.contextmanager
 def serving(folder):
-    """Yield a function that returns clients of one page over `folder`."""
+    """Yield a function that returns clients of the Watch page over `folder`."""
     from gradio_client import Client
 
-    pages = []
+    servers = []
 
     def client(editable=True):
-        if not pages:
-            pages.append(build(folder, editable))
-            pages[0].queue().launch(prevent_thread_lock=True, quiet=True, run_history=False, enable_monitoring=False)
-        return Client(pages[0].local_url, verbose=False)
+        if not servers:
+            blocks, view = build(make_page(folder, editable))
+            blocks.queue().launch(prevent_thread_lock=True, quiet=True, run_history=False, enable_monitoring=False)
+            servers.append((blocks, view))
+        blocks, view = servers[0]
+        client = Client(blocks.local_url, verbose=False)
+        client.view = view
+        return client
 
     yield client
-    for page in pages:
-        page.close()
+    for blocks, _ in servers:
+        blocks.close()
 
 
-def watch_run(client, name=None, visible=True):
-    return dict(
-        zip(
-            [n for n in NAMES if n not in ("shown_range", "seen")], client.predict(visible, name, api_name="/watch_run")
-        )
-    )
+def call(client, endpoint, *inputs):
+    """Call an event handler of a page, and return the values that it sets, by the names of the components."""
+    names = [name for name, component in client.view.items() if not isinstance(component, gr.State)]
+    values = client.predict(*inputs, api_name=endpoint)  # of the components that existed when the handler was attached
+    is_skipped = [isinstance(value, dict) and value.keys() <= {"__type__", "props"} for value in values]
+    return {name: value for name, value, skip in zip(names, values, is_skipped) if not skip}
+
+
+def watch_run(client, name=None):
+    return call(client, "/watch", name, [], ["eval/accuracy"], 0.0)
 
 
 def wait_until(client, condition, seconds=60):
+    """Poll the Watch page, as its timer does, until the values that it shows meet a condition."""
     end = time.monotonic() + seconds
-    while not condition(values := watch_run(client)):
+    values = watch_run(client)
+    while not condition(values):
         assert time.monotonic() < end, values
         time.sleep(0.2)
+        values |= watch_run(client)
     return values

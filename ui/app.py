@@ -32,9 +32,10 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 
 from grading.base import first_line  # noqa: E402
 from rl.run.process import command_output  # noqa: E402
+from rl.run.reader import Runs  # noqa: E402
 from ui import chat_page, learn_page, questions_page, rewards_page, watch_page  # noqa: E402
 from ui.launch import Launcher  # noqa: E402
-from ui.runs import Page, Runs  # noqa: E402
+from ui.page import Page  # noqa: E402
 from ui.worker import Worker  # noqa: E402
 
 LOOPBACK = ("127.0.0.1", "localhost")

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from grading import outcome_of, prompt_text
-from rl.config import Config
-from ui.reward_process import score_completions
-from ui.runs import Page, Run, UiError, config_of, import_models, questions_of
+from rl.config import Config, RunError
+from rl.run.reader import Run, config_of, questions_of
+from tools.reward_process import score_completions
+from ui.page import Page, UiError, import_models
 from ui.text import fenced
 from ui.turns import Answer, ChatRequest, Sample
 
@@ -37,7 +38,8 @@ class Round:
 
     question: str
     sides: list[str]  # value of `side_choices` of each side
-    is_hidden: bool  # names and verdicts are hidden until the vote
+    is_blind: bool
+    is_hidden: bool  # in a blind chat, names and verdicts are hidden until the vote
     is_fresh: bool  # starts a conversation: the models do not see the rounds before it
     run: str | None
     options: dict  # sampling settings, as in ChatRequest
@@ -62,7 +64,7 @@ class Session:
     rounds: list[Round] = field(default_factory=list)
     selected: tuple = ()  # mode, left and right of the last question
     is_raw: bool = False  # show the raw texts
-    is_swapped: bool | None = None  # in a blind chat: whether the sides are swapped; None: not blind
+    is_swapped: bool = False  # in a blind chat
     votes: Counter = field(default_factory=Counter)
     folder: tempfile.TemporaryDirectory | None = None  # downloads; removed with the session
 
@@ -91,7 +93,7 @@ def side_choices(page: Page) -> list[tuple[str, str]]:
     """Return (label, value) for the base model and each checkpoint of each run, newest first."""
     choices = [(BASE, BASE)]
     for name in page.runs.names():
-        with contextlib.suppress(UiError):  # the error is shown when the run is selected
+        with contextlib.suppress(RunError):  # the error is shown when the run is selected
             for checkpoint in reversed(page.runs.get(name).checkpoints()):
                 choices.append((side_label(f"{name}/{checkpoint}"), f"{name}/{checkpoint}"))
     return choices
@@ -109,9 +111,10 @@ def default_side(page: Page) -> str:
         latest.setdefault(value.partition("/")[0], value)
 
     def rank(name: str) -> tuple:
-        summary = page.runs.get(name).summary()
-        low = summary.get("eval", {}).get("gain", {}).get("ci95", [0.0])[0]
-        return low > 0, bool(summary.get("finished"))
+        with contextlib.suppress(RunError, AttributeError, LookupError, TypeError):  # a damaged summary
+            summary = page.runs.get(name).summary()
+            return summary.get("eval", {}).get("gain", {}).get("ci95", [0])[0] > 0, bool(summary.get("finished"))
+        return False, False
 
     return latest[max(latest, key=rank)] if latest else BASE  # of equal ones, the newest
 
@@ -172,13 +175,16 @@ def add_question(page: Page, session: Session, mode: str, left, right, question,
         row |= {"id": "own", "task": "own", "prompt": question, "answer": answer}
     is_blind = mode == BLIND
     previous = session.rounds[-1] if session.rounds else None
-    is_fresh = not previous or bool(title) or previous.is_hidden != is_blind
-    if not (is_blind and previous and previous.is_hidden):  # the sides stay until the vote
-        session.is_swapped = random.random() < 0.5 if is_blind else None
+    keeps_sides = previous is not None and previous.is_blind == previous.is_hidden == is_blind
+    if not keeps_sides:  # they are shuffled once for each vote
+        session.is_swapped = is_blind and random.random() < 0.5
+    is_fresh = bool(title) or not keeps_sides
     if session.is_swapped:
         sides.reverse()
-    session.rounds.append(Round(question, sides, is_blind, is_fresh, run.name if run else None, options, row, title))
-    return session.rounds[-1]
+    run_name = run.name if run else None
+    round_ = Round(question, sides, is_blind, is_blind, is_fresh, run_name, options, row, title)
+    session.rounds.append(round_)
+    return round_
 
 
 def make_request(session: Session, round_: Round) -> ChatRequest:

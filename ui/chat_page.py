@@ -9,13 +9,13 @@ import gradio as gr
 from gradio.context import Context
 
 from grading import RewardError, prompt_text
+from tools.reward_process import reward_rows
 from ui import chat, launch
 from ui.chat import BASE, BLIND, COMPARE, GREEDY, SAMPLING, SIDES, SINGLE, Round, Session
-from ui.reward_process import reward_rows
-from ui.runs import Page, UiError, describe_error
+from ui.page import Page, UiError, describe_error
 from ui.text import LATEX_DELIMITERS, fenced, plain, to_markdown
 from ui.turns import Sample
-from ui.view import View, status_line
+from ui.view import View, menu, status_line
 
 NO_RUN = (
     "No model has been trained yet, so both sides are the bundled model. Start the first run here; it takes minutes."
@@ -235,8 +235,8 @@ def download(session: Session) -> dict:
 # --- the layout
 
 
-def build(page: Page) -> None:
-    view = View(session=gr.State(Session()), tab_number=gr.Textbox(visible=False))
+def build(page: Page) -> View:
+    view = View(session=gr.State(Session()), tab_number=gr.Textbox(label="Browser tab", visible=False))
     with gr.Column(visible=not page.runs.names()) as view["first_run"]:
         if page.editable:
             gr.Markdown(NO_RUN)
@@ -244,7 +244,7 @@ def build(page: Page) -> None:
     with gr.Row():
         view["mode"] = gr.Dropdown([COMPARE, BLIND, SINGLE], value=COMPARE, label="Mode", min_width=90)
         for name in SIDES:
-            view[name] = gr.Dropdown([BASE], value=BASE, label=name.title(), allow_custom_value=True, min_width=90)
+            view[name] = menu(name.title(), [BASE], BASE, min_width=90)
     with gr.Row(elem_id="chats"):
         for name in SIDES:
             with gr.Column(min_width=300) as view[f"{name}_column"]:
@@ -316,3 +316,4 @@ def build(page: Page) -> None:
     view.on(random_button.click, partial(load_question, page, number=None), "left right", api_name="random_question")
     for button, better in zip(vote_buttons, (0, None, 1)):
         view.on(button.click, partial(vote, better), "session", api_name=f"vote_{better}")
+    return view

@@ -15,7 +15,8 @@ from subprocess import DEVNULL, STDOUT, Popen
 import gradio as gr
 
 from rl.run.read_config import read_yaml
-from ui.runs import Page, Runs, UiError, tail
+from rl.run.reader import Runs, tail
+from ui.page import Page, UiError
 from ui.view import View, status_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,8 +130,9 @@ def join_overrides(recipe: str, values: tuple, other: str) -> str:
     arguments = []
     for name, value in zip(FIELDS, values):
         default = getattr(config, name)
-        if value not in (None, "") and type(default)(value) != default:
-            arguments += [f"--{name.replace('_', '-')}", str(type(default)(value))]
+        value = int(value) if isinstance(default, int) and value is not None else value
+        if value not in (None, "", default):
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
     return " ".join([shlex.join(arguments), other or ""]).strip()
 
 
@@ -170,7 +172,7 @@ def start_run(launcher: Launcher, recipe: str, other: str, *fields) -> dict:
 
 def build_form(page: Page, opened, is_first_run: bool) -> None:
     """Build the form that starts a run. opened: the event at which the form appears."""
-    view = View(started=gr.Textbox(visible=False))
+    view = View(started=gr.Textbox(label="Started", visible=False))
     choices = [(f"{Path(file).stem}: {text}", file) for file, text in recipes().items()]
     view["recipe"] = gr.Dropdown(choices, value=DEFAULT_RECIPE, label="1. Recipe: what to train on what")
     defaults = fill_fields(DEFAULT_RECIPE)
@@ -179,8 +181,11 @@ def build_form(page: Page, opened, is_first_run: bool) -> None:
             kind = gr.Textbox if name == "model" else gr.Number
             view[name] = kind(defaults[name], label=label, min_width=150)
     view["other"] = gr.Textbox(label="Other settings: options of train.py", placeholder="--seed 1 --learning-rate 1e-3")
-    view["fits"] = gr.Code(label="2. Does it fit here?", lines=3, max_lines=8, show_line_numbers=False)
-    view["command"] = gr.Textbox(label="Command", max_lines=3)
+    options = {"interactive": False, "elem_classes": "console"}
+    view["fits"] = gr.Textbox(
+        label="2. Does it fit here?", lines=2, max_lines=10, placeholder="Computing ...", **options
+    )
+    view["command"] = gr.Textbox(label="Command", max_lines=3, **options)
     start = gr.Button("3. Start", variant="primary")
     view["status"] = status_line("start-status")
     inputs = f"recipe other {' '.join(FIELDS)}"

@@ -8,7 +8,7 @@ import gradio as gr
 import pandas as pd
 from gradio.context import Context
 
-from ui.runs import Page, UiError
+from ui.page import Page, UiError
 from ui.view import View, frame, line_plot, status_line
 
 TERMS = Path(__file__).resolve().parent.parent / "docs" / "algorithms.md"
@@ -139,7 +139,7 @@ def clip(ratio: float, advantage: float, epsilon: float, epsilon_high: float) ->
     return {"verdict": summary, "objective": frame(points, "objective")}
 
 
-def build(page: Page) -> None:
+def build(page: Page) -> View:
     view = View(status=status_line())
     with gr.Tab("GRPO"):
         gr.Markdown(INTRODUCTION)
@@ -190,3 +190,4 @@ def build(page: Page) -> None:
     for demo, inputs in demos.items():
         events = [Context.root_block.load, *(view[name].change for name in inputs.split())]
         view.on(events, demo, inputs, results[demo], trigger_mode="always_last")
+    return view

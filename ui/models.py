@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from rl.config import Config, ConfigError
+from rl.config import Config, ConfigError, RunError
 from rl.fit.shapes import find_shape
 from rl.model.engine import Engine
 from rl.model.hf_generate import HFGenerate
 from rl.model.oom import KEEP_FREED_BELOW_HIDDEN
 from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
-from ui.runs import Runs, UiError
+from rl.run.reader import Runs
+from ui.page import UiError
 from ui.turns import Turn
 
 MAX_ROWS = 64  # completions generated at the same time
@@ -74,7 +75,7 @@ class Models:
     def run_on_gpu(self) -> str | None:
         """Return the name of a run that is training on the GPU, if any."""
         for name in self.runs.running():
-            with contextlib.suppress(UiError, ConfigError, OSError):
+            with contextlib.suppress(RunError, ConfigError, OSError):
                 if self.runs.get(name).config.device != "cpu":
                     return name
         return None

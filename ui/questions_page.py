@@ -14,10 +14,10 @@ from rl.run.report import describe_gain, transcript
 from ui import chat
 from ui.chat import BASE, SIDES
 from ui.chat_page import MODEL_QUEUE
-from ui.runs import Page, UiError, import_models
+from ui.page import Page, UiError, import_models
 from ui.text import cut
 from ui.turns import ChatRequest, Sample
-from ui.view import View, status_line, table
+from ui.view import View, menu, status_line, table
 
 CHANGES = {"fixed": (False, True), "broken": (True, False), "both right": (True, True), "both wrong": (False, False)}
 ALL = "all"
@@ -131,7 +131,9 @@ def ask_many(page: Page, left: str, right: str, count: float) -> Iterator[dict]:
             _, scores = result.value
     records = [make_record(row, sample, score) for (row, sample), score in zip(samples, scores)]
     pairs = pair_records(records[: len(rows)], records[len(rows) :])
-    yield show_pairs(pairs, chat.side_label(left), chat.side_label(right)) | {"status": f"{len(rows)} held-out questions, greedy."}
+    yield show_pairs(pairs, chat.side_label(left), chat.side_label(right)) | {
+        "status": f"{len(rows)} held-out questions, greedy."
+    }
 
 
 def make_record(row: dict, sample: Sample, score: Score) -> dict:
@@ -162,15 +164,15 @@ def open_pair(event: gr.SelectData, pairs: list[Pair]) -> dict:
     return {"question": question, "before_text": show_record(before), "after_text": show_record(after)}
 
 
-def build(page: Page) -> None:
+def build(page: Page) -> View:
     view = View(pairs=gr.State([]))
     with gr.Tabs():
         with gr.Tab("Evaluations"), gr.Row():
             for name in ("run", "before", "after"):
-                view[name] = gr.Dropdown([], label=name.title(), allow_custom_value=True, min_width=140)
+                view[name] = menu(name.title())
         with gr.Tab("Ask many"), gr.Row():
             for name in SIDES:
-                view[name] = gr.Dropdown([BASE], value=BASE, label=name.title(), allow_custom_value=True, min_width=140)
+                view[name] = menu(name.title(), [BASE], BASE)
             view["count"] = gr.Slider(1, MAX_QUESTIONS, value=100, step=1, label="Held-out questions")
             ask_button = gr.Button("Ask both", variant="primary", min_width=110)
             stop_button = gr.Button("Stop", min_width=110)
@@ -196,3 +198,4 @@ def build(page: Page) -> None:
     stop_button.click(None, cancels=[asking])
     view.on(view["which"].input, filter_pairs, "pairs which")
     view.on(view["table"].select, open_pair, "pairs", scroll_to_output=False)
+    return view

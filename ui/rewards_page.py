@@ -1,27 +1,26 @@
 """The Rewards page: score a completion, and see how an edited reward file changes the scores of a step.
 
-Reward code never runs in the process of the page (see ui/reward_process.py). Completions are scored with the text in
-the editor. Unsaved edits, even with errors, stay in rewards.draft.py beside the file until they are saved or discarded.
+Reward code never runs in the process of the page (see tools/reward_process.py). Completions are scored with the text in
+the editor. The browser keeps unsaved edits, even with errors, until they are saved or discarded.
 """
 
 import contextlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import gradio as gr
 from gradio.context import Context
 
 from data import DataError
-from rl.config import ConfigError
-from ui.reward_process import format_number, reward_rows, run_task, score_completions
-from ui.runs import Page, Run, UiError, read_text
+from rl.config import ConfigError, RunError
+from rl.run.files import write_atomic
+from rl.run.reader import Run, read_text
+from tools.reward_process import format_number, reward_rows, run_task, score_completions
+from ui.page import Page, UiError
 from ui.text import cut
-from ui.view import View, status_line, table
+from ui.view import View, menu, status_line, table
 
 READ_ONLY = "Other machines can reach this page. Serve it at 127.0.0.1 to edit and try out rewards."
 TIME_LIMIT = 60.0  # seconds for reward code
@@ -76,7 +75,7 @@ def score(page: Page, name, step, number, question, row_text, text, truncated, s
     run = page.runs.get(name) if name else None
     row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(row_text)
     completion, logged = {"row": row, "text": text, "truncated": truncated}, ""
-    with contextlib.suppress(UiError):  # the completion need not come from a run
+    with contextlib.suppress(UiError, RunError):  # the completion need not come from a run
         record = find_completion(page, name, step, number)[1]
         if (question, text) == (record["prompt"], cut(record["completion"])):
             completion |= {"text": record["completion"], "tokens": record.get("tokens"), "step": record["step"]}
@@ -134,29 +133,24 @@ def read_row(text: str) -> dict:
 # --- the reward file
 
 
-def read_file(page: Page) -> dict:
-    """Read the draft if there is one, else the file. `loaded` is the text of the file."""
-    file, draft = page.rewards_file, draft_of(page)
-    values = {"source": read_text(file), "loaded": read_text(file), "file_status": f"Editing {file}."}
-    if draft.is_file():
-        values["source"] = read_text(draft)
-        values["file_status"] = f"Showing unsaved edits of {file.name} from {draft.name}. Save or discard them."
+def read_file(page: Page, draft: str | None) -> dict:
+    """Show the file, or the unsaved edits that the browser has kept. `loaded` is the text of the file."""
+    text = read_text(page.rewards_file)
+    values = {"source": text, "loaded": text, "file_status": f"Editing {page.rewards_file}."}
+    if draft and not is_saved(page, draft):
+        values |= {
+            "source": draft,
+            "file_status": "Showing unsaved edits, which this browser keeps. Save or discard them.",
+        }
     return values
 
 
 def discard_edits(page: Page) -> dict:
-    draft_of(page).unlink(missing_ok=True)
-    return read_file(page)
+    return read_file(page, None) | {"draft": None}
 
 
-def keep_draft(page: Page, source: str) -> dict:
-    """Write the text in the editor to the draft."""
-    draft = draft_of(page)
-    if is_saved(page, source):
-        draft.unlink(missing_ok=True)
-        return {"file_status": f"Editing {page.rewards_file}."}
-    write(draft, source)
-    return {"file_status": f"Unsaved edits are kept in {draft.name}."}
+def keep_draft(source: str) -> dict:
+    return {"draft": source}
 
 
 def save(page: Page, source: str, loaded: str | None) -> Iterator[dict]:
@@ -164,22 +158,16 @@ def save(page: Page, source: str, loaded: str | None) -> Iterator[dict]:
     file = page.rewards_file
     if is_saved(page, source):
         yield {"file_status": f"{file.name} is up to date: there is nothing to save."}
-        return
-    keep_draft(page, source)
-    if read_text(file) != loaded:
+    elif read_text(file) != loaded:
         status = f"Not saved: {file.name} may have changed on disk. Press Save again to overwrite it."
         yield {"file_status": status, "loaded": read_text(file)}
-        return
-    names, _ = yield from show_progress(run_task("check", None, file, source, TIME_LIMIT))
-    write(file, source)
-    if read_text(draft_of(page)).strip() == source.strip():  # otherwise it was edited in the meantime
-        draft_of(page).unlink(missing_ok=True)
-    status = f"Saved. Rewards: {', '.join(names)}. A run in progress keeps its own copy."
-    yield {"file_status": status, "loaded": read_text(file)}
-
-
-def draft_of(page: Page) -> Path:
-    return page.rewards_file.with_suffix(".draft.py")
+    else:
+        names, _ = yield from show_progress(run_task("check", None, file, source, TIME_LIMIT))
+        mode = file.stat().st_mode if file.is_file() else 0o644
+        write_atomic(file, source.strip() + "\n")
+        file.chmod(mode)
+        status = f"Saved. Rewards: {', '.join(names)}. A run in progress keeps its own copy."
+        yield {"file_status": status, "loaded": read_text(file), "draft": None}
 
 
 def is_saved(page: Page, source: str) -> bool:
@@ -190,15 +178,6 @@ def file_label(page: Page, source: str) -> str:
     return page.rewards_file.name + ("" if is_saved(page, source) else " with unsaved edits")
 
 
-def write(file: Path, source: str) -> None:
-    """Write a file atomically."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(source.strip() + "\n", encoding="utf-8")
-    if file.is_file():
-        shutil.copymode(file, unfinished)
-    os.replace(unfinished, file)
-
-
 # --- the layout
 
 
@@ -206,11 +185,11 @@ def pick_change(event: gr.SelectData) -> dict:
     return {"number": int(event.row_value[0])}
 
 
-def build(page: Page) -> None:
-    view = View(loaded=gr.State(None))
+def build(page: Page) -> View:
+    view = View(loaded=gr.State(None), draft=gr.BrowserState(storage_key="ponder-rewards", secret="ponder"))
     gr.Markdown("See how each reward function scores a completion, and why. Load a completion from a run, or type one.")
     with gr.Row():
-        view["run"] = gr.Dropdown([], label="Run", min_width=140)
+        view["run"] = menu("Run")
         view["step"] = gr.Number(label="Step", precision=0, min_width=110)
         view["number"] = gr.Number(1, label="Completion number, from 1", precision=0, min_width=110)
         load_button = gr.Button("Load this completion", min_width=110)
@@ -235,7 +214,7 @@ def build(page: Page) -> None:
     view.on(load_button.click, *load_completion)
     if not page.editable:
         gr.Markdown(READ_ONLY)
-        return
+        return view
     view["source"] = gr.Code(language="python", label="rewards.py", lines=16, max_lines=30, interactive=True)
     with gr.Row():
         save_button = gr.Button("Save")
@@ -245,8 +224,8 @@ def build(page: Page) -> None:
     view["report"] = gr.Code(label="Old and new scores", interactive=False, lines=2, max_lines=30)
     label = "Completions, largest change first (click to load)"
     view["changes"] = table(label, *CHANGES, column_widths=CHANGE_WIDTHS)
-    view.on(Context.root_block.load, partial(read_file, page))
-    view.on(view["source"].input, partial(keep_draft, page), "source", trigger_mode="always_last")
+    view.on(Context.root_block.load, partial(read_file, page), "draft")
+    view.on(view["source"].input, keep_draft, "source", trigger_mode="always_last")
     view.on(discard_button.click, partial(discard_edits, page))
     inputs = "run step number question row_text text truncated source"
     tasks = [
@@ -257,3 +236,4 @@ def build(page: Page) -> None:
     stop_button.click(lambda: "Stopped.", None, view["status"], cancels=tasks)
     clicked = view.on(view["changes"].select, pick_change)
     view.on(clicked.then, *load_completion, api_visibility="private")
+    return view

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import gradio as gr
 import pandas as pd
 
-from ui.runs import describe_error
+from ui.page import describe_error
 from ui.text import CELL_CHARS
 
 
@@ -63,12 +63,17 @@ def status_line(name: str = "status") -> gr.Textbox:
     return gr.Textbox(label="Status", elem_id=name, elem_classes="status", placeholder="Status", **options)
 
 
+def menu(label: str, choices: Iterable = (), value=None, **options) -> gr.Dropdown:
+    """Build a dropdown whose choices change while the page is open: a removed one must not be an error."""
+    return gr.Dropdown(list(choices), value=value, label=label, allow_custom_value=True, **{"min_width": 140} | options)
+
+
 def table(label: str, *headers: str, **options) -> gr.Dataframe:
     options = {"max_height": 360, "wrap": True, "max_chars": CELL_CHARS} | options
     return gr.Dataframe(headers=list(headers), type="array", datatype="str", label=label, interactive=False, **options)
 
 
-def line_plot(label: str, color: str, x: str = "step", y: str = " ", height: int = 250, **options) -> gr.LinePlot:
+def line_plot(label: str, color: str, x: str = "step", y: str = " ", height: int = 290, **options) -> gr.LinePlot:
     """Build a line plot of a `frame` with a line per value of the column `color`."""
     axes = {"x": "x", "y": "y", "color": color, "x_title": x, "y_title": y}
     return gr.LinePlot(label=label, height=height, min_width=380, buttons=["fullscreen"], **axes, **options)

@@ -11,7 +11,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from ui.runs import Runs, describe_error, import_models
+from rl.run.reader import Runs
+from ui.page import describe_error, import_models
 from ui.turns import Answer, ChatRequest, Turn
 
 UPDATE_SECONDS = 0.1  # time between two updates of an answer

@@ -10,15 +10,24 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from watching import follow_run, wait_until, watch_run  # noqa: E402
+from watching import call, follow_run, wait_until, watch_run  # noqa: E402
 
-from ui.launch import load_recipes  # noqa: E402
-from ui.runs import Runs, UiError  # noqa: E402
+from rl.run.reader import Runs  # noqa: E402
+from ui import launch  # noqa: E402
+from ui.page import UiError  # noqa: E402
 
 SHORT = (
     "--prompts-per-step 2 --num-generations 2 --eval-questions 4 --eval-steps 0 --save-steps 0 --train-questions 20 "
     "--max-completion-length 16 --log-completions-steps 0 --device cpu"
 )
+
+
+FIELDS = "data/tiny", 45, 0.002, 8, 96  # of the recipe
+
+
+@pytest.fixture
+def launcher(page):
+    return page.launcher
 
 
 def test_start_and_resume_commands(launcher):
@@ -71,46 +80,73 @@ def test_refuses_to_start_a_second_run_or_to_stop_an_idle_one(folder, launcher):
             launcher.stop(name)
 
 
-def test_every_recipe_has_a_header():
-    assert "configs/tiny.yaml" in load_recipes()
-    assert all("python train.py" in header for header in load_recipes().values())
+def test_every_recipe_has_a_title():
+    titles = launch.recipes()
+    assert titles["configs/tiny.yaml"].startswith("The bundled tiny model learns")
+    assert all(title and "fits" not in title and "python" not in title for title in titles.values()), (
+        "whether it fits depends on this machine"
+    )
+
+
+def test_fields_become_options(launcher):
+    assert tuple(launch.fill_fields("configs/tiny.yaml").values()) == FIELDS
+    assert launch.join_overrides("configs/tiny.yaml", FIELDS, "--seed 1") == "--seed 1"
+    changed = "my model", 10.0, 1e-3, None, 128
+    expected = "--model 'my model' --max-steps 10 --learning-rate 0.001 --max-completion-length 128"
+    assert launch.join_overrides("configs/tiny.yaml", changed, "") == expected
+    command = launch.show_command(launcher, "configs/tiny.yaml", "--seed 1", *changed)["command"]
+    assert command.partition(" train.py ")[2].startswith(f"--config configs/tiny.yaml {expected} --seed 1 --output-dir")
+    for recipe in launch.recipes():
+        assert launch.join_overrides(recipe, tuple(launch.fill_fields(recipe).values()), "") == ""
+
+
+def test_answers_whether_a_run_fits_on_this_machine(page, tmp_path):
+    """The answer is that of the dry run here, not that of the recipe's header on another card."""
+    fits = launch.check(page, False, "configs/tiny.yaml", "--max-steps 5", *FIELDS)["fits"]
+    assert fits.startswith("It fits: ") and "  weights " in fits
+    too_large = "Qwen/Qwen3-8B", 5, 1e-5, 8, 4096
+    fits = launch.check(page, False, "configs/tiny.yaml", "", *too_large)["fits"]
+    assert fits.startswith("It does not fit: it needs ") or "of" in fits.splitlines()[0]
+    with pytest.raises(UiError, match="learning_rate"):
+        launch.check(page, False, "configs/tiny.yaml", "--lerning-rate 1", *FIELDS)
+    assert launch.check(page, True, "configs/tiny.yaml", "", *FIELDS) == {}, "there are runs: the form is hidden"
 
 
 def test_starts_watches_and_stops_a_run_also_after_a_reload(folder, served):
     client = served()
-    _, command = client.predict("configs/tiny.yaml", SHORT, api_name="/show_command")
+    inputs = "configs/tiny.yaml", SHORT, *FIELDS
+    command = client.predict(*inputs, api_name="/show_command")[9]
     assert command.endswith(f"--device cpu --output-dir {folder}/tiny-1")
-    started, timer = client.predict("configs/tiny.yaml", f"--max-steps 2000 {SHORT}", api_name="/start_run")
-    assert started.startswith(command.split(" --prompts")[0]) and timer["active"]
-    with pytest.raises(Exception, match="is running"):
-        client.predict("configs/tiny.yaml", SHORT, api_name="/start_run")
-    values = wait_until(client, lambda v: "Running: step" in v["status"] and "step 0 of" not in v["status"])
-    assert values["timer"]["value"] == 2 and "of 2000, about" in values["status"]
-    assert os.getsid(pid := int(values["started"].split("process ")[1].split(".")[0])) == pid, "outlives the page"
+    started = client.predict("configs/tiny.yaml", f"--max-steps 2000 {SHORT}", *FIELDS, api_name="/start_run")[0]
+    assert started.startswith(command.split(" --prompts")[0])
+    assert "is running" in client.predict(*inputs, api_name="/start_run")[-1]
+    values = wait_until(client, lambda v: "Running, step" in str(v.get("progress")) and "step 0 of" not in v["progress"])
+    assert values["timer"]["value"] == 2 and "of 2000, about" in values["progress"]
+    text = values["launched"]["value"]
+    assert os.getsid(pid := int(text.split("process ")[1].split(".")[0])) == pid, "outlives the page"
 
     reloaded = served()  # a second load of the page
     values = watch_run(reloaded)
-    assert values["name"]["value"] == "tiny-1" and "Running" in values["status"] and "step" in values["log"]
-    outputs = reloaded.predict("tiny-1", 1, "entropy", api_name="/show_step")
-    assert len(outputs[0]["data"]) == 2 and outputs[7].startswith("entropy: ") and outputs[8]
-    with pytest.raises(Exception, match="a is not running"):
-        reloaded.predict("a", api_name="/stop_run")
-    assert "stop after the current step" in reloaded.predict("tiny-1", api_name="/stop_run")
-    values = wait_until(client, lambda v: "Stopped early" in v["status"] and v["timer"]["value"] == 10)
-    assert "exit code 0" in values["started"] and Runs(folder).get("tiny-1").checkpoints()
+    assert values["name"]["value"] == "tiny-1" and "Running" in values["progress"] and "step" in values["log"]
+    assert values["runs"]["data"][0][:2] == ["tiny-1", "running"]
+    assert "a is not running" in call(reloaded, "/stop_run", "a")["status"]
+    assert "stop after the current step" in call(reloaded, "/stop_run", "tiny-1")["status"]
+    values = wait_until(client, lambda v: "Stopped early" in str(v.get("progress")) and v["timer"]["value"] == 10)
+    assert "exit code 0" in values["launched"]["value"] and Runs(folder).get("tiny-1").checkpoints()
     assert "step_" in values["log"]
 
 
 def test_shows_the_exit_code_and_the_error_of_a_wrong_setting(folder, served):
     client = served()
-    client.predict("configs/tiny.yaml", "--lerning-rate 1", api_name="/start_run")
-    values = wait_until(client, lambda v: "exit code" in v["started"])
-    assert "exit code 1" in values["started"] and "'learning_rate'" in values["started"]
-    assert not (folder / "tiny-1").exists()
+    client.predict("configs/tiny.yaml", "--lerning-rate 1", *FIELDS, api_name="/start_run")
+    values = wait_until(client, lambda v: "exit code" in str(v["launched"]))
+    text = values["launched"]["value"]
+    assert "exit code 1" in text and "'learning_rate'" in text and not (folder / "tiny-1").exists()
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_shown_as_stopped_and_can_be_resumed(folder, launcher):
+def test_a_killed_run_is_shown_as_stopped_and_can_be_resumed(folder, page):
+    launcher = page.launcher
     launcher.start(launcher.start_command("configs/tiny.yaml", f"--max-steps 2000 {SHORT}"))
     end = time.monotonic() + 60
     while not (folder / "tiny-1/metrics.jsonl").exists() and time.monotonic() < end:
@@ -118,8 +154,7 @@ def test_a_killed_run_is_shown_as_stopped_and_can_be_resumed(folder, launcher):
     os.kill(launcher.process.pid, signal.SIGKILL)
     launcher.process.wait()
     assert "exit code -9" in launcher.describe()
-    values = follow_run(launcher, "tiny-1")
-    assert values["status"].startswith("Stopped early: step")
+    assert "tiny-1: Stopped early, step" in follow_run(page, "tiny-1")["progress"]
     assert launcher.resume_command("tiny-1", "")[2] == "--resume"
 
 

@@ -1,4 +1,4 @@
-"""The thread that owns the models: concurrent answers without interference, stopping, and error messages."""
+"""The thread that owns the models: both sides step in turn without interference, one request at a time, errors."""
 
 import dataclasses
 import gc
@@ -17,9 +17,8 @@ from rl.model.lora import save_adapter
 from rl.model.policy import load_policy
 from rl.model.sampling import Sampling
 from rl.rollout import rollout
+from rl.run.reader import Runs
 from ui import models
-from ui import worker as worker_module
-from ui.runs import Runs
 from ui.turns import ChatRequest
 from ui.worker import Worker
 
@@ -88,8 +87,8 @@ ONE, ENDLESS, OTHER = ((name, "step_000001") for name in ("one", "endless", "oth
 
 
 def make_request(*sides, question=QUESTION, run="one", **options):
-    messages = [[{"role": "user", "content": question}] for _ in sides]
-    return ChatRequest(sides, tuple(messages), run, **{"max_tokens": 40} | options)
+    conversations = [[[{"role": "user", "content": question}]] for _ in sides]
+    return ChatRequest(sides, tuple(conversations), run, **{"max_tokens": 40} | options)
 
 
 def ask(worker, *sides, **options):
@@ -132,29 +131,18 @@ def test_base_and_checkpoint_do_not_interfere_without_folding(runs_and_texts, wo
     assert other.models.policy.decoder is None
 
 
-@pytest.mark.parametrize("folds", [True, False])
-def test_two_visitors_at_once(runs_and_texts, worker, folds, monkeypatch):
-    """Two visitors get their answers while a third one's answers are still running."""
-    if not folds:
-        monkeypatch.setattr("rl.model.decoder.Decoder.can_fold", lambda self: False)
+def test_visitors_are_answered_one_after_another(runs_and_texts, worker):
+    """Gradio's queue sends one request at a time. If two arrive anyway, the second one waits for the first one."""
     _, texts = runs_and_texts
-    _, third = start(worker, ENDLESS, ENDLESS, max_tokens=400)
-    is_correct = {}
-
-    def visit(name, sides, expected):
-        is_correct[name] = [sample_texts(ask(worker, *sides)) == expected for _ in range(3)]
-
-    visits = {
-        "a": ((None, ONE), [texts["base"], texts["one"]]),
-        "b": ((ONE, None), [texts["one"], texts["base"]]),
-    }
-    threads = [threading.Thread(target=visit, args=(name, *arguments)) for name, arguments in visits.items()]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        next(third, None)
-    third.close()
-    assert is_correct == {"a": [True] * 3, "b": [True] * 3}
+    request, first = start(worker, None, ENDLESS, max_tokens=400, temperature=1.0)
+    results = []
+    second = threading.Thread(target=lambda: results.append(ask(worker, None, ONE)))
+    second.start()
+    next(first)
+    assert results == []
+    request.stop.set()
+    second.join(30)
+    assert sample_texts(results[0]) == [texts["base"], texts["one"]]
 
 
 def test_answers_stream_with_low_latency(runs_and_texts):
@@ -183,7 +171,6 @@ def test_next_question_is_answered_after_stop(runs_and_texts, worker):
     assert {answer.state for answer in answers} <= {"stopped", "done"} and answers[1].state == "stopped"
     assert 0 < len(answers[1].samples[0].token_ids) < 400 and not answers[1].samples[0].finished
     assert sample_texts(ask(worker, None, ONE)) == [texts["base"], texts["one"]]
-    assert worker._jobs == []
 
 
 def test_three_cancels_in_a_row(runs_and_texts, worker):
@@ -196,45 +183,60 @@ def test_three_cancels_in_a_row(runs_and_texts, worker):
     assert sample_texts(ask(worker, None, ONE)) == [texts["base"], texts["one"]]
 
 
-def test_closed_iterator_releases_memory(runs_and_texts, worker):
+def test_closed_iterator_releases_memory(runs_and_texts, worker, monkeypatch):
     """Gradio closes the iterator when a visitor leaves the page."""
     _, texts = runs_and_texts
+    engines = []
+    start_answer = models.Models.start_answer
+
+    def remember(self, turn, in_use):
+        start_answer(self, turn, in_use)
+        engines.append(weakref.ref(turn.engine))
+
+    monkeypatch.setattr(models.Models, "start_answer", remember)
     _, updates = start(worker, None, ENDLESS, max_tokens=400)
-    (turns,) = worker._jobs
-    engines = [weakref.ref(turn.engine) for turn in turns]
-    del turns
     updates.close()
-    assert worker._jobs == []
     assert sample_texts(ask(worker, None, ONE)) == [texts["base"], texts["one"]]
     gc.collect()
-    assert not any(engine() for engine in engines), "the engines hold the cache"
-
-
-def test_questions_wait_for_their_turn(runs_and_texts, worker, monkeypatch):
-    _, texts = runs_and_texts
-    monkeypatch.setattr(worker_module, "MAX_CONCURRENT", 1)
-    request, first = start(worker, None, ENDLESS, max_tokens=400, temperature=1.0)
-    second = worker.answer(make_request(None, ONE))
-    notes = {answer.note for answer in next(second) if answer.state == "waiting"}
-    next(first)
-    assert any(note.startswith("Waiting: 1 other") for note in notes)
-    request.stop.set()
-    assert sample_texts(list(second)[-1]) == [texts["base"], texts["one"]]
+    assert len(engines) == 4 and not any(engine() for engine in engines), "the engines hold the cache"
 
 
 def test_another_base_model(runs_and_texts, worker):
-    """Switch the base model between questions, and while another question is being answered."""
-    runs, texts = runs_and_texts
+    """The base model is switched between questions, and between the sides of one."""
+    _, texts = runs_and_texts
     assert sample_texts(ask(worker, None, OTHER, run="other")) == [texts["other base"], texts["other"]]
-    assert sample_texts(ask(worker, None, OTHER)) == [texts["base"], texts["other"]]  # the base model of run "one"
-    request, first = start(worker, None, ENDLESS, max_tokens=400, temperature=1.0)
-    second = worker.answer(make_request(None, OTHER, run="other"))
-    notes = [answer.note for answer in next(second)]
-    next(first)
-    assert any(note.startswith("Waiting") and "data/tiny" in note for note in notes)
-    request.stop.set()
-    assert sample_texts(list(second)[-1]) == [texts["other base"], texts["other"]]
+    updates = list(worker.answer(make_request(None, OTHER)))  # the base model of run "one"
+    assert sample_texts(updates[-1]) == [texts["base"], texts["other"]]
+    notes = {answer.note for answers in updates for answer in answers if answer.state == "loading"}
+    assert len(notes) == 2 and "Loading data/tiny ..." in notes
     assert sample_texts(ask(worker, None, ONE)) == [texts["base"], texts["one"]]
+
+
+def test_many_conversations_at_once(runs_and_texts, worker):
+    """The answers are those of single questions. Texts are shown when all are finished."""
+    questions = ["1 + 2 = ?", QUESTION, "What is 3 + 4?"] * 8
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    request = ChatRequest((None, ONE), (conversations, conversations), "one", max_tokens=40)
+    updates = list(worker.answer(request))
+    assert all(answer.samples == () for answers in updates[:-1] for answer in answers if answer.state == "answering")
+    notes = [answers[0].note for answers in updates if answers[0].state == "answering"]
+    assert notes[0].endswith(" of 24 answered")
+    for side, name in enumerate((None, ONE)):
+        single = [sample_texts(ask(worker, name, question=question))[0][0] for question in questions[:3]]
+        assert [sample.text for sample in updates[-1][side].samples] == single * 8
+
+
+def test_speed_and_rendered_prompt(runs_and_texts, worker):
+    """The speed of a side counts its own decode steps only."""
+    start_time = time.monotonic()
+    base, endless = ask(worker, None, ENDLESS, max_tokens=200)
+    seconds = time.monotonic() - start_time
+    assert 0 < base.seconds + endless.seconds <= seconds
+    tokens = len(endless.samples[0].token_ids)
+    assert endless.tokens_per_second == pytest.approx(tokens / endless.seconds)
+    assert QUESTION in base.prompt and SYSTEM not in base.prompt and SYSTEM in endless.prompt
+    (answer,) = ask(worker, None, system_prompt="Be brief.")
+    assert "Be brief." in answer.prompt
 
 
 def test_samples_match_a_roll_out(runs_and_texts, worker):
@@ -314,7 +316,6 @@ def test_errors_are_reported_and_end_only_their_question(runs_and_texts, worker,
     from rl.model import engine
 
     runs, texts = runs_and_texts
-    _, other = start(worker, None, ENDLESS, max_tokens=400, temperature=1.0)
     original_init = engine.Engine.__init__
 
     def init_without_memory(self, policy, prompts, n, *rest):
@@ -325,8 +326,6 @@ def test_errors_are_reported_and_end_only_their_question(runs_and_texts, worker,
     monkeypatch.setattr(engine.Engine, "__init__", init_without_memory)
     (answer,) = ask(worker, None, samples=16)
     assert answer.state == "failed" and answer.note.startswith("Out of memory. ") and "now 16" in answer.note
-    assert next(other)[1].state == "answering"
-    other.close()
     notes = {
         "no run": ask(worker, ("nowhere", "step_000001"))[0].note,
         "no checkpoint": ask(worker, ("one", "../../../etc"))[0].note,

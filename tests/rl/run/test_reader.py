@@ -1,4 +1,4 @@
-"""The reader of the runs folder: runs that are in progress, truncated, damaged, malicious or huge."""
+"""The reader of run folders: runs that are in progress, truncated, damaged, malicious or huge."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import filelock
 import pytest
 from watching import make_metrics, make_rollouts, to_jsonl, truncate_rollouts, write_rollouts, write_tokens
 
-from rl.config import ConfigError
-from ui.runs import MAX_POINTS, Runs, UiError, downsample, shows_errors, tail
+from rl.config import ConfigError, RunError
+from rl.run.reader import MAX_POINTS, Runs, downsample, tail
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def run(folder):
 def test_an_empty_or_missing_folder_has_no_runs(tmp_path):
     for runs in (Runs(tmp_path), Runs(tmp_path / "none")):
         assert runs.names() == []
-        with pytest.raises(UiError, match="train one first"):
+        with pytest.raises(RunError, match="train one first"):
             runs.get("a")
 
 
@@ -57,14 +57,14 @@ def test_the_newest_run_comes_first(folder):
 def test_refuses_run_names_that_lead_outside_the_folder(folder, name):
     (folder.parent / "x").mkdir()
     (folder.parent / "x/config.yaml").write_text("")
-    with pytest.raises(UiError, match="There is no run"):
+    with pytest.raises(RunError, match="There is no run"):
         Runs(folder).get(name)
 
 
 @pytest.mark.parametrize("name", ["../../secret", "../config", "before.jsonl", "", None])
 def test_refuses_evaluation_names_that_lead_outside_the_folder(folder, run, name):
     (folder / "secret.jsonl").write_text('{"secret": 1}\n')
-    with pytest.raises(UiError, match="has no evaluation"):
+    with pytest.raises(RunError, match="has no evaluation"):
         run.evaluation(name)
 
 
@@ -87,19 +87,18 @@ def test_refuses_links_that_lead_outside_the_folder(folder):
     for read in (
         run.summary,
         run.metrics,
-        run.alarms,
         lambda: run.tokens(1),
         lambda: run.groups(1),
         lambda: run.evaluation("x"),
         lambda: run.file("console.log"),
     ):
-        with pytest.raises(UiError, match="outside the runs folder"):
+        with pytest.raises(RunError, match="outside the runs folder"):
             read()
     for name in ("rollouts", "tokens"):
         (run.path / name).rename(folder.parent / name)
         (run.path / name).symlink_to(folder.parent / name)
     for read in (run.steps, lambda: run.groups(2), lambda: run.tokens(2)):
-        with pytest.raises(UiError, match="outside the runs folder"):
+        with pytest.raises(RunError, match="outside the runs folder"):
             read()
     (folder / "b").symlink_to(folder.parent / "elsewhere")
     (folder.parent / "elsewhere").mkdir()
@@ -117,7 +116,7 @@ def test_reads_a_run_without_output(folder):
     (folder / "b").mkdir()
     (folder / "b/config.yaml").write_text("")
     run = Runs(folder).get("b")
-    assert (run.metrics(), run.steps(), run.tokens(1), run.evaluations()) == ([], [], None, [])
+    assert (run.metrics().steps, run.steps(), run.tokens(1), run.evaluations()) == ([], [], None, [])
     assert (run.checkpoints(), run.summary(), tail(run.file("console.log"), 20), run.status()) == (
         [],
         {},
@@ -156,7 +155,7 @@ def test_groups_hold_the_completions_of_each_prompt(run):
     ]
     assert run.completions(7) == sum(groups, [])
     for step in (0, 21):
-        with pytest.raises(UiError, match=f"step {step}: rollouts/0000{step:02d}.jsonl is missing"):
+        with pytest.raises(RunError, match=f"step {step}: rollouts/0000{step:02d}.jsonl is missing"):
             run.groups(step)
 
 
@@ -181,24 +180,26 @@ def test_steps_come_from_the_file_names(folder, run):
 def test_ignores_an_incomplete_line(folder, run):
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "prompt')
-    assert len(run.metrics()) == run.metrics()[-1]["step"] == 20
+    assert run.metrics().steps == list(range(1, 21))
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write('_id": 1, "alarms": []}\n')
-    assert run.metrics()[-1] == {"step": 21, "prompt_id": 1, "alarms": []}
+    assert run.metrics().steps[-1] == 21 and run.metrics().points("prompt_id") == [(21, 1.0)]
 
 
 def test_reads_the_files_anew_after_a_resume(folder, run):
     """--resume truncates metrics.jsonl, which may exceed its former length before the next read."""
     metrics = folder / "a/metrics.jsonl"
-    assert len(run.metrics()) == 20
+    assert len(run.metrics().steps) == 20
     metrics.write_text(to_jsonl(make_metrics(range(1, 6))))
     truncate_rollouts(folder / "a", 5)
-    assert [m["step"] for m in run.metrics()] == run.steps() == [1, 2, 3, 4, 5]
+    assert run.metrics().steps == run.steps() == [1, 2, 3, 4, 5]
     resumed = make_metrics(range(1, 6)) + make_metrics(range(6, 41), reward=7.0, alarms=["clipped"])
     metrics.write_text(to_jsonl(resumed))
-    assert run.metrics() == resumed and run.alarms() == {"clipped": 6}
+    assert run.metrics().steps == [m["step"] for m in resumed]
+    assert run.metrics().points("reward")[-1] == (40, 7.0)
+    assert run.metrics().alarms == {"clipped": 6} and run.metrics().active == ["clipped"]
     metrics.write_text(to_jsonl(make_metrics(range(1, 42))))
-    assert run.alarms() == {} and run.metrics()[-1]["step"] == 41
+    assert run.metrics().alarms == {} and run.metrics().active == [] and run.metrics().steps[-1] == 41
 
 
 def test_downsamples_metrics_and_keeps_evaluations(folder, run):
@@ -206,11 +207,11 @@ def test_downsamples_metrics_and_keeps_evaluations(folder, run):
     for line in lines[99::100]:
         line["eval/accuracy"] = 0.5
     (folder / "a/metrics.jsonl").write_text(to_jsonl(lines))
-    metrics = run.metrics(500)
-    assert len(run.metrics(5000)) == 5000 and 500 <= len(metrics) <= 550
-    assert [m["step"] for m in metrics] == sorted(m["step"] for m in metrics)
-    assert metrics[0]["step"] == 1 and metrics[-1]["step"] == 5000
-    assert sum("eval/accuracy" in m for m in metrics) == 50
+    metrics = run.metrics()
+    assert 500 <= len(metrics.steps) <= 550
+    assert metrics.steps == sorted(metrics.steps) and metrics.steps[0] == 1 and metrics.steps[-1] == 5000
+    assert len(metrics.points("eval/accuracy")) == 50
+    assert len(metrics.points("reward")) == len(metrics.steps) and metrics.points("unknown") == []
     assert downsample([1, 2, 3], 3) == [1, 2, 3] and downsample(range(100), 3) == [0, 50, 99]
 
 
@@ -218,16 +219,16 @@ def test_names_a_damaged_file(folder, run):
     for content in ('nonsense\n{"step": 1}\n', '{"step": 1}\n', '{"step": 1, "com', "[]\n", "\ud800"):
         (folder / "a/rollouts/000003.jsonl").write_bytes(content.encode(errors="surrogatepass"))
         (folder / "a/tokens/000003.json").write_bytes(content.encode(errors="surrogatepass"))
-        with pytest.raises(UiError, match="rollouts/000003.jsonl .* not a JSON object"):
+        with pytest.raises(RunError, match="rollouts/000003.jsonl .* not a JSON object"):
             run.groups(3)
-        with pytest.raises(UiError, match="tokens/000003.json .* not a JSON object"):
+        with pytest.raises(RunError, match="tokens/000003.json .* not a JSON object"):
             run.tokens(3)
     (folder / "a/rollouts/000003.jsonl").write_text("")
-    with pytest.raises(UiError, match="rollouts/000003.jsonl is missing or empty"):
+    with pytest.raises(RunError, match="rollouts/000003.jsonl is missing or empty"):
         run.groups(3)
     assert 3 in run.steps() and len(run.groups(4)) == 3
     (folder / "a/metrics.jsonl").write_text('{"step": 1, "alarms": []}\n{"step": \n')
-    with pytest.raises(UiError, match="metrics.jsonl .* not a JSON object"):
+    with pytest.raises(RunError, match="metrics.jsonl .* not a JSON object"):
         run.metrics()
     (folder / "a/config.yaml").write_text("lerning_rate: 1\n")
     with pytest.raises(ConfigError, match="learning_rate"):
@@ -262,7 +263,7 @@ def poll_run(run, num_polls, num_steps):
     for poll in range(num_polls):
         start = time.monotonic()
         step = 1 + poll * 997 % num_steps
-        assert len(run.metrics(500)) <= 1000 and run.steps()[-1] >= num_steps
+        assert len(run.metrics().steps) <= 1000 and run.steps()[-1] >= num_steps
         assert run.groups(step)[0][0]["step"] == run.tokens(step)["step"] == step
         with run.file("metrics.jsonl").open("a") as file:
             file.write(to_jsonl(make_metrics([num_steps + poll + 1])))
@@ -290,34 +291,40 @@ def test_memory_stays_flat(tmp_path, num_steps, num_completions, length, num_pol
     assert slowest < 2
 
 
-def test_shows_errors_as_escaped_messages():
-    gr = pytest.importorskip("gradio")
+def test_renames_a_run(folder):
+    runs = Runs(folder)
+    (folder / "b").mkdir()
+    for name, message in (("b", "exists already"), ("../b", "without slashes"), ("", "slashes"), (".x", "slashes")):
+        with pytest.raises(RunError, match=message):
+            runs.rename("a", name)
+    runs.get("a").write_note("a note")
+    runs.rename("a", "c d")
+    assert runs.names() == ["c d"] and runs.get("c d").note() == "a note" and len(runs.get("c d").steps()) == 20
+    with pytest.raises(RunError, match="no run 'a'"):
+        runs.rename("a", "x")
 
-    @shows_errors
-    def fails(error):
-        raise error
 
-    @shows_errors
-    def streams(n: int):
-        yield from range(n)
-        raise KeyError("<script>")
+def test_deletes_a_run(folder):
+    runs = Runs(folder)
+    with filelock.FileLock(folder / "a/lock"):
+        for change in (lambda: runs.delete("a"), lambda: runs.rename("a", "b")):
+            with pytest.raises(RunError, match="a is running. Stop it first"):
+                change()
+    assert runs.names() == ["a"]
+    runs.delete("a")
+    assert runs.names() == [] and not list(folder.iterdir())
+    for name in ("../runs", "", None):
+        with pytest.raises(RunError, match="no run"):
+            runs.delete(name)
 
-    for error, text in (
-        (UiError("no run. Train one."), "no run. Train one."),
-        (ConfigError("beta is <b>"), "beta is &lt;b&gt;"),
-        (ValueError("a\nb"), "ValueError: a."),
-    ):
-        with pytest.raises(gr.Error) as raised:
-            fails(error)
-        assert text in raised.value.message and "\n" not in raised.value.message
-    stream = streams(2)
-    assert (next(stream), next(stream)) == (0, 1)
-    with pytest.raises(gr.Error, match="KeyError: &#x27;&lt;script&gt;"):
-        next(stream)
+
+def test_a_half_deleted_run_is_hidden(folder):
+    (folder / "a").rename(folder / ".deleted-a")
+    assert Runs(folder).names() == []
 
 
 def test_imports_neither_torch_nor_gradio():
-    code = "import sys, ui.runs; print([m for m in ('torch', 'gradio') if m in sys.modules])"
+    code = "import sys, rl.run.reader, ui.page; print([m for m in ('torch', 'gradio', 'pandas') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
     assert MAX_POINTS == 500
 
@@ -334,5 +341,5 @@ def test_one_bad_folder_does_not_affect_the_others(tmp_path, content):
     assert sorted(runs.names()) == ["bad", "good"] and runs.running() == []
     assert runs.get("bad").summary() == {} and runs.get("bad").checkpoints() == []
     (tmp_path / "bad/metrics.jsonl").write_text("5\n")
-    with pytest.raises(UiError, match="metrics.jsonl .* not a JSON object"):
+    with pytest.raises(RunError, match="metrics.jsonl .* not a JSON object"):
         runs.get("bad").metrics()

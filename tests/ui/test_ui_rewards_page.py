@@ -1,14 +1,12 @@
-"""The Rewards tab: scoring, rescoring, the editor, reward files that fail, and the read-only page."""
+"""The Rewards page: scoring, rescoring, the editor, reward files that fail, and the read-only page."""
 
 import json
 import os
-import re
 import stat
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -16,8 +14,11 @@ import yaml
 from conftest import run_with_questions
 from watching import write_rollouts
 
-from ui import learn_tab, rewards_tab
-from ui.runs import Page, Runs, UiError
+from grading import RewardError
+from rl.config import RunError
+from rl.run.reader import Runs
+from ui import rewards_page
+from ui.page import Page, UiError
 
 REWARDS = """
 from grading import grade_math, metric, reward
@@ -34,7 +35,6 @@ def short(completion):
 def thinks(completion):
     return bool(completion.thinking)
 """.lstrip()
-A, B = SimpleNamespace(session_hash="a"), SimpleNamespace(session_hash="b")  # requests of two windows
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -83,7 +83,35 @@ def page(tmp_path):
 def score(page, text, row_text="", source=REWARDS, **fields):
     fields = {"name": None, "step": None, "number": None, "question": "1 + 1?", "truncated": False} | fields
     inputs = (fields[name] for name in ("name", "step", "number", "question"))
-    return rewards_tab.score(page, *inputs, row_text, text, fields["truncated"], source)
+    return last(rewards_page.score(page, *inputs, row_text, text, fields["truncated"], source), "message", "scores")
+
+
+def last(updates, *names):
+    """Return the last values of a handler. An error takes the place of the first one, as in the status line."""
+    values = {}
+    try:
+        *_, values = updates
+    except RewardError as error:
+        return str(error), []
+    return tuple(values[name] for name in names)
+
+
+def rescore(page, name, step, source):
+    return last(rewards_page.rescore(page, name, step, source), "report", "changes")
+
+
+def save(page, source, loaded):
+    """Press Save. Returns the message and the new value of `loaded`."""
+    try:
+        *_, values = rewards_page.save(page, source, loaded)
+    except RewardError as error:
+        return str(error), loaded
+    return values["file_status"], values.get("loaded", loaded)
+
+
+def pick(page, *place):
+    values = rewards_page.pick(page, *place)
+    return [values[name] for name in ("message", "scores", "question", "row_text", "text", "truncated")]
 
 
 def cells(table):
@@ -111,7 +139,7 @@ def test_scores_a_pasted_completion(page):
 
 
 def test_loads_a_completion_of_a_run_and_scores_it_with_the_weights_of_the_run(page):
-    message, table, question, row_text, text, truncated = rewards_tab.pick(page, "mine", 3, 2)
+    message, table, question, row_text, text, truncated = pick(page, "mine", 3, 2)
     assert message == "In the run: total 2, right." and cells(table)["correct"] == ["1", "", "", "right"]
     assert (question, text, truncated) == ("0 + 1?", "\\boxed{2}", False) and json.loads(row_text)["answer"] == "1"
     place = {"name": "mine", "step": 3, "number": 2, "question": question}
@@ -124,7 +152,7 @@ def test_loads_a_completion_of_a_run_and_scores_it_with_the_weights_of_the_run(p
 
 
 def test_cuts_a_very_long_completion_for_display_only(page):
-    _, _, question, row_text, text, _ = rewards_tab.pick(page, "mine", 3, 4)
+    _, _, question, row_text, text, _ = pick(page, "mine", 3, 4)
     assert len(text) < 21_000 and "more characters are not shown" in text and SCRIPT not in text
     message, table = score(page, text, row_text, name="mine", step=3, number=4, question=question)
     assert cells(table)["correct"][-1] == "wrong: 7 is not 2"
@@ -137,10 +165,10 @@ def test_names_a_missing_run_step_completion_or_data_file(page):
         (("../mine", 3, 1), "There is no run"),
         ((None, None, None), "There is no run"),
     ):
-        with pytest.raises(UiError, match=expected):
-            rewards_tab.pick(page, *place)
+        with pytest.raises((UiError, RunError), match=expected):
+            pick(page, *place)
     (page.runs.folder.parent / "q.jsonl").unlink()
-    message, _, _, row_text, text, _ = rewards_tab.pick(page, "mine", 3, 1)
+    message, _, _, row_text, text, _ = pick(page, "mine", 3, 1)
     assert "q.jsonl" in message and row_text == "" and text == "\\boxed{1}"
 
 
@@ -165,7 +193,7 @@ def test_names_the_line_of_an_error(page, more, expected):
 
 @pytest.mark.parametrize("loop", ["while True: print('<b>on and on</b>' * 99)", "import time; time.sleep(99)"])
 def test_stops_and_names_a_function_that_hangs(page, loop, monkeypatch):
-    monkeypatch.setattr(rewards_tab, "TIME_LIMIT", 1.0)
+    monkeypatch.setattr(rewards_page, "TIME_LIMIT", 1.0)
     start = time.monotonic()
     message, table = score(page, "x", source=f"{REWARDS}@reward\ndef endless(c):\n    {loop}\n")
     assert time.monotonic() - start < 10
@@ -173,7 +201,7 @@ def test_stops_and_names_a_function_that_hangs(page, loop, monkeypatch):
 
 
 def test_kills_the_processes_of_a_function_that_hangs(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards_tab, "TIME_LIMIT", 2.0)
+    monkeypatch.setattr(rewards_page, "TIME_LIMIT", 2.0)
     pid = tmp_path / "pid"
     more = f"""
 import subprocess
@@ -206,7 +234,7 @@ def test_shows_printed_html_and_html_reasons_as_text(page):
 
 
 def test_rescores_a_step(page):
-    message, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
+    message, table = rescore(page, "mine", 3, REWARDS)
     assert message.startswith("4 completions of step 3, scored with rewards.py:")
     figures = {line.split()[0]: line.split()[1:] for line in message.splitlines() if line.startswith("  ")}
     assert figures["correct"] == ["1.0000", "0.5000", "2"]
@@ -223,88 +251,91 @@ def test_rescores_a_step(page):
     ]
     assert table[2][2:5] == ["2", "2", "right"]
     assert SCRIPT in table[0][7] and len(table[0][7]) == 80
-    message, table = rewards_tab.rescore(page, "mine", 3, REWARDS.replace('"math"', '"math", weight=9'))
+    message, table = rescore(page, "mine", 3, REWARDS.replace('"math"', '"math", weight=9'))
     assert "2.0000      1.0500" in message, "the weight of the run applies"
-    message, table = rewards_tab.rescore(page, "mine", 3, REWARDS + "1 / 0\n")
+    message, table = rescore(page, "mine", 3, REWARDS + "1 / 0\n")
     assert "ZeroDivisionError" in message and table == []
 
 
 def test_skips_completions_whose_question_is_missing(page):
     rollouts = page.runs.get("mine").path / "rollouts/000003.jsonl"
     rollouts.write_text(rollouts.read_text().replace('"q0"', '"missing"'))
-    message, table = rewards_tab.rescore(page, "mine", 3, REWARDS)
+    message, table = rescore(page, "mine", 3, REWARDS)
     assert "2 skipped" in message and [row[0] for row in table] == [4, 3]
-    assert "no longer in the run's data" in rewards_tab.pick(page, "mine", 3, 1)[0]
+    assert "no longer in the run's data" in pick(page, "mine", 3, 1)[0]
 
 
 # --- the editor
 
 
-def test_saves_the_file_and_keeps_edits_with_errors_in_the_draft(page):
-    file, draft = rewards_tab.file_and_draft(page)
+def test_saves_the_file(page):
+    file = page.rewards_file
     os.chmod(file, 0o640)
-    _, source, loaded = rewards_tab.read_file(page, A)
-    assert source == loaded == REWARDS and "nothing to save" in rewards_tab.save(page, source.strip(), loaded, A)[0]
-    message, loaded = rewards_tab.save(page, REWARDS + "def broken(:", loaded, A)
-    assert "Not saved: rewards.py:14: SyntaxError" in message and file.read_text() == loaded == REWARDS
-    message, source, loaded = rewards_tab.read_file(page, A)  # a later visit
-    assert "unsaved edits of rewards.py" in message and source == REWARDS + "def broken(:\n"
-    assert loaded == REWARDS
+    values = rewards_page.read_file(page, None)
+    assert values["source"] == values["loaded"] == REWARDS and "Editing" in values["file_status"]
+    loaded = values["loaded"]
+    assert "nothing to save" in save(page, REWARDS.strip(), loaded)[0]
+    message, loaded = save(page, REWARDS + "def broken(:", loaded)
+    assert "rewards.py:14: SyntaxError" in message and file.read_text() == loaded == REWARDS, "it is not saved"
     better = REWARDS.replace("<= 3", "<= 4")
-    message, loaded = rewards_tab.save(page, better, loaded, A)
+    message, loaded = save(page, better, loaded)
     assert message.startswith("Saved. Rewards: correct 1, short 0.2.") and file.read_text() == loaded == better
-    assert stat.S_IMODE(file.stat().st_mode) == 0o640 and not draft.exists()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
     assert sorted(f.name for f in file.parent.iterdir()) == ["q.jsonl", "rewards.py", "runs"]
 
 
 def test_does_not_overwrite_a_file_that_changed_on_disk(page):
-    file, draft = rewards_tab.file_and_draft(page)
+    file = page.rewards_file
     file.write_text(REWARDS + "# by another editor\n")
-    message, _ = rewards_tab.save(page, REWARDS + "# mine\n", REWARDS, A)
-    assert "may have changed on disk" in message and "another" in file.read_text() and "mine" in draft.read_text()
-    message, source, loaded = rewards_tab.reload_file(page, A)
-    assert source == loaded == file.read_text() and not draft.exists()
-    message, loaded = rewards_tab.save(page, REWARDS + "# mine\n", None, A)  # the page lost the text that it read
-    assert "may have changed" in message
-    assert rewards_tab.save(page, REWARDS + "# mine\n", loaded, A)[0].startswith("Saved")
+    message, loaded = save(page, REWARDS + "# mine\n", REWARDS)
+    assert "may have changed on disk" in message and "another" in file.read_text()
+    assert save(page, REWARDS + "# mine\n", loaded)[0].startswith("Saved")
+    message, loaded = save(page, REWARDS + "# more\n", None)  # the page lost the text that it read
+    assert "may have changed" in message and "more" not in file.read_text()
 
 
-def test_scores_with_unsaved_edits_and_keeps_them_in_the_draft(page):
-    file, draft = rewards_tab.file_and_draft(page)
+def test_the_browser_keeps_unsaved_edits(page):
+    draft = rewards_page.keep_draft(REWARDS + "def broken(:")["draft"]
+    values = rewards_page.read_file(page, draft)  # after a reload
+    assert values["source"] == draft and values["loaded"] == REWARDS and "unsaved edits" in values["file_status"]
+    values = rewards_page.discard_edits(page)
+    assert values["source"] == REWARDS and values["draft"] is None
+    assert rewards_page.read_file(page, REWARDS.strip())["file_status"].startswith("Editing"), "they equal the file"
+    *_, values = rewards_page.save(page, REWARDS + "# mine", REWARDS)
+    assert values["draft"] is None
+
+
+def test_scores_with_unsaved_edits(page):
     message, _ = score(page, "\\boxed{2}", "2", source=REWARDS.replace("weight=0.2", "weight=0.25"))
-    assert "rewards.py with unsaved edits: total" in message and file.read_text() == REWARDS
+    assert "rewards.py with unsaved edits: total" in message and page.rewards_file.read_text() == REWARDS
     assert "Scored with rewards.py: total" in score(page, "\\boxed{2}", "2")[0]
-    rewards_tab.save_draft(page, REWARDS + "# mine", A)  # while the user types
-    assert draft.read_text() == REWARDS + "# mine\n" == rewards_tab.read_file(page, A)[1]
-    rewards_tab.save_draft(page, REWARDS, A)
-    assert not draft.exists(), "the text equals the file again"
 
 
-def test_keeps_the_edits_of_another_window(page):
-    file, draft = rewards_tab.file_and_draft(page)
-    rewards_tab.read_file(page, A), rewards_tab.read_file(page, B)
-    assert "kept in rewards.draft.py" in rewards_tab.save_draft(page, REWARDS + "# of A", A)
-    assert "nothing to save" in rewards_tab.save(page, REWARDS, REWARDS, B)[0]
-    for source in (REWARDS, REWARDS + "# of B"):
-        assert "edits from another window" in rewards_tab.save_draft(page, source, B)
-    message, loaded = rewards_tab.save(page, REWARDS + "# of B", REWARDS, B)
-    assert message.startswith("Saved") and "of B" in file.read_text() and "of A" in draft.read_text()
-    assert rewards_tab.read_file(page, B)[1] == REWARDS + "# of A\n", "this window continues with them"
-    assert "another window" in rewards_tab.save_draft(page, REWARDS + "# of A, more", A)
+def test_a_looping_function_can_be_stopped(page):
+    """Gradio closes the handler when Stop is pressed. The process ends at once."""
+    endless = REWARDS + "@reward\ndef endless(c):\n    while True: pass\n"
+    updates = rewards_page.score(page, None, None, None, "?", "1", "x", False, endless)
+    assert next(updates)["status"].startswith("Scoring")
+    start = time.monotonic()
+    updates.close()
+    assert time.monotonic() - start < 3
+    blocks = build(page)
+    (stop,) = (f for f in blocks.fns.values() if f.cancels)
+    assert {blocks.fns[i].api_name for i in stop.cancels} == {"score", "rescore", "save"}
 
 
-def test_keeps_edits_that_are_made_during_a_save(page):
-    file, draft = rewards_tab.file_and_draft(page)
-    slow = REWARDS + "import time; time.sleep(1.5)\n"
-    rewards_tab.read_file(page, A)
-    with ThreadPoolExecutor() as threads:
-        future = threads.submit(rewards_tab.save, page, slow, REWARDS, A)
-        time.sleep(0.7)
-        rewards_tab.save_draft(page, slow + "# edited meanwhile", A)
-        assert future.result()[0].startswith("Saved")
-        assert file.read_text() == slow and draft.read_text() == slow + "# edited meanwhile\n"
-        list(threads.map(lambda n: [rewards_tab.save_draft(page, f"{REWARDS}# {n}", A) for _ in range(100)], range(4)))
-    assert re.fullmatch(re.escape(REWARDS) + r"# \d\n", draft.read_text())
+def test_opens_on_the_newest_run_when_it_is_opened(page):
+    """Not on the run that was the newest when the server started."""
+    assert rewards_page.load(page)["run"].value == "mine"
+    newer = page.runs.folder / "newer"
+    newer.mkdir()
+    (newer / "config.yaml").write_text("")
+    os.utime(newer / "config.yaml", (2**32, 2**32))
+    assert rewards_page.load(page)["run"].value == "newer"
+    values = rewards_page.choose_run(page, "mine")
+    assert values["step"].value == 3 and values["step"].label == "Step (3 to 3)" and values["number"] == 1
+    assert rewards_page.choose_run(page, "newer")["step"].value is None
+    assert rewards_page.choose_run(page, None)["number"] == 1
 
 
 def test_a_reward_file_can_read_files_beside_it(page):
@@ -328,11 +359,11 @@ def test_an_invalid_row_is_not_reported_as_an_error_of_the_file(page):
 
 def test_a_page_for_other_machines_neither_writes_nor_runs_code(page, monkeypatch):
     page.editable = False
-    monkeypatch.setattr("ui.reward_process.Popen", None)
-    message, table, _, _, text, _ = rewards_tab.pick(page, "mine", 3, 2)  # as logged by the run
+    monkeypatch.setattr("tools.reward_process.Popen", None)
+    message, table, _, _, text, _ = pick(page, "mine", 3, 2)  # as logged by the run
     assert "total 2, right" in message and text == "\\boxed{2}"
     endpoints = {f.api_name for f in build(page).fns.values()}
-    assert endpoints == {"choose", "pick", "gae", "clip"}
+    assert endpoints == {"load", "choose_run", "choose_run_1", "pick"}
 
 
 # --- the page
@@ -340,42 +371,40 @@ def test_a_page_for_other_machines_neither_writes_nor_runs_code(page, monkeypatc
 
 def build(page):
     with gr.Blocks(analytics_enabled=False) as blocks:
-        rewards_tab.build(page)
-        learn_tab.build(page)
+        rewards_page.build(page)
     return blocks
 
 
 def test_imports_no_heavy_packages():
-    code = "import sys; from ui import reward_process; print({'gradio', 'pandas'} & set(sys.modules))\n"
-    code += "from ui import rewards_tab; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys; from tools import reward_process; print({'gradio', 'pandas'} & set(sys.modules))\n"
+    code += "from ui import rewards_page; print({'torch', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.split() == ["set()", "set()"], result.stderr
 
 
 def test_serves_the_endpoints_over_http(page, monkeypatch):
+    from watching import call
+
     gradio_client = pytest.importorskip("gradio_client")
-    blocks = build(page)
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        view = rewards_page.build(page)
     _, url, _ = blocks.queue().launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:
         client = gradio_client.Client(url, verbose=False)
-        run, step, number = client.predict(None, None, 1, api_name="/choose")
-        assert run["choices"] == [["mine", "mine"]] and (run["value"], step["value"], number) == ("mine", 3, 1)
-        message, table, *fields = client.predict("mine", 3, 2, api_name="/pick")
-        assert message == "In the run: total 2, right." and fields[2] == "\\boxed{2}"
-        message, table = client.predict("mine", 3, 2, *fields, REWARDS, api_name="/score")
-        assert "total 0.2, wrong" in message and table["data"][0][0] == "correct"
-        message, _ = client.predict("mine", 3, REWARDS, api_name="/rescore")
-        assert "verdicts: 2 right -> wrong" in message
-        monkeypatch.setattr(rewards_tab, "TIME_LIMIT", 3.0)
+        client.view = view
+        assert call(client, "/load")["run"]["value"] == "mine"
+        values = call(client, "/pick", "mine", 3, 2)
+        assert values["message"] == "In the run: total 2, right." and values["text"] == "\\boxed{2}"
+        fields = [values[name] for name in ("question", "row_text", "text", "truncated")]
+        values = call(client, "/score", "mine", 3, 2, *fields, REWARDS)
+        assert "total 0.2, wrong" in values["message"] and values["scores"]["data"][0][0] == "correct"
+        assert "verdicts: 2 right -> wrong" in call(client, "/rescore", "mine", 3, REWARDS)["report"]
+        monkeypatch.setattr(rewards_page, "TIME_LIMIT", 3.0)
         endless = REWARDS + "@reward\ndef endless(c):\n    while True: pass\n"
         job = client.submit("mine", 3, 2, *fields, endless, api_name="/score")
-        assert "above 1.28" in client.predict(1.5, 1, 0.2, 0.28, api_name="/clip")[0]
+        assert "no completions for step 9" in call(client, "/pick", "mine", 9, 2)["status"]
         assert not job.done(), "a function that hangs does not hold up the page"
-        assert "in endless" in job.result()[0]
-        episode = {"headers": ["token", "reward", "value"], "data": [["a", "0", 0.5], ["b", 1, 0.25]]}
-        message, table, curves, _ = client.predict(episode, 1.0, 0.5, 0.0, api_name="/gae")
-        assert table["data"][0][2] == 0.125 and curves["columns"] == ["x", "y", "series"]
-        with pytest.raises(Exception, match="no completions for step 9"):
-            client.predict("mine", 9, 2, api_name="/pick")
+        names = [name for name, c in client.view.items() if not isinstance(c, gr.State)]
+        assert "in endless" in dict(zip(names, job.result()))["status"]
     finally:
         blocks.close()

@@ -1,6 +1,6 @@
 """Run a reward file in a separate process. The page survives code that loops forever, exits or prints endlessly.
 
-`run_task` starts `python -m ui.reward_process FOLDER` with a time limit. It imports neither gradio nor torch.
+`run_task` starts `python -m tools.reward_process FOLDER` with a time limit. It imports neither gradio nor torch.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from data import DataError
 from grading import RewardError, Rewards, Score, load_rewards, row_kind, sandbox, score_all
 from grading.base import shorten
 from grading.rewards import probes
+from rl.run.reader import read_text
 from tools.rescore import (
     differ,
     learn_run_payments,
@@ -33,7 +34,6 @@ from tools.rescore import (
     report,
     saved_completion,
 )
-from ui.runs import read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_OUTPUT = 50_000  # only the last bytes of the printed output are kept
@@ -58,7 +58,7 @@ def run_task(task: str, run: Path | None, file: Path, source: str, seconds: floa
         folder = Path(name)
         job = {"task": task, "run": run and str(run), "file": str(file), "source": source, "seconds": seconds}
         (folder / JOB).write_text(json.dumps(job | arguments), encoding="utf-8")
-        command = [sys.executable, "-m", "ui.reward_process", name]
+        command = [sys.executable, "-m", "tools.reward_process", name]
         python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8:replace"}
         process = Popen(command, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Read, rename and delete run folders for the page, and no file outside the runs folder. Imports neither torch nor gradio.
+"""Read, rename and delete run folders, and no file outside the folder that holds them. Does not import torch.
 
 A run may be in progress, truncated by --resume, or half a gigabyte in size. Roll-outs and tokens have one file per step
 and are not cached. metrics.jsonl (2 KB per step) is read as a whole, and reduced to at most 1,000 steps.
@@ -12,40 +12,19 @@ import math
 import os
 import shutil
 import threading
-import traceback
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import filelock
 
-from data import DataError, load_questions
-from grading import RewardError
-from grading.base import first_line
-from rl.config import Config, ConfigError, RunError
+from data import load_questions
+from rl.config import Config, RunError
 from rl.run.read_config import read_yaml
 
 MAX_POINTS = 500  # points of a curve
-IMPORT_LOCK = threading.Lock()
 PROBE_LOCK = threading.Lock()  # two threads that probe a run's lock at once would mistake each other for the run
-
-
-class UiError(Exception):
-    """An error to show on the page. Its message names the problem and the remedy."""
-
-
-@dataclass
-class Page:
-    """The objects and settings that all pages share."""
-
-    runs: "Runs"
-    worker: Any
-    editable: bool  # whether the reward file can be edited, and runs can be started, stopped, renamed and deleted
-    rewards_file: Path
-    launcher: Any = None  # ui/launch.py
-    sessions: dict = field(default_factory=dict)  # chats by the number of the browser tab (ui/chat.py)
 
 
 class Metrics(NamedTuple):
@@ -59,6 +38,9 @@ class Metrics(NamedTuple):
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Return the (step, value) pairs of a metric."""
         return [(step, value) for step, value in zip(self.steps, self.columns.get(metric, ())) if value == value]
+
+
+METRICS: dict[Path, tuple[tuple, Metrics]] = {}  # run folder -> stamp of its metrics.jsonl, and what it contains
 
 
 class Runs:
@@ -77,33 +59,33 @@ class Runs:
         return sorted(start_times, key=lambda name: (start_times[name], name), reverse=True)
 
     def get(self, name: str) -> "Run":
-        """Return a run. Raises UiError if its name is not in `names`, so that no path leads outside the folder."""
+        """Return a run. Raises RunError if its name is not in `names`, so that no path leads outside the folder."""
         if not self._has(name):
             names = self.names()
             hint = f"Newest: {', '.join(names[:5])}." if names else f"{self.folder.name}/ has no runs: train one first."
-            raise UiError(f"There is no run {name!r}. {hint}")
+            raise RunError(f"There is no run {name!r}. {hint}")
         return Run(self.folder / name)
 
     def running(self) -> list[str]:
         """Return the names of the runs in progress."""
         running = []
         for name in self.names():
-            with contextlib.suppress(UiError):  # removed in the meantime, or a link
+            with contextlib.suppress(RunError):  # removed in the meantime, or a link
                 if self.get(name).status() == "running":
                     running.append(name)
         return running
 
     def rename(self, name: str, new_name: str) -> None:
-        """Rename the folder of a run. Raises UiError if the run is in progress or the new name cannot be used."""
+        """Rename the folder of a run. Raises RunError if the run is in progress or the new name cannot be used."""
         with self._idle(name) as path:
             if not new_name or Path(new_name).name != new_name or new_name.startswith((".", "-")):
-                raise UiError(f"{new_name!r} cannot be the name of a run. Enter a name without slashes.")
+                raise RunError(f"{new_name!r} cannot be the name of a run. Enter a name without slashes.")
             if (self.folder / new_name).exists():
-                raise UiError(f"{new_name} exists already. Choose another name.")
+                raise RunError(f"{new_name} exists already. Choose another name.")
             path.rename(self.folder / new_name)
 
     def delete(self, name: str) -> None:
-        """Delete the folder of a run. Raises UiError if the run is in progress."""
+        """Delete the folder of a run. Raises RunError if the run is in progress."""
         with self._idle(name) as path:
             deleted = self.folder / f".deleted-{name}"
             path.rename(deleted)  # first: a run is never half deleted
@@ -117,9 +99,9 @@ class Runs:
             with filelock.FileLock(run.file("lock"), blocking=False):
                 yield run.path
         except filelock.Timeout:
-            raise UiError(f"{name} is running. Stop it first.") from None
+            raise RunError(f"{name} is running. Stop it first.") from None
         except OSError as error:
-            raise UiError(f"{name} cannot be changed: {error.strerror or error}.") from None
+            raise RunError(f"{name} cannot be changed: {error.strerror or error}.") from None
 
     def _has(self, name: str) -> bool:
         if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
@@ -136,10 +118,10 @@ class Run:
         self.name = path.name
 
     def file(self, name: str) -> Path:
-        """Return the path of a file of the run. Raises UiError if a link leads outside the runs folder."""
+        """Return the path of a file of the run. Raises RunError if a link leads outside the runs folder."""
         path = self.path / name
         if not is_inside(path, self.path.parent):
-            raise UiError(f"{self.name}/{name} links outside the runs folder. Replace the link with its target.")
+            raise RunError(f"{self.name}/{name} links outside the runs folder. Replace the link with its target.")
         return path
 
     @property
@@ -168,13 +150,16 @@ class Run:
 
     def status(self) -> str:
         """Return "running", "finished" or "stopped"."""
-        if is_locked(self.file("lock")):
-            return "running"
-        return "finished" if self.summary().get("finished") else "stopped"
+        with contextlib.suppress(RunError):  # a link that leads outside: reading the run raises it
+            if is_locked(self.file("lock")):
+                return "running"
+            if self.summary().get("finished"):
+                return "finished"
+        return "stopped"
 
     def stamp(self, name: str) -> tuple[str, int, int]:
         """Return the path, size and modification time of a file, which identify its contents; zeros if it is missing."""
-        path = self.file(name)
+        path = self.path / name
         try:
             status = path.stat()
         except OSError:
@@ -182,8 +167,11 @@ class Run:
         return str(path), status.st_size, status.st_mtime_ns
 
     def metrics(self) -> Metrics:
-        """Return the metrics, cached until the file changes. Raises UiError if the file is damaged."""
-        return read_metrics(self.stamp("metrics.jsonl"))
+        """Return the metrics, cached until the file changes. Raises RunError if the file is damaged."""
+        stamp = self.stamp("metrics.jsonl")
+        if METRICS.get(self.path, (None,))[0] != stamp:
+            METRICS[self.path] = stamp, read_metrics(self.file("metrics.jsonl"))
+        return METRICS[self.path][1]
 
     def note(self) -> str:
         return read_text(self.file("note.txt"))
@@ -197,9 +185,9 @@ class Run:
         return sorted(names, key=lambda name: (name == "after", name != "before", name))
 
     def evaluation(self, name: str) -> list[dict]:
-        """Return one record per held-out question (rl.evaluate.record). Raises UiError if the name is unknown."""
+        """Return one record per held-out question (rl.evaluate.record). Raises RunError if the name is unknown."""
         if name not in (names := self.evaluations()):
-            raise UiError(f"{self.name} has no evaluation {name!r}. Available: {', '.join(names) or 'none yet'}.")
+            raise RunError(f"{self.name} has no evaluation {name!r}. Available: {', '.join(names) or 'none yet'}.")
         return self._read_records(f"eval/{name}.jsonl")
 
     def steps(self) -> list[int]:
@@ -208,11 +196,11 @@ class Run:
         return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
     def completions(self, step: int) -> list[dict]:
-        """Return one record per completion of a step. Raises UiError if there are none or the file is damaged."""
+        """Return one record per completion of a step. Raises RunError if there are none or the file is damaged."""
         name = f"rollouts/{step:06d}.jsonl"
         records = self._read_records(name, "prompt_id", "prompt", "completion")
         if not records:
-            raise UiError(
+            raise RunError(
                 f"{self.name} has no completions for step {step}: {name} is missing or empty. Choose another step."
             )
         return records
@@ -232,7 +220,7 @@ class Run:
     def tokens(self, step: int) -> dict | None:
         """Return {step, prompt_id, completions: [{tokens, logprobs, ...}]}, the token log of one group of a step.
 
-        Returns None if the step has no token log. Raises UiError if the file is damaged.
+        Returns None if the step has no token log. Raises RunError if the file is damaged.
         """
         name = f"tokens/{step:06d}.json"
         path = self.file(name)
@@ -243,13 +231,12 @@ class Run:
             return [parse_object(line, name, *fields) for line in file if line.strip()]
 
 
-@functools.lru_cache(64)
-def read_metrics(stamp: tuple[str, int, int]) -> Metrics:
-    """Read the complete lines of a metrics.jsonl. stamp: see `Run.stamp`.
+def read_metrics(path: Path) -> Metrics:
+    """Read the complete lines of a metrics.jsonl.
 
     A long run is reduced to MAX_POINTS evenly spaced steps and MAX_POINTS steps with an evaluation.
     """
-    with open_or_empty(Path(stamp[0])) as file:
+    with open_or_empty(path) as file:
         lines = [line for line in file if line.endswith(b"\n")]
     evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
     kept = {*downsample(range(len(lines))), *downsample(evaluated)}
@@ -302,14 +289,14 @@ def open_or_empty(path: Path) -> BinaryIO:
 
 
 def parse_object(text: bytes, name: str, *fields: str) -> dict:
-    """Parse a JSON object from the file `name`. Raises UiError if it is damaged or lacks one of the fields."""
+    """Parse a JSON object from the file `name`. Raises RunError if it is damaged or lacks one of the fields."""
     try:
         value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, dict) or not value.keys() >= set(fields):
         problem = " with ".join(filter(None, ["not a JSON object", ", ".join(fields)]))
-        raise UiError(f"{name} is damaged: {text[:40]!r} is {problem}. Delete that line or the file.")
+        raise RunError(f"{name} is damaged: {text[:40]!r} is {problem}. Delete that line or the file.")
     return value
 
 
@@ -337,20 +324,3 @@ def is_locked(path: Path) -> bool:
         except OSError:  # the folder belongs to another user
             pass
     return False
-
-
-def import_models() -> None:
-    """Import the packages that load models.
-
-    Call this before a thread uses them: two threads that import transformers at the same time get incomplete modules.
-    """
-    with IMPORT_LOCK:
-        import rl.evaluate  # noqa: F401
-
-
-def describe_error(error: BaseException) -> str:
-    """Return the message of an error to show on the page. The traceback of an unexpected error is printed."""
-    if isinstance(error, (UiError, ConfigError, DataError, RewardError, RunError)):
-        return str(error)
-    traceback.print_exception(error)
-    return f"Unexpected error: {type(error).__name__}: {first_line(error)}. The traceback is in the terminal."
