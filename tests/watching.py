@@ -125,8 +125,13 @@ def serving(folder):
 
 def call(client, endpoint, *inputs):
     """Call an event handler of a page, and return the values that it sets, by the names of the components."""
-    names = [name for name, component in client.view.items() if not isinstance(component, gr.State)]
-    values = client.predict(*inputs, api_name=endpoint)  # of the components that existed when the handler was attached
+    return by_name(client, client.predict(*inputs, api_name=endpoint))
+
+
+def by_name(client, values):
+    """Name the outputs of an event handler, which are the components that existed when it was attached."""
+    hidden = gr.State, gr.blocks.BlockContext  # the client does not return them
+    names = [name for name, component in client.view.items() if not isinstance(component, hidden)]
     is_skipped = [isinstance(value, dict) and value.keys() <= {"__type__", "props"} for value in values]
     return {name: value for name, value, skip in zip(names, values, is_skipped) if not skip}
 

@@ -99,9 +99,11 @@ def side_choices(page: Page) -> list[tuple[str, str]]:
     return choices
 
 
-def side_label(value: str) -> str:
-    side = parse_side(value)
-    return f"{side[0]}, step {int(side[1][5:])}" if side else BASE
+def side_label(value: str | None) -> str:
+    if not (side := parse_side(value)):
+        return BASE
+    number = side[1].removeprefix("step_")
+    return f"{side[0]}, step {int(number)}" if number.isdecimal() else str(value)
 
 
 def default_side(page: Page) -> str:

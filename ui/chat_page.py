@@ -301,13 +301,12 @@ def build(page: Page) -> View:
             asked.append(
                 view.on(event, partial(again, page, side), inputs, api_name=f"{again.__name__}_{name}", **fast)
             )
-        view.on(view[f"{name}_chat"].clear, new_chat, "session", api_visibility="private")
     answers = {"show_progress": "minimal", "show_progress_on": view["status"], "trigger_mode": "multiple"}
     for i, event in enumerate(asked):
         private = {"api_visibility": "private"} if i else {}
         view.on(event.then, partial(answer, page), "session", **answers, **MODEL_QUEUE, **private)
     view.on(view["question"].stop, stop, "session", queue=False)
-    view.on(new_chat_button.click, new_chat, "session")
+    view.on([new_chat_button.click, *(view[f"{name}_chat"].clear for name in SIDES)], new_chat, "session")
     view.on(download_button.click, download, "session")
     view.on(view["raw"].input, show_raw, "session raw")
     view.on(view["mode"].input, show_mode, "mode")

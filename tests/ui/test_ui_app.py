@@ -26,7 +26,12 @@ def test_serves_an_empty_runs_folder_and_refuses_requests_of_other_sites(tmp_pat
     with served(tmp_path) as address:
         page = httpx.get(address)
         assert page.status_code == 200 and "Ponder" in page.text
-        assert page.headers["content-security-policy"] == "frame-ancestors 'self'"
+        policy = page.headers["content-security-policy"]
+        assert (
+            "frame-ancestors 'self'" in policy and "default-src 'self' data: blob:;" in policy and "http" not in policy
+        )
+        for path in ("what-changed", "watch", "rewards", "learn"):
+            assert httpx.get(f"{address}{path}").status_code == 200
         own = address.rstrip("/")
         assert httpx.get(address, headers={"Origin": own}).status_code == 200
         for headers in (
@@ -74,7 +79,16 @@ def test_a_page_for_other_machines_has_no_endpoints_that_edit_or_start(tmp_path)
         {str(f.api_name) for f in app.build(settings).fns.values()}
         for settings in (app.Settings(runs=tmp_path), app.Settings(runs=tmp_path, host="0.0.0.0", auth="a:b"))
     )
-    write_endpoints = {"start_run", "resume_run", "stop_run", "show_command"}
+    write_endpoints = {
+        "start_run",
+        "resume_run",
+        "stop_run",
+        "show_command",
+        "check",
+        "change_run",
+        "delete_run",
+        "save",
+    }
     assert write_endpoints <= local and not write_endpoints & remote
     assert not [name for name in remote if any(word in name for word in ("start", "stop_run", "save", "score"))]
 

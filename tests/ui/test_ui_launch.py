@@ -120,7 +120,9 @@ def test_starts_watches_and_stops_a_run_also_after_a_reload(folder, served):
     started = client.predict("configs/tiny.yaml", f"--max-steps 2000 {SHORT}", *FIELDS, api_name="/start_run")[0]
     assert started.startswith(command.split(" --prompts")[0])
     assert "is running" in client.predict(*inputs, api_name="/start_run")[-1]
-    values = wait_until(client, lambda v: "Running, step" in str(v.get("progress")) and "step 0 of" not in v["progress"])
+    values = wait_until(
+        client, lambda v: "Running, step" in str(v.get("progress")) and "step 0 of" not in v["progress"]
+    )
     assert values["timer"]["value"] == 2 and "of 2000, about" in values["progress"]
     text = values["launched"]["value"]
     assert os.getsid(pid := int(text.split("process ")[1].split(".")[0])) == pid, "outlives the page"
