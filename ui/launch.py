@@ -1,5 +1,6 @@
 """Start and stop runs from the page. train.py runs as a separate process that outlives the page."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -29,6 +30,7 @@ FIELDS = {  # the settings that people change most: label
     "max_completion_length": "Longest completion, tokens",
 }
 DRY_RUN_SECONDS = 120
+END_SECONDS = 5
 
 
 class Launcher:
@@ -69,7 +71,11 @@ class Launcher:
     def start(self, command: list[str]) -> str:
         """Start a run with this command and return its description. Raises UiError if another run is in progress."""
         with self._lock:
-            if (running := self.runs.running()) or self.is_alive():
+            running = self.runs.running()
+            if not running and self.is_alive():  # it has saved its last checkpoint, and is about to end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(END_SECONDS)
+            if running or self.is_alive():
                 raise UiError(f"{running[0] if running else self.name} is running. Stop it first.")
             with self.log.open("wb") as log:
                 options = {"stdin": DEVNULL, "stdout": log, "stderr": STDOUT, "start_new_session": True}

@@ -197,5 +197,6 @@ def build(page: Page) -> View:
     asking = view.on(ask_button.click, partial(ask_many, page), "left right count", results, **options, **MODEL_QUEUE)
     stop_button.click(None, cancels=[asking])
     view.on(view["which"].input, filter_pairs, "pairs which")
-    view.on(view["table"].select, open_pair, "pairs", scroll_to_output=False)
+    opened = view.on(view["table"].select, open_pair, "pairs")
+    opened.then(None, js="() => document.getElementById('changed-question').scrollIntoView({block: 'nearest'})")
     return view

@@ -1,6 +1,6 @@
-"""The page in a real browser, at two widths, on a real run: answers stream, verdicts appear, all requests are local.
+"""The page in a real browser: every journey on a desktop and on a phone in dark mode, on a real run.
 
-Slow, and skipped if chromium is not installed. `python tests/ui/test_ui_page.py` makes the screenshots of the README.
+Slow, and skipped if chromium is not installed. `python tests/ui/test_ui_page.py` makes the screenshots of the docs.
 """
 
 import os
@@ -22,7 +22,9 @@ pytestmark = [
 ]
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
-WIDTHS = 1280, 400
+DESKTOP = {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"}
+PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+DEVICES = pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone in dark mode"])
 HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script><b>3 + 4</b>"
 RUN = (
     "--max-steps 8 --eval-steps 4 --save-steps 4 --prompts-per-step 16 --eval-questions 60 --train-questions 400 "
@@ -65,20 +67,27 @@ def browser():
 
 
 @contextmanager
-def open_page(chromium, address: str, width: int):
-    """Open the page in a window of this width. At the end, check its requests, its errors and its browser storage."""
-    context = chromium.new_context(viewport={"width": width, "height": 900})
+def open_page(chromium, address: str, device: dict = DESKTOP):
+    """Open the page. At the end, check its requests, its errors and what it stored in the browser."""
+    context = chromium.new_context(**device)
     page, hosts, errors = context.new_page(), set(), []
-    page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+    page.on("requestfinished", lambda request: hosts.add(urlsplit(request.url).hostname))
+    page.on("requestfailed", lambda request: request.failure == "csp" or hosts.add(urlsplit(request.url).hostname))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
-    page.get_by_role("button", name="Ask both").wait_for(timeout=30_000)
+    page.locator("#question textarea").wait_for(timeout=30_000)
+    wait_until(lambda: page.locator("#left-chat").get_by_text("choose one").count())
     yield page
     assert hosts - {None, ""} == {"127.0.0.1"}, hosts  # None: data: and blob:
-    assert not errors
+    assert not errors and not page.locator(".toast-body").count()
     stored = page.evaluate("() => Object.keys(localStorage).concat(Object.keys(sessionStorage))")
-    assert [key for key in stored if "theme" not in key.lower()] == []
+    assert [k for k in stored if k not in ("ponder_tab", "ponder-rewards") and "theme" not in k.lower()] == []
     context.close()
+
+
+def open_route(page, name: str) -> None:
+    page.get_by_role("link", name=name).or_(page.get_by_role("button", name=name, exact=True)).first.click()
+    page.wait_for_url(f"**/{name.lower().replace(' ', '-')}")
 
 
 def open_tab(page, name: str) -> None:
@@ -102,34 +111,43 @@ def read_value(page, field: str) -> str:
     return page.locator(f"#{field} textarea").input_value()
 
 
-def record_chats(page, action) -> list[tuple[str, str]]:
-    """Call `action`, and return the successive texts of both chats until the verdicts."""
-    page.evaluate(
-        """() => {
-            const texts = () => ['left', 'right'].map(side =>
-                [...document.querySelectorAll(`#${side}-chat [data-testid=bot]`)].map(e => e.innerText).join('|'))
-            window.seen = [texts()]
-            window.observer = new MutationObserver(() => {
-                const now = texts()
-                if (now.join() != window.seen.at(-1).join()) window.seen.push(now)
-            })
-            for (const side of ['left', 'right'])
-                window.observer.observe(document.getElementById(`${side}-chat`),
-                                        {childList: true, subtree: true, characterData: true})
-        }"""
-    )
-    action()
-    wait_until(lambda: read_value(page, "left-verdict") and read_value(page, "right-verdict"), 90)
-    return [tuple(texts) for texts in page.evaluate("() => { window.observer.disconnect(); return window.seen }")]
+def choose(page, label: str, option: str) -> None:
+    """Choose an option of a dropdown."""
+    field = page.get_by_label(label, exact=True).locator("visible=true").first
+    field.click()
+    page.get_by_role("option", name=option, exact=True).locator("visible=true").first.click()
+    wait_until(lambda: field.input_value() == option)
+
+
+def send(page, question: str) -> None:
+    page.locator("#question textarea").fill(question)
+    page.locator("#question textarea").press("Enter")
+    wait_until(lambda: read_value(page, "question") == "")
+
+
+def wait_for_answers(page, count: int = 1, sides=("left", "right")) -> None:
+    """Wait until each side has `count` lines below its answers."""
+    for side in sides:
+        wait_until(lambda side=side: below(page, side).count() >= count, 90)
+
+
+def below(page, side: str):
+    """Return the lines below the answers of a side."""
+    return page.locator(f"#{side}-chat").get_by_text("tokens/s")
+
+
+def is_in_view(page, locator) -> bool:
+    box = locator.bounding_box()
+    height = page.viewport_size["height"]
+    return box is not None and box["y"] >= -1 and box["y"] + min(box["height"], 60) <= height + 1
 
 
 def ask_held_out(page, number: int) -> None:
-    """Ask a held-out question, and wait for both verdicts."""
-    page.get_by_label("Held-out question number").fill(str(number))
-    page.get_by_role("button", name="Load this question").click()
-    wait_until(lambda: page.get_by_label("Question", exact=True).first.input_value() != "")
-    page.get_by_role("button", name="Ask both").click()
-    wait_until(lambda: read_value(page, "left-verdict") and read_value(page, "right-verdict"), 90)
+    """Load a held-out question, and ask it."""
+    page.get_by_label("Held-out question").fill(str(number))
+    page.get_by_role("button", name="Load this one").click()
+    wait_until(lambda: read_value(page, "question") != "")
+    page.locator("#question textarea").press("Enter")
 
 
 @pytest.fixture(scope="module")
@@ -138,107 +156,261 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     command = [sys.executable, "train.py", *RUN.split(), "--output-dir", str(folder / "runs/tiny")]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    shutil.copy("rewards.py", folder / "rewards.py")
     return folder
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_all_tabs_work_in_a_browser(trained, width):
-    shutil.copy("rewards.py", trained / "rewards.py")
-    with (
-        served(trained, "--rewards-file", str(trained / "rewards.py")) as address,
-        browser() as chromium,
-        open_page(chromium, address, width) as page,
-    ):
-        ask_held_out(page, 3)
-        verdicts = [read_value(page, f"{side}-verdict") for side in ("left", "right")]
-        assert all("Expected: " in text for text in verdicts) and any(text.startswith("correct") for text in verdicts)
-        chats = [page.locator(f"#{side}-chat").inner_text() for side in ("left", "right")]
-        assert chats[0] != chats[1] and "boxed" in chats[0]
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as chromium:
+        yield chromium
 
-        page.get_by_role("button", name="New chat").click()
-        wait_until(lambda: read_value(page, "left-verdict") == "")
-        page.get_by_role("button", name="Settings").click()
-        page.get_by_label("Greedy: always").uncheck()
-        page.get_by_label("number input for Temperature").fill("2")  # makes both answers long
-        page.get_by_label("Question", exact=True).first.fill(HOSTILE)
-        seen = record_chats(page, lambda: page.get_by_role("button", name="Ask both").click())
-        left, right = (list(dict.fromkeys(filter(None, texts))) for texts in zip(*seen))
-        updates = sorted([len(left), len(right)])
-        assert updates[0] > 1 and updates[1] > 2, seen  # both answers were streamed; one of them may be short
-        both = [i for i, (a, b) in enumerate(seen) if a and b]
-        assert any(seen[i][0] != left[-1] and seen[i][1] != right[-1] for i in both), (
-            "the sides did not stream together"
-        )
+
+@pytest.fixture(scope="module")
+def site(trained, chromium):
+    with served(trained, "--rewards-file", str(trained / "rewards.py")) as address:
+        yield address, chromium
+
+
+@DEVICES
+def test_compares_two_models(site, device):
+    with open_page(site[1], site[0], device) as page:
+        page.locator("#left-chat").get_by_role("button").filter(has_text="=").first.click()  # an example
+        wait_for_answers(page)
+        for side in ("left", "right"):
+            assert is_in_view(page, below(page, side).first), "the answers are on the screen"
+        assert "the base model" in below(page, "left").inner_text() and "expected" in below(page, "left").inner_text()
+        assert "tiny, step 8" in below(page, "right").inner_text()
+        assert page.locator("#left-chat .katex").count(), "\\boxed{} is rendered"
+        below(page, "left").click()
+        page.locator("#left-chat").get_by_text("Prompt as the model reads it").wait_for()
+        page.locator("#left-chat").get_by_role("cell", name="correct").wait_for()
+
+        send(page, HOSTILE)
+        send(page, "What is 3 + 4?")  # while the first one is being answered
+        wait_for_answers(page, 3)
         assert HOSTILE in page.locator("#left-chat").inner_text() and page.evaluate("() => window.hacked") is None
+        page.reload()
+        wait_for_answers(page, 3)
+        page.locator("#right-chat").get_by_role("button", name="Retry").last.click()
+        wait_until(lambda: read_value(page, "status").startswith("Answered"))
+        assert below(page, "right").count() == 3
 
-        open_tab(page, "What changed")
-        wait_until(lambda: "fixed" in read_value(page, "changes"))
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Raw text").check()
+        page.locator("#right-chat code").get_by_text("boxed").first.wait_for()
+        page.get_by_role("button", name="Download").click()
+        page.locator('a[href$="chat.jsonl"]').first.wait_for()
+        page.locator("#question textarea").fill(" ")
+        page.locator("#question textarea").press("Enter")
+        wait_until(lambda: "There is no question" in read_value(page, "status"))
+        assert below(page, "left").count() == 3, "an error does not cover the chats"
+        page.get_by_role("button", name="New chat").click()
+        wait_until(lambda: below(page, "left").count() == 0)
+
+
+def test_nothing_is_loaded_for_an_image_in_a_text(site):
+    with open_page(site[1], site[0]) as page:
+        send(page, "![x](http://images.example/x.png) <img src='http://images.example/y.png'>")
+        wait_for_answers(page)
+
+
+@DEVICES
+def test_chats_with_one_model(site, device):
+    with open_page(site[1], site[0], device) as page:
+        choose(page, "Mode", "One model")
+        page.locator("#right-chat").wait_for(state="hidden")
+        choose(page, "Model", "tiny, step 4")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Sampling").check()
+        page.get_by_label("number input for Samples of each model").fill("3")
+        page.get_by_label("Expected answer to your own").fill("7")
+        send(page, "What is 3 + 4?")
+        wait_until(lambda: "/3 correct" in read_value(page, "status"))
+        assert below(page, "left").count() == 3 and "tiny, step 4" in below(page, "left").first.inner_text()
+
+
+@DEVICES
+def test_blind_vote(site, device):
+    with open_page(site[1], site[0], device) as page:
+        choose(page, "Mode", "Blind vote")
+        wait_until(lambda: page.get_by_label("First model", exact=True).count())
+        ask_held_out(page, 2)
+        page.get_by_role("button", name="Left is better").wait_for()
+        send(page, "Are you sure?")
+        wait_until(lambda: page.locator("#left-chat").get_by_text("tokens", exact=False).count() >= 2)
+        text = page.locator("#chats").inner_text()
+        assert not [word for word in ("base", "step", "correct", "wrong") if word in text]
+        page.get_by_role("button", name="Left is better").click()
+        wait_until(lambda: "Votes: " in read_value(page, "status"))
+        assert "expected" in below(page, "left").first.inner_text(), "the held-out question has a verdict"
+        assert {"the base model" in below(page, side).first.inner_text() for side in ("left", "right")} == {True, False}
+
+
+@DEVICES
+def test_what_changed_and_many_questions(site, device):
+    with open_page(site[1], site[0], device) as page:
+        open_route(page, "What changed")
+        wait_until(lambda: "questions fixed" in read_value(page, "changes"))
         page.locator('#changed-table [data-testid="cell-0-3"]').first.click()
         wait_until(lambda: "Expected:" in read_value(page, "changed-question"))
+        assert is_in_view(page, page.locator("#changed-question")), "the answers are on the screen"
+        open_tab(page, "Ask many")
+        page.get_by_label("number input for Held-out questions").fill("20")
+        page.get_by_label("number input for Held-out questions").press("Enter")
+        time.sleep(0.5)
+        page.get_by_role("button", name="Ask both").click()
+        wait_until(lambda: "/20 correct" in read_value(page, "changes"))
+        assert "Gain: " in read_value(page, "changes")
 
-        open_tab(page, "Watch")
-        wait_until(lambda: "step 8 of 8" in read_value(page, "watch-status"))
-        slider, seen = page.get_by_label("number input for Step").first, [""]
-        question = page.get_by_label("Question", exact=True).locator("visible=true").first  # the first prompt
-        for step in (None, "1", "2"):
-            if step:
-                slider.fill(step)
-                slider.press("Enter")
-            wait_until(lambda: question.input_value() not in ("", seen[-1]))
-            seen.append(question.input_value())
 
-        open_tab(page, "Rewards")
+@DEVICES
+def test_rescores_a_step(site, trained, device):
+    shutil.copy("rewards.py", trained / "rewards.py")
+    with open_page(site[1], site[0], device) as page:
+        open_route(page, "Rewards")
         editor = page.locator(".cm-content[contenteditable=true]").first
         wait_until(lambda: len(editor.inner_text()) > 100)
         editor.click()
         page.keyboard.press("Control+End")
         page.keyboard.insert_text("\n\n@reward(weight=0.5)\ndef generous(completion): return 0.25, 'for nothing'\n")
+        time.sleep(1)
+        page.reload()
+        wait_until(lambda: "unsaved edits" in page.get_by_label("File status").input_value())
         page.get_by_role("button", name="Save", exact=True).click()
         wait_until(lambda: "def generous" in (trained / "rewards.py").read_text())
         page.get_by_role("button", name="Load this completion").click()
         wait_until(lambda: page.get_by_label("Completion, including thinking").input_value())
         page.get_by_role("button", name="Score", exact=True).click()
-        wait_until(
-            lambda: page.get_by_label("Verdict", exact=True).input_value().startswith("Scored with rewards.py: total")
-        )
+        wait_until(lambda: "Scored with rewards.py: total" in page.get_by_label("Verdict", exact=True).input_value())
         for cell in ("generous", "0.125", "for nothing"):
             page.get_by_text(cell, exact=True).locator("visible=true").first.wait_for()
         page.get_by_role("button", name="Rescore the step").click()
         wait_until(lambda: "generous" in page.locator(".cm-content").last.inner_text())
 
 
-def test_starts_and_watches_the_first_run(tmp_path):
-    """The runs folder is empty at first."""
-    (tmp_path / "runs").mkdir()
-    with served(tmp_path) as address, browser() as chromium, open_page(chromium, address, 1280) as page:
-        open_tab(page, "Watch")
-        wait_until(lambda: "There is no run yet" in read_value(page, "watch-status"))
-        time.sleep(1)
-        assert not page.locator(".toast-body").count(), page.locator(".toast-body").all_inner_texts()
-        page.get_by_role("button", name="Start or stop a run").click()
-        page.get_by_label("Other settings").fill(RUN.replace("--max-steps 8", "--max-steps 4"))
-        wait_until(lambda: "--max-steps 4" in page.get_by_label("Command", exact=True).input_value())
-        page.get_by_role("button", name="Start run").click()
-        wait_until(lambda: "Finished: step 4 of 4" in read_value(page, "watch-status"), 120)
-        plots = page.evaluate(
-            """() => [...document.querySelectorAll('svg.marks')].map(svg => [
-                [...[...svg.querySelectorAll('.role-axis')].at(-1).querySelectorAll('.role-axis-label text')].map(e => e.textContent),
-                [...svg.querySelectorAll('.mark-line path')].map(e => e.getAttribute('d').length)])"""
+def test_stops_a_looping_reward_function(site, trained):
+    (trained / "rewards.py").write_text("from grading import reward\n@reward\ndef f(c):\n    while True: pass\n")
+    with open_page(site[1], site[0]) as page:
+        open_route(page, "Rewards")
+        page.get_by_label("Completion, including thinking").fill("x")
+        page.get_by_role("button", name="Score", exact=True).click()
+        wait_until(lambda: "Scoring" in read_value(page, "status"))
+        page.get_by_role("button", name="Stop", exact=True).click()
+        wait_until(lambda: read_value(page, "status") == "Stopped.", 5)
+        page.get_by_role("button", name="Score", exact=True).click()  # the page is ready for the next task
+        wait_until(lambda: "Scoring" in read_value(page, "status"), 5)
+        page.get_by_role("button", name="Stop", exact=True).click()
+
+
+@DEVICES
+def test_learn(site, device):
+    with open_page(site[1], site[0], device) as page:
+        open_route(page, "Learn")
+        wait_until(lambda: page.locator("svg.marks").count() == 4)
+        heights = page.locator("svg.marks .mark-rect path").first.get_attribute("d")
+        page.get_by_label("number input for Reward of completion 1").fill("0.5")
+        page.get_by_label("number input for Reward of completion 1").press("Enter")
+        wait_until(lambda: page.locator("svg.marks .mark-rect path").first.get_attribute("d") != heights)
+        open_tab(page, "GAE")
+        wait_until(
+            lambda: "lambda 0.95: bias" in page.get_by_label("Summary").locator("visible=true").first.input_value()
         )
-        assert len(plots) == 9
-        for ticks, lines in plots:  # evenly spaced numbers: a categorical axis would not be evenly spaced
-            values = sorted({float(tick.replace(",", "")) for tick in ticks})
-            gaps = [round(high - low, 3) for low, high in zip(values, values[1:])]
-            assert len(gaps) >= 1 and len(set(gaps)) == 1 and lines and all(lines), (ticks, lines)
-        prompts = page.get_by_text("of 8", exact=False).locator("visible=true")
-        assert int(page.get_by_label("number input for Step").first.input_value()) >= 1 and prompts.count() >= 4
+        open_tab(page, "PPO clip")
+        wait_until(lambda: "CLIPPED" in page.get_by_label("Summary").locator("visible=true").first.input_value())
 
 
-def test_responds_while_a_run_trains(trained, tmp_path):
-    """The goal is one second for the first token, and one for opening another tab."""
+@DEVICES
+def test_watches_a_run(site, device):
+    with open_page(site[1], site[0], device) as page:
+        open_route(page, "Watch")
+        page.locator("#progress").get_by_text("tiny: Finished, step 8 of 8").wait_for()
+        wait_until(lambda: page.locator("svg.marks").count() == 6)
+        height = page.evaluate("document.documentElement.scrollHeight")
+        assert height < 3000, height
+        check_axes(page)
+        open_tab(page, "Completions")
+        slider, question = page.get_by_label("number input for Step").first, page.get_by_label("Question").first
+        seen = [""]
+        for step in (None, "1", "2"):
+            if step:
+                slider.fill(step)
+                slider.press("Enter")
+            wait_until(lambda: question.input_value() not in ("", seen[-1]))
+            seen.append(question.input_value())
+        page.locator(".score-token").locator("visible=true").nth(2).click()
+        wait_until(lambda: page.get_by_label("Scale, or selected token").input_value().startswith("token "))
+        open_tab(page, "Runs")
+        page.get_by_text("8/8").locator("visible=true").first.wait_for()
+        page.get_by_role("button", name="Export the selected run").click()
+        page.locator('a[href$="tiny-step_000008.zip"]').first.wait_for()
+        open_tab(page, "Console")
+        console = page.locator(".console textarea").locator("visible=true").first
+        last = page.evaluate(
+            "e => [e.scrollHeight - e.scrollTop - e.clientHeight, e.value.trim().split('\\n').at(-1)]",
+            console.element_handle(),
+        )
+        assert last[0] < 25 and "export.py" in last[1] or "train.py" in last[1], "the newest line is visible"
+
+
+def check_axes(page) -> None:
+    """The ticks of the steps are evenly spaced whole numbers, and each plot has a line."""
+    plots = page.evaluate(
+        """() => [...document.querySelectorAll('svg.marks')].map(svg => [
+            [...[...svg.querySelectorAll('.role-axis')].filter(e => e.querySelector('.role-axis-title')?.textContent == 'step')
+                .at(-1).querySelectorAll('.role-axis-label text')].map(e => e.textContent),
+            [...svg.querySelectorAll('.mark-line path')].map(e => e.getAttribute('d').length),
+            [...svg.querySelectorAll('.role-legend-title text')].map(e => e.textContent)])"""
+    )
+    assert len(plots) == 6
+    for ticks, lines, legend in plots:  # a categorical axis would not be evenly spaced
+        values = [float(tick.replace(",", "")) for tick in ticks]
+        gaps = {round(high - low, 3) for low, high in zip(values, values[1:])}
+        assert len(gaps) == 1 and all(value == int(value) for value in values) and "." not in "".join(ticks), ticks
+        assert legend == ["run"] and lines and all(lines)
+
+
+@DEVICES
+def test_starts_stops_and_resumes_the_first_run(tmp_path, chromium, device):
+    """The runs folder is empty at first, and the form that starts a run is the first thing on the page."""
+    (tmp_path / "runs").mkdir()
+    with served(tmp_path) as address, open_page(chromium, address, device) as page:
+        start = page.get_by_role("button", name="3. Start")
+        assert start.bounding_box()["y"] < page.locator("#left-chat").bounding_box()["y"]
+        page.get_by_label("Training steps").fill("300")
+        page.get_by_label("Other settings: options of train.py").fill(RUN.replace("--max-steps 8", ""))
+        wait_until(lambda: "--max-steps 300" in page.get_by_label("Command", exact=True).input_value())
+        wait_until(lambda: page.get_by_label("2. Does it fit here?").input_value().startswith("It fits: "))
+        start.click()
+        page.wait_for_url("**/watch")
+        progress = page.locator("#progress")
+        wait_until(lambda: "Running, step" in progress.inner_text() and "min left" in progress.inner_text(), 120)
+        wait_until(lambda: page.locator("svg.marks").count() == 6, 120)
+        check_axes(page)
+        page.get_by_role("button", name="Save and stop").click()
+        wait_until(lambda: "Stopped early" in progress.inner_text())
+        page.get_by_role("button", name="Resume").click()
+        wait_until(lambda: "Running, step" in progress.inner_text(), 30)
+        page.get_by_role("button", name="Save and stop").click()
+        wait_until(lambda: "Stopped early" in progress.inner_text())
+        open_tab(page, "Runs")
+        page.get_by_label("Name of the selected run").fill("mine")
+        page.get_by_label("Note").fill("first try")
+        page.get_by_role("button", name="Save name and note").click()
+        wait_until(lambda: "mine: Stopped early" in progress.inner_text())
+        page.get_by_role("button", name="Delete").click()
+        wait_until(lambda: "Tick the box" in read_value(page, "watch-status"))
+        page.get_by_label("Yes, delete").check()
+        page.get_by_role("button", name="Delete").click()
+        wait_until(lambda: not list((tmp_path / "runs").iterdir()))
+
+
+def test_responds_while_a_run_trains(trained, chromium, tmp_path):
+    """The goal is one second for the first token, and one for opening another page."""
     command = [sys.executable, "train.py", "--max-steps", "40", "--eval-steps", "0", "--device", "cpu"]
-    with served(trained) as address, browser() as chromium, open_page(chromium, address, 1280) as page:
+    with served(trained) as address, open_page(chromium, address) as page:
         ask_held_out(page, 1)  # loads the model
+        wait_for_answers(page)
         run = subprocess.Popen(
             [*command, "--output-dir", str(trained / "runs/beside")],
             stdout=subprocess.DEVNULL,
@@ -246,14 +418,13 @@ def test_responds_while_a_run_trains(trained, tmp_path):
         )
         try:
             wait_until(lambda: (trained / "runs/beside/metrics.jsonl").is_file(), 120)
-            page.get_by_label("Question", exact=True).first.fill("3 + 4 = ?")
             start = time.monotonic()
-            page.get_by_role("button", name="Ask both").click()
-            wait_until(lambda: page.locator("#left-chat [data-testid='bot']").all_inner_texts()[-1:] not in ([], [""]))
+            send(page, "3 + 4 = ?")
+            wait_until(lambda: page.locator("#left-chat [data-testid='bot']").count() >= 3)
             first_token, start = time.monotonic() - start, time.monotonic()
-            open_tab(page, "What changed")
+            open_route(page, "What changed")
             wait_until(lambda: "fixed" in read_value(page, "changes"))
-            print(f"first text {first_token:.2f} s, another tab {time.monotonic() - start:.2f} s")
+            print(f"first text {first_token:.2f} s, another page {time.monotonic() - start:.2f} s")
             assert first_token < 3 and time.monotonic() - start < 3  # three times the goal, for shared machines
         finally:
             run.terminate()
@@ -262,27 +433,32 @@ def test_responds_while_a_run_trains(trained, tmp_path):
 
 
 def screenshots(folder: Path) -> None:
-    """Write docs/page_compare.png and docs/page_watch.png for the newest run in folder/runs."""
-    with served(folder) as address, browser() as chromium, open_page(chromium, address, 1280) as page:
-        ask_held_out(page, 20)  # loads the model
-        page.get_by_role("button", name="New chat").click()
+    """Write the pictures in docs/ for the newest run in folder/runs."""
+    with served(folder) as address, browser() as chromium, open_page(chromium, address) as page:
         for number in range(1, 20):  # find a question that only the run answers correctly
             ask_held_out(page, number)
-            if not read_value(page, "left-verdict").startswith("correct") and read_value(
-                page, "right-verdict"
-            ).startswith("correct"):
+            wait_for_answers(page)
+            wait_until(lambda: "against" in read_value(page, "status"))
+            if read_value(page, "status").startswith("not correct against correct"):
                 break
             page.get_by_role("button", name="New chat").click()
-        page.locator("#right-chat").get_by_text("Thinking").click()  # unfolds the thinking
+            wait_until(lambda: below(page, "left").count() == 0)
+        page.locator("#right-chat").get_by_text("Reasoning").click()  # unfolds the thinking
         page.evaluate("() => window.scrollTo(0, 0)")
         time.sleep(1)
         page.screenshot(path="docs/page_compare.png")
-        open_tab(page, "Watch")
-        wait_until(lambda: "step" in read_value(page, "watch-status"))
-        time.sleep(4)
-        page.set_viewport_size({"width": 1280, "height": 1400})
+        open_route(page, "Watch")
+        wait_until(lambda: page.locator("svg.marks").count() == 6)
+        time.sleep(2)
+        page.set_viewport_size({"width": 1440, "height": 1200})
         page.screenshot(path="docs/page_watch.png")
-        print("docs/page_compare.png, docs/page_watch.png")
+        open_route(page, "What changed")
+        wait_until(lambda: "questions fixed" in read_value(page, "changes"))
+        page.locator('#changed-table [data-testid="cell-0-3"]').first.click()
+        time.sleep(1)
+        page.set_viewport_size({"width": 1440, "height": 900})
+        page.screenshot(path="docs/page_changed.png")
+        print("docs/page_compare.png, docs/page_watch.png, docs/page_changed.png")
 
 
 if __name__ == "__main__":
