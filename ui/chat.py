@@ -5,6 +5,7 @@ side's run, else in the left side's, else in the newest run, else rewards.py. Do
 """
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -46,8 +47,7 @@ class Round:
     row: dict | None = None  # data row for scoring; None: no expected answer
     title: str = ""  # "Held-out question 7"
     stop: threading.Event = field(default_factory=threading.Event)
-    is_started: bool = False
-    is_done: bool = False  # answered and scored
+    is_done: bool = False  # answered and scored, or stopped
     answers: tuple[Answer, ...] = ()
     weights: dict[str, float] = field(default_factory=dict)  # by reward function
     no_verdict_reason: str = ""
@@ -68,22 +68,28 @@ class Session:
     votes: Counter = field(default_factory=Counter)
     folder: tempfile.TemporaryDirectory | None = None  # downloads; removed with the session
 
-    def waiting(self) -> Round | None:
-        """Return the first question that no model has begun to answer."""
-        return next((round_ for round_ in self.rounds if not round_.is_started), None)
+    def is_answering(self, before: Round) -> bool:
+        """Return whether a question before this one is not answered yet."""
+        earlier = itertools.takewhile(lambda round_: round_ is not before, self.rounds)
+        return any(not round_.is_done for round_ in earlier)
 
     def stop(self) -> None:
         for round_ in self.rounds:
             round_.stop.set()
 
 
-def find_session(page: Page, number: str) -> Session:
-    """Return the chat of a browser tab, which sends the same number after a reload."""
-    session = page.sessions.pop(number, None) or Session()
-    page.sessions[number] = session  # the most recently used one comes last
+def find_session(page: Page, number: str, session: Session) -> Session:
+    """Return the chat of a browser tab, which sends the same number after a reload.
+
+    session: the chat of this load of the page, which has questions if they were asked before the page was complete.
+    """
+    known = page.sessions.pop(number, session)
+    if known is not session:
+        known.rounds += session.rounds
+    page.sessions[number] = known  # the most recently used one comes last
     for oldest in list(page.sessions)[:-MAX_SESSIONS]:
         del page.sessions[oldest]
-    return session
+    return known
 
 
 # --- models and questions

@@ -25,9 +25,8 @@ NUM_EXAMPLES = 4
 # The browser keeps a number for the tab, so that a reload finds the chat again.
 TAB_NUMBER = """() => {
     sessionStorage.ponder_tab ??= Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16)).join('')
-    return [sessionStorage.ponder_tab]
+    return [sessionStorage.ponder_tab, null]
 }"""
-MODEL_QUEUE = {"concurrency_limit": 1, "concurrency_id": "models"}  # one request at a time (ui/worker.py)
 
 
 # --- rendering
@@ -43,7 +42,7 @@ def chat_messages(session: Session, side: int) -> list[dict]:
     messages = []
     show = fenced if session.is_raw else to_markdown
     for number, round_ in enumerate(session.rounds):
-        if side >= len(round_.names):
+        if side >= len(round_.sides):
             continue
         title = round_.title + (", in a new conversation" if round_.is_fresh and number else "")
         heading = f"*{title or 'New conversation'}*\n\n" if title else ""
@@ -90,19 +89,20 @@ def panes(session: Session) -> dict:
 # --- handlers
 
 
-def load(page: Page, tab_number: str) -> dict:
+def load(page: Page, tab_number: str, session: Session) -> dict:
     """Restore the chat of this browser tab, and update the models to choose from."""
-    session = chat.find_session(page, tab_number)
     choices = chat.side_choices(page)
-    values = [value for _, value in choices]
-    mode, left, right = session.selected or (COMPARE, BASE, chat.default_side(page))
-    left, right = (value if value in values else BASE for value in (left, right))
+    selected = page.sessions.get(tab_number, session).selected or (COMPARE, BASE, chat.default_side(page))
+    mode, left, right = (
+        value if value in dict(choices).values() or i == 0 else BASE for i, value in enumerate(selected)
+    )
     run = chat.shared_run(page, left, right)
     page.worker.preload(run.name if run else None)
+    examples = [{"text": prompt_text(row["prompt"])} for row in chat.held_out_rows(page, left, right)[:NUM_EXAMPLES]]
+    session = chat.find_session(page, tab_number, session)  # last: a question may be asked at any time
     values = panes(session) | show_mode(mode) | {"session": session, "mode": mode, "raw": session.is_raw}
     values["left"] = gr.Dropdown(choices, value=left)
     values["right"] = gr.Dropdown(choices, value=right, visible=mode != SINGLE)
-    examples = [{"text": prompt_text(row["prompt"])} for row in chat.held_out_rows(page, left, right)[:NUM_EXAMPLES]]
     values["left_chat"] = gr.Chatbot(values["left_chat"], examples=examples)
     return values | {"first_run": gr.Column(visible=not page.runs.names())}
 
@@ -116,60 +116,56 @@ def show_mode(mode: str) -> dict:
     return {"left": left, "right": right, "right_column": gr.Column(visible=mode != SINGLE)}
 
 
-def ask(page: Page, session: Session, question: str, expected: str, *settings) -> dict:
-    """Append a question to the chat. It is answered when the earlier ones are."""
+def ask(page: Page, session: Session, question: str, expected: str, *settings) -> Iterator[dict]:
+    """Append a question to the chat, and answer it after the earlier ones. Yields the page meanwhile."""
     mode, left, right, decoding, samples, temperature, top_p, seed, max_tokens, system_prompt = settings
     options = {"max_tokens": max_tokens, "system_prompt": (system_prompt or "").strip()}
     options |= {"temperature": 0.0, "top_p": 1.0, "seed": int(seed or 0) % 2**31, "samples": 1}
     if decoding == SAMPLING:
         options |= {"temperature": float(temperature), "top_p": float(top_p), "samples": min(16, int(samples))}
-    chat.add_question(page, session, mode, left, right, question, expected, **options)
-    return panes(session) | {"question": "", "expected": ""}
+    round_ = chat.add_question(page, session, mode, left, right, question, expected, **options)
+    try:
+        yield panes(session) | {"question": "", "expected": "", "status": "Waiting for the model ..."}
+        while session.is_answering(before=round_) and not round_.stop.is_set():
+            time.sleep(0.05)
+        begin = time.monotonic()
+        with contextlib.closing(page.worker.answer(chat.make_request(session, round_))) as updates:
+            for round_.answers in updates:
+                if round_ not in session.rounds:  # a new chat was started
+                    break
+                notes = dict.fromkeys(a.note for a in round_.answers if a.note and not a.is_over)
+                yield panes(session) | {"status": "; ".join(notes) or "Answering ..."}
+        yield from score(page, session, round_)
+    finally:
+        round_.is_done = True
+    status = chat.summary(round_, time.monotonic() - begin) if round_ in session.rounds else ""
+    yield panes(session) | {"status": status}
 
 
-def ask_example(page: Page, event: gr.SelectData, session: Session, *settings) -> dict:
-    return ask(page, session, event.value["text"], "", *settings)
+def ask_example(page: Page, event: gr.SelectData, session: Session, *settings) -> Iterator[dict]:
+    yield from ask(page, session, event.value["text"], "", *settings)
 
 
-def retry(page: Page, side: int, event: gr.RetryData, session: Session, messages: list, *settings) -> dict:
-    return ask_again(page, session, side, messages, event.index, None, *settings)
+def retry(page: Page, side: int, event: gr.RetryData, session: Session, messages: list, *settings) -> Iterator[dict]:
+    yield from ask_again(page, session, side, messages, event.index, None, *settings)
 
 
-def edit(page: Page, side: int, event: gr.EditData, session: Session, messages: list, *settings) -> dict:
-    return ask_again(page, session, side, messages, event.index, event.value, *settings)
+def edit(page: Page, side: int, event: gr.EditData, session: Session, messages: list, *settings) -> Iterator[dict]:
+    yield from ask_again(page, session, side, messages, event.index, event.value, *settings)
 
 
-def ask_again(page: Page, session: Session, side: int, messages: list, index, question: str | None, *settings) -> dict:
+def ask_again(page: Page, session: Session, side: int, messages: list, index, question, *settings) -> Iterator[dict]:
     """Ask a question again, or an edited one, and remove it and the later ones from the chat.
 
     index: position in `messages`, the Chatbot's list, which has one user message per question.
     """
     position = index[0] if isinstance(index, (list, tuple)) else index
     number = sum(m["role"] == "user" for m in messages[: position + 1]) - 1
-    old = [round_ for round_ in session.rounds if side < len(round_.names)][number]
+    old = [round_ for round_ in session.rounds if side < len(round_.sides)][number]
     session.stop()
     session.rounds = session.rounds[: session.rounds.index(old)]
     expected = chat.expected_answer(old.row) if old.row and not old.title else ""
-    return ask(page, session, question or old.question, expected, *settings)
-
-
-def answer(page: Page, session: Session) -> Iterator[dict]:
-    """Answer the waiting questions of a chat. Yields the page while the models answer, then with the verdicts."""
-    while round_ := session.waiting():
-        round_.is_started = True
-        begin = time.monotonic()
-        try:
-            with contextlib.closing(page.worker.answer(chat.make_request(session, round_))) as updates:
-                for round_.answers in updates:
-                    if round_ not in session.rounds:  # a new chat was started
-                        return
-                    notes = dict.fromkeys(a.note for a in round_.answers if a.note and not a.is_over)
-                    yield panes(session) | {"status": "; ".join(notes) or "Answering ..."}
-            yield from score(page, session, round_)
-        finally:
-            round_.is_done = True
-        if round_ in session.rounds:
-            yield panes(session) | {"status": chat.summary(round_, time.monotonic() - begin)}
+    yield from ask(page, session, question or old.question, expected, *settings)
 
 
 def score(page: Page, session: Session, round_: Round) -> Iterator[dict]:
@@ -177,7 +173,7 @@ def score(page: Page, session: Session, round_: Round) -> Iterator[dict]:
     if not round_.row:
         round_.no_verdict_reason = "To get a verdict on your own question, enter the expected answer under Settings."
         return
-    if not any(sample.finished for a in round_.answers for sample in a.samples):
+    if round_ not in session.rounds or not any(s.finished for a in round_.answers for s in a.samples):
         return
     round_.stop.clear()  # finished samples are scored even after Stop
     try:
@@ -288,23 +284,15 @@ def build(page: Page) -> View:
         view["raw"] = gr.Checkbox(label="Raw text: show answers exactly as the model wrote them")
 
     settings = "mode left right decoding samples temperature top_p seed max_tokens system_prompt"
-    fast = {"queue": False, "trigger_mode": "multiple"}
-    asked = [
-        view.on(view["question"].submit, partial(ask, page), f"session question expected {settings}", **fast),
-        view.on(view["left_chat"].example_select, partial(ask_example, page), f"session {settings}", **fast),
-        view.on(Context.root_block.load, partial(load, page), "tab_number", js=TAB_NUMBER),
-    ]
+    many = {"trigger_mode": "multiple", "concurrency_limit": None}  # a question asked during an answer waits
+    view.on(view["question"].submit, partial(ask, page), f"session question expected {settings}", **many)
+    view.on(view["left_chat"].example_select, partial(ask_example, page), f"session {settings}", **many)
     for side, name in enumerate(SIDES):
         for again in (retry, edit):
             inputs = f"session {name}_chat {settings}"
             event = getattr(view[f"{name}_chat"], again.__name__)
-            asked.append(
-                view.on(event, partial(again, page, side), inputs, api_name=f"{again.__name__}_{name}", **fast)
-            )
-    answers = {"show_progress": "minimal", "show_progress_on": view["status"], "trigger_mode": "multiple"}
-    for i, event in enumerate(asked):
-        private = {"api_visibility": "private"} if i else {}
-        view.on(event.then, partial(answer, page), "session", **answers, **MODEL_QUEUE, **private)
+            view.on(event, partial(again, page, side), inputs, api_name=f"{again.__name__}_{name}", **many)
+    view.on(Context.root_block.load, partial(load, page), "tab_number session", js=TAB_NUMBER)
     view.on(view["question"].stop, stop, "session", queue=False)
     view.on([new_chat_button.click, *(view[f"{name}_chat"].clear for name in SIDES)], new_chat, "session")
     view.on(download_button.click, download, "session")

@@ -13,7 +13,6 @@ from grading import Score, prompt_text
 from rl.run.report import describe_gain, transcript
 from ui import chat
 from ui.chat import BASE, SIDES
-from ui.chat_page import MODEL_QUEUE
 from ui.page import Page, UiError, import_models
 from ui.text import cut
 from ui.turns import ChatRequest, Sample
@@ -194,7 +193,7 @@ def build(page: Page) -> View:
         view.on(event.then, partial(compare, page), "run before after", results)
     view.on([view[end].input for end in ("before", "after")], partial(compare, page), "run before after", results)
     options = {"show_progress": "minimal", "show_progress_on": view["status"]}
-    asking = view.on(ask_button.click, partial(ask_many, page), "left right count", results, **options, **MODEL_QUEUE)
+    asking = view.on(ask_button.click, partial(ask_many, page), "left right count", results, **options)
     stop_button.click(None, cancels=[asking])
     view.on(view["which"].input, filter_pairs, "pairs which")
     opened = view.on(view["table"].select, open_pair, "pairs")

@@ -1,6 +1,6 @@
 """The thread that owns the models (ui/models.py). It answers one request at a time, both sides stepping in turn.
 
-Gradio's queue sends the next request when this one has ended. Only this thread imports torch.
+Other requests wait in the order of their arrival. Only this thread imports torch.
 """
 
 import contextlib

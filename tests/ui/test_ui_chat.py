@@ -3,6 +3,7 @@
 import html
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,13 +111,8 @@ def settings(mode=COMPARE, left=BASE, right=CHECKPOINT, decoding=GREEDY, samples
 
 def ask(page, session, question="What is 6 + 7?", expected="", **options):
     """Ask a question, and return the last values of the page."""
-    chat_page.ask(page, session, question, expected, *settings(**options))
-    return answer(page, session)
-
-
-def answer(page, session):
     values = {}
-    for update in chat_page.answer(page, session):
+    for update in chat_page.ask(page, session, question, expected, *settings(**options)):
         values |= update
     return values
 
@@ -211,9 +207,8 @@ def test_a_looping_reward_function_can_be_stopped(page):
     file = page.runs.folder / "one/rewards.py"
     file.write_text("from grading import reward\n@reward\ndef endless(c):\n    while True: pass\n")
     session = Session()
-    chat_page.ask(page, session, "What?", "13", *settings())
     values = {}
-    for values in chat_page.answer(page, session):
+    for values in chat_page.ask(page, session, "What?", "13", *settings()):
         if values["status"].startswith("Scoring"):
             start = time.monotonic()
             chat_page.stop(session)
@@ -315,17 +310,30 @@ def test_held_out_question_keeps_the_chat_but_starts_a_conversation(page):
 
 def test_a_question_during_an_answer_waits(page):
     session = Session()
-    chat_page.ask(page, session, "First?", "", *settings())
-    updates = chat_page.answer(page, session)
-    next(updates)
-    values = chat_page.ask(page, session, "Second?", "", *settings(right=BASE))
+    first = chat_page.ask(page, session, "First?", "", *settings())
+    next(first), next(first)
+    second = chat_page.ask(page, session, "Second?", "", *settings(right=BASE))
+    values = next(second)
     assert texts(values)[-2:] == ["Second?", "*Waiting ...*"] and values["question"] == ""
-    assert [r.question for r in session.rounds] == ["First?", "Second?"]
-    values = list(updates)[-1]
-    assert [text for text in texts(values) if text.endswith("?")] == ["First?", "Second?"]
+    done = []
+    thread = threading.Thread(target=lambda: done.extend(second))
+    thread.start()
+    time.sleep(0.2)
+    assert not done and len(page.worker.requests) == 1
+    assert texts(list(first)[-1])[-2:] == ["Second?", "*Waiting ...*"]
+    thread.join(10)
+    assert [text for text in texts(done[-1]) if text.endswith("?")] == ["First?", "Second?"]
     assert page.worker.requests[1].sides == (None, None)
     assert [m["content"] for m in page.worker.requests[1].conversations[0][0]] == ["First?", "\\boxed{14}", "Second?"]
-    assert answer(page, session) == {}, "the event of the second question finds nothing to do"
+
+
+def test_stop_ends_a_waiting_question(page):
+    session = Session()
+    first, second = (chat_page.ask(page, session, name, "", *settings()) for name in ("First?", "Second?"))
+    next(first), next(second)
+    chat_page.stop(session)
+    list(second)
+    assert session.rounds[1].is_done and page.worker.requests[0].stop.is_set()
 
 
 def test_settings_reach_the_model(page):
@@ -353,53 +361,63 @@ def test_retry_and_edit_replace_a_question_and_the_later_ones(page, side):
     messages = gr.Chatbot(reasoning_tags=chat_page.REASONING_TAGS).postprocess(values[f"{chat.SIDES[side]}_chat"])
     messages = [message.model_dump() for message in messages.root]  # the browser's list
     last = len(messages) - 1
-    chat_page.retry(page, side, SimpleNamespace(index=last), session, messages, *settings(right=BASE))
-    answer(page, session)
+    list(chat_page.retry(page, side, SimpleNamespace(index=last), session, messages, *settings(right=BASE)))
     assert [r.question for r in session.rounds] == ["First?", "Second?"] and page.worker.requests[-1].sides[1] is None
     event = SimpleNamespace(index=0, value="Third?")
-    chat_page.edit(page, side, event, session, messages, *settings())
+    *_, values = chat_page.edit(page, side, event, session, messages, *settings())
     assert [r.question for r in session.rounds] == ["Third?"] and session.rounds[0].row["answer"] == "13"
-    assert "wrong (expected 13)" in texts(answer(page, session), titles=True)[0]
+    assert "wrong (expected 13)" in texts(values, titles=True)[0]
 
 
 def test_new_chat_stops_the_old_answers(page):
     session = Session()
-    chat_page.ask(page, session, "What?", "", *settings())
-    updates = chat_page.answer(page, session)
-    next(updates)
+    updates = chat_page.ask(page, session, "What?", "", *settings())
+    next(updates), next(updates)
     chat_page.new_chat(session)
-    assert list(updates) == [] and page.worker.requests[0].stop.is_set() and session.rounds == []
+    assert [values["left_chat"] for values in updates] == [[]], "a late update must not bring them back"
+    assert page.worker.requests[0].stop.is_set() and session.rounds == []
 
 
 def test_a_reload_finds_the_chat(page):
-    values = chat_page.load(page, "number")
+    values = chat_page.load(page, "number", Session())
     session = values["session"]
     assert (
         values["left_chat"].value == [] and len(values["left_chat"].examples) == 4 and not values["first_run"].visible
     )
     ask(page, session, mode=SINGLE, left=CHECKPOINT)
     chat_page.show_raw(session, True)
-    chat_page.ask(page, session, "Unanswered?", "", *settings(mode=SINGLE, left=CHECKPOINT))
-    again = chat_page.load(page, "number")
+    again = chat_page.load(page, "number", Session())
     assert (
         again["session"] is session and again["mode"] == SINGLE and again["left"].value == CHECKPOINT and again["raw"]
     )
-    assert len(texts({"left_chat": again["left_chat"].value})) == 4
-    answer(page, session)
-    assert session.rounds[-1].is_done, "a waiting question is answered after the reload"
-    assert chat_page.load(page, "another")["session"].rounds == []
+    assert len(texts({"left_chat": again["left_chat"].value})) == 2
+    assert chat_page.load(page, "another", Session())["session"].rounds == []
     for i in range(chat.MAX_SESSIONS):
-        chat.find_session(page, str(i))
+        chat.find_session(page, str(i), Session())
     assert len(page.sessions) == chat.MAX_SESSIONS and "number" not in page.sessions
+
+
+@pytest.mark.parametrize("is_reload", [False, True])
+def test_a_question_asked_before_the_page_is_complete(page, is_reload):
+    """It is answered, and the chat before a reload is kept."""
+    if is_reload:
+        ask(page, chat_page.load(page, "number", Session())["session"], "Before?")
+    session = Session()
+    updates = chat_page.ask(page, session, "Early?", "", *settings())
+    next(updates)
+    values = chat_page.load(page, "number", session)
+    list(updates)
+    expected = ["Before?", "Early?"] if is_reload else ["Early?"]
+    assert [round_.question for round_ in values["session"].rounds if round_.is_done] == expected
+    assert is_reload or values["session"] is session
 
 
 def test_an_answer_that_a_reload_interrupted_is_over(page):
     session = Session()
-    chat_page.ask(page, session, "What?", "13", *settings())
-    updates = chat_page.answer(page, session)
-    next(updates)
+    updates = chat_page.ask(page, session, "What?", "13", *settings())
+    next(updates), next(updates)
     updates.close()
-    assert session.rounds[0].is_done and session.waiting() is None
+    assert session.rounds[0].is_done
     assert len(texts(chat_page.panes(session))) == 2
 
 
@@ -534,7 +552,7 @@ def test_default_side(page):
     (folder / "one/summary.json").write_text('{"finished": true, "eval": {"gain": {"ci95": [0.1, 0.3]}}}')
     assert chat.default_side(page) == "one/step_000100"
     shutil.rmtree(folder)
-    assert chat.default_side(page) == BASE and chat_page.load(page, "x")["first_run"].visible
+    assert chat.default_side(page) == BASE and chat_page.load(page, "x", Session())["first_run"].visible
 
 
 @pytest.mark.parametrize("side", ["../../etc/passwd", "/etc", "x/step_000001"])

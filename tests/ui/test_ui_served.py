@@ -59,16 +59,11 @@ def run(served):
     shutil.rmtree(folder / "one")
 
 
-def ask(client, question, left=BASE, right=BASE, expected="", decoding=GREEDY, samples=1, temperature=1.0, **more):
+def submit(client, question, left=BASE, right=BASE, expected="", decoding=GREEDY, samples=1, temperature=1.0, **more):
+    """Ask a question, and return the job that answers it."""
     max_tokens = more.get("max_tokens", 90)
     settings = COMPARE, left, right, decoding, samples, temperature, 1.0, 0, max_tokens, ""
-    return call(client, "/ask", question, expected, *settings)
-
-
-def submit(client, question, **options):
-    """Ask a question, and return the job that answers it."""
-    ask(client, question, **options)
-    return client.submit(api_name="/answer")
+    return client.submit(question, expected, *settings, api_name="/ask")
 
 
 def result(client, job, seconds=60):
@@ -103,7 +98,7 @@ def test_first_run_in_an_empty_folder(served):
     assert chat_texts(values, "right")[-1] == to_markdown(rollout_texts(policy, max_tokens=90)[0])
     for value, message in (("../../etc/passwd", "no run"), ("one/../../x", "has no checkpoint"), (7, "no run")):
         if message == "no run":
-            assert message in ask(client, QUESTION, right=value)["status"]
+            assert message in answer(client, QUESTION, right=value)["status"]
         else:
             assert message in chat_texts(answer(client, QUESTION, right=value), "right")[-1]
     shutil.rmtree(folder / "one")
@@ -142,13 +137,13 @@ def test_errors_are_in_the_status_line(served):
     """No error is raised, which would cover the chats."""
     connect, _, _, base = served
     client = connect()
-    assert "no question" in ask(client, "")["status"]
-    assert "'one'" in ask(client, "What?", right=CHECKPOINT)["status"]
+    assert "no question" in answer(client, "")["status"]
+    assert "'one'" in answer(client, "What?", right=CHECKPOINT)["status"]
     values = answer(client, "1 + " * 300)
     assert "context length of the model is 512" in html.unescape(chat_texts(values, "left")[-1])
     assert values["status"].startswith("Failed after")
     assert chat_texts(answer(client, QUESTION), "left")[-1] == to_markdown(base), "the failed one is not sent again"
-    assert "Maximum answer length" in ask(client, QUESTION, max_tokens=-1)["status"]
+    assert "Maximum answer length" in answer(client, QUESTION, max_tokens=-1)["status"]
     assert "from 1 to" in call(client, "/load_question", BASE, BASE, 10_000)["status"]
 
 
