@@ -73,10 +73,11 @@ def table(label: str, *headers: str, **options) -> gr.Dataframe:
     return gr.Dataframe(headers=list(headers), type="array", datatype="str", label=label, interactive=False, **options)
 
 
-def line_plot(label: str, color: str, x: str = "step", y: str = " ", height: int = 290, **options) -> gr.LinePlot:
+def line_plot(label: str, color: str, x: str = "step", y: str = " ", height: int = 260, **options) -> gr.LinePlot:
     """Build a line plot of a `frame` with a line per value of the column `color`."""
     axes = {"x": "x", "y": "y", "color": color, "x_title": x, "y_title": y}
-    return gr.LinePlot(label=label, height=height, min_width=380, buttons=["fullscreen"], **axes, **options)
+    options |= {"label": label, "show_label": False, "title": label}  # with a label, the legend is cut off
+    return gr.LinePlot(height=height, min_width=380, buttons=["fullscreen"], **axes, **options)
 
 
 def frame(points: Iterable[tuple], color: str) -> pd.DataFrame | None:

@@ -151,7 +151,9 @@ def show_plots(runs: list[Run], metrics: list[str], smoothing: float) -> dict:
         title, axis = METRICS.get(metric, (metric, None))
         lines = [(run.name, smooth(downsample(metric_points(run, metric)), smoothing)) for run in runs]
         data = frame([(step, value, name) for name, points in lines for step, value in points], "run")
-        values[f"plot{i}"] = gr.LinePlot(data, label=title, y_axis_format=axis, x_lim=[0, last], visible=bool(metric))
+        values[f"plot{i}"] = gr.LinePlot(
+            data, label=title, title=title, y_axis_format=axis, x_lim=[0, last], visible=bool(metric)
+        )
     return values
 
 
