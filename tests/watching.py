@@ -130,7 +130,7 @@ def call(client, endpoint, *inputs):
 
 def by_name(client, values):
     """Name the outputs of an event handler, which are the components that existed when it was attached."""
-    hidden = gr.State, gr.blocks.BlockContext  # the client does not return them
+    hidden = gr.State, gr.Row, gr.Column  # the client does not return them
     names = [name for name, component in client.view.items() if not isinstance(component, hidden)]
     is_skipped = [isinstance(value, dict) and value.keys() <= {"__type__", "props"} for value in values]
     return {name: value for name, value, skip in zip(names, values, is_skipped) if not skip}

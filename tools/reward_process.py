@@ -192,7 +192,7 @@ def rescore_task(job: dict) -> dict:
 
 
 def describe_change(line: dict, score: Score) -> tuple[float, list]:
-    """Return the absolute change of the total, and a row of the table of changes (rewards_tab.CHANGES)."""
+    """Return the absolute change of the total, and a row of the table of changes (rewards_page.CHANGES)."""
     before, after = line.get("rewards", {}), score.parts
     old = line.get("reward")
     new = None if math.isnan(score.total) else score.total

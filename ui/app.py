@@ -4,7 +4,7 @@
     python ui/app.py --runs FOLDER --port 7861
     python ui/app.py --host 0.0.0.0 --auth NAME:PASSWORD      let others on the network view runs and ask questions
 
-The page sends nothing to other machines. The browser stores the theme, unsaved edits of the reward file, and a number that
+The page sends nothing to other machines. The browser stores the theme, unsaved edits of the reward file, and an ID that
 finds the chat again after a reload. Rewards can be edited and runs started only if the page is served to this machine alone
 (the default). Requests from other sites' pages are refused.
 """

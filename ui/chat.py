@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data import DataError
 from grading import outcome_of, prompt_text
 from rl.config import Config, RunError
 from rl.run.reader import Run, config_of, questions_of
@@ -56,6 +57,18 @@ class Round:
     def names(self) -> list[str]:
         return list(map(side_label, self.sides))
 
+    def end(self) -> None:
+        """Mark the question as answered, or as stopped if the visitor has left."""
+        self.answers = tuple(a if a.is_over else replace(a, state="stopped", note="stopped") for a in self.answers)
+        self.is_done = True
+
+    def note(self, side: int) -> str:
+        """Return what a side is doing, or its error. In a blind chat, without the names of model and files."""
+        answer = self.answers[side]
+        if not self.is_hidden or not answer.note:
+            return answer.note
+        return "This side failed." if answer.state == "failed" else "Loading ..."
+
 
 @dataclass
 class Session:
@@ -77,18 +90,25 @@ class Session:
         for round_ in self.rounds:
             round_.stop.set()
 
+    def reveal(self) -> None:
+        """Show the names and verdicts of a blind vote."""
+        for round_ in self.rounds:
+            round_.is_hidden = False
 
-def find_session(page: Page, number: str, session: Session) -> Session:
-    """Return the chat of a browser tab, which sends the same number after a reload.
+
+def find_session(page: Page, tab_id: str | None, session: Session) -> Session:
+    """Return the chat of a browser tab, which sends the same ID after a reload.
 
     session: the chat of this load of the page, which has questions if they were asked before the page was complete.
     """
-    known = page.sessions.pop(number, session)
+    if not tab_id:
+        return session
+    known = page.sessions.pop(tab_id, session)
     if known is not session:
         known.rounds += session.rounds
-    page.sessions[number] = known  # the most recently used one comes last
+    page.sessions[tab_id] = known  # the most recently used one comes last
     for oldest in list(page.sessions)[:-MAX_SESSIONS]:
-        del page.sessions[oldest]
+        page.sessions.pop(oldest, None)
     return known
 
 
@@ -150,8 +170,9 @@ def held_out_rows(page: Page, left: str | None, right: str | None) -> list[dict]
     return (run.questions() if run else questions_of(DEFAULT_CONFIG, 0))[1]
 
 
-def held_out_question(page: Page, left, right, number: float | None) -> tuple[str, int]:
+def held_out_question(page: Page, mode: str, left, right, number: float | None) -> tuple[str, int]:
     """Return the text of a held-out question and its number; a random one if there is no number."""
+    right = left if mode == SINGLE else right
     rows = held_out_rows(page, left, right)
     number = random.randint(1, len(rows)) if number is None else int(number)
     if not 1 <= number <= len(rows):
@@ -174,14 +195,17 @@ def add_question(page: Page, session: Session, mode: str, left, right, question,
     if options["max_tokens"] < 0:
         raise UiError("Maximum answer length: enter a positive number of tokens, or 0 for the length used in training.")
     row, title = None, ""
-    for number, held_out in enumerate(held_out_rows(page, sides[0], sides[-1]), 1):
-        if prompt_text(held_out["prompt"]).strip() == question.strip():
-            row, title = held_out, f"Held-out question {number}"
+    with contextlib.suppress(DataError):  # the data is gone: no question is known
+        for number, held_out in enumerate(held_out_rows(page, sides[0], sides[-1]), 1):
+            if prompt_text(held_out["prompt"]).strip() == question.strip():
+                row, title = held_out, f"Held-out question {number}"
     if not row and (expected or "").strip():
         answer = expected.strip()
         row = {config.columns.get("answer", "answer"): answer}
         row |= {"id": "own", "task": "own", "prompt": question, "answer": answer}
     is_blind = mode == BLIND
+    if not is_blind:
+        session.reveal()
     previous = session.rounds[-1] if session.rounds else None
     keeps_sides = previous is not None and previous.is_blind == previous.is_hidden == is_blind
     if not keeps_sides:  # they are shuffled once for each vote
@@ -327,7 +351,7 @@ def as_records(session: Session) -> list[dict]:
         for side, answer in enumerate(round_.answers):
             model = "hidden until the vote" if round_.is_hidden else round_.names[side]
             samples = [sample_record(round_, sample) for sample in answer.samples]
-            record[SIDES[side]] = {"model": model, "state": answer.state, "note": answer.note, "samples": samples}
+            record[SIDES[side]] = {"model": model, "state": answer.state, "note": round_.note(side), "samples": samples}
         records.append(record)
     return records
 

@@ -8,7 +8,9 @@ from functools import partial
 import gradio as gr
 from gradio.context import Context
 
+from data import DataError
 from grading import RewardError, prompt_text
+from rl.config import ConfigError, RunError
 from tools.reward_process import reward_rows
 from ui import chat, launch
 from ui.chat import BASE, BLIND, COMPARE, GREEDY, SAMPLING, SIDES, SINGLE, Round, Session
@@ -17,13 +19,11 @@ from ui.text import LATEX_DELIMITERS, fenced, plain, to_markdown
 from ui.turns import Sample
 from ui.view import View, menu, status_line
 
-NO_RUN = (
-    "No model has been trained yet, so both sides are the bundled model. Start the first run here; it takes minutes."
-)
+NO_RUN = "No model has been trained yet, so both sides are the bundled model. Start the first run here. It takes a few minutes."
 REASONING_TAGS = [("&lt;think>", "&lt;/think>")]  # as `to_markdown` escapes them
 NUM_EXAMPLES = 4
-# The browser keeps a number for the tab, so that a reload finds the chat again.
-TAB_NUMBER = """() => {
+# The browser keeps an ID for the tab, so that a reload finds the chat again.
+TAB_ID = """() => {
     sessionStorage.ponder_tab ??= Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16)).join('')
     return [sessionStorage.ponder_tab, null]
 }"""
@@ -45,8 +45,9 @@ def chat_messages(session: Session, side: int) -> list[dict]:
         if side >= len(round_.sides):
             continue
         title = round_.title + (", in a new conversation" if round_.is_fresh and number else "")
-        heading = f"*{title or 'New conversation'}*\n\n" if title else ""
-        messages.append(message("user", heading + show(round_.question)))
+        heading = f"*{title}*\n\n" if title else ""
+        question = show(round_.question).replace("&lt;", "&#60;")  # Gradio folds REASONING_TAGS of users too
+        messages.append(message("user", heading + question))
         if not round_.answers:
             messages.append(message("assistant", "*Stopped*" if round_.is_done else "*Waiting ...*"))
             continue
@@ -63,14 +64,16 @@ def chat_messages(session: Session, side: int) -> list[dict]:
                 below = plain(chat.describe_sample(round_, side, sample))
                 messages.append(message("assistant", describe_rewards(round_, side, sample), below))
         if answer.note and answer.state != "stopped":
-            messages.append(message("assistant", plain(answer.note)))
+            messages.append(message("assistant", plain(round_.note(side))))
     return messages
 
 
 def describe_rewards(round_: Round, side: int, sample: Sample) -> str:
     """Return the rewards of an answer with their reasons, and the rendered prompt, as Markdown."""
+    if round_.is_hidden:
+        return ""
     parts = []
-    if sample.score and not round_.is_hidden:
+    if sample.score:
         rows = [row for row in reward_rows(sample.score, round_.weights) if row[1] != "-" or row[-1]]
         cells = [[plain(cell[:500]) for cell in (*row[:3], row[-1])] for row in rows]
         lines = ["reward | value | weight | reason", "--|--|--|--", *map(" | ".join, cells)]
@@ -89,20 +92,20 @@ def panes(session: Session) -> dict:
 # --- handlers
 
 
-def load(page: Page, tab_number: str, session: Session) -> dict:
+def load(page: Page, tab_id: str, session: Session) -> dict:
     """Restore the chat of this browser tab, and update the models to choose from."""
     choices = chat.side_choices(page)
-    selected = page.sessions.get(tab_number, session).selected or (COMPARE, BASE, chat.default_side(page))
+    selected = page.sessions.get(tab_id, session).selected or (COMPARE, BASE, chat.default_side(page))
     mode, left, right = (
         value if value in dict(choices).values() or i == 0 else BASE for i, value in enumerate(selected)
     )
     run = chat.shared_run(page, left, right)
     page.worker.preload(run.name if run else None)
-    examples = [{"text": prompt_text(row["prompt"])} for row in chat.held_out_rows(page, left, right)[:NUM_EXAMPLES]]
-    session = chat.find_session(page, tab_number, session)  # last: a question may be asked at any time
+    session = chat.find_session(page, tab_id, session)  # last: a question may be asked at any time
     values = panes(session) | show_mode(mode) | {"session": session, "mode": mode, "raw": session.is_raw}
     values["left"] = gr.Dropdown(choices, value=left)
     values["right"] = gr.Dropdown(choices, value=right, visible=mode != SINGLE)
+    examples = show_examples(page, mode, left, right)["left_chat"].examples
     values["left_chat"] = gr.Chatbot(values["left_chat"], examples=examples)
     return values | {"first_run": gr.Column(visible=not page.runs.names())}
 
@@ -116,6 +119,14 @@ def show_mode(mode: str) -> dict:
     return {"left": left, "right": right, "right_column": gr.Column(visible=mode != SINGLE)}
 
 
+def show_examples(page: Page, mode: str, left: str, right: str) -> dict:
+    """Offer the first held-out questions as examples."""
+    rows = []
+    with contextlib.suppress(ConfigError, DataError, RunError):  # asking a question shows what is wrong
+        rows = chat.held_out_rows(page, left, left if mode == SINGLE else right)[:NUM_EXAMPLES]
+    return {"left_chat": gr.Chatbot(examples=[{"text": prompt_text(row["prompt"])} for row in rows])}
+
+
 def ask(page: Page, session: Session, question: str, expected: str, *settings) -> Iterator[dict]:
     """Append a question to the chat, and answer it after the earlier ones. Yields the page meanwhile."""
     mode, left, right, decoding, samples, temperature, top_p, seed, max_tokens, system_prompt = settings
@@ -127,17 +138,20 @@ def ask(page: Page, session: Session, question: str, expected: str, *settings) -
     try:
         yield panes(session) | {"question": "", "expected": "", "status": "Waiting for the model ..."}
         while session.is_answering(before=round_) and not round_.stop.is_set():
-            time.sleep(0.05)
+            time.sleep(0.1)
+            yield {"status": "Waiting for the earlier question ..."}  # lets Gradio close this if the visitor leaves
         begin = time.monotonic()
+        if round_ not in session.rounds:  # a new chat was started
+            return
         with contextlib.closing(page.worker.answer(chat.make_request(session, round_))) as updates:
             for round_.answers in updates:
-                if round_ not in session.rounds:  # a new chat was started
+                if round_ not in session.rounds:
                     break
-                notes = dict.fromkeys(a.note for a in round_.answers if a.note and not a.is_over)
+                notes = dict.fromkeys(round_.note(i) for i, a in enumerate(round_.answers) if a.note and not a.is_over)
                 yield panes(session) | {"status": "; ".join(notes) or "Answering ..."}
         yield from score(page, session, round_)
     finally:
-        round_.is_done = True
+        round_.end()
     status = chat.summary(round_, time.monotonic() - begin) if round_ in session.rounds else ""
     yield panes(session) | {"status": status}
 
@@ -162,10 +176,18 @@ def ask_again(page: Page, session: Session, side: int, messages: list, index, qu
     position = index[0] if isinstance(index, (list, tuple)) else index
     number = sum(m["role"] == "user" for m in messages[: position + 1]) - 1
     old = [round_ for round_ in session.rounds if side < len(round_.sides)][number]
-    session.stop()
-    session.rounds = session.rounds[: session.rounds.index(old)]
     expected = chat.expected_answer(old.row) if old.row and not old.title else ""
-    yield from ask(page, session, question or old.question, expected, *settings)
+    rounds = session.rounds
+    session.rounds = rounds[: rounds.index(old)]
+    updates = ask(page, session, question or old.question, expected, *settings)
+    try:
+        yield next(updates)
+    except UiError:  # a setting is wrong: nothing is asked, and nothing removed
+        session.rounds = rounds
+        raise
+    for round_ in rounds[rounds.index(old) :]:
+        round_.stop.set()
+    yield from updates
 
 
 def score(page: Page, session: Session, round_: Round) -> Iterator[dict]:
@@ -197,8 +219,7 @@ def vote(better: int | None, session: Session) -> dict:
         raise UiError("There is nothing to vote on. Choose the blind vote and ask a question.")
     names = session.rounds[-1].names
     session.votes["neither" if better is None else names[better]] += 1
-    for round_ in session.rounds:
-        round_.is_hidden = False
+    session.reveal()
     tally = ", ".join(f"{name} {n}" for name, n in session.votes.most_common())
     return panes(session) | {"status": f"Left was {names[0]}, right was {names[1]}. Votes: {tally}."}
 
@@ -218,9 +239,9 @@ def show_decoding(decoding: str) -> dict:
     return {"sampling": gr.Row(visible=decoding == SAMPLING)}
 
 
-def load_question(page: Page, left, right, number: float | None) -> dict:
+def load_question(page: Page, mode: str, left, right, number: float | None) -> dict:
     """Put a held-out question into the question field; a random one if there is no number."""
-    question, number = chat.held_out_question(page, left, right, number)
+    question, number = chat.held_out_question(page, mode, left, right, number)
     return {"question": question, "number": number}
 
 
@@ -232,7 +253,7 @@ def download(session: Session) -> dict:
 
 
 def build(page: Page) -> View:
-    view = View(session=gr.State(Session()), tab_number=gr.Textbox(label="Browser tab", visible=False))
+    view = View(session=gr.State(Session()), tab_id=gr.Textbox(label="Browser tab", visible=False))
     with gr.Column(visible=not page.runs.names()) as view["first_run"]:
         if page.editable:
             gr.Markdown(NO_RUN)
@@ -292,15 +313,19 @@ def build(page: Page) -> View:
             inputs = f"session {name}_chat {settings}"
             event = getattr(view[f"{name}_chat"], again.__name__)
             view.on(event, partial(again, page, side), inputs, api_name=f"{again.__name__}_{name}", **many)
-    view.on(Context.root_block.load, partial(load, page), "tab_number session", js=TAB_NUMBER)
+    view.on(Context.root_block.load, partial(load, page), "tab_id session", js=TAB_ID)
     view.on(view["question"].stop, stop, "session", queue=False)
     view.on([new_chat_button.click, *(view[f"{name}_chat"].clear for name in SIDES)], new_chat, "session")
     view.on(download_button.click, download, "session")
     view.on(view["raw"].input, show_raw, "session raw")
     view.on(view["mode"].input, show_mode, "mode")
+    menus = [view[name].input for name in ("mode", "left", "right")]
+    view.on(menus, partial(show_examples, page), "mode left right")
     view.on(view["decoding"].input, show_decoding, "decoding")
-    view.on([number_button.click, view["number"].submit], partial(load_question, page), "left right number")
-    view.on(random_button.click, partial(load_question, page, number=None), "left right", api_name="random_question")
+    view.on([number_button.click, view["number"].submit], partial(load_question, page), "mode left right number")
+    view.on(
+        random_button.click, partial(load_question, page, number=None), "mode left right", api_name="random_question"
+    )
     for button, better in zip(vote_buttons, (0, None, 1)):
         view.on(button.click, partial(vote, better), "session", api_name=f"vote_{better}")
     return view

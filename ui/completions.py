@@ -30,7 +30,7 @@ def show_step(page: Page, name: str, step: float, measure: str) -> dict:
 
 
 def find_group(groups: list[list[dict]], log: dict) -> int | None:
-    """Return the index of the group with the token log. A prompt that was drawn twice is told by the lengths."""
+    """Return the index of the group with the token log. A prompt that was drawn twice is identified by the lengths."""
     lengths = [len(completion["tokens"]) for completion in log["completions"]]
     same_prompt = [i for i, group in enumerate(groups) if group[0]["prompt_id"] == log["prompt_id"]]
     same_lengths = [i for i in same_prompt if [record.get("tokens") for record in groups[i]] == lengths]
@@ -99,6 +99,8 @@ def verdict(record: dict) -> str:
 
 def show_tokens(step_data: dict, picked: list, measure: str) -> dict:
     """Colour the tokens of the chosen completion. The colours are relative to its group."""
+    if not picked or not step_data:  # there is no run yet, or the step could not be read
+        return {}
     g, i = picked
     log = step_data["log"]
     if g != step_data["logged"] or i >= len(log):

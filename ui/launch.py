@@ -22,12 +22,12 @@ from ui.view import View, status_line
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = "configs/tiny.yaml"
-FIELDS = {  # the settings that people change most: label
+FIELDS = {  # the settings changed most often: name -> label
     "model": "Model (folder or Hub id)",
     "max_steps": "Training steps",
     "learning_rate": "Learning rate",
     "num_generations": "Completions per question",
-    "max_completion_length": "Longest completion, tokens",
+    "max_completion_length": "Maximum completion length (tokens)",
 }
 DRY_RUN_SECONDS = 120
 END_SECONDS = 5
@@ -92,7 +92,7 @@ class Launcher:
             return f"{name} will save a checkpoint and stop after the current step."
         if self.is_alive() and (name == self.name or self.name not in self.runs.names()):
             self.process.terminate()
-            return f"{self.name} was terminated before training began."
+            return f"{self.name} is being terminated. Training had not begun."
         raise UiError(f"{name or 'The run'} is not running. Choose a running one.")
 
     def describe(self) -> str:
@@ -145,10 +145,14 @@ def join_overrides(recipe: str, values: tuple, other: str) -> str:
 def dry_run(command: list[str]) -> str:
     """Return the answer of --dry-run for a command that starts a run: whether it fits on this machine, and why."""
     arguments = [*command[:-2], "--dry-run"]  # without the output folder
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=DRY_RUN_SECONDS)
-    if result.returncode:
-        raise UiError(result.stderr.strip() or f"The dry run ended with exit code {result.returncode}.")
-    model, memory, *answer = result.stdout.strip().split("\n\n")
+    try:
+        result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=DRY_RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UiError(f"The dry run took more than {DRY_RUN_SECONDS} s. Run it in a terminal.") from None
+    model, *parts = result.stdout.strip().split("\n\n")
+    if result.returncode or len(parts) < 2:
+        raise UiError(result.stderr.strip() or f"The dry run gave no answer: {result.stdout[:500]}")
+    memory, *answer = parts
     return "\n\n".join([*answer, memory, model])
 
 
@@ -180,7 +184,7 @@ def build_form(page: Page, opened, is_first_run: bool) -> None:
     """Build the form that starts a run. opened: the event at which the form appears."""
     view = View(started=gr.Textbox(label="Started", visible=False))
     choices = [(f"{Path(file).stem}: {text}", file) for file, text in recipes().items()]
-    view["recipe"] = gr.Dropdown(choices, value=DEFAULT_RECIPE, label="1. Recipe: what to train on what")
+    view["recipe"] = gr.Dropdown(choices, value=DEFAULT_RECIPE, label="1. Recipe (model, data and algorithm)")
     defaults = fill_fields(DEFAULT_RECIPE)
     with gr.Row():
         for name, label in FIELDS.items():
@@ -189,7 +193,7 @@ def build_form(page: Page, opened, is_first_run: bool) -> None:
     view["other"] = gr.Textbox(label="Other settings: options of train.py", placeholder="--seed 1 --learning-rate 1e-3")
     options = {"interactive": False, "elem_classes": "console"}
     view["fits"] = gr.Textbox(
-        label="2. Does it fit here?", lines=2, max_lines=10, placeholder="Computing ...", **options
+        label="2. Does it fit on this machine?", lines=2, max_lines=10, placeholder="Computing ...", **options
     )
     view["command"] = gr.Textbox(label="Command", max_lines=3, **options)
     start = gr.Button("3. Start", variant="primary")

@@ -68,7 +68,7 @@ class Models:
         if run and find_shape(config.model).parameters > MAX_CPU_PARAMETERS:
             raise UiError(
                 f"{run} is training on the GPU, and {config.model} is too large to run on the CPU. Wait until the run "
-                "ends, or stop it in the Watch tab (it saves a checkpoint first)."
+                "ends, or stop it on the Watch page (it saves a checkpoint first)."
             )
         return "cpu" if run else "cuda"
 

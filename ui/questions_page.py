@@ -10,13 +10,15 @@ import gradio as gr
 from gradio.context import Context
 
 from grading import Score, prompt_text
+from rl.config import RunError
+from rl.run.reader import Run
 from rl.run.report import describe_gain, transcript
 from ui import chat
 from ui.chat import BASE, SIDES
 from ui.page import Page, UiError, import_models
 from ui.text import cut
 from ui.turns import ChatRequest, Sample
-from ui.view import View, menu, status_line, table
+from ui.view import View, menu, show_progress, status_line, table
 
 CHANGES = {"fixed": (False, True), "broken": (True, False), "both right": (True, True), "both wrong": (False, False)}
 ALL = "all"
@@ -82,10 +84,16 @@ def show_record(record: dict) -> str:
 def load(page: Page) -> dict:
     """List the runs and the models. The newest run with two evaluations is selected."""
     names = page.runs.names()
-    newest = next((name for name in names if len(page.runs.get(name).evaluations()) > 1), next(iter(names), None))
+    newest = next((name for name in names if has_two_evaluations(page.runs.get(name))), next(iter(names), None))
     choices = chat.side_choices(page)
     sides = {"left": gr.Dropdown(choices, value=BASE), "right": gr.Dropdown(choices, value=chat.default_side(page))}
     return {"run": gr.Dropdown(names, value=newest)} | sides
+
+
+def has_two_evaluations(run: Run) -> bool:
+    with contextlib.suppress(RunError):  # the error is shown when the run is selected
+        return len(run.evaluations()) > 1
+    return False
 
 
 def choose_run(page: Page, name: str | None) -> dict:
@@ -121,13 +129,7 @@ def ask_many(page: Page, left: str, right: str, count: float) -> Iterator[dict]:
         if answer.state != "done":
             raise UiError(f"{side.title()}: {answer.note}")
     samples = [(row, sample) for answer in answers for row, sample in zip(rows, answer.samples)]
-    yield {"status": "Scoring ..."}
-    with contextlib.closing(chat.score_samples(page, request.run, samples)) as scoring:
-        try:
-            while True:
-                yield {"status": f"Scoring, {next(scoring):.0f} s ..."}
-        except StopIteration as result:
-            _, scores = result.value
+    _, scores = yield from show_progress(chat.score_samples(page, request.run, samples), "Scoring")
     records = [make_record(row, sample, score) for (row, sample), score in zip(samples, scores)]
     pairs = pair_records(records[: len(rows)], records[len(rows) :])
     yield show_pairs(pairs, chat.side_label(left), chat.side_label(right)) | {
@@ -194,7 +196,7 @@ def build(page: Page) -> View:
     view.on([view[end].input for end in ("before", "after")], partial(compare, page), "run before after", results)
     options = {"show_progress": "minimal", "show_progress_on": view["status"]}
     asking = view.on(ask_button.click, partial(ask_many, page), "left right count", results, **options)
-    stop_button.click(None, cancels=[asking])
+    stop_button.click(lambda: "Stopped.", None, view["status"], cancels=[asking])
     view.on(view["which"].input, filter_pairs, "pairs which")
     opened = view.on(view["table"].select, open_pair, "pairs")
     opened.then(None, js="() => document.getElementById('changed-question').scrollIntoView({block: 'nearest'})")

@@ -20,7 +20,7 @@ from rl.run.reader import Run, read_text
 from tools.reward_process import format_number, reward_rows, run_task, score_completions
 from ui.page import Page, UiError
 from ui.text import cut
-from ui.view import View, menu, status_line, table
+from ui.view import View, menu, show_progress, status_line, table
 
 READ_ONLY = "Other machines can reach this page. Serve it at 127.0.0.1 to edit and try out rewards."
 TIME_LIMIT = 60.0  # seconds for reward code
@@ -81,7 +81,7 @@ def score(page: Page, name, step, number, question, row_text, text, truncated, s
             completion |= {"text": record["completion"], "tokens": record.get("tokens"), "step": record["step"]}
             logged = logged_score(record)
     task = score_completions(run and run.path, page.rewards_file, source, TIME_LIMIT, [completion])
-    weights, (result,), printed = yield from show_progress(task)
+    weights, (result,), printed = yield from show_progress(task, "Scoring")
     verdict = f"{result.verdict} (judged by {result.judge})" if result.judge else result.verdict
     if result.verdict == "wrong" and not result.judge:
         verdict = "no verdict: no reward function decides whether it is correct; enter the expected answer"
@@ -94,22 +94,12 @@ def rescore(page: Page, name: str | None, step: float | None, source: str) -> It
     run = page.runs.get(name or "")
     records = run.completions(int(step or 0))
     task = run_task("rescore", run.path, page.rewards_file, source, TIME_LIMIT, lines=records)
-    result, printed = yield from show_progress(task)
+    result, printed = yield from show_progress(task, "Scoring")
     rows = result["rows"]
     text = f"{len(rows)} completions of step {int(step)}, scored with {file_label(page, source)}:\n{result['report']}"
     if len(rows) < len(records):
         text += f"{len(records) - len(rows)} skipped: their questions are no longer in the run's data.\n"
     yield {"report": text + output_text(printed), "changes": rows}
-
-
-def show_progress(task: Iterator[float]) -> Iterator[dict]:
-    """Yield the seconds of a task in the status line, and return its result."""
-    with contextlib.closing(task):
-        while True:
-            try:
-                yield {"status": f"Scoring, {next(task):.0f} s ..."}
-            except StopIteration as result:
-                return result.value
 
 
 def logged_score(record: dict) -> str:
@@ -162,12 +152,14 @@ def save(page: Page, source: str, loaded: str | None) -> Iterator[dict]:
         status = f"Not saved: {file.name} may have changed on disk. Press Save again to overwrite it."
         yield {"file_status": status, "loaded": read_text(file)}
     else:
-        names, _ = yield from show_progress(run_task("check", None, file, source, TIME_LIMIT))
+        names, _ = yield from show_progress(run_task("check", None, file, source, TIME_LIMIT), "Checking")
+        if read_text(file) != loaded:
+            raise UiError(f"Not saved: {file.name} changed on disk during the check. Press Save again.")
         mode = file.stat().st_mode if file.is_file() else 0o644
         write_atomic(file, source.strip() + "\n")
         file.chmod(mode)
         status = f"Saved. Rewards: {', '.join(names)}. A run in progress keeps its own copy."
-        yield {"file_status": status, "loaded": read_text(file), "draft": None}
+        yield {"file_status": status, "loaded": read_text(file)}
 
 
 def is_saved(page: Page, source: str) -> bool:
@@ -179,6 +171,10 @@ def file_label(page: Page, source: str) -> str:
 
 
 # --- the layout
+
+
+def clear_report() -> dict:
+    return {"report": "", "changes": []}
 
 
 def pick_change(event: gr.SelectData) -> dict:
@@ -227,6 +223,8 @@ def build(page: Page) -> View:
     view.on(Context.root_block.load, partial(read_file, page), "draft")
     view.on(view["source"].input, keep_draft, "source", trigger_mode="always_last")
     view.on(discard_button.click, partial(discard_edits, page))
+    stale = [view["run"].change, view["step"].change]
+    view.on(stale, clear_report)  # a click would load a completion of another run
     inputs = "run step number question row_text text truncated source"
     tasks = [
         view.on(score_button.click, partial(score, page), inputs, "message scores"),

@@ -22,7 +22,8 @@ def cut(text: str, limit: int = MAX_TEXT_LENGTH) -> str:
 
 def plain(text: str) -> str:
     """Escape a text so that Markdown shows it as it is, in one line."""
-    return re.sub(r"[^\w\s.,:;?=/%·]", lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
+    text = re.sub(r"[^\w\s.,:;?=/%·]|_", lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
+    return re.sub(r"^(\d+)\.(?=\s|$)", r"\1&#46;", text)  # not a list
 
 
 def fenced(text: str) -> str:

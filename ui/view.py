@@ -1,8 +1,9 @@
 """Building blocks of the pages: event handlers that report their errors, tables and plots."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import gradio as gr
 import pandas as pd
@@ -20,17 +21,17 @@ class View(dict):
     def on(self, triggers, handler: Callable, inputs: str = "", clears: str = "", **options):
         """Call a handler on events. Its error is shown in the status line, which the next success empties.
 
-        inputs, clears: names of components, separated by spaces. `clears` are emptied by an error, so that no data
-        stays under another name. options: see gr.on.
+        inputs, clears: names of components, separated by spaces. `clears` are emptied by an error, so that data of an
+        earlier selection is not shown. options: see gr.on.
         """
 
         def convert(values: dict | None) -> dict:
             return {self[name]: value for name, value in ({"status": ""} | (values or {})).items()}
 
         def report(error: Exception) -> dict:
-            lists = gr.Dataframe, gr.State
-            empty = {name: [] if isinstance(self[name], lists) else None for name in clears.split()}
-            return convert(empty | {"status": describe_error(error)})
+            return convert(
+                {name: empty_value(self[name]) for name in clears.split()} | {"status": describe_error(error)}
+            )
 
         def call(*args):
             try:
@@ -50,8 +51,11 @@ class View(dict):
         wrapper = functools.update_wrapper(stream if inspect.isgeneratorfunction(function) else call, function)
         wrapper.__signature__ = inspect.signature(handler)  # tells Gradio whether it takes an event or a request
         options = {"api_name": function.__name__, "show_progress": "hidden"} | options
-        if isinstance(triggers, list):
-            triggers = functools.partial(gr.on, triggers)
+        if not isinstance(triggers, list):
+            triggers = [triggers]
+        if {getattr(trigger, "event_name", None) for trigger in triggers} <= {"input", "select", "change"}:
+            options = {"trigger_mode": "always_last"} | options  # else an event during another one is ignored
+        triggers = functools.partial(gr.on, triggers) if len(triggers) > 1 else triggers[0]
         return triggers(wrapper, [self[name] for name in inputs.split()], list(self.values()), **options)
 
 
@@ -63,14 +67,30 @@ def status_line(name: str = "status") -> gr.Textbox:
     return gr.Textbox(label="Status", elem_id=name, elem_classes="status", placeholder="Status", **options)
 
 
+def empty_value(component):
+    if isinstance(component, (gr.Dataframe, gr.State)):
+        return []
+    return "" if isinstance(component, gr.Textbox) else None
+
+
 def menu(label: str, choices: Iterable = (), value=None, **options) -> gr.Dropdown:
-    """Build a dropdown whose choices change while the page is open: a removed one must not be an error."""
+    """Build a dropdown whose choices change while the page is open. A value that was removed is accepted."""
     return gr.Dropdown(list(choices), value=value, label=label, allow_custom_value=True, **{"min_width": 140} | options)
 
 
 def table(label: str, *headers: str, **options) -> gr.Dataframe:
     options = {"max_height": 360, "wrap": True, "max_chars": CELL_CHARS} | options
     return gr.Dataframe(headers=list(headers), type="array", datatype="str", label=label, interactive=False, **options)
+
+
+def show_progress(task: Iterator[float], label: str) -> Iterator[dict]:
+    """Yield the seconds of a task (tools.reward_process.run_task) in the status line, and return its result."""
+    with contextlib.closing(task):
+        while True:
+            try:
+                yield {"status": f"{label}, {next(task):.0f} s ..."}
+            except StopIteration as result:
+                return result.value
 
 
 def line_plot(label: str, color: str, x: str = "step", y: str = " ", height: int = 260, **options) -> gr.LinePlot:

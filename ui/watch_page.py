@@ -2,16 +2,17 @@
 
 import csv
 import html
-import json
+import tempfile
 import zipfile
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 import gradio as gr
 from gradio.context import Context
 
 from rl.run.metrics import mean
-from rl.run.reader import Run, downsample, open_or_empty, tail
+from rl.run.reader import Run, downsample, open_or_empty, parse_object, tail
 from rl.run.report import clock, seconds_left
 from ui import completions, launch
 from ui.page import Page, UiError, describe_error
@@ -58,29 +59,36 @@ def follow(page: Page, name: str | None, others: list[str], metrics: list[str], 
     if name not in names or started not in (None, seen.get("started")):  # switch to a run that was just started, once
         name = started or next(iter(names), None)
     is_active = "running" in statuses.values() or launcher.is_alive()
-    files = ("metrics.jsonl", "summary.json", "note.txt", "STOP")
-    stamps = [run.stamp(file) for run in runs for file in files if file != "STOP" or run.name == name]
+    files = ("metrics.jsonl", "summary.json", "note.txt", "STOP", "console.log")
+    stamps = [run.stamp(file) for run in runs for file in files if file in files[:3] or run.name == name]
     key = [name, others, metrics, smoothing, statuses, stamps]
     now = {"key": key, "name": name, "started": started or seen.get("started"), "range": seen.get("range")}
-    values = {"timer": gr.Timer(2 if is_active else 10, active=True), "launched": show_launched(launcher), "seen": now}
+    launched = gr.Textbox(text := launcher.describe(), visible=bool(text))
+    values = {"timer": gr.Timer(2 if is_active else 10, active=True), "launched": launched, "seen": now}
+    # Messages of other events stay. Those of this one end when the run can be shown.
+    values["status"] = "" if seen.get("failed") else gr.skip()
     if key == seen.get("key"):
-        return values | {"status": gr.skip()}
+        return values | {"status": gr.skip(), "seen": now | {"failed": seen.get("failed")}}
     others = [other for other in others if other in names and other != name]
     values["name"] = gr.Dropdown(names, value=name)
     values["others"] = gr.Dropdown([other for other in names if other != name], value=others, multiselect=True)
     values["runs"] = [describe_row(run, statuses[run.name]) for run in runs]
     values |= EMPTY
+    if name != seen.get("name"):  # else the user may be editing them
+        values |= {"new_name": name or "", "note": "", "confirm": False}
     if not name:
+        now["failed"] = True
         return values | {"status": "There is no run yet. Start one, or run: make train", "steps": None}
     run = page.runs.get(name)
     try:
+        if name != seen.get("name"):
+            values["note"] = run.note()
         values |= {"progress": describe_progress(run, statuses[name]), "alarms": describe_alarms(run)}
         values |= {"log": tail(run.file("console.log"), 12)}
-        if name != seen.get("name"):  # else the user may be editing them
-            values |= {"new_name": name, "note": run.note()}
         values |= show_plots([run, *map(page.runs.get, others)], metrics, smoothing)
         values |= show_range(run, now)
     except Exception as error:  # a file may have any contents
+        now["failed"] = True
         values |= EMPTY | {"status": describe_error(error), "steps": [name]}
     return values
 
@@ -136,8 +144,8 @@ def metric_points(run: Run, metric: str) -> list[tuple[int, float]]:
         summary = run.summary()
         steps = {"before": 0, "cold_start": 0, "after": summary.get("steps")}  # the later one at step 0 is shown
         rates = summary.get("eval", {})
-        points |= {steps[end]: rates[end][metric[5:]] for end in steps if rates.get(end)}
-    return sorted(points.items())
+        points |= {steps[end]: rates[end].get(metric[5:]) for end in steps if rates.get(end)}
+    return sorted((step, value) for step, value in points.items() if value is not None)
 
 
 def show_plots(runs: list[Run], metrics: list[str], smoothing: float) -> dict:
@@ -204,21 +212,17 @@ def resume_run(launcher: launch.Launcher, name: str | None) -> dict:
     return {"status": launcher.start(launcher.resume_command(name)).replace("\n", " ")}
 
 
-def show_launched(launcher: launch.Launcher) -> dict:
-    return gr.Textbox(text := launcher.describe(), visible=bool(text))
-
-
 def change_run(page: Page, name: str, new_name: str, note: str) -> dict:
-    """Save the note of a run, and rename it."""
-    page.runs.get(name).write_note(note or "")
+    """Rename a run, and save its note."""
     if new_name != name:
         page.runs.rename(name, new_name)
+    page.runs.get(new_name).write_note(note or "")
     return {"name": new_name}
 
 
 def delete_run(page: Page, name: str, is_confirmed: bool) -> dict:
     if not is_confirmed:
-        raise UiError(f"Tick the box to confirm that {name} and its checkpoints are to be deleted.")
+        raise UiError(f"To delete {name} and its checkpoints, tick the box.")
     page.runs.delete(name)
     return {"name": None, "confirm": False}
 
@@ -226,11 +230,10 @@ def delete_run(page: Page, name: str, is_confirmed: bool) -> dict:
 def export_run(page: Page, name: str) -> dict:
     """Write the metrics as CSV, and the newest adapter as a zip file that PEFT can load once it is unpacked."""
     run = page.runs.get(name)
-    folder = page.launcher.folder / name
-    folder.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=page.launcher.folder))
     files = [folder / f"{name}.csv"]
     with open_or_empty(run.file("metrics.jsonl")) as file:
-        records = [json.loads(line) for line in file if line.endswith(b"\n")]
+        records = [parse_object(line, "metrics.jsonl", "step") for line in file if line.endswith(b"\n")]
     with files[0].open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
         writer.writeheader()
@@ -240,7 +243,7 @@ def export_run(page: Page, name: str) -> dict:
         with zipfile.ZipFile(files[1], "w") as archive:
             for pattern in EXPORTED:
                 for path in run.file(f"checkpoints/{checkpoint}").glob(pattern):
-                    archive.write(path, path.name)
+                    archive.write(run.file(f"checkpoints/{checkpoint}/{path.name}"), path.name)
     return {"files": gr.File(list(map(str, files)), visible=True)}
 
 

@@ -16,9 +16,10 @@ from ui.page import describe_error, import_models
 from ui.turns import Answer, ChatRequest, Turn
 
 UPDATE_SECONDS = 0.1  # time between two updates of an answer
+WAIT_SECONDS = 0.5  # time between two updates of a request that waits for another one
 IDLE_SECONDS = 5.0  # idle time after which the thread checks whether a run needs the GPU
 OUT_OF_MEMORY = (
-    "Out of memory. Reduce the samples per question (now {0.samples}) or the maximum answer length (now {0.max_tokens} "
+    "Out of memory. Ask for fewer samples (now {0.samples} of each question) or shorter answers (now up to {0.max_tokens} "
     "tokens), close other programs that use memory, or choose a run with a smaller model."
 )
 
@@ -40,8 +41,11 @@ class Worker:
         try:
             is_over = False
             while not is_over:
-                changed.wait()
+                changed.wait(WAIT_SECONDS)  # then Gradio can close the iterator of a visitor who has left
                 changed.clear()
+                for turn in turns:
+                    if request.stop.is_set() and turn.answer.state == "waiting":
+                        turn.answer = Answer("stopped", "stopped")
                 answers = tuple(turn.answer for turn in turns)
                 is_over = all(answer.is_over for answer in answers)
                 yield answers

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import filelock
 
 from data import load_questions
 from rl.config import Config, RunError
+from rl.run.files import write_atomic
 from rl.run.read_config import read_yaml
 
 MAX_POINTS = 500  # points of a curve
@@ -63,7 +65,7 @@ class Runs:
         if not self._has(name):
             names = self.names()
             hint = f"Newest: {', '.join(names[:5])}." if names else f"{self.folder.name}/ has no runs: train one first."
-            raise RunError(f"There is no run {name!r}. {hint}")
+            raise RunError(f"There is no run {name!r}. {hint}" if name else f"No run is selected. {hint}")
         return Run(self.folder / name)
 
     def running(self) -> list[str]:
@@ -78,17 +80,20 @@ class Runs:
     def rename(self, name: str, new_name: str) -> None:
         """Rename the folder of a run. Raises RunError if the run is in progress or the new name cannot be used."""
         with self._idle(name) as path:
-            if not new_name or Path(new_name).name != new_name or new_name.startswith((".", "-")):
+            is_plain = new_name and new_name.isprintable() and new_name == new_name.strip()
+            if not is_plain or Path(new_name).name != new_name or new_name.startswith((".", "-")):
                 raise RunError(f"{new_name!r} cannot be the name of a run. Enter a name without slashes.")
             if (self.folder / new_name).exists():
                 raise RunError(f"{new_name} exists already. Choose another name.")
             path.rename(self.folder / new_name)
+            METRICS.pop(path, None)
 
     def delete(self, name: str) -> None:
         """Delete the folder of a run. Raises RunError if the run is in progress."""
         with self._idle(name) as path:
-            deleted = self.folder / f".deleted-{name}"
+            deleted = self.folder / f".deleted-{time.time_ns()}"
             path.rename(deleted)  # first: a run is never half deleted
+            METRICS.pop(path, None)
             shutil.rmtree(deleted)
 
     @contextlib.contextmanager
@@ -96,7 +101,7 @@ class Runs:
         """Hold the lock of a run, and yield its folder."""
         run = self.get(name)
         try:
-            with filelock.FileLock(run.file("lock"), blocking=False):
+            with filelock.FileLock(run.file("lock"), timeout=1.0):  # the page holds it briefly to check for a run
                 yield run.path
         except filelock.Timeout:
             raise RunError(f"{name} is running. Stop it first.") from None
@@ -104,7 +109,7 @@ class Runs:
             raise RunError(f"{name} cannot be changed: {error.strerror or error}.") from None
 
     def _has(self, name: str) -> bool:
-        if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        if not name or not isinstance(name, str) or Path(name).name != name or name.startswith("."):
             return False
         config = self.folder / name / "config.yaml"
         return os.path.isfile(config) and is_inside(config, self.folder)
@@ -177,7 +182,10 @@ class Run:
         return read_text(self.file("note.txt"))
 
     def write_note(self, text: str) -> None:
-        self.file("note.txt").write_text(text, encoding="utf-8")
+        try:
+            write_atomic(self.file("note.txt"), text.encode(errors="replace"))
+        except OSError as error:
+            raise RunError(f"{self.name}: the note cannot be saved: {error.strerror or error}.") from None
 
     def evaluations(self) -> list[str]:
         """Return the names of the evaluations in order: before, step_000015, ..., after."""

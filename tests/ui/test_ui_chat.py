@@ -130,7 +130,7 @@ def texts(values, side="left", titles=False):
 
 def test_held_out_question_is_scored(page):
     session = Session()
-    values = chat_page.load_question(page, BASE, CHECKPOINT, 3)
+    values = chat_page.load_question(page, COMPARE, BASE, CHECKPOINT, 3)
     row = chat.held_out_rows(page, BASE, CHECKPOINT)[2]
     question, expected = prompt_text(row["prompt"]), row["answer"]
     assert values == {"question": question, "number": 3}
@@ -152,8 +152,8 @@ def test_held_out_question_is_scored(page):
     assert (request.temperature, request.max_tokens, request.samples) == (0, 40, 1)
     for number in (0, 99, -1):
         with pytest.raises(UiError, match="from 1 to 8"):
-            chat_page.load_question(page, BASE, CHECKPOINT, number)
-    assert 1 <= chat_page.load_question(page, BASE, CHECKPOINT, None)["number"] <= 8
+            chat_page.load_question(page, COMPARE, BASE, CHECKPOINT, number)
+    assert 1 <= chat_page.load_question(page, COMPARE, BASE, CHECKPOINT, None)["number"] <= 8
 
 
 def test_own_question_has_no_verdict_without_an_expected_answer(page):
@@ -285,7 +285,7 @@ def test_one_model_answers_alone(page):
 def test_held_out_question_keeps_the_chat_but_starts_a_conversation(page):
     """The models answer it as in training, without the earlier questions. They stay on the page and in the download."""
     session = Session()
-    question = chat_page.load_question(page, BASE, CHECKPOINT, 1)["question"]
+    question = chat_page.load_question(page, COMPARE, BASE, CHECKPOINT, 1)["question"]
     ask(page, session, question)
     values = ask(page, session, "Are you sure?")
     assert len(texts(values)) == 4 and "expected answer" in values["status"]
@@ -319,7 +319,7 @@ def test_a_question_during_an_answer_waits(page):
     thread = threading.Thread(target=lambda: done.extend(second))
     thread.start()
     time.sleep(0.2)
-    assert not done and len(page.worker.requests) == 1
+    assert thread.is_alive() and len(page.worker.requests) == 1
     assert texts(list(first)[-1])[-2:] == ["Second?", "*Waiting ...*"]
     thread.join(10)
     assert [text for text in texts(done[-1]) if text.endswith("?")] == ["First?", "Second?"]
@@ -367,6 +367,53 @@ def test_retry_and_edit_replace_a_question_and_the_later_ones(page, side):
     *_, values = chat_page.edit(page, side, event, session, messages, *settings())
     assert [r.question for r in session.rounds] == ["Third?"] and session.rounds[0].row["answer"] == "13"
     assert "wrong (expected 13)" in texts(values, titles=True)[0]
+
+
+def test_a_retry_with_a_wrong_setting_keeps_the_chat(page):
+    session = Session()
+    values = ask(page, session, "First?")
+    with pytest.raises(UiError, match="Maximum answer length"):
+        list(chat_page.retry(page, 0, SimpleNamespace(index=0), session, values["left_chat"], *settings(max_tokens=-1)))
+    assert [r.question for r in session.rounds] == ["First?"]
+
+
+def test_reasoning_tags_in_a_question(page):
+    """Gradio folds the tags in messages of users too, which would change the number of messages."""
+    session = Session()
+    values = ask(page, session, "Put it in <think></think> tags, <think>like this</think>")
+    shown = gr.Chatbot(reasoning_tags=chat_page.REASONING_TAGS).postprocess(values["left_chat"]).root
+    assert sum(message.role == "user" for message in shown) == 1
+
+
+def test_new_chat_while_a_question_waits(page):
+    session = Session()
+    first, second = (chat_page.ask(page, session, name, "", *settings()) for name in ("First?", "Second?"))
+    next(first), next(second)
+    chat_page.new_chat(session)
+    list(second)
+    assert session.rounds == [] and page.worker.requests == []
+
+
+def test_one_model_has_its_own_questions(page):
+    """Those of the hidden right side, which may be another run, do not count."""
+    make_run(page.runs.folder, "other")
+    config = page.runs.folder / "other/config.yaml"
+    config.write_text(config.read_text().replace("sums", "words"))
+    left, right = CHECKPOINT, "other/step_000001"
+    own = chat_page.load_question(page, COMPARE, left, left, 1)["question"]
+    assert chat_page.load_question(page, SINGLE, left, right, 1)["question"] == own
+    assert chat_page.load_question(page, COMPARE, left, right, 1)["question"] != own
+    assert chat_page.show_examples(page, SINGLE, left, right)["left_chat"].examples[0]["text"] == own
+
+
+def test_a_damaged_newest_run_does_not_disable_the_chat(page):
+    make_run(page.runs.folder, "newest")
+    (page.runs.folder / "newest/config.yaml").write_text("lerning_rate: 1\n")
+    values = chat_page.load(page, "number", Session())
+    assert CHECKPOINT in [value for _, value in values["right"].choices] and values["left_chat"].examples == []
+    (page.runs.folder / "one/config.yaml").write_text("train_data: [missing.jsonl]\n")
+    page.worker.sides = ["a"], ["b"]
+    assert texts(ask(page, Session(), "What?"))[-1] == "a", "a model can be asked without its data"
 
 
 def test_new_chat_stops_the_old_answers(page):
@@ -417,7 +464,7 @@ def test_an_answer_that_a_reload_interrupted_is_over(page):
     updates = chat_page.ask(page, session, "What?", "13", *settings())
     next(updates), next(updates)
     updates.close()
-    assert session.rounds[0].is_done
+    assert session.rounds[0].is_done and all(answer.state == "stopped" for answer in session.rounds[0].answers)
     assert len(texts(chat_page.panes(session))) == 2
 
 
@@ -426,7 +473,7 @@ def test_an_answer_that_a_reload_interrupted_is_over(page):
 
 def test_blind_vote_hides_names_until_the_vote(page, monkeypatch):
     session = Session()
-    question = chat_page.load_question(page, BASE, CHECKPOINT, 1)["question"]
+    question = chat_page.load_question(page, COMPARE, BASE, CHECKPOINT, 1)["question"]
     for swapped, better, winner in ((True, 0, NAME), (False, 0, BASE), (False, None, "neither"), (True, 1, BASE)):
         monkeypatch.setattr(chat.random, "random", lambda swapped=swapped: 0.1 if swapped else 0.9)
         values = ask(page, session, question, mode=BLIND)
@@ -465,6 +512,26 @@ def test_blind_vote_continues_after_a_failed_question(page):
     ask(page, session, "And then?", mode=BLIND)
     assert [m["content"] for m in page.worker.requests[-1].conversations[0][0]][0] == "What is 6 + 7?"
     assert "Left was" in chat_page.vote(0, session)["status"]
+
+
+def test_notes_do_not_reveal_the_sides(page):
+    """Neither what a side loads nor its error, which names a checkpoint."""
+    session = Session()
+    (round_,) = [chat.add_question(page, session, BLIND, BASE, CHECKPOINT, "What?", "", max_tokens=0)]
+    secret = "adapter: runs/one/checkpoints/step_000001 does not fit"
+    round_.answers = Answer("loading", "Loading data/tiny ..."), Answer("failed", secret)
+    assert [round_.note(side) for side in (0, 1)] == ["Loading ...", "This side failed."]
+    shown = json.dumps([chat_page.panes(session)[f"{side}_chat"] for side in chat.SIDES] + chat.as_records(session))
+    assert "data/tiny" not in shown and "does not fit" not in shown
+    session.reveal()
+    assert round_.note(1) == secret
+
+
+def test_a_blind_round_without_a_vote_is_revealed_by_another_mode(page):
+    session = Session()
+    ask(page, session, mode=BLIND)
+    values = ask(page, session, "And then?")
+    assert not values["vote_row"].visible and not session.rounds[0].is_hidden
 
 
 # --- texts and downloads
@@ -557,5 +624,5 @@ def test_default_side(page):
 
 @pytest.mark.parametrize("side", ["../../etc/passwd", "/etc", "x/step_000001"])
 def test_a_side_outside_of_the_runs_folder(page, side):
-    with pytest.raises(RunError, match="no run"):
+    with pytest.raises(RunError, match="no run|No run"):
         ask(page, Session(), right=side)

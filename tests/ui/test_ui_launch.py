@@ -162,8 +162,8 @@ def test_a_killed_run_is_shown_as_stopped_and_can_be_resumed(folder, page):
 
 def test_terminates_a_run_without_a_lock(launcher):
     launcher.start([sys.executable, "-c", "import time; time.sleep(60)", "--output-dir", "runs/x"])
-    assert "x was terminated" in launcher.stop("a"), "the selected run is another one, which is not running"
+    assert "x is being terminated" in launcher.stop("a"), "the selected run is another one, which is not running"
     assert launcher.process.wait(10) == -signal.SIGTERM
     launcher.start([sys.executable, "-c", "import time; time.sleep(60)", "--resume", str(launcher.runs.folder / "a")])
-    assert "a was terminated" in launcher.stop("a"), "it has no lock yet"
+    assert "a is being terminated" in launcher.stop("a"), "it has no lock yet"
     assert launcher.process.wait(10) == -signal.SIGTERM

@@ -91,7 +91,7 @@ def test_first_run_in_an_empty_folder(served):
     assert titles(values, "left")[0].startswith("wrong (expected 13) · reward 0.1")
     fill_lora(policy, PERTURBED)
     save_adapter(policy, make_run(folder) / "checkpoints/step_000001")
-    values = call(client, "/load_question", BASE, CHECKPOINT, 1)
+    values = call(client, "/load_question", COMPARE, BASE, CHECKPOINT, 1)
     assert (values["question"], values["number"]) == (QUESTION, 1)
     values = answer(client, QUESTION, right=CHECKPOINT)
     assert chat_texts(values, "left")[-1] == to_markdown(base)
@@ -144,7 +144,7 @@ def test_errors_are_in_the_status_line(served):
     assert values["status"].startswith("Failed after")
     assert chat_texts(answer(client, QUESTION), "left")[-1] == to_markdown(base), "the failed one is not sent again"
     assert "Maximum answer length" in answer(client, QUESTION, max_tokens=-1)["status"]
-    assert "from 1 to" in call(client, "/load_question", BASE, BASE, 10_000)["status"]
+    assert "from 1 to" in call(client, "/load_question", COMPARE, BASE, BASE, 10_000)["status"]
 
 
 def test_two_visitors(served, run):

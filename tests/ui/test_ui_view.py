@@ -32,7 +32,7 @@ def test_values_and_errors_by_name():
 
     function, by_name = handler_of(show, "text", "text rows state")
     assert by_name(function.fn(None)) == {"status": "", "text": "new"}
-    emptied = {"text": None, "rows": [], "state": []}
+    emptied = {"text": "", "rows": [], "state": []}
     for error in (UiError("There is <b>no</b> run."), ConfigError("beta is wrong"), RunError("x is damaged")):
         assert by_name(function.fn(error)) == emptied | {"status": str(error)}
     assert by_name(function.fn(KeyError("k")))["status"].startswith("Unexpected error: KeyError: 'k'.")
@@ -59,6 +59,17 @@ def test_bound_arguments_and_events():
     event = gr.EventData(None, {"index": 3, "value": None})
     inputs, *_ = special_args(function.fn, ["x"], event_data=event)
     assert by_name(function.fn(*inputs)) == {"status": "", "text": "page 3 x"}
+
+
+def test_an_input_during_an_event_is_not_ignored():
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        view = View(status=gr.Textbox(), text=gr.Textbox())
+        button = gr.Button()
+        view.on([view["text"].input, view["text"].change], lambda text: None, "text", api_name="typed")
+        view.on(view["text"].input, lambda text: None, "text", api_name="single")
+        view.on(button.click, lambda: None, api_name="clicked")
+    modes = {function.api_name: function.trigger_mode for function in blocks.fns.values()}
+    assert modes == {"typed": "always_last", "single": "always_last", "clicked": "once"}
 
 
 def test_components():

@@ -27,6 +27,7 @@ from watching import (  # noqa: E402
     write_rollouts,
 )
 
+from rl.config import RunError  # noqa: E402
 from ui import watch_page  # noqa: E402
 from ui.page import UiError  # noqa: E402
 
@@ -103,7 +104,7 @@ def test_smoothing():
 def test_sends_only_the_values_that_changed(folder, page):
     first = follow_run(page)
     second = follow_run(page, "a", first["seen"])
-    assert second.keys() == {"timer", "launched", "seen", "status"}
+    assert second.keys() == {"timer", "launched", "seen", "status"} and "value" not in second["status"]
     with (folder / "a/metrics.jsonl").open("a") as file:
         file.write(to_jsonl(real_metrics([11])) + '{"step": 12, "rew')
     write_rollouts(folder / "a", make_rollouts([11]))
@@ -146,7 +147,10 @@ def test_a_damaged_run_empties_the_page(folder, page):
     seen = follow_run(page)["seen"]
     shutil.copytree(folder / "a", folder / "b")
     (folder / "b/metrics.jsonl").write_text("nonsense\n")
+    (folder / "a/note.txt").write_text("of a")
+    (folder / "b/note.txt").write_text("of b")
     values = follow_run(page, "b", seen)
+    assert (values["new_name"], values["note"], values["confirm"]) == ("b", "of b", False), "not those of a"
     assert "metrics.jsonl is damaged" in values["status"] and values["name"].value == "b"
     assert not any(values[name] for name in watch_page.EMPTY) and values["steps"] == ["b"]
     rows = {row[0]: row for row in values["runs"]}
@@ -180,7 +184,7 @@ def test_renames_a_run_and_keeps_its_note(folder, page):
 
 
 def test_deletes_a_run_after_a_confirmation(folder, page):
-    with pytest.raises(UiError, match="Tick the box"):
+    with pytest.raises(UiError, match="tick the box"):
         watch_page.delete_run(page, "a", False)
     assert (folder / "a").is_dir()
     assert watch_page.delete_run(page, "a", True) == {"name": None, "confirm": False}
@@ -205,6 +209,9 @@ def test_exports_the_metrics_and_the_newest_adapter(folder, page):
             "tokenizer_config.json",
         ]
         assert archive.read("adapter_config.json") == b"10"
+    (checkpoint / "README.md").symlink_to("/etc/hostname")
+    with pytest.raises(RunError, match="links outside"):
+        watch_page.export_run(page, "a")
 
 
 # --- the page

@@ -145,6 +145,17 @@ def test_visitors_are_answered_one_after_another(runs_and_texts, worker):
     assert sample_texts(results[0]) == [texts["base"], texts["one"]]
 
 
+def test_stop_ends_a_request_that_waits_for_another_visitor(runs_and_texts, worker):
+    busy, updates = start(worker, None, ENDLESS, max_tokens=400, temperature=1.0)
+    request = make_request(None, ONE)
+    request.stop.set()
+    start_time = time.monotonic()
+    *_, answers = worker.answer(request)
+    assert [answer.state for answer in answers] == ["stopped"] * 2 and time.monotonic() - start_time < 2
+    busy.stop.set()
+    list(updates)
+
+
 def test_answers_stream_with_low_latency(runs_and_texts):
     worker = Worker(runs_and_texts[0])
     worker.preload("one")
