@@ -21,18 +21,10 @@ ERRORS = "bias", "spread"  # curves of the error plot
 OBJECTIVES = "clipped", "unclipped", "your token"  # curves of the objective plot
 NUM_EPISODES = 2000  # with noisy rewards
 MAX_TOKENS = 50
-INTRODUCTION = """## GRPO: which completions of a group to reinforce
-GRPO samples a group of completions for a question and compares their rewards: better than the group is reinforced, worse is
-discouraged. If all rewards are equal, all advantages are 0 and the group teaches nothing. Move the rewards: GRPO divides by
-the group's standard deviation, so a small difference counts as much as a large one; Dr. GRPO does not divide; RLOO compares
-with the mean of the others; REINFORCE++ divides by the standard deviation of the whole batch, here this group."""
-GAE_INTRODUCTION = """## GAE: how far to trust the critic
-GAE uses the critic's values to distribute the final reward over the tokens that led to it. With lambda 0, an advantage relies
-on the critic's value of the next token: little noise, but all of the critic's errors. With lambda 1, it relies on the actual
-return: all of the noise, but none of the critic's errors."""
-CLIP_INTRODUCTION = """## PPO clipping: how far one roll-out may move a token's probability
-The ratio is the token's current probability divided by its probability when it was sampled. Once the ratio leaves the range in
-the direction of the advantage, the gradient is 0."""
+INTRODUCTION = """GRPO samples a group of completions for a question and compares their rewards: those above the mean are
+reinforced, those below are discouraged. Move the rewards. GRPO divides by the standard deviation of the group, so a small
+difference counts as much as a large one; Dr. GRPO does not divide; RLOO compares with the mean of the others; REINFORCE++
+divides by the standard deviation of the whole batch, which is this group here."""
 
 
 def term(name: str) -> str:
@@ -154,7 +146,7 @@ def build(page: Page) -> View:
                 view[f"bars{i}"] = gr.BarPlot(label=f"Advantages of {name}", height=220, **axes)
         gr.Markdown(term("GRPO"))
     with gr.Tab("GAE"):
-        gr.Markdown(GAE_INTRODUCTION)
+        gr.Markdown(term("GAE"))
         with gr.Row():
             with gr.Column():
                 columns = {"headers": ["token", "reward", "value"], "datatype": ["str", "number", "number"]}
@@ -168,9 +160,8 @@ def build(page: Page) -> View:
                 view["errors"] = line_plot("Errors of the critic's target", "error", "lambda", "error")
                 view["summary"] = gr.Textbox(label="Summary", lines=2)
         view["table"] = gr.Dataframe(headers=ESTIMATES, label="Estimates for each token", interactive=False)
-        gr.Markdown(term("GAE"))
     with gr.Tab("PPO clip"):
-        gr.Markdown(CLIP_INTRODUCTION)
+        gr.Markdown(term("PPO clip"))
         with gr.Row():
             with gr.Column():
                 view["ratio"] = gr.Slider(0, 3, 1.3, step=0.01, label="ratio")
@@ -180,7 +171,6 @@ def build(page: Page) -> View:
                 view["epsilon_high"] = gr.Slider(0.01, 1.5, 0.28, step=0.01, label=label)
                 view["verdict"] = gr.Textbox(label="Summary", lines=2)
             view["objective"] = line_plot("Objective of the token", "objective", "ratio", "objective", 300)
-        gr.Markdown(term("PPO clip"))
     demos = {
         group: " ".join(f"reward{i}" for i in range(1, len(GROUP) + 1)),
         gae: "episode gamma lam noise",

@@ -104,9 +104,6 @@ def test_answers_whether_a_run_fits_on_this_machine(page, tmp_path):
     """The answer is that of the dry run here, not that of the recipe's header on another card."""
     fits = launch.check(page, False, "configs/tiny.yaml", "--max-steps 5", *FIELDS)["fits"]
     assert fits.startswith("It fits: ") and "  weights " in fits
-    too_large = "Qwen/Qwen3-8B", 5, 1e-5, 8, 4096
-    fits = launch.check(page, False, "configs/tiny.yaml", "", *too_large)["fits"]
-    assert fits.startswith("It does not fit: it needs ") or "of" in fits.splitlines()[0]
     with pytest.raises(UiError, match="learning_rate"):
         launch.check(page, False, "configs/tiny.yaml", "--lerning-rate 1", *FIELDS)
     assert launch.check(page, True, "configs/tiny.yaml", "", *FIELDS) == {}, "there are runs: the form is hidden"
