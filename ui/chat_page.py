@@ -62,7 +62,8 @@ def chat_messages(session: Session, side: int) -> list[dict]:
             messages.append(message("assistant", text, title if i else None))
             if i == 0 and round_.is_done:
                 below = plain(chat.describe_sample(round_, side, sample))
-                messages.append(message("assistant", describe_rewards(round_, side, sample), below))
+                details = "" if round_.is_hidden else describe_rewards(round_, side, sample)
+                messages.append(message("assistant", details or f"*{below}*", below if details else None))
         if answer.note and answer.state != "stopped":
             messages.append(message("assistant", plain(round_.note(side))))
     return messages
@@ -70,8 +71,6 @@ def chat_messages(session: Session, side: int) -> list[dict]:
 
 def describe_rewards(round_: Round, side: int, sample: Sample) -> str:
     """Return the rewards of an answer with their reasons, and the rendered prompt, as Markdown."""
-    if round_.is_hidden:
-        return ""
     parts = []
     if sample.score:
         rows = [row for row in reward_rows(sample.score, round_.weights) if row[1] != "-" or row[-1]]
@@ -102,9 +101,10 @@ def load(page: Page, tab_id: str, session: Session) -> dict:
     run = chat.shared_run(page, left, right)
     page.worker.preload(run.name if run else None)
     session = chat.find_session(page, tab_id, session)  # last: a question may be asked at any time
-    values = panes(session) | show_mode(mode) | {"session": session, "mode": mode, "raw": session.is_raw}
-    values["left"] = gr.Dropdown(choices, value=left)
-    values["right"] = gr.Dropdown(choices, value=right, visible=mode != SINGLE)
+    values = panes(session) | {"session": session, "raw": session.is_raw}
+    values |= {"left": gr.Dropdown(choices, value=left), "right": gr.Dropdown(choices, value=right)}
+    if session.selected:  # else the visitor may have chosen a mode already
+        values["mode"] = mode
     examples = show_examples(page, mode, left, right)["left_chat"].examples
     values["left_chat"] = gr.Chatbot(values["left_chat"], examples=examples)
     return values | {"first_run": gr.Column(visible=not page.runs.names())}
@@ -313,7 +313,8 @@ def build(page: Page) -> View:
             inputs = f"session {name}_chat {settings}"
             event = getattr(view[f"{name}_chat"], again.__name__)
             view.on(event, partial(again, page, side), inputs, api_name=f"{again.__name__}_{name}", **many)
-    view.on(Context.root_block.load, partial(load, page), "tab_id session", js=TAB_ID)
+    loaded = view.on(Context.root_block.load, partial(load, page), "tab_id session", js=TAB_ID)
+    view.on(loaded.then, show_mode, "mode", api_visibility="private")
     view.on(view["question"].stop, stop, "session", queue=False)
     view.on([new_chat_button.click, *(view[f"{name}_chat"].clear for name in SIDES)], new_chat, "session")
     view.on(download_button.click, download, "session")

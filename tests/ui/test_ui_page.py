@@ -256,9 +256,12 @@ def test_what_changed_and_many_questions(site, device):
         wait_until(lambda: "Expected:" in read_value(page, "changed-question"))
         assert is_in_view(page, page.locator("#changed-question")), "the answers are on the screen"
         open_tab(page, "Ask many")
-        page.get_by_label("number input for Held-out questions").fill("20")
-        page.get_by_label("number input for Held-out questions").press("Enter")
+        count = page.get_by_label("number input for Held-out questions")
         time.sleep(0.5)
+        count.fill("20")
+        count.press("Enter")
+        time.sleep(0.5)
+        assert count.input_value() == "20"
         page.get_by_role("button", name="Ask both").click()
         wait_until(lambda: "/20 correct" in read_value(page, "changes"))
         assert "Gain: " in read_value(page, "changes")
