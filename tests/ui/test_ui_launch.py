@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -100,7 +101,21 @@ def test_fields_become_options(launcher):
         assert launch.join_overrides(recipe, tuple(launch.fill_fields(recipe).values()), "") == ""
 
 
-def test_answers_whether_a_run_fits_on_this_machine(page, tmp_path):
+def test_the_answer_of_the_dry_run_comes_first(page, monkeypatch):
+    def run(arguments, **options):
+        assert arguments[-1] == "--dry-run" and "--output-dir" not in arguments and arguments[-3:-1] == ["--seed", "1"]
+        return subprocess.CompletedProcess(arguments, 0, "model\n\nmemory\n\nIt does not fit.\n\n    --flag 1\n", "")
+
+    monkeypatch.setattr(launch.subprocess, "run", run)
+    fits = launch.check(page, False, "configs/tiny.yaml", "--seed 1", *FIELDS)["fits"]
+    assert fits == "It does not fit.\n\n    --flag 1\n\nmemory\n\nmodel"
+    monkeypatch.setattr(launch.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "help text", ""))
+    with pytest.raises(UiError, match="no answer: help text"):
+        launch.check(page, False, "configs/tiny.yaml", "--help", *FIELDS)
+
+
+@pytest.mark.slow
+def test_answers_whether_a_run_fits_on_this_machine(page):
     """The answer is that of the dry run here, not that of the recipe's header on another card."""
     fits = launch.check(page, False, "configs/tiny.yaml", "--max-steps 5", *FIELDS)["fits"]
     assert fits.startswith("It fits: ") and "  weights " in fits

@@ -382,6 +382,7 @@ def test_imports_no_heavy_packages():
     assert result.stdout.split() == ["set()", "set()"], result.stderr
 
 
+@pytest.mark.slow
 def test_serves_the_endpoints_over_http(page, monkeypatch):
     from watching import by_name, call
 

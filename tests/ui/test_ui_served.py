@@ -158,6 +158,7 @@ def test_two_visitors(served, run):
         assert chat_texts(values, "right")[-1] == to_markdown(run[1])
 
 
+@pytest.mark.slow
 def test_broken_and_mismatched_adapters(served, run):
     connect, _, _, base = served
     weights = run[0] / "checkpoints/step_000001/adapter_model.safetensors"
@@ -180,6 +181,7 @@ def test_broken_and_mismatched_adapters(served, run):
     assert chat_texts(answer(client, QUESTION, right=CHECKPOINT), "right")[-1] == to_markdown(run[1])
 
 
+@pytest.mark.slow
 def test_reward_files_that_fail(served, run):
     """The answers are shown, with the error in place of a verdict."""
     connect, _, _, base = served
@@ -218,9 +220,7 @@ def test_many_questions_at_once(served, run):
     assert "Right: one has no checkpoint" in values["status"] and values["table"]["data"] == []
 
 
-@pytest.mark.parametrize(
-    "text", [HOSTILE, "<think>", "</think><b>", "<!--", "x" * 50_000, "$$\\href{javascript:alert(1)}{x}$$", "\0\u202e"]
-)
+@pytest.mark.parametrize("text", [HOSTILE, "$$\\href{javascript:alert(1)}{x}$$", "\0\u202e" + "x" * 50_000])
 def test_hostile_text_is_shown_as_text(served, run, text):
     """Hostile text as a question, as the expected answer, and as the reason of a reward function."""
     (run[0] / "rewards.py").write_text(

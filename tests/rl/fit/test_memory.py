@@ -281,7 +281,7 @@ GROWING = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.fixed_dictionaries(GROWING),
     st.sampled_from(sorted(GROWING)),

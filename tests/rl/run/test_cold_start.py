@@ -120,7 +120,7 @@ def test_a_run_evaluates_before_and_after_it(tmp_path, demonstrations, capsys):
 @pytest.mark.parametrize(
     "fault",
     [
-        "in the cold start",
+        pytest.param("in the cold start", marks=pytest.mark.slow),
         pytest.param("after the cold start", marks=pytest.mark.slow),
         pytest.param("in a step", marks=pytest.mark.slow),
     ],
