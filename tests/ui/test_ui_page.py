@@ -296,6 +296,7 @@ def test_stops_a_looping_reward_function(site, trained):
     (trained / "rewards.py").write_text("from grading import reward\n@reward\ndef f(c):\n    while True: pass\n")
     with open_page(site[1], site[0]) as page:
         open_route(page, "Rewards")
+        wait_until(lambda: "while True" in page.locator(".cm-content[contenteditable=true]").first.inner_text())
         page.get_by_label("Completion, including thinking").fill("x")
         page.get_by_role("button", name="Score", exact=True).click()
         wait_until(lambda: "Scoring" in read_value(page, "status"))
