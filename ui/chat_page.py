@@ -136,10 +136,11 @@ def ask(page: Page, session: Session, question: str, expected: str, *settings) -
         options |= {"temperature": float(temperature), "top_p": float(top_p), "samples": min(16, int(samples))}
     round_ = chat.add_question(page, session, mode, left, right, question, expected, **options)
     try:
-        yield panes(session) | {"question": "", "expected": "", "status": "Waiting for the model ..."}
+        cleared = {"question": "", "expected": ""}
         while session.is_answering(before=round_) and not round_.stop.is_set():
+            yield panes(session) | cleared | {"status": "Waiting for the earlier question ..."}
+            cleared = {}
             time.sleep(0.1)
-            yield {"status": "Waiting for the earlier question ..."}  # lets Gradio close this if the visitor leaves
         begin = time.monotonic()
         if round_ not in session.rounds:  # a new chat was started
             return
@@ -148,7 +149,8 @@ def ask(page: Page, session: Session, question: str, expected: str, *settings) -
                 if round_ not in session.rounds:
                     break
                 notes = dict.fromkeys(round_.note(i) for i, a in enumerate(round_.answers) if a.note and not a.is_over)
-                yield panes(session) | {"status": "; ".join(notes) or "Answering ..."}
+                yield panes(session) | cleared | {"status": "; ".join(notes) or "Answering ..."}
+                cleared = {}
         yield from score(page, session, round_)
     finally:
         round_.end()

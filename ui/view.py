@@ -40,10 +40,13 @@ class View(dict):
                 return report(error)
 
         def stream(*args):
-            yield convert({"status": gr.skip()})  # Gradio empties the outputs of a generator that yields nothing
+            is_empty = True
             try:
                 for values in handler(*args):
+                    is_empty = False
                     yield convert(values)
+                if is_empty:  # then Gradio would empty the outputs
+                    yield convert({"status": gr.skip()})
             except Exception as error:
                 yield report(error)
 

@@ -16,7 +16,7 @@ from ui.page import describe_error, import_models
 from ui.turns import Answer, ChatRequest, Turn
 
 UPDATE_SECONDS = 0.1  # time between two updates of an answer
-WAIT_SECONDS = 0.5  # time between two updates of a request that waits for another one
+WAIT_SECONDS = 0.2  # time between two updates of a request that waits for another one
 IDLE_SECONDS = 5.0  # idle time after which the thread checks whether a run needs the GPU
 OUT_OF_MEMORY = (
     "Out of memory. Ask for fewer samples (now {0.samples} of each question) or shorter answers (now up to {0.max_tokens} "

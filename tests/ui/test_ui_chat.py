@@ -391,7 +391,7 @@ def test_new_chat_while_a_question_waits(page):
     next(first), next(second)
     chat_page.new_chat(session)
     list(second)
-    assert session.rounds == [] and page.worker.requests == []
+    assert session.rounds == [] and len(page.worker.requests) == 1, "the second question is not asked"
 
 
 def test_one_model_has_its_own_questions(page):
@@ -462,7 +462,7 @@ def test_a_question_asked_before_the_page_is_complete(page, is_reload):
 def test_an_answer_that_a_reload_interrupted_is_over(page):
     session = Session()
     updates = chat_page.ask(page, session, "What?", "13", *settings())
-    next(updates), next(updates)
+    next(updates)
     updates.close()
     assert session.rounds[0].is_done and all(answer.state == "stopped" for answer in session.rounds[0].answers)
     assert len(texts(chat_page.panes(session))) == 2
