@@ -194,11 +194,13 @@ def add_question(page: Page, session: Session, mode: str, left, right, question,
     options["max_tokens"] = int(options.get("max_tokens") or 0) or config.max_completion_length
     if options["max_tokens"] < 0:
         raise UiError("Maximum answer length: enter a positive number of tokens, or 0 for the length used in training.")
-    row, title = None, ""
+    row = None
+    title = ""
     with contextlib.suppress(DataError):  # the data is gone: no question is known
         for number, held_out in enumerate(held_out_rows(page, sides[0], sides[-1]), 1):
             if prompt_text(held_out["prompt"]).strip() == question.strip():
-                row, title = held_out, f"Held-out question {number}"
+                row = held_out
+                title = f"Held-out question {number}"
     if not row and (expected or "").strip():
         answer = expected.strip()
         row = {config.columns.get("answer", "answer"): answer}
@@ -292,12 +294,12 @@ def count_correct(answer: Answer) -> tuple[int, int]:
 
 
 def format_accuracy(correct: int, n: int) -> str:
-    """Format an accuracy with its 95 % Wilson interval."""
+    """Format an accuracy with its 95 % Wilson interval, or the verdict of a single answer."""
+    if n == 1:
+        return "correct" if correct else "not correct"
     import_models()
     from rl.evaluate import wilson_interval
 
-    if n == 1:
-        return "correct" if correct else "not correct"
     low, high = wilson_interval(correct, n)
     return f"{correct}/{n} correct ({correct / n:.0%}, 95% CI {low:.0%} to {high:.0%})"
 

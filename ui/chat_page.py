@@ -17,7 +17,7 @@ from ui.chat import BASE, BLIND, COMPARE, GREEDY, SAMPLING, SIDES, SINGLE, Round
 from ui.page import Page, UiError, describe_error
 from ui.text import LATEX_DELIMITERS, fenced, plain, to_markdown
 from ui.turns import Sample
-from ui.view import View, menu, status_line
+from ui.view import View, menu, show_progress, status_line
 
 NO_RUN = "No model has been trained yet, so both sides are the bundled model. Start the first run here. It takes a few minutes."
 REASONING_TAGS = [("&lt;think>", "&lt;/think>")]  # as `to_markdown` escapes them
@@ -32,9 +32,9 @@ TAB_ID = """() => {
 # --- rendering
 
 
-def message(role: str, text: str, title: str | None = None, status: str = "done") -> dict:
+def message(role: str, text: str, title: str | None = None) -> dict:
     """Build a message for gr.Chatbot. A message with a title is folded."""
-    return {"role": role, "content": text or " ", "metadata": {"title": title, "status": status} if title else {}}
+    return {"role": role, "content": text or " ", "metadata": {"title": title, "status": "done"} if title else {}}
 
 
 def chat_messages(session: Session, side: int) -> list[dict]:
@@ -58,10 +58,10 @@ def chat_messages(session: Session, side: int) -> list[dict]:
             text = show(sample.text)
             if answer.is_over and not session.is_raw and "&lt;think>" in text and "&lt;/think>" not in text:
                 text += "&lt;/think>"  # cut off: Gradio would show that it is still thinking
-            title = f"Sample {i + 1} of {len(answer.samples)}: {plain(chat.describe_sample(round_, side, sample))}"
-            messages.append(message("assistant", text, title if i else None))
+            below = plain(chat.describe_sample(round_, side, sample))
+            title = f"Sample {i + 1} of {len(answer.samples)}: {below}" if i else None
+            messages.append(message("assistant", text, title))
             if i == 0 and round_.is_done:
-                below = plain(chat.describe_sample(round_, side, sample))
                 details = "" if round_.is_hidden else describe_rewards(round_, side, sample)
                 messages.append(message("assistant", details or f"*{below}*", below if details else None))
         if answer.note and answer.state != "stopped":
@@ -95,9 +95,9 @@ def load(page: Page, tab_id: str, session: Session) -> dict:
     """Restore the chat of this browser tab, and update the models to choose from."""
     choices = chat.side_choices(page)
     selected = page.sessions.get(tab_id, session).selected or (COMPARE, BASE, chat.default_side(page))
-    mode, left, right = (
-        value if value in dict(choices).values() or i == 0 else BASE for i, value in enumerate(selected)
-    )
+    mode, *sides = selected
+    existing = dict(choices).values()
+    left, right = (side if side in existing else BASE for side in sides)
     run = chat.shared_run(page, left, right)
     page.worker.preload(run.name if run else None)
     session = chat.find_session(page, tab_id, session)  # last: a question may be asked at any time
@@ -201,11 +201,11 @@ def score(page: Page, session: Session, round_: Round) -> Iterator[dict]:
         return
     round_.stop.clear()  # finished samples are scored even after Stop
     try:
-        with contextlib.closing(chat.score_round(page, round_)) as progress:
-            for seconds in progress:
+        with contextlib.closing(show_progress(chat.score_round(page, round_), "Scoring")) as updates:
+            for values in updates:
                 if round_.stop.is_set() or round_ not in session.rounds:
                     raise RewardError("stopped")
-                yield {"status": f"Scoring, {seconds:.0f} s ..."}
+                yield values
     except Exception as error:
         round_.no_verdict_reason = f"No verdict: {describe_error(error)}"
 

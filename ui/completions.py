@@ -53,7 +53,8 @@ def show_group(step_data: dict, g: int, measure: str) -> dict:
     for i in order:
         record = group[i]
         ended_by = {"length": "length limit", "stop": "stop token"}.get(record.get("finish_reason"), "?")
-        reward, advantage = format_number(record.get("reward")), format_number(record.get("advantage"), "+.3g")
+        reward = format_number(record.get("reward"))
+        advantage = format_number(record.get("advantage"), "+.3g")
         text = cut(record["completion"], CELL_CHARS)
         rows.append([i + 1, reward, verdict(record), advantage, ended_by, record.get("tokens"), text])
     values = {"question": cut(group[0]["prompt"]), "completions": rows}
@@ -160,9 +161,7 @@ def build(page: Page, name: gr.Dropdown, step: gr.Slider, steps: gr.State) -> No
             view["legend"] = gr.Textbox(label="Scale, or selected token", max_lines=4, interactive=False)
 
     shown = "step_data prompts completions text rewards turns tokens legend question"
-    view.on(
-        [steps.change, step.change], partial(show_step, page), "name step measure", shown, trigger_mode="always_last"
-    )
+    view.on([steps.change, step.change], partial(show_step, page), "name step measure", shown)
     view.on(view["prompts"].select, pick_prompt, "step_data measure")
     view.on(view["completions"].select, pick_completion, "step_data picked measure")
     view.on(view["measure"].input, show_tokens, "step_data picked measure")

@@ -28,7 +28,7 @@ class Page:
     editable: bool  # whether the reward file can be edited, and runs can be started, stopped, renamed and deleted
     rewards_file: Path
     launcher: Any = None  # ui/launch.py
-    sessions: dict = field(default_factory=dict)  # chats by the number of the browser tab (ui/chat.py)
+    sessions: dict = field(default_factory=dict)  # chats by the ID of the browser tab (ui/chat.py)
 
 
 def import_models() -> None:

@@ -117,10 +117,9 @@ def ask_many(page: Page, left: str, right: str, count: float) -> Iterator[dict]:
     rows = chat.held_out_rows(page, left, right)[: int(count)]
     run = chat.shared_run(page, left, right)
     prompts = [row["prompt"] for row in rows]
-    messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     sides = tuple(map(chat.parse_side, (left, right)))
     max_tokens = chat.load_config(run).max_completion_length
-    request = ChatRequest(sides, (messages, messages), run.name if run else None, max_tokens=max_tokens)
+    request = ChatRequest(sides, (prompts, prompts), run.name if run else None, max_tokens=max_tokens)
     with contextlib.closing(page.worker.answer(request)) as updates:
         for answers in updates:
             notes = [f"{side.title()}: {answer.note}" for side, answer in zip(SIDES, answers) if answer.note]

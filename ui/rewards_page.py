@@ -57,7 +57,8 @@ def find_completion(page: Page, name: str | None, step: float | None, number: fl
 def pick(page: Page, name: str | None, step: float | None, number: float | None) -> dict:
     """Load a logged completion, with the scores of the run."""
     run, record = find_completion(page, name, step, number)
-    row, message = None, logged_score(record)
+    row = None
+    message = logged_score(record)
     try:
         row = next((row for split in run.questions() for row in split if row["id"] == record["prompt_id"]), None)
         message += "" if row else " The question is no longer in the run's data: enter the expected answer."
@@ -74,7 +75,8 @@ def score(page: Page, name, step, number, question, row_text, text, truncated, s
     """Score the completion in the fields."""
     run = page.runs.get(name) if name else None
     row = {"id": "pasted", "task": "pasted", "prompt": question} | read_row(row_text)
-    completion, logged = {"row": row, "text": text, "truncated": truncated}, ""
+    completion = {"row": row, "text": text, "truncated": truncated}
+    logged = ""
     with contextlib.suppress(UiError, RunError):  # the completion need not come from a run
         record = find_completion(page, name, step, number)[1]
         if (question, text) == (record["prompt"], cut(record["completion"])):
@@ -221,7 +223,7 @@ def build(page: Page) -> View:
     label = "Completions, largest change first (click to load)"
     view["changes"] = table(label, *CHANGES, column_widths=CHANGE_WIDTHS)
     view.on(Context.root_block.load, partial(read_file, page), "draft")
-    view.on(view["source"].input, keep_draft, "source", trigger_mode="always_last")
+    view.on(view["source"].input, keep_draft, "source")
     view.on(discard_button.click, partial(discard_edits, page))
     stale = [view["run"].change, view["step"].change]
     view.on(stale, clear_report)  # a click would load a completion of another run

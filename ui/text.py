@@ -37,7 +37,8 @@ def to_markdown(text: str) -> str:
 
     Marks are added to `$...$`, which Gradio would also find in prices, and to a `\\boxed{}` outside of mathematics.
     """
-    parts, end = [], 0
+    parts = []
+    end = 0
     text = cut(text)
     for match in PARTS.finditer(text):
         parts.append(escape_text(text[end : match.start()]))

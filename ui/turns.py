@@ -17,7 +17,7 @@ class ChatRequest:
     """Conversations that one or two models continue, with the sampling settings."""
 
     sides: tuple[Side, ...]
-    conversations: tuple[list[list[dict]], ...]  # of each side: the messages, ending with the question
+    conversations: tuple[list[str | list[dict]], ...]  # of each side: a question, or messages that end with it
     run: str | None = None  # run that sets the base model and its system prompt; None: data/tiny
     system_prompt: str = ""  # empty: that of the run
     temperature: float = 0.0  # 0: greedy
@@ -64,7 +64,7 @@ class Turn:
 
     request: ChatRequest
     side: Side
-    conversations: list[list[dict]]
+    conversations: list[str | list[dict]]
     answer: Answer = Answer()
     config: Config | None = None
     base_key: tuple | None = None  # identifies the base model
@@ -84,14 +84,14 @@ class Turn:
         self.seconds += time.perf_counter() - start
 
     @property
-    def is_finished(self) -> bool:
-        return len(self.finished) == len(self.prefixes) * self.request.samples
+    def total(self) -> int:
+        """The number of completions."""
+        return len(self.prefixes) * self.request.samples
 
     def update(self, state: str, note: str = "") -> None:
         """Set the answer, and release the model if the turn is over."""
-        total = len(self.prefixes) * self.request.samples
-        if state == "answering" and total > MAX_STREAMED:
-            self.answer = Answer(state, f"{len(self.finished)} of {total} answered")
+        if state == "answering" and self.total > MAX_STREAMED:
+            self.answer = Answer(state, f"{len(self.finished)} of {self.total} answered")
             return
         self.answer = Answer(state, note, self.samples() if self.policy else (), self.prompt, self.seconds)
         if self.answer.is_over:
@@ -101,7 +101,7 @@ class Turn:
         """Return the completions with the tokens generated up to now."""
         running = {row.index: (row.ids, [], None) for row in self.engine.rows} if self.engine else {}
         samples = []
-        for index in range(len(self.prefixes) * self.request.samples):
+        for index in range(self.total):
             ids, _, truncated = (running | self.finished).get(index, ([], [], None))
             text = self.prefixes[index // self.request.samples] + self.policy.decode(ids)
             if truncated is None:

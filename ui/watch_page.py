@@ -41,8 +41,6 @@ MIN_X = 12  # smallest range of the steps; with fewer, the axis would have ticks
 RUN_COLUMNS = "run", "status", "step", "accuracy", "reward", "note"
 STATES = {"finished": "Finished", "stopped": "Stopped early", "running": "Running"}
 EXPORTED = ("adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja", "tokenizer*.json")
-
-
 EMPTY = dict.fromkeys(["progress", "alarms", "log", *(f"plot{i}" for i in range(MAX_PLOTS))])
 
 
@@ -51,8 +49,8 @@ EMPTY = dict.fromkeys(["progress", "alarms", "log", *(f"plot{i}" for i in range(
 
 def follow(page: Page, name: str | None, others: list[str], metrics: list[str], smoothing: float, seen: dict) -> dict:
     """Return the values that changed since the state `seen`. Called by the timer, and when a selection changes."""
-    runs = [page.runs.get(name) for name in page.runs.names()]
-    statuses = {run.name: run.status() for run in runs}
+    runs = {name: page.runs.get(name) for name in page.runs.names()}
+    statuses = {name: run.status() for name, run in runs.items()}
     names = sorted(statuses, key=lambda name: statuses[name] != "running")  # running first, then the newest
     launcher = page.launcher
     started = launcher.name if launcher.is_alive() and launcher.name in names else None
@@ -60,7 +58,7 @@ def follow(page: Page, name: str | None, others: list[str], metrics: list[str], 
         name = started or next(iter(names), None)
     is_active = "running" in statuses.values() or launcher.is_alive()
     files = ("metrics.jsonl", "summary.json", "note.txt", "STOP", "console.log")
-    stamps = [run.stamp(file) for run in runs for file in files if file in files[:3] or run.name == name]
+    stamps = [run.stamp(file) for run in runs.values() for file in files if file in files[:3] or run.name == name]
     key = [name, others, metrics, smoothing, statuses, stamps]
     now = {"key": key, "name": name, "started": started or seen.get("started"), "range": seen.get("range")}
     launched = gr.Textbox(text := launcher.describe(), visible=bool(text))
@@ -72,20 +70,20 @@ def follow(page: Page, name: str | None, others: list[str], metrics: list[str], 
     others = [other for other in others if other in names and other != name]
     values["name"] = gr.Dropdown(names, value=name)
     values["others"] = gr.Dropdown([other for other in names if other != name], value=others, multiselect=True)
-    values["runs"] = [describe_row(run, statuses[run.name]) for run in runs]
+    values["runs"] = [describe_row(run, statuses[run.name]) for run in runs.values()]
     values |= EMPTY
     if name != seen.get("name"):  # else the user may be editing them
         values |= {"new_name": name or "", "note": "", "confirm": False}
     if not name:
         now["failed"] = True
         return values | {"status": "There is no run yet. Start one, or run: make train", "steps": None}
-    run = page.runs.get(name)
+    run = runs[name]
     try:
         if name != seen.get("name"):
             values["note"] = run.note()
         values |= {"progress": describe_progress(run, statuses[name]), "alarms": describe_alarms(run)}
         values |= {"log": tail(run.file("console.log"), 12)}
-        values |= show_plots([run, *map(page.runs.get, others)], metrics, smoothing)
+        values |= show_plots([run, *map(runs.get, others)], metrics, smoothing)
         values |= show_range(run, now)
     except Exception as error:  # a file may have any contents
         now["failed"] = True
@@ -108,7 +106,8 @@ def describe_row(run: Run, status: str) -> list:
 
 def describe_progress(run: Run, status: str) -> str:
     """Return a progress bar with the status, the steps, the time left and the held-out accuracy, as HTML."""
-    config, metrics, summary = run.config, run.metrics(), run.summary()
+    config = run.config
+    metrics = run.metrics()
     done = metrics.steps[-1] if metrics.steps else 0
     label = STATES[status]
     if status == "running" and run.file("STOP").exists():
@@ -117,7 +116,7 @@ def describe_progress(run: Run, status: str) -> str:
     if status == "running" and done:
         times = {part: [value for _, value in metrics.points(f"time/{part}")] for part in ("rollout", "update")}
         seconds = {part: done * mean(values) for part, values in times.items()}
-        seconds["eval"] = summary.get("seconds", {}).get("eval", 0.0)
+        seconds["eval"] = run.summary().get("seconds", {}).get("eval", 0.0)
         text += f", about {clock(seconds_left(done, config, seconds))} left"
     if rates := metric_points(run, "eval/accuracy"):
         ends = dict.fromkeys((rates[0], rates[-1]))
@@ -174,7 +173,9 @@ def smooth(points: list[tuple[int, float]], smoothing: float) -> list[tuple[int,
     """Smooth values with an exponential moving average, corrected for its start. A lone value spans one step."""
     if len(points) == 1:
         return [*points, (points[0][0] + 1, points[0][1])]
-    average, weight, smoothed = 0.0, 0.0, []
+    average = 0.0
+    weight = 0.0
+    smoothed = []
     for step, value in points:
         average = smoothing * average + (1 - smoothing) * value
         weight = smoothing * weight + 1 - smoothing
@@ -295,8 +296,7 @@ def build(page: Page) -> View:
     selection = "name others metrics smoothing seen"
     poll = partial(follow, page)
     view.on([Context.root_block.load, view["timer"].tick], poll, selection, api_name="watch")
-    latest = {"trigger_mode": "always_last"}
-    view.on([view[name].input for name in selection.split()[:4]], poll, selection, api_name="select", **latest)
+    view.on([view[name].input for name in selection.split()[:4]], poll, selection, api_name="select")
     changes = [view.on(view["runs"].select, pick_run)]
     if page.editable:
         changes += [

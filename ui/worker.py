@@ -91,7 +91,7 @@ class Worker:
             changed.set()
 
     def _answer_with_base(self, turns: list[Turn], changed: threading.Event) -> None:
-        adapters = {turn.adapter for turn in turns}
+        adapters: set[str | None] = set()
         for turn in turns:
             if turn.config and turn.base_key != self.models.base_key:
                 turn.update("loading", f"Loading {turn.config.model} ...")
@@ -104,7 +104,7 @@ class Worker:
             for turn in running:
                 is_first = not turn.finished and not turn.seconds
                 self._try(turn, Turn.step)
-                if turn.steps and turn.is_finished:
+                if turn.steps and len(turn.finished) == turn.total:
                     turn.update("done")
                 if is_first or turn.answer.is_over:
                     next_update = 0.0  # show this immediately

@@ -248,7 +248,9 @@ def read_metrics(path: Path) -> Metrics:
         lines = [line for line in file if line.endswith(b"\n")]
     evaluated = [i for i, line in enumerate(lines) if b'"eval/accuracy"' in line]
     kept = {*downsample(range(len(lines))), *downsample(evaluated)}
-    records, alarms, active = [], {}, []
+    records = []
+    alarms = {}
+    active = []
     for i, line in enumerate(lines):
         if i not in kept and b'"alarms": []' in line:  # parsing 5,000 lines would take 0.1 s
             continue

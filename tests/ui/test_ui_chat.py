@@ -117,6 +117,16 @@ def ask(page, session, question="What is 6 + 7?", expected="", **options):
     return values
 
 
+def ask_two(page):
+    """Ask two questions. Returns the session, and the updates of the second one, which waits for the first one."""
+    session = Session()
+    updates = [chat_page.ask(page, session, question, "", *settings()) for question in ("First?", "Second?")]
+    for update in updates:
+        next(update)
+    session.first = updates[0]  # a generator that nothing refers to is closed
+    return session, updates[1]
+
+
 def texts(values, side="left", titles=False):
     """Return the texts of a chat without those below the answers, or their titles."""
     messages = values[f"{side}_chat"]
@@ -328,9 +338,7 @@ def test_a_question_during_an_answer_waits(page):
 
 
 def test_stop_ends_a_waiting_question(page):
-    session = Session()
-    first, second = (chat_page.ask(page, session, name, "", *settings()) for name in ("First?", "Second?"))
-    next(first), next(second)
+    session, second = ask_two(page)
     chat_page.stop(session)
     list(second)
     assert session.rounds[1].is_done and page.worker.requests[0].stop.is_set()
@@ -386,9 +394,7 @@ def test_reasoning_tags_in_a_question(page):
 
 
 def test_new_chat_while_a_question_waits(page):
-    session = Session()
-    first, second = (chat_page.ask(page, session, name, "", *settings()) for name in ("First?", "Second?"))
-    next(first), next(second)
+    session, second = ask_two(page)
     chat_page.new_chat(session)
     list(second)
     assert session.rounds == [] and len(page.worker.requests) == 1, "the second question is not asked"
